@@ -1,0 +1,3 @@
+//! The eBPF programs of tcp-udp-trace.
+#![no_std]
+#![no_main]
