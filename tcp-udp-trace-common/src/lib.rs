@@ -1,2 +1,191 @@
-//! x
+//! The contract between the eBPF programs and user space: one record per kind of event, the state that the
+//! programs keep of a socket, the counters of what went wrong, and the kernel fields that the programs read.
+//!
+//! Everything is plain integers and bytes with explicit padding, in the byte order of the machine. Not a
+//! public API: the library and its eBPF object always come from the same commit.
 #![no_std]
+#![forbid(unsafe_code)]
+
+mod fields;
+
+pub use fields::{ABSENT, FIELDS, Field, Offsets, WantedField};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// The kind of a record, in [`Head::kind`].
+pub mod kind {
+    /// A [`StateChange`](super::StateChange).
+    pub const STATE_CHANGE: u8 = 1;
+    /// An [`Accept`](super::Accept).
+    pub const ACCEPT: u8 = 2;
+}
+
+/// How an owner is known, in [`Owner::origin`].
+pub mod origin {
+    /// The owner is not known.
+    pub const NONE: u8 = 0;
+    /// It called `connect` or `listen`.
+    pub const CREATOR: u8 = 1;
+    /// It called `accept`.
+    pub const ACCEPTOR: u8 = 2;
+}
+
+/// Whether the socket's own SYN is part of `tcp_sock.bytes_acked`, in [`Tracked::syn`].
+pub mod syn {
+    /// The socket is older than the tracer: not known.
+    pub const UNKNOWN: u8 = 0;
+    /// It called `connect`: its SYN counts one byte once it is acknowledged.
+    pub const COUNTED: u8 = 1;
+    /// It came from a listener: the kernel starts counting after its SYN.
+    pub const NOT_COUNTED: u8 = 2;
+}
+
+/// `AF_INET`.
+pub const AF_INET: u16 = 2;
+/// `AF_INET6`.
+pub const AF_INET6: u16 = 10;
+
+/// What every record starts with.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Head {
+    /// One of [`kind`].
+    pub kind: u8,
+    /// Padding.
+    pub _pad: [u8; 3],
+    /// How many records the full ring has refused before this one, modulo 2³².
+    pub lost: u32,
+    /// `CLOCK_BOOTTIME`, nanoseconds.
+    pub time: u64,
+}
+
+/// The owner of a socket.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Owner {
+    /// Process id (`tgid`).
+    pub pid: u32,
+    /// Thread id.
+    pub tid: u32,
+    /// User id.
+    pub uid: u32,
+    /// One of [`origin`].
+    pub origin: u8,
+    /// Padding.
+    pub _pad: [u8; 3],
+    /// The main thread's `comm`.
+    pub comm: [u8; 16],
+}
+
+/// A TCP socket as a record shows it.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct TcpSocket {
+    /// Names this life of the socket.
+    pub id: u64,
+    /// When it began: `CLOCK_BOOTTIME`, nanoseconds.
+    pub born: u64,
+    /// `SO_COOKIE`, 0 when none was made yet.
+    pub cookie: u64,
+    /// cgroup v2 id, 0 when unknown.
+    pub cgroup: u64,
+    /// Payload bytes sent.
+    pub tx_bytes: u64,
+    /// Payload bytes received.
+    pub rx_bytes: u64,
+    /// Segments sent.
+    pub tx_packets: u32,
+    /// Segments received.
+    pub rx_packets: u32,
+    /// `sk_uid`.
+    pub uid: u32,
+    /// Inode of the network namespace.
+    pub netns: u32,
+    /// The owner.
+    pub owner: Owner,
+    /// Local address; IPv4 in the first four bytes.
+    pub local: [u8; 16],
+    /// Remote address; IPv4 in the first four bytes.
+    pub remote: [u8; 16],
+    /// Local port, host byte order.
+    pub local_port: u16,
+    /// Remote port, host byte order.
+    pub remote_port: u16,
+    /// [`AF_INET`] or [`AF_INET6`].
+    pub family: u16,
+    /// Padding.
+    pub _pad: u16,
+}
+
+/// A TCP socket went from one state to another.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct StateChange {
+    /// The head, of [`kind::STATE_CHANGE`].
+    pub head: Head,
+    /// The socket.
+    pub socket: TcpSocket,
+    /// The state it left.
+    pub from: u8,
+    /// The state it entered.
+    pub to: u8,
+    /// Padding.
+    pub _pad: [u8; 2],
+    /// `sk_err`.
+    pub error: u32,
+}
+
+/// A process accepted a TCP connection.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Accept {
+    /// The head, of [`kind::ACCEPT`].
+    pub head: Head,
+    /// The socket, its owner already the acceptor.
+    pub socket: TcpSocket,
+}
+
+/// What the programs remember of a socket, keyed by the address of its `struct sock`.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Tracked {
+    /// Names this life of the socket.
+    pub id: u64,
+    /// When it began: `CLOCK_BOOTTIME`, nanoseconds.
+    pub born: u64,
+    /// cgroup v2 id, 0 when unknown.
+    pub cgroup: u64,
+    /// Inode of the network namespace.
+    pub netns: u32,
+    /// The TCP state last reported.
+    pub state: u8,
+    /// One of [`syn`].
+    pub syn: u8,
+    /// Padding.
+    pub _pad: [u8; 2],
+    /// The owner.
+    pub owner: Owner,
+}
+
+/// What went wrong in the kernel, counted there.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Counters {
+    /// Records that found the ring full.
+    pub lost: u64,
+    /// Times that a socket could not be remembered because the map of sockets was full.
+    pub untracked: u64,
+    /// State changes that no hook saw, noticed at the socket's next one.
+    pub missed: u64,
+    /// Sockets of TCP that are neither IPv4 nor IPv6, left out.
+    pub unknown_family: u64,
+}
+
+// The layouts are the contract: a change here is a change of both sides.
+const _: () = {
+    assert!(size_of::<Head>() == 16);
+    assert!(size_of::<Owner>() == 32);
+    assert!(size_of::<TcpSocket>() == 136);
+    assert!(size_of::<StateChange>() == 160);
+    assert!(size_of::<Accept>() == 152);
+    assert!(size_of::<Tracked>() == 64);
+};

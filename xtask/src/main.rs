@@ -1,2 +1,47 @@
-//! x
-fn main() {}
+//! The project's own commands: `cargo xtask <verb>`. One module for each verb.
+#![allow(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "a command-line program talks to whoever runs it"
+)]
+
+mod deps;
+mod ebpf;
+mod lint;
+mod process;
+mod test;
+mod vm;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// The project's own commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Verb {
+    Ebpf(ebpf::Args),
+    /// Check formatting, lints, documentation and the project's own rules.
+    Lint,
+    Test(test::Args),
+    /// Install what the other verbs need and this machine lacks (Debian and its descendants).
+    Setup,
+}
+
+fn main() -> ExitCode {
+    let result = match Verb::parse() {
+        Verb::Ebpf(args) => ebpf::run(&args),
+        Verb::Lint => lint::run(),
+        Verb::Test(args) => test::run(&args),
+        Verb::Setup => deps::setup(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Not by returning it: with RUST_BACKTRACE set, which tests want, a backtrace would bury the message.
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

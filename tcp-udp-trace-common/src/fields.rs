@@ -1,0 +1,74 @@
+//! The fields of kernel structures that the programs read: the offsets differ from kernel to kernel, so
+//! user space looks them up in the running kernel's BTF and hands them over as a read-only global.
+
+/// The offset of a field that this kernel does not have.
+pub const ABSENT: u32 = u32::MAX;
+
+/// The offset of every [`Field`], in bytes, or [`ABSENT`].
+pub type Offsets = [u32; FIELDS.len()];
+
+/// A field to look up.
+#[derive(Clone, Copy, Debug)]
+pub struct WantedField {
+    /// The structure, then the members down to the field; ` | ` separates the names it has had.
+    pub path: &'static str,
+    /// How many bytes the programs read there; a field of another size is not the one they know.
+    pub size: u32,
+}
+
+macro_rules! fields {
+    ($($name:ident: $size:literal = $path:literal,)+) => {
+        /// A field of a kernel structure: an index into [`FIELDS`] and [`Offsets`].
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Field {
+            $(#[doc = concat!("`", $path, "`")] $name,)+
+        }
+
+        /// Every field, in the order of [`Field`].
+        pub const FIELDS: &[WantedField] = &[$(WantedField { path: $path, size: $size },)+];
+    };
+}
+
+fields! {
+    Family: 2 = "sock.__sk_common.skc_family",
+    State: 1 = "sock.__sk_common.skc_state",
+    RemoteAddr4: 4 = "sock.__sk_common.skc_daddr",
+    LocalAddr4: 4 = "sock.__sk_common.skc_rcv_saddr",
+    RemoteAddr6: 16 = "sock.__sk_common.skc_v6_daddr",
+    LocalAddr6: 16 = "sock.__sk_common.skc_v6_rcv_saddr",
+    RemotePort: 2 = "sock.__sk_common.skc_dport",
+    LocalPort: 2 = "inet_sock.inet_sport",
+    BoundPort: 2 = "sock.__sk_common.skc_num",
+    Net: 8 = "sock.__sk_common.skc_net.net",
+    Cookie: 8 = "sock.__sk_common.skc_cookie",
+    Protocol: 2 = "sock.sk_protocol",
+    Error: 4 = "sock.sk_err",
+    Flags: 8 = "sock.__sk_common.skc_flags",
+    SkUid: 4 = "sock.sk_uid",
+    Cgroup: 8 = "sock.sk_cgrp_data.cgroup | sock.sk_cgrp_data.val",
+    SkSocket: 8 = "sock.sk_socket",
+    NetInode: 4 = "net.ns.inum",
+    CgroupNode: 8 = "cgroup.kn",
+    CgroupNodeId: 8 = "kernfs_node.id",
+    BytesReceived: 8 = "tcp_sock.bytes_received",
+    BytesSent: 8 = "tcp_sock.bytes_sent",
+    BytesRetrans: 8 = "tcp_sock.bytes_retrans",
+    BytesAcked: 8 = "tcp_sock.bytes_acked",
+    SegsIn: 4 = "tcp_sock.segs_in",
+    SegsOut: 4 = "tcp_sock.segs_out",
+    SndNxt: 4 = "tcp_sock.snd_nxt",
+    SndUna: 4 = "tcp_sock.snd_una",
+    WriteSeq: 4 = "tcp_sock.write_seq",
+    SentQueue: 16 = "tcp_sock.tsorted_sent_queue",
+    GroupLeader: 8 = "task_struct.group_leader",
+    Comm: 16 = "task_struct.comm",
+    Files: 8 = "task_struct.files",
+    FdTable: 8 = "files_struct.fdt",
+    FdArray: 8 = "fdtable.fd",
+    FdCount: 4 = "fdtable.max_fds",
+    FilePrivate: 8 = "file.private_data",
+    SocketFile: 8 = "socket.file",
+    SocketSock: 8 = "socket.sk",
+    SyscallNumber: 8 = "pt_regs.orig_ax",
+    IoOpcode: 1 = "io_kiocb.opcode",
+}

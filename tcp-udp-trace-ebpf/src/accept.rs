@@ -1,0 +1,86 @@
+//! A process accepts a connection.
+
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Accept, Field, kind, origin, syn};
+
+use crate::{
+    emit, owner,
+    sock::{Sock, read, read_at},
+    track,
+};
+
+/// `__NR_accept` and `__NR_accept4` of x86_64.
+const SYS_ACCEPT: u64 = 43;
+const SYS_ACCEPT4: u64 = 288;
+
+/// `IORING_OP_ACCEPT` of `io_uring.h`.
+const IORING_OP_ACCEPT: u8 = 13;
+
+/// The current process has accepted this socket, if it is one of TCP.
+#[inline(always)]
+pub(crate) fn accepted(sk: Sock) {
+    let family = sk.family();
+    if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() {
+        return;
+    }
+    let state = sk.get::<u8>(Field::State);
+    let owner = owner::current(origin::ACCEPTOR);
+    let fresh;
+    let tracked = if let Some(tracked) = track::get(sk) {
+        tracked.owner = owner;
+        &*tracked
+    } else {
+        // Its handshake is older than the tracer.
+        fresh = track::fresh(sk, state, syn::NOT_COUNTED, owner);
+        track::remember(sk, &fresh);
+        &fresh
+    };
+    emit::record(kind::ACCEPT, |record: &mut Accept| {
+        sk.describe(tracked, family, state, &mut record.socket);
+    });
+}
+
+/// The current process has accepted a socket as this descriptor (negative: an error).
+#[inline(always)]
+pub(crate) fn accepted_as(fd: i64) {
+    if let Some(sk) = socket_of(fd) {
+        accepted(sk);
+    }
+}
+
+/// The current process returns from a system call.
+#[inline(always)]
+pub(crate) fn returned(regs: u64, result: i64) {
+    if matches!(
+        read::<u64>(regs, Field::SyscallNumber),
+        SYS_ACCEPT | SYS_ACCEPT4
+    ) {
+        accepted_as(result);
+    }
+}
+
+/// The current process's io_uring has finished a request.
+#[inline(always)]
+pub(crate) fn completed(request: u64, result: i32) {
+    if read::<u8>(request, Field::IoOpcode) == IORING_OP_ACCEPT {
+        accepted_as(i64::from(result));
+    }
+}
+
+/// The socket behind a descriptor of the current process.
+#[inline(always)]
+fn socket_of(fd: i64) -> Option<Sock> {
+    let files = read::<u64>(owner::current_task(), Field::Files);
+    let table = read::<u64>(files, Field::FdTable);
+    if fd < 0 || fd >= i64::from(read::<u32>(table, Field::FdCount)) {
+        return None;
+    }
+    let array = read::<u64>(table, Field::FdArray);
+    let file = read_at::<u64>(array + (fd as u64) * 8);
+    let socket = read::<u64>(file, Field::FilePrivate);
+    // Another thread may have put another file there by now: a socket and its file know each other.
+    if file == 0 || read::<u64>(socket, Field::SocketFile) != file {
+        return None;
+    }
+    let sk = Sock::new(read(socket, Field::SocketSock));
+    (sk.0 != 0 && sk.get::<u64>(Field::SkSocket) == socket).then_some(sk)
+}

@@ -1,0 +1,81 @@
+//! From a record to the ring, and when to wake the reader.
+
+use aya_ebpf::{
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    helpers::bpf_ktime_get_boot_ns,
+    macros::map,
+    maps::{Array, RingBuf},
+};
+use tcp_udp_trace_common::Head;
+
+use crate::anomaly;
+
+/// The records, in the order of their reservation.
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
+
+/// Not 0 while the reader sleeps and wants to be woken by the next record.
+#[map]
+static ARMED: Array<u32> = Array::with_max_entries(1, 0);
+
+/// How many bytes may wait in the ring before a record wakes the reader even though it did not ask:
+/// user space sets a part of the ring's size.
+#[unsafe(no_mangle)]
+static WAKE_BYTES: aya_ebpf::Global<u64> = aya_ebpf::Global::new(64 << 10);
+
+/// Something that begins with a [`Head`].
+pub(crate) trait Record: 'static {
+    fn head(&mut self) -> &mut Head;
+}
+
+impl Record for tcp_udp_trace_common::StateChange {
+    fn head(&mut self) -> &mut Head {
+        &mut self.head
+    }
+}
+
+impl Record for tcp_udp_trace_common::Accept {
+    fn head(&mut self) -> &mut Head {
+        &mut self.head
+    }
+}
+
+/// Writes a record; `fill` sets every byte but the head's. A full ring is counted.
+#[inline(always)]
+pub(crate) fn record<R: Record>(kind: u8, fill: impl FnOnce(&mut R)) {
+    let Some(mut entry) = EVENTS.reserve::<R>(0) else {
+        anomaly::lost();
+        return;
+    };
+    // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes
+    // only, and all of it is written before it is read or submitted.
+    let record = unsafe { entry.assume_init_mut() };
+    *record.head() = Head {
+        kind,
+        _pad: [0; 3],
+        lost: anomaly::lost_so_far(),
+        // SAFETY: the helper takes nothing and cannot fail.
+        time: unsafe { bpf_ktime_get_boot_ns() },
+    };
+    fill(record);
+    entry.submit(wake());
+}
+
+/// Wakes the reader if it asked for it or if the ring fills up. Waking is the most expensive thing that an event
+/// can do (about 1.7 of 1.9 µs when every record does it), so records gather meanwhile.
+#[inline(always)]
+fn wake() -> u64 {
+    if let Some(armed) = ARMED.get_ptr_mut(0) {
+        // SAFETY: a valid pointer to the map's only value. Two CPUs may both find it armed: one wake-up too many.
+        unsafe {
+            if armed.read_volatile() != 0 {
+                armed.write_volatile(0);
+                return u64::from(BPF_RB_FORCE_WAKEUP);
+            }
+        }
+    }
+    if EVENTS.query(u64::from(BPF_RB_AVAIL_DATA)) >= WAKE_BYTES.load() {
+        return u64::from(BPF_RB_FORCE_WAKEUP);
+    }
+    u64::from(BPF_RB_NO_WAKEUP)
+}

@@ -1,0 +1,182 @@
+//! Reading the kernel's structures.
+
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
+use core::mem::MaybeUninit;
+use tcp_udp_trace_common::{
+    ABSENT, AF_INET, AF_INET6, FIELDS, Field, Offsets, TcpSocket, Tracked, syn,
+};
+
+/// Where the fields are on the running kernel; user space fills it in before the programs are loaded, so
+/// the verifier knows each offset and drops the code for fields that this kernel lacks.
+#[unsafe(no_mangle)]
+static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
+
+const IPPROTO_TCP: u16 = 6;
+const TCP_FIN_WAIT1: u8 = 4;
+const TCP_FIN_WAIT2: u8 = 5;
+const TCP_LAST_ACK: u8 = 9;
+const TCP_CLOSING: u8 = 11;
+/// Bit of `sk_flags`: the peer's FIN has arrived (`enum sock_flags`).
+const SOCK_DONE: u64 = 1 << 1;
+
+/// Whether this kernel has `field`.
+#[inline(always)]
+pub(crate) fn has(field: Field) -> bool {
+    offset(field) != ABSENT
+}
+
+#[inline(always)]
+fn offset(field: Field) -> u32 {
+    // SAFETY: `field` indexes FIELDS, and OFFSETS has its length. Volatile, because the compiler must not
+    // take the initial value for the one that user space puts there.
+    unsafe {
+        (&raw const OFFSETS)
+            .cast::<u32>()
+            .add(field as usize)
+            .read_volatile()
+    }
+}
+
+/// Reads `field` of the structure at `base`; 0 where the kernel lacks the field or the address is bad.
+#[inline(always)]
+pub(crate) fn read<T: Copy + Default>(base: u64, field: Field) -> T {
+    let offset = offset(field);
+    if offset == ABSENT {
+        return T::default();
+    }
+    read_at(base + u64::from(offset))
+}
+
+/// Reads a `T` at a kernel address; 0 if it is a bad one.
+#[inline(always)]
+pub(crate) fn read_at<T: Copy + Default>(address: u64) -> T {
+    let mut value = MaybeUninit::<T>::uninit();
+    // SAFETY: the helper writes `size_of::<T>()` bytes to `value` whatever the address: what it found, or zeros.
+    // Every `T` here is an integer or an array of bytes.
+    unsafe {
+        bpf_probe_read_kernel(
+            value.as_mut_ptr().cast(),
+            size_of::<T>() as u32,
+            address as *const _,
+        );
+        value.assume_init()
+    }
+}
+
+/// The address of a `struct sock`.
+#[derive(Clone, Copy)]
+pub(crate) struct Sock(pub(crate) u64);
+
+impl Sock {
+    pub(crate) const fn new(address: u64) -> Self {
+        Self(address)
+    }
+
+    #[inline(always)]
+    pub(crate) fn get<T: Copy + Default>(self, field: Field) -> T {
+        read(self.0, field)
+    }
+
+    /// Whether it is a TCP socket over IPv4 or IPv6. MPTCP has a socket of its own above its TCP ones,
+    /// with the same ports; it is not TCP.
+    #[inline(always)]
+    pub(crate) fn is_tcp(self) -> bool {
+        self.get::<u16>(Field::Protocol) == IPPROTO_TCP
+    }
+
+    #[inline(always)]
+    pub(crate) fn family(self) -> u16 {
+        self.get(Field::Family)
+    }
+
+    /// The inode of its network namespace.
+    #[inline(always)]
+    pub(crate) fn netns(self) -> u32 {
+        read(self.get::<u64>(Field::Net), Field::NetInode)
+    }
+
+    /// The id of its cgroup (v2); 0 when it has none.
+    #[inline(always)]
+    pub(crate) fn cgroup(self) -> u64 {
+        let cgroup = self.get::<u64>(Field::Cgroup);
+        // Before 5.15 an odd value is not a pointer, but a network class of cgroup v1.
+        if cgroup == 0 || cgroup & 1 == 1 {
+            return 0;
+        }
+        read(read::<u64>(cgroup, Field::CgroupNode), Field::CgroupNodeId)
+    }
+
+    /// The listener that this socket was just cloned from, if it can be told.
+    ///
+    /// A clone is made byte by byte, and an empty list points to itself: until the clone's own list is
+    /// set up, it still points into the listener. Undocumented, so the caller checks what it finds there.
+    #[inline(always)]
+    pub(crate) fn listener(self) -> Option<Self> {
+        if !has(Field::SentQueue) {
+            return None;
+        }
+        let list = self.0 + u64::from(offset(Field::SentQueue));
+        let listener = read_at::<u64>(list).wrapping_sub(u64::from(offset(Field::SentQueue)));
+        (listener != self.0).then_some(Self(listener))
+    }
+
+    /// Payload bytes put on the wire, each once, for a socket that leaves `state`.
+    #[inline(always)]
+    fn tx_bytes(self, tracked: &Tracked, state: u8) -> u64 {
+        if tracked.syn == syn::UNKNOWN {
+            let sent = self.get::<u64>(Field::BytesSent);
+            return sent.wrapping_sub(self.get::<u64>(Field::BytesRetrans));
+        }
+        // What was acknowledged and what is on its way, less SYN and FIN. Not `bytes_sent`: that counts a
+        // segment again each time this machine's own queue refused it.
+        let next = self.get::<u32>(Field::SndNxt);
+        let in_flight = next.wrapping_sub(self.get::<u32>(Field::SndUna));
+        let sequence = self
+            .get::<u64>(Field::BytesAcked)
+            .wrapping_add(u64::from(in_flight));
+        let fin_queued = matches!(
+            state,
+            TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING
+        );
+        let fin_sent = fin_queued && next == self.get::<u32>(Field::WriteSeq);
+        sequence.saturating_sub(u64::from(tracked.syn == syn::COUNTED) + u64::from(fin_sent))
+    }
+
+    /// Payload bytes received in order.
+    #[inline(always)]
+    fn rx_bytes(self) -> u64 {
+        let fin = self.get::<u64>(Field::Flags) & SOCK_DONE != 0;
+        self.get::<u64>(Field::BytesReceived)
+            .saturating_sub(u64::from(fin))
+    }
+
+    /// Writes the socket, which leaves or is in `state`, into a record.
+    #[inline(always)]
+    pub(crate) fn describe(self, tracked: &Tracked, family: u16, state: u8, to: &mut TcpSocket) {
+        to.id = tracked.id;
+        to.born = tracked.born;
+        to.cookie = self.get(Field::Cookie);
+        to.cgroup = tracked.cgroup;
+        to.tx_bytes = self.tx_bytes(tracked, state);
+        to.rx_bytes = self.rx_bytes();
+        to.tx_packets = self.get(Field::SegsOut);
+        to.rx_packets = self.get(Field::SegsIn);
+        to.uid = self.get(Field::SkUid);
+        to.netns = tracked.netns;
+        to.owner = tracked.owner;
+        to.local = [0; 16];
+        to.remote = [0; 16];
+        if family == AF_INET {
+            to.local[..4].copy_from_slice(&self.get::<[u8; 4]>(Field::LocalAddr4));
+            to.remote[..4].copy_from_slice(&self.get::<[u8; 4]>(Field::RemoteAddr4));
+        } else if family == AF_INET6 {
+            to.local = self.get(Field::LocalAddr6);
+            to.remote = self.get(Field::RemoteAddr6);
+        }
+        // Not `skc_num`: it is 0 once the port has been given back.
+        to.local_port = u16::from_be(self.get(Field::LocalPort));
+        to.remote_port = u16::from_be(self.get(Field::RemotePort));
+        to.family = family;
+        to._pad = 0;
+    }
+}

@@ -1,0 +1,111 @@
+//! What happens to a TCP socket.
+
+use tcp_udp_trace_common::{
+    AF_INET, AF_INET6, Field, Owner, StateChange, Tracked, kind, origin, syn,
+};
+
+use crate::{anomaly, emit, owner, sock::Sock, track};
+
+const SYN_SENT: u8 = 2;
+const SYN_RECV: u8 = 3;
+const CLOSE: u8 = 7;
+const LISTEN: u8 = 10;
+
+/// Which of the two programs on a tracepoint is asking.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// The one that is always there.
+    First,
+    /// The one that hears what the kernel kept from the first.
+    Second,
+}
+
+/// The socket goes from one state to another.
+#[inline(always)]
+pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
+    if from == to {
+        return;
+    }
+    let (from, to) = (from as u8, to as u8);
+    let tracked = track::get(sk);
+    if let Some(tracked) = &tracked {
+        if tracked.state == to {
+            // The other program has reported it.
+            return;
+        }
+    }
+    if !sk.is_tcp() {
+        return;
+    }
+    let family = sk.family();
+    if family != AF_INET && family != AF_INET6 {
+        anomaly::unknown_family();
+        return;
+    }
+    let (syn, owner) = match (from, to) {
+        (CLOSE, SYN_SENT) => (syn::COUNTED, owner::current(origin::CREATOR)),
+        (CLOSE, LISTEN) => (syn::NOT_COUNTED, owner::current(origin::CREATOR)),
+        (LISTEN, SYN_RECV) => (syn::NOT_COUNTED, owner_of_listener(sk)),
+        _ => {
+            if let Some(tracked) = tracked {
+                if tracked.state != from {
+                    anomaly::missed();
+                }
+                tracked.state = to;
+                report(sk, family, tracked, from, to);
+                return;
+            }
+            // Older than the tracer.
+            (syn::UNKNOWN, owner::UNKNOWN)
+        }
+    };
+    let tracked = track::fresh(sk, to, syn, owner);
+    // Where there is no room to remember the socket, only the first program reports, or both would.
+    if track::remember(sk, &tracked) || program == Program::First {
+        report(sk, family, &tracked, from, to);
+    }
+}
+
+/// The owner of a listener's child: until somebody accepts it, it is the listener's.
+#[inline(always)]
+fn owner_of_listener(child: Sock) -> Owner {
+    if let Some(listener) = child.listener() {
+        if let Some(found) = track::get(listener) {
+            // Proves that the address is a listener's, and on the child's port.
+            let port = listener.get::<u16>(Field::BoundPort);
+            if found.state == LISTEN && port == child.get::<u16>(Field::BoundPort) {
+                return found.owner;
+            }
+        }
+    }
+    owner::UNKNOWN
+}
+
+#[inline(always)]
+fn report(sk: Sock, family: u16, tracked: &Tracked, from: u8, to: u8) {
+    emit::record(kind::STATE_CHANGE, |record: &mut StateChange| {
+        sk.describe(tracked, family, from, &mut record.socket);
+        record.from = from;
+        record.to = to;
+        record._pad = [0; 2];
+        record.error = if to == CLOSE {
+            sk.get::<u32>(Field::Error)
+        } else {
+            0
+        };
+    });
+}
+
+/// The kernel gives the socket up.
+#[inline(always)]
+pub(crate) fn ended(sk: Sock) {
+    if let Some(tracked) = track::get(sk) {
+        if tracked.state != CLOSE {
+            // Its close escaped both programs.
+            anomaly::missed();
+            let family = sk.family();
+            report(sk, family, tracked, tracked.state, CLOSE);
+        }
+        track::end(sk);
+    }
+}

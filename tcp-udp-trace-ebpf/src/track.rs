@@ -1,0 +1,102 @@
+//! What the programs remember of a socket between two hooks.
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_ANY,
+    helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns},
+    macros::map,
+    maps::{HashMap, PerCpuArray},
+};
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use tcp_udp_trace_common::{Owner, Tracked};
+
+use crate::{anomaly, sock::Sock};
+
+/// The sockets by address. Preallocated: a map that allocates makes Linux 5.10 warn under a raw tracepoint.
+/// Not LRU: that evicts live sockets long before it is full.
+#[map]
+static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, 0);
+
+/// The last ticket drawn on each CPU.
+#[map]
+static TICKETS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+/// How often a draw may be interrupted by another one before it gives up. One interruption is rare, and
+/// each further one needs another level of interrupts or another preempting task.
+const MAX_DRAWS: u32 = 8;
+
+/// How many CPUs this machine may have; set by user space.
+#[unsafe(no_mangle)]
+static CPUS: Global<u64> = Global::new(1);
+
+/// What is known of a socket.
+///
+/// The reference lives as long as the program: the map is preallocated, so its memory stays, and the
+/// socket's lock, which every hook runs under, keeps other hooks of the same socket away.
+#[inline(always)]
+pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {
+    // SAFETY: the map gives a valid pointer or null; for aliasing see above.
+    SOCKETS
+        .get_ptr_mut(sk.0)
+        .and_then(|tracked| unsafe { tracked.as_mut() })
+}
+
+/// A new life of the socket at this address.
+#[inline(always)]
+pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, owner: Owner) -> Tracked {
+    Tracked {
+        id: ticket(),
+        // SAFETY: the helper takes nothing and cannot fail.
+        born: unsafe { bpf_ktime_get_boot_ns() },
+        cgroup: sk.cgroup(),
+        netns: sk.netns(),
+        state,
+        syn,
+        _pad: [0; 2],
+        owner,
+    }
+}
+
+/// Remembers a socket, instead of any that had its address before. False if there is no room, which is counted.
+#[inline(always)]
+pub(crate) fn remember(sk: Sock, tracked: &Tracked) -> bool {
+    let remembered = SOCKETS.insert(sk.0, tracked, u64::from(BPF_ANY)).is_ok();
+    if !remembered {
+        anomaly::untracked();
+    }
+    remembered
+}
+
+/// Forgets the socket.
+#[inline(always)]
+pub(crate) fn end(sk: Sock) {
+    // An entry that is already gone is what this wants.
+    let _ = SOCKETS.remove(sk.0);
+}
+
+/// A number that no other call gets.
+///
+/// Linux 5.10 can add to memory atomically, but not say what the sum was. So: read, add one, read again. If the
+/// counter moved by exactly one, that one was ours and the sum is ours alone; if it moved by more, another
+/// program ran in between on this CPU (nested, or after preemption), and the draw is repeated.
+#[inline(always)]
+fn ticket() -> u64 {
+    let Some(counter) = TICKETS.get_ptr_mut(0) else {
+        return 0;
+    };
+    // SAFETY: the helper takes nothing and cannot fail.
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    for _ in 0..MAX_DRAWS {
+        // SAFETY: `counter` points to this CPU's value, which lives as long as the map.
+        let (before, after) = unsafe {
+            let before = counter.read_volatile();
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
+            (before, counter.read_volatile())
+        };
+        if after == before + 1 {
+            // Interleaves the CPUs' tickets: no two CPUs share one.
+            return before * CPUS.load() + u64::from(cpu) + 1;
+        }
+    }
+    0
+}

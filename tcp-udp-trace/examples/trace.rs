@@ -1,0 +1,157 @@
+//! Prints the socket events of the running machine.
+//!
+//! ```text
+//! cargo run --release --example trace -- --json --port 443
+//! ```
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it is a program for a terminal"
+)]
+
+use std::{
+    io::{self, ErrorKind, Write as _},
+    pin::pin,
+    process::ExitCode,
+    task::Poll,
+    time::Duration,
+};
+
+use clap::Parser;
+use futures_util::{FutureExt as _, StreamExt as _, poll};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use tcp_udp_trace::{DEFAULT_QUEUE, Event, EventKind, TcpTracer};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Print the socket events of the running machine. Needs root, or CAP_BPF and CAP_PERFMON.
+#[derive(Parser)]
+struct Args {
+    /// Trace TCP (the default).
+    #[arg(long)]
+    tcp: bool,
+    /// Print one JSON object per line.
+    #[arg(long)]
+    json: bool,
+    /// End after so many seconds.
+    #[arg(long, value_name = "SECS", value_parser = seconds)]
+    duration: Option<Duration>,
+    /// How many events may wait to be printed.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_QUEUE)]
+    queue: usize,
+    /// Print only the events of sockets that this process owns.
+    #[arg(long)]
+    pid: Option<u32>,
+    /// Print only the events of sockets with this port on either side.
+    #[arg(long)]
+    port: Option<u16>,
+}
+
+impl Args {
+    /// Whether to print an event. A gap concerns everybody.
+    fn wants(&self, event: &Event) -> bool {
+        let Event {
+            kind,
+            process,
+            socket,
+            ..
+        } = event;
+        let pid = |pid| process.is_some_and(|process| process.pid == pid);
+        let port = |port| socket.local.port() == port || socket.remote.port() == port;
+        matches!(kind, EventKind::Lost { .. })
+            || self.pid.is_none_or(pid) && self.port.is_none_or(port)
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text
+        .parse()
+        .map_err(|_| "not a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match trace(&Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader has gone away, as in `trace | head`.
+        Err(error) if error.downcast_ref().is_some_and(is_broken_pipe) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint!("error: {error}");
+            let mut source = error.source();
+            while let Some(error) = source {
+                eprint!(": {error}");
+                source = error.source();
+            }
+            eprintln!();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn is_broken_pipe(error: &io::Error) -> bool {
+    error.kind() == ErrorKind::BrokenPipe
+}
+
+async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    // Before Linux 5.11, maps count against this limit. A library must not change it; a program may.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut tcp = TcpTracer::builder().queue(args.queue).start().await?;
+    let handle = tcp.handle();
+    let hooks: Vec<_> = handle.hooks().iter().map(ToString::to_string).collect();
+    writeln!(io::stderr(), "ready: tcp {}", hooks.join(" "))?;
+
+    let mut over = pin!(
+        async {
+            let duration = async {
+                match args.duration {
+                    Some(duration) => tokio::time::sleep(duration).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = duration => {}
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        }
+        .fuse()
+    );
+
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    loop {
+        // What is there already is printed without flushing each line; before it waits, it flushes.
+        let event = match poll!(tcp.next()) {
+            Poll::Ready(event) => event,
+            Poll::Pending => {
+                out.flush()?;
+                tokio::select! {
+                    event = tcp.next() => event,
+                    () = &mut over => {
+                        handle.stop();
+                        continue;
+                    }
+                }
+            }
+        };
+        if poll!(&mut over).is_ready() {
+            handle.stop();
+        }
+        let Some(event) = event else { break };
+        if !args.wants(&event) {
+            continue;
+        }
+        if args.json {
+            serde_json::to_writer(&mut out, &event)?;
+            writeln!(out)?;
+        } else {
+            writeln!(out, "{event}")?;
+        }
+    }
+    out.flush()?;
+    let stats = tcp.close().await?;
+    writeln!(io::stderr(), "stats: {}", serde_json::to_string(&stats)?)?;
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! A process name as the kernel keeps it.
+
+use std::{fmt, str::FromStr};
+
+/// A process name (`comm`): at most 15 bytes, chosen by the process itself and therefore untrusted.
+///
+/// The bytes are kept as they are. `Display` and the JSON form keep printable UTF-8 and write everything
+/// else (control characters, invisible and direction-changing characters, invalid UTF-8, the backslash)
+/// as `\xNN`, so a hostile name cannot reach a terminal or break a log line. [`FromStr`] is the inverse.
+///
+/// Source: `task_struct.comm` of the main thread, what `/proc/PID/comm` shows.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Comm([u8; Comm::LEN]);
+
+impl Comm {
+    /// The size of the kernel's buffer (`TASK_COMM_LEN`), its terminating NUL included.
+    pub const LEN: usize = 16;
+
+    /// Takes the kernel's buffer; everything from the first NUL on is not part of the name.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let mut comm = [0; Self::LEN];
+        for (to, &from) in comm[..Self::LEN - 1].iter_mut().zip(bytes) {
+            if from == 0 {
+                break;
+            }
+            *to = from;
+        }
+        Self(comm)
+    }
+
+    /// The name's bytes, without the padding.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        let len = self.0.iter().position(|&b| b == 0).unwrap_or(Self::LEN);
+        &self.0[..len]
+    }
+}
+
+/// Invisible or direction-changing characters that can make a line of text lie.
+fn is_deceptive(c: char) -> bool {
+    matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
+impl fmt::Display for Comm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let escape = |f: &mut fmt::Formatter<'_>, bytes: &[u8]| {
+            bytes.iter().try_for_each(|b| write!(f, "\\x{b:02x}"))
+        };
+        for chunk in self.as_bytes().utf8_chunks() {
+            for c in chunk.valid().chars() {
+                if c.is_control() || is_deceptive(c) || c == '\\' {
+                    escape(f, c.encode_utf8(&mut [0; 4]).as_bytes())?;
+                } else {
+                    write!(f, "{c}")?;
+                }
+            }
+            escape(f, chunk.invalid())?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Comm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Comm(\"{self}\")")
+    }
+}
+
+/// A text that is not a process name: longer than 15 bytes, or with a malformed `\xNN`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "not a process name: at most 15 bytes, none of them NUL, a backslash only as part of \\xNN"
+)]
+pub struct ParseCommError;
+
+impl FromStr for Comm {
+    type Err = ParseCommError;
+
+    fn from_str(s: &str) -> Result<Self, ParseCommError> {
+        let mut name = Vec::with_capacity(Self::LEN);
+        let mut rest = s.as_bytes();
+        while let [first, tail @ ..] = rest {
+            let (byte, tail) = match (first, tail) {
+                (b'\\', [b'x', high, low, tail @ ..]) => {
+                    let digit = |d: &u8| char::from(*d).to_digit(16).ok_or(ParseCommError);
+                    let byte = digit(high)? << 4 | digit(low)?;
+                    (u8::try_from(byte).map_err(|_| ParseCommError)?, tail)
+                }
+                (b'\\', _) => return Err(ParseCommError),
+                _ => (*first, tail),
+            };
+            if byte == 0 || name.len() == Self::LEN - 1 {
+                return Err(ParseCommError);
+            }
+            name.push(byte);
+            rest = tail;
+        }
+        Ok(Self::from_bytes(&name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(bytes: &[u8], shown: &str) {
+        let comm = Comm::from_bytes(bytes);
+        assert_eq!(comm.to_string(), shown);
+        assert_eq!(shown.parse(), Ok(comm), "{shown} does not parse back");
+    }
+
+    #[test]
+    fn shows_names_safely_and_parses_them_back() {
+        check(b"curl", "curl");
+        check(b"", "");
+        check("café".as_bytes(), "café");
+        check(b"nginx\0garbage", "nginx");
+        check(b"\x1b[31mred", r"\x1b[31mred");
+        check(b"two\nlines", r"two\x0alines");
+        check(b"back\\slash", r"back\x5cslash");
+        check(b"bad\xff\xc3utf8", r"bad\xff\xc3utf8");
+        check("a\u{202e}b".as_bytes(), r"a\xe2\x80\xaeb");
+    }
+
+    #[test]
+    fn keeps_at_most_fifteen_bytes() {
+        assert_eq!(Comm::from_bytes(&[b'x'; 40]).as_bytes(), [b'x'; 15]);
+        assert_eq!("x".repeat(16).parse::<Comm>(), Err(ParseCommError));
+    }
+
+    #[test]
+    fn rejects_what_display_never_writes() {
+        for text in [r"\", r"\x", r"\x1", r"\xgg", r"\x00", r"\n"] {
+            assert_eq!(text.parse::<Comm>(), Err(ParseCommError), "{text}");
+        }
+    }
+}

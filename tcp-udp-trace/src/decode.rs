@@ -1,0 +1,220 @@
+//! From a kernel record to an [`Event`]. No I/O, and any bytes are survived.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use tcp_udp_trace_common::{
+    AF_INET, AF_INET6, Accept, Head, Owner, StateChange, TcpSocket, kind, origin,
+};
+use zerocopy::FromBytes as _;
+
+use crate::{
+    Comm, Event, EventKind, Origin, Process, Protocol, Socket, TcpState, Traffic, time::BootClock,
+};
+
+/// A record that makes no sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Malformed;
+
+/// A decoded record.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Decoded {
+    pub(crate) event: Event,
+    /// How many records the kernel had lost before this one, since the tracer started, modulo 2³².
+    pub(crate) lost_before: u32,
+}
+
+/// Decodes one record.
+pub(crate) fn decode(bytes: &[u8], clock: BootClock) -> Result<Decoded, Malformed> {
+    let (head, socket, event_kind) = match bytes.first() {
+        Some(&kind::STATE_CHANGE) => {
+            let record = StateChange::read_from_bytes(bytes).map_err(|_| Malformed)?;
+            let state = |number| TcpState::from_number(number).ok_or(Malformed);
+            let error = i32::try_from(record.error).map_err(|_| Malformed)?;
+            let kind = EventKind::StateChange {
+                from: state(record.from)?,
+                to: state(record.to)?,
+                error: (error != 0).then_some(error),
+            };
+            (record.head, record.socket, kind)
+        }
+        Some(&kind::ACCEPT) => {
+            let record = Accept::read_from_bytes(bytes).map_err(|_| Malformed)?;
+            (record.head, record.socket, EventKind::Accept)
+        }
+        _ => return Err(Malformed),
+    };
+    let Head { lost, time, .. } = head;
+    let uptime = Duration::from_nanos(time);
+    let event = Event {
+        time: clock.wall(uptime),
+        uptime,
+        kind: event_kind,
+        process: process(&socket.owner)?,
+        socket: tcp_socket(&socket, uptime)?,
+        traffic: Traffic {
+            tx_bytes: socket.tx_bytes,
+            rx_bytes: socket.rx_bytes,
+            tx_packets: socket.tx_packets.into(),
+            rx_packets: socket.rx_packets.into(),
+        },
+    };
+    Ok(Decoded {
+        event,
+        lost_before: lost,
+    })
+}
+
+fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
+    let origin = match owner.origin {
+        origin::NONE => return Ok(None),
+        origin::CREATOR => Origin::Creator,
+        origin::ACCEPTOR => Origin::Acceptor,
+        _ => return Err(Malformed),
+    };
+    let &Owner {
+        pid,
+        tid,
+        uid,
+        ref comm,
+        ..
+    } = owner;
+    Ok(Some(Process {
+        pid,
+        tid,
+        uid,
+        comm: Comm::from_bytes(comm),
+        origin,
+    }))
+}
+
+fn tcp_socket(socket: &TcpSocket, now: Duration) -> Result<Socket, Malformed> {
+    let addr = |bytes, port| address(socket.family, bytes, port);
+    Ok(Socket {
+        protocol: Protocol::Tcp,
+        id: socket.id,
+        cookie: (socket.cookie != 0).then_some(socket.cookie),
+        local: addr(socket.local, socket.local_port)?,
+        remote: addr(socket.remote, socket.remote_port)?,
+        uid: socket.uid,
+        netns: socket.netns,
+        cgroup: socket.cgroup,
+        age: now.saturating_sub(Duration::from_nanos(socket.born)),
+    })
+}
+
+/// An address of a socket; an IPv4-mapped IPv6 address is the IPv4 address that it is.
+fn address(family: u16, bytes: [u8; 16], port: u16) -> Result<SocketAddr, Malformed> {
+    let ip = match family {
+        AF_INET => {
+            let [a, b, c, d, ..] = bytes;
+            IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+        }
+        AF_INET6 => Ipv6Addr::from(bytes).to_canonical(),
+        _ => return Err(Malformed),
+    };
+    Ok(SocketAddr::new(ip, port))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use zerocopy::{FromZeros as _, IntoBytes as _};
+
+    use super::*;
+
+    fn clock() -> BootClock {
+        BootClock::new(
+            UNIX_EPOCH + Duration::from_secs(1_000),
+            Duration::from_secs(10),
+        )
+    }
+
+    fn record() -> StateChange {
+        let mut record = StateChange::new_zeroed();
+        record.head = Head {
+            kind: kind::STATE_CHANGE,
+            _pad: [0; 3],
+            lost: 3,
+            time: 11_000_000_000,
+        };
+        record.from = 2;
+        record.to = 7;
+        record.error = 111;
+        record.socket.id = 12;
+        record.socket.born = 10_999_999_999;
+        record.socket.family = AF_INET;
+        record.socket.local[..4].copy_from_slice(&[127, 0, 0, 1]);
+        record.socket.remote[..4].copy_from_slice(&[10, 1, 2, 3]);
+        record.socket.local_port = 40_000;
+        record.socket.remote_port = 443;
+        record.socket.owner.origin = origin::CREATOR;
+        record.socket.owner.pid = 4242;
+        record.socket.owner.comm[..4].copy_from_slice(b"curl");
+        record
+    }
+
+    #[test]
+    fn decodes_a_state_change() {
+        let Decoded { event, lost_before } =
+            decode(record().as_bytes(), clock()).expect("a well-formed record");
+        assert_eq!(lost_before, 3);
+        assert_eq!(event.time, UNIX_EPOCH + Duration::from_secs(1_001));
+        assert_eq!(
+            event.to_string(),
+            "1970-01-01T00:16:41.000000000Z tcp 127.0.0.1:40000 > 10.1.2.3:443 \
+             SYN_SENT->CLOSE (Connection refused (os error 111)) curl[4242] tx 0 B/0 rx 0 B/0"
+        );
+        assert_eq!(event.socket.age, Duration::from_nanos(1));
+        assert_eq!(event.socket.cookie, None);
+        assert!(event.is_close());
+    }
+
+    #[test]
+    fn shows_mapped_addresses_as_ipv4() {
+        let mut mapped = [0; 16];
+        mapped[10..].copy_from_slice(&[0xff, 0xff, 192, 0, 2, 1]);
+        let v4 = SocketAddr::from(([192, 0, 2, 1], 80));
+        assert_eq!(address(AF_INET6, mapped, 80), Ok(v4));
+        let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 80));
+        assert_eq!(address(AF_INET6, Ipv6Addr::LOCALHOST.octets(), 80), Ok(v6));
+        assert_eq!(address(0, mapped, 80), Err(Malformed));
+    }
+
+    #[test]
+    fn refuses_what_makes_no_sense() {
+        let check = |break_it: fn(&mut StateChange)| {
+            let mut record = record();
+            break_it(&mut record);
+            assert_eq!(decode(record.as_bytes(), clock()), Err(Malformed));
+        };
+        check(|r| r.head.kind = 0);
+        check(|r| r.head.kind = kind::ACCEPT);
+        check(|r| r.from = 0);
+        check(|r| r.to = 13);
+        check(|r| r.error = u32::MAX);
+        check(|r| r.socket.family = 1);
+        check(|r| r.socket.owner.origin = 9);
+    }
+
+    #[test]
+    fn survives_any_bytes() {
+        let good = record();
+        let good = good.as_bytes();
+        for len in 0..good.len() {
+            assert_eq!(decode(&good[..len], clock()), Err(Malformed));
+        }
+        for position in 0..good.len() {
+            for value in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut bytes = good.to_vec();
+                bytes[position] = value;
+                if let Ok(decoded) = decode(&bytes, clock()) {
+                    let _ = decoded.event.to_string();
+                }
+            }
+        }
+    }
+}

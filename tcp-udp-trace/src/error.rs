@@ -1,0 +1,86 @@
+//! The one error type.
+
+use std::{error::Error as StdError, fmt};
+
+/// Why a tracer could not start, or stopped.
+///
+/// The message says what was missing and what to do about it; [`source`](StdError::source) is what the operating
+/// system or a library said.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    message: String,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// What an [`Error`] is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A privilege is missing; the message names the capability or limit.
+    Permission,
+    /// This operating system, kernel or machine lacks something that cannot be done without.
+    Unsupported,
+    /// A setting of the builder is out of its range.
+    InvalidConfig,
+    /// There is no Tokio runtime, or it has I/O or time disabled.
+    NoRuntime,
+    /// The kernel refused a program or a map, for another reason than permission.
+    Load,
+    /// The kernel refused to attach a program to a hook without which nothing can be traced.
+    Attach,
+    /// Reading what the kernel produced failed.
+    Read,
+}
+
+impl Error {
+    pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            message: message.into(),
+            source: None,
+        }))
+    }
+
+    pub(crate) fn with_source(
+        mut self,
+        source: impl Into<Box<dyn StdError + Send + Sync>>,
+    ) -> Self {
+        self.0.source = Some(source.into());
+        self
+    }
+
+    /// What the error is about.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.message)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner {
+            kind,
+            message,
+            source,
+        } = &*self.0;
+        f.debug_struct("Error")
+            .field("kind", kind)
+            .field("message", message)
+            .field("source", source)
+            .finish()
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.0.source.as_deref().map(|source| source as _)
+    }
+}

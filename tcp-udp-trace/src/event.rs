@@ -1,0 +1,287 @@
+//! What a tracer yields.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    time::{Duration, SystemTime},
+};
+
+use crate::{comm::Comm, tcp_state::TcpState};
+
+/// Something that happened to a socket of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Event {
+    /// When, on the wall clock: right to 1 ms, whatever clock steps and suspends came before.
+    #[cfg_attr(feature = "serde", serde(with = "crate::json::rfc3339"))]
+    pub time: SystemTime,
+    /// The same instant on `CLOCK_BOOTTIME`: monotonic, in nanoseconds, time in suspend included.
+    #[cfg_attr(
+        feature = "serde",
+        serde(rename = "uptime_ns", with = "crate::json::nanos")
+    )]
+    pub uptime: Duration,
+    /// What happened.
+    pub kind: EventKind,
+    /// The process that owns the socket; `None` when it is not known, never a guess.
+    pub process: Option<Process>,
+    /// The socket.
+    pub socket: Socket,
+    /// What the socket has carried so far.
+    pub traffic: Traffic,
+}
+
+/// What happened to a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(tag = "type", rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum EventKind {
+    /// TCP: the kernel moved the socket from one state to another.
+    StateChange {
+        /// The state it left.
+        from: TcpState,
+        /// The state it is in now.
+        to: TcpState,
+        /// On the way to [`TcpState::Close`]: the socket's error (an `errno` of Linux, such as 111,
+        /// `ECONNREFUSED`) when a `connect` failed or the peer or a timeout ended the connection.
+        error: Option<i32>,
+    },
+    /// TCP: `accept` gave the socket to a process, from now on its owner.
+    Accept,
+    /// A gap: events that were produced and could not be delivered would stand here.
+    Lost {
+        /// How many events are missing.
+        count: u64,
+        /// Where they were lost.
+        stage: LossStage,
+    },
+}
+
+/// Where an event was lost on its way to the consumer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum LossStage {
+    /// The buffer between kernel and reader was full: the machine was too busy to run the reader in time.
+    Ring,
+    /// The queue between reader and consumer was full: the consumer was too slow.
+    Queue,
+}
+
+/// The process that owns a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Process {
+    /// Process id (the kernel's `tgid`), as the initial pid namespace numbers it.
+    pub pid: u32,
+    /// The thread that made the socket this process's own.
+    pub tid: u32,
+    /// The user that the process ran as then.
+    pub uid: u32,
+    /// The process's name then.
+    pub comm: Comm,
+    /// How the owner is known.
+    pub origin: Origin,
+}
+
+/// How the owner of a socket is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Origin {
+    /// It called `connect` or `listen`; for a connection that waits to be accepted, it called `listen` on the listener.
+    Creator,
+    /// It accepted the connection.
+    Acceptor,
+    /// It was the first seen sending or receiving.
+    User,
+}
+
+/// The socket that an event is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Socket {
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// Names one life of a socket, from `connect`, `listen` or the handshake to its close. Unique in the
+    /// tracer's life, never reused.
+    pub id: u64,
+    /// The kernel's own name of the socket (`SO_COOKIE`), once somebody has asked the kernel for one.
+    pub cookie: Option<u64>,
+    /// The address of this side; unspecified until the kernel has chosen it.
+    pub local: SocketAddr,
+    /// The address of the other side; unspecified until known.
+    pub remote: SocketAddr,
+    /// The user that the kernel charges the socket to.
+    pub uid: u32,
+    /// The network namespace: the inode number of `/proc/PID/ns/net`.
+    pub netns: u32,
+    /// The cgroup that the socket was made in: the id of its directory in cgroup v2 (its inode number).
+    /// 0 when the kernel does not tell.
+    pub cgroup: u64,
+    /// How long ago its life began; for a socket older than the tracer, how long ago it was first seen.
+    #[cfg_attr(
+        feature = "serde",
+        serde(rename = "age_ns", with = "crate::json::nanos")
+    )]
+    pub age: Duration,
+}
+
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+}
+
+/// What a socket has carried since its life began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Traffic {
+    /// Payload bytes that this side put on the wire, each counted once: no retransmissions, SYN or FIN.
+    pub tx_bytes: u64,
+    /// Payload bytes received in order: no SYN or FIN.
+    pub rx_bytes: u64,
+    /// TCP: segments sent, as the kernel counts them (`tcpi_segs_out`; modulo 2³²).
+    pub tx_packets: u64,
+    /// TCP: segments received, as the kernel counts them (`tcpi_segs_in`; modulo 2³²).
+    pub rx_packets: u64,
+}
+
+impl Event {
+    /// Whether this is the moment a connection was established.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        matches!(
+            self.kind,
+            EventKind::StateChange {
+                to: TcpState::Established,
+                ..
+            }
+        )
+    }
+
+    /// A gap in the stream of a protocol.
+    pub(crate) fn gap(
+        count: u64,
+        stage: LossStage,
+        protocol: Protocol,
+        time: SystemTime,
+        uptime: Duration,
+    ) -> Self {
+        let nowhere = SocketAddr::from(([0; 4], 0));
+        let socket = Socket {
+            protocol,
+            id: 0,
+            cookie: None,
+            local: nowhere,
+            remote: nowhere,
+            uid: 0,
+            netns: 0,
+            cgroup: 0,
+            age: Duration::ZERO,
+        };
+        let kind = EventKind::Lost { count, stage };
+        Self {
+            time,
+            uptime,
+            kind,
+            process: None,
+            socket,
+            traffic: Traffic::default(),
+        }
+    }
+
+    /// A gap that ends with `last`.
+    pub(crate) fn lost(count: u64, stage: LossStage, last: &Self) -> Self {
+        Self::gap(count, stage, last.socket.protocol, last.time, last.uptime)
+    }
+
+    /// Whether this is the end of the socket's life; its [`traffic`](Self::traffic) is final.
+    #[must_use]
+    pub fn is_close(&self) -> bool {
+        matches!(
+            self.kind,
+            EventKind::StateChange {
+                to: TcpState::Close,
+                ..
+            }
+        )
+    }
+}
+
+/// One line: time, protocol, addresses, what happened, owner, traffic.
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            time,
+            kind,
+            process,
+            socket,
+            traffic,
+            ..
+        } = self;
+        write!(f, "{} {} ", crate::time::Rfc3339(*time), socket.protocol)?;
+        if let EventKind::Lost { count, stage } = kind {
+            return write!(f, "lost {count} in the {stage}");
+        }
+        write!(f, "{} > {} {kind} ", socket.local, socket.remote)?;
+        match process {
+            Some(Process { pid, comm, .. }) => write!(f, "{comm}[{pid}]")?,
+            None => f.write_str("-")?,
+        }
+        let Traffic {
+            tx_bytes,
+            rx_bytes,
+            tx_packets,
+            rx_packets,
+        } = traffic;
+        write!(
+            f,
+            " tx {tx_bytes} B/{tx_packets} rx {rx_bytes} B/{rx_packets}"
+        )
+    }
+}
+
+impl fmt::Display for EventKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::StateChange { from, to, error } => {
+                write!(f, "{from}->{to}")?;
+                match error {
+                    Some(errno) => write!(f, " ({})", std::io::Error::from_raw_os_error(*errno)),
+                    None => Ok(()),
+                }
+            }
+            Self::Accept => f.write_str("accept"),
+            Self::Lost { count, stage } => write!(f, "lost {count} in the {stage}"),
+        }
+    }
+}
+
+impl fmt::Display for LossStage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Ring => "ring",
+            Self::Queue => "queue",
+        })
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Tcp => "tcp",
+        })
+    }
+}

@@ -1,0 +1,161 @@
+//! Carries out the attach plan by trying.
+
+use std::{error::Error as StdError, io, thread};
+
+use aya::{
+    Btf, Ebpf,
+    programs::{Program, ProgramError},
+};
+
+use super::{
+    plan::{Choice, HookPoint, Signal},
+    refused, tracefs,
+};
+use crate::{Error, ErrorKind, Hook};
+
+/// Attaches every signal of `plan` in the best way this kernel allows, and says which.
+pub(super) fn attach(ebpf: &mut Ebpf, plan: &[Signal]) -> Result<Vec<Hook>, Error> {
+    // In a thread of its own, which may look at a tracefs that the rest of the process does not have.
+    let attached = thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                if let Err(error) = tracefs::make_visible() {
+                    log::info!("tracefs is not mounted and cannot be: {error}");
+                }
+                plan.iter()
+                    .map(|signal| attach_signal(ebpf, signal))
+                    .collect()
+            })
+            .join()
+    });
+    attached.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn attach_signal(ebpf: &mut Ebpf, signal: &Signal) -> Result<Hook, Error> {
+    let mut hook = Hook {
+        signal: signal.name.into(),
+        programs: Vec::new(),
+        note: None,
+    };
+    let mut refusal = None;
+    for slot in signal.slots {
+        for choice in *slot {
+            match attach_choice(ebpf, choice) {
+                Ok(programs) => {
+                    hook.programs.extend(programs);
+                    hook.note = hook.note.or(choice.cost.map(Into::into));
+                    break;
+                }
+                Err(error) => {
+                    log::debug!("{}: {}", choice.hooks[0].1, chain(&error));
+                    refusal.get_or_insert(error);
+                }
+            }
+        }
+    }
+    match refusal {
+        Some(error) if hook.programs.is_empty() && signal.required => Err(refused(
+            errno(&error),
+            &format!("every hook for the signal `{}`", signal.name),
+            ErrorKind::Attach,
+        )
+        .with_source(error)),
+        Some(error) if hook.programs.is_empty() => {
+            hook.note = Some(format!(
+                "the kernel allows none of its hooks: {}",
+                chain(&error)
+            ));
+            Ok(hook)
+        }
+        _ => Ok(hook),
+    }
+}
+
+/// Attaches a choice: all of its hooks, or at least the first.
+fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Vec<String>, ProgramError> {
+    let mut programs = Vec::new();
+    for (index, (name, point)) in choice.hooks.iter().enumerate() {
+        let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
+        match attach_program(program, *point) {
+            Ok(()) => programs.push(point.to_string()),
+            Err(error) if index == 0 => {
+                unload(program);
+                return Err(error);
+            }
+            Err(error) => log::debug!("{point}: {}", chain(&error)),
+        }
+    }
+    Ok(programs)
+}
+
+fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
+    let loaded = program.fd().is_ok();
+    match (program, point) {
+        (Program::RawTracePoint(program), HookPoint::RawTracepoint(name)) => {
+            program.load()?;
+            program.attach(name)?;
+        }
+        (Program::TracePoint(program), HookPoint::Tracepoint(category, name)) => {
+            if !loaded {
+                program.load()?;
+            }
+            program.attach(category, name)?;
+        }
+        (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(name)) => {
+            program.load(name, &Btf::from_sys_fs()?)?;
+            program.attach()?;
+        }
+        (Program::KProbe(program), HookPoint::Kprobe(function)) => {
+            program.load()?;
+            program.attach(function, 0)?;
+        }
+        (Program::FEntry(program), HookPoint::Fentry(function)) => {
+            program.load(function, &Btf::from_sys_fs()?)?;
+            program.attach()?;
+        }
+        _ => return Err(ProgramError::UnexpectedProgramType),
+    }
+    Ok(())
+}
+
+/// Takes a program out of the kernel, if it is there.
+pub(super) fn unload(program: &mut Program) {
+    // The only error is that it is not there.
+    let _ = match program {
+        Program::RawTracePoint(program) => program.unload(),
+        Program::TracePoint(program) => program.unload(),
+        Program::BtfTracePoint(program) => program.unload(),
+        Program::KProbe(program) => program.unload(),
+        Program::FEntry(program) => program.unload(),
+        _ => Ok(()),
+    };
+}
+
+/// An error and its sources, in one line.
+fn chain(error: &dyn StdError) -> String {
+    let mut line = error
+        .to_string()
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned();
+    let mut source = error.source();
+    while let Some(error) = source {
+        line.push_str(": ");
+        line.push_str(error.to_string().lines().next().unwrap_or_default());
+        source = error.source();
+    }
+    line
+}
+
+/// What the operating system said at the end of the chain.
+fn errno(error: &(dyn StdError + 'static)) -> Option<i32> {
+    let mut error = Some(error);
+    while let Some(e) = error {
+        if let Some(io) = e.downcast_ref::<io::Error>() {
+            return io.raw_os_error();
+        }
+        error = e.source();
+    }
+    None
+}

@@ -1,0 +1,243 @@
+//! The rim to the kernel, and the only place that names aya: loads the eBPF object with the offsets of this
+//! kernel, attaches it by the plan, and hands out raw records and counts.
+
+mod attach;
+mod btf;
+mod offsets;
+mod plan;
+mod tracefs;
+
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd, RawFd},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, MapData, MapError, RingBuf},
+};
+use aya_log::EbpfLogger;
+use log::Log;
+use tcp_udp_trace_common::Counters;
+
+use crate::{Error, ErrorKind, Hook, builder::Config};
+
+/// The eBPF object of this architecture, as `cargo xtask ebpf` made it.
+#[cfg(target_arch = "x86_64")]
+static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.x86_64.o");
+
+/// The share of the ring that may fill before the reader is woken though it did not ask.
+const WAKE_SHARE: u32 = 8;
+
+/// Programs and maps in the kernel, and what they are attached to. Dropping it removes everything.
+pub(crate) struct Kernel {
+    ebpf: Ebpf,
+    hooks: Vec<Hook>,
+    armed: Array<MapData, u32>,
+    counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
+    log: EbpfLogger<&'static dyn Log>,
+    /// The last answer of the kernel, which it gives only while the programs are loaded.
+    recursion_misses: Option<u64>,
+}
+
+/// The records, in the order in which the kernel made room for them.
+pub(crate) struct Ring(RingBuf<MapData>);
+
+impl Kernel {
+    /// Loads and attaches everything. Blocks for some milliseconds.
+    pub(crate) fn start(config: &Config) -> Result<(Self, Ring), Error> {
+        let btf = offsets::read_btf()?;
+        let offsets = offsets::resolve(&btf)?;
+        let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
+            Error::new(
+                ErrorKind::Unsupported,
+                format!("cannot read {path}: is /sys mounted?"),
+            )
+            .with_source(source)
+        })?;
+        let mut ebpf = EbpfLoader::new()
+            .override_global("OFFSETS", &offsets[..], true)
+            .override_global("CPUS", &(cpus as u64), true)
+            .override_global(
+                "WAKE_BYTES",
+                &u64::from(config.ring_bytes / WAKE_SHARE),
+                true,
+            )
+            .map_max_entries("EVENTS", config.ring_bytes)
+            .map_max_entries("SOCKETS", config.max_sockets)
+            .load(OBJECT)
+            .map_err(load_error)?;
+        let log = EbpfLogger::init(&mut ebpf).map_err(|source| {
+            Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
+        })?;
+        let ring = Ring(take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?);
+        let armed = take_map(&mut ebpf, "ARMED", Array::try_from)?;
+        let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
+        let hooks = attach::attach(&mut ebpf, plan::TCP)?;
+        Ok((
+            Self {
+                ebpf,
+                hooks,
+                armed,
+                counters,
+                log,
+                recursion_misses: None,
+            },
+            ring,
+        ))
+    }
+
+    pub(crate) fn hooks(&self) -> &[Hook] {
+        &self.hooks
+    }
+
+    /// Asks to be woken by the next record.
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
+        self.armed.set(0, 1, 0).map_err(io::Error::other)
+    }
+
+    /// What the programs have counted.
+    pub(crate) fn counters(&self) -> Counters {
+        // A lookup in an array cannot fail; if it did, the counts of before would be the best answer too.
+        self.counters.get(&0, 0).map_or_else(
+            |_| Counters::default(),
+            |counts| zerocopy::transmute!(counts),
+        )
+    }
+
+    /// How often the kernel skipped a program that was already active on the CPU, where it tells.
+    pub(crate) fn recursion_misses(&self) -> Option<u64> {
+        let loaded = self
+            .ebpf
+            .programs()
+            .filter_map(|(_, program)| {
+                let fd = program.fd().ok()?.as_fd().as_raw_fd();
+                let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+                let misses = info
+                    .lines()
+                    .find_map(|line| line.strip_prefix("recursion_misses:"))?;
+                misses.trim().parse::<u64>().ok()
+            })
+            .reduce(|a, b| a + b);
+        loaded.or(self.recursion_misses)
+    }
+
+    /// Passes what the programs had to say to the `log` crate.
+    pub(crate) fn flush_log(&mut self) {
+        self.log.flush();
+    }
+
+    /// Takes the programs out of the kernel; the maps, and so the records already made, stay. Blocks for
+    /// some milliseconds.
+    pub(crate) fn detach(&mut self) {
+        self.recursion_misses = self.recursion_misses();
+        for (_, program) in self.ebpf.programs_mut() {
+            attach::unload(program);
+        }
+    }
+}
+
+impl Ring {
+    /// Hands the next record to `take`; false if there is none.
+    pub(crate) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
+        match self.0.next() {
+            Some(record) => {
+                take(&record);
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+fn take_map<M>(
+    ebpf: &mut Ebpf,
+    name: &str,
+    convert: impl FnOnce(aya::maps::Map) -> Result<M, MapError>,
+) -> Result<M, Error> {
+    let missing = || {
+        Error::new(
+            ErrorKind::Load,
+            format!("the eBPF object has no usable map {name}"),
+        )
+    };
+    let map = ebpf.take_map(name).ok_or_else(missing)?;
+    convert(map).map_err(|source| missing().with_source(source))
+}
+
+fn load_error(source: EbpfError) -> Error {
+    let errno = match &source {
+        EbpfError::MapError(MapError::CreateError { io_error, .. }) => io_error.raw_os_error(),
+        _ => None,
+    };
+    refused(errno, "a map", ErrorKind::Load).with_source(source)
+}
+
+/// The error for something that the kernel refused with this `errno`.
+fn refused(errno: Option<i32>, what: &str, otherwise: ErrorKind) -> Error {
+    const EPERM: i32 = 1;
+    const EACCES: i32 = 13;
+    const ENOMEM: i32 = 12;
+    match errno {
+        Some(EPERM | EACCES) => Error::new(ErrorKind::Permission, permission(what)),
+        Some(ENOMEM) => Error::new(
+            ErrorKind::Load,
+            format!(
+                "the kernel has no memory for {what}: lower max_sockets or ring_bytes, or raise the memory limit of the cgroup"
+            ),
+        ),
+        _ => Error::new(otherwise, format!("the kernel refused {what}")),
+    }
+}
+
+/// What permission is missing, as far as it can be told.
+fn permission(what: &str) -> String {
+    const SYS_ADMIN: u32 = 21;
+    const PERFMON: u32 = 38;
+    const BPF: u32 = 39;
+    let effective = fs::read_to_string("/proc/thread-self/status")
+        .ok()
+        .and_then(|status| {
+            let hex = status
+                .lines()
+                .find_map(|line| line.strip_prefix("CapEff:"))?;
+            u64::from_str_radix(hex.trim(), 16).ok()
+        });
+    let has = |capability| effective.is_none_or(|set: u64| set & (1_u64 << capability) != 0);
+    let missing: Vec<_> = [(BPF, "CAP_BPF"), (PERFMON, "CAP_PERFMON")]
+        .into_iter()
+        .filter(|&(capability, _)| !has(capability) && !has(SYS_ADMIN))
+        .map(|(_, name)| name)
+        .collect();
+    if missing.is_empty() {
+        format!(
+            "the kernel refused {what} although CAP_BPF and CAP_PERFMON are there: before Linux 5.11 raise the limit \
+             on locked memory (`ulimit -l unlimited`); otherwise a container's seccomp filter or kernel lockdown forbids it"
+        )
+    } else {
+        format!(
+            "the kernel refused {what}: {} missing; run as root, or grant CAP_BPF and CAP_PERFMON",
+            missing.join(" and ")
+        )
+    }
+}
+
+impl std::fmt::Debug for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kernel")
+            .field("hooks", &self.hooks)
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,99 @@
+//! Where the fields that the programs read are on the running kernel.
+
+use std::{fs, io};
+
+use tcp_udp_trace_common::{ABSENT, FIELDS, Offsets};
+
+use super::btf::Btf;
+use crate::{Error, ErrorKind};
+
+/// The kernel's description of its own types.
+const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// Without these nothing can be said of a socket; without any other, one detail is missing.
+const REQUIRED: &[tcp_udp_trace_common::Field] = {
+    use tcp_udp_trace_common::Field::{Family, LocalPort, Protocol, RemotePort, State};
+    &[Family, LocalPort, Protocol, RemotePort, State]
+};
+
+/// Reads the running kernel's BTF.
+pub(super) fn read_btf() -> Result<Vec<u8>, Error> {
+    fs::read(VMLINUX).map_err(|source| {
+        let (kind, what) = match source.kind() {
+            io::ErrorKind::NotFound => (
+                ErrorKind::Unsupported,
+                "this kernel has no BTF (or /sys is not mounted): a kernel of at least 5.10 built with \
+                 CONFIG_DEBUG_INFO_BTF=y is needed",
+            ),
+            io::ErrorKind::PermissionDenied => (ErrorKind::Permission, "the kernel's BTF may not be read"),
+            _ => (ErrorKind::Unsupported, "the kernel's BTF cannot be read"),
+        };
+        Error::new(kind, format!("{VMLINUX}: {what}")).with_source(source)
+    })
+}
+
+/// Looks up every field.
+pub(super) fn resolve(btf: &[u8]) -> Result<Offsets, Error> {
+    let btf = Btf::parse(btf).map_err(|source| {
+        Error::new(
+            ErrorKind::Unsupported,
+            format!("{VMLINUX} is not readable: {source}"),
+        )
+        .with_source(source)
+    })?;
+    let offsets = std::array::from_fn(|index| {
+        let wanted = &FIELDS[index];
+        let found = wanted.path.split(" | ").find_map(|path| btf.field(path));
+        match found {
+            Some(field) if field.size == wanted.size => field.offset,
+            _ => {
+                log::info!(
+                    "this kernel has no {} of {} bytes",
+                    wanted.path,
+                    wanted.size
+                );
+                ABSENT
+            }
+        }
+    });
+    match REQUIRED
+        .iter()
+        .find(|&&field| offsets[field as usize] == ABSENT)
+    {
+        None => Ok(offsets),
+        Some(&field) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "this kernel's {} is not the one we know: report its version",
+                FIELDS[field as usize].path
+            ),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_running_kernel_has_every_field() {
+        let Ok(btf) = read_btf() else {
+            println!("skipped: this kernel has no BTF");
+            return;
+        };
+        let offsets = resolve(&btf).expect("the fields of the running kernel");
+        let missing: Vec<_> = offsets
+            .iter()
+            .zip(FIELDS)
+            .filter(|(offset, _)| **offset == ABSENT)
+            .map(|(_, f)| f.path)
+            .collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+
+    #[test]
+    fn bytes_that_are_no_btf_are_an_unsupported_kernel() {
+        let error = resolve(b"not BTF").expect_err("not BTF");
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+    }
+}

@@ -1,0 +1,381 @@
+//! The reader task: from the ring to the queue.
+//!
+//! Waking up is the most expensive thing about an event, so the programs wake the reader only when it asks.
+//! After a pause it asks for the next record and sleeps; the first one wakes it at once; from then on it lets records gather
+//! for the latency that the user allows, takes them all, and asks again only when a round brought nothing.
+
+use std::{
+    future::{Future, poll_fn},
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, UNIX_EPOCH},
+};
+
+use nix::time::{ClockId, clock_gettime};
+use tcp_udp_trace_common::Counters;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    runtime::Handle,
+    sync::Notify,
+    task::{self, JoinHandle},
+    time::sleep,
+};
+
+use crate::{
+    Error, ErrorKind, Event, Hook, LossStage, Protocol, Stats,
+    builder::Config,
+    decode::{Decoded, decode},
+    kernel::{Kernel, Ring},
+    queue::Queue,
+    time::BootClock,
+};
+
+/// How many records are taken in one go, between two chances for other tasks to run.
+const BATCH: usize = 256;
+/// How long the reader sleeps when nothing happens. It does not have to wake at all, but for a record that was
+/// being written just while it asked to be woken; so it looks once soon, and then rarely.
+const FIRST_NAP: Duration = Duration::from_millis(50);
+const NAP: Duration = Duration::from_secs(1);
+
+/// What the reader task, the stream and the handles share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) queue: Queue,
+    /// `None` once everything of ours has left the kernel.
+    attached: Mutex<Option<Attached>>,
+    hooks: Vec<Hook>,
+    /// The counts when everything left the kernel.
+    last: Mutex<Stats>,
+    stopping: AtomicBool,
+    stop: Notify,
+}
+
+#[derive(Debug)]
+struct Attached {
+    kernel: Kernel,
+    ring: AsyncFd<Ring>,
+    decoded: u64,
+    malformed: u64,
+    /// Losses in the ring that the stream has been told of.
+    lost: u64,
+}
+
+/// Everything of ours has left the kernel.
+struct Gone;
+
+/// Loads, attaches and starts to read.
+pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, JoinHandle<()>), Error> {
+    let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
+    let runtime = Handle::try_current().map_err(|source| {
+        no_runtime("no Tokio runtime here: call `start` from within one").with_source(source)
+    })?;
+    let Config { queue, latency, .. } = config;
+    let (kernel, ring) = runtime
+        .spawn_blocking(move || Kernel::start(&config))
+        .await
+        .map_err(|source| {
+            no_runtime("the runtime was shut down during the start").with_source(source)
+        })??;
+    // Tokio panics when its drivers are off, and offers no way to ask.
+    let ring = catch_unwind(AssertUnwindSafe(|| {
+        drop(sleep(Duration::ZERO));
+        #[allow(
+            deprecated,
+            reason = "its successor is unsafe; the ring owns its descriptor and keeps it open"
+        )]
+        AsyncFd::with_interest(ring, Interest::READABLE)
+    }))
+    .map_err(|_| {
+        no_runtime("this Tokio runtime has I/O or time disabled: build it with `enable_all`")
+    })?
+    .map_err(|source| {
+        Error::new(ErrorKind::Read, "cannot wait for the ring buffer").with_source(source)
+    })?;
+
+    let shared = Arc::new(Shared {
+        queue: Queue::new(queue),
+        hooks: kernel.hooks().to_vec(),
+        attached: Mutex::new(Some(Attached {
+            kernel,
+            ring,
+            decoded: 0,
+            malformed: 0,
+            lost: 0,
+        })),
+        last: Mutex::new(Stats::default()),
+        stopping: AtomicBool::new(false),
+        stop: Notify::new(),
+    });
+    let reader = Reader {
+        shared: Arc::clone(&shared),
+        latency,
+        batch: Vec::with_capacity(BATCH),
+    };
+    Ok((shared, runtime.spawn(reader.run())))
+}
+
+impl Shared {
+    fn attached(&self) -> MutexGuard<'_, Option<Attached>> {
+        // No invariant spans a panic here.
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn hooks(&self) -> &[Hook] {
+        &self.hooks
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let mut stats = match &*self.attached() {
+            Some(attached) => attached.stats(),
+            None => *self.last.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        let counts = self.queue.counts();
+        stats.delivered = counts.delivered;
+        stats.queue_shed = counts.shed;
+        stats.discarded = counts.discarded;
+        stats
+    }
+
+    /// Lets the reader detach, take what was already produced, and end the stream.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.stop.notify_one();
+    }
+
+    /// Takes everything of ours out of the kernel, now.
+    pub(crate) fn release(&self) {
+        let Some(attached) = self.attached().take() else {
+            return;
+        };
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = attached.stats();
+        drop(attached);
+    }
+}
+
+impl Attached {
+    fn stats(&self) -> Stats {
+        let Counters {
+            lost,
+            untracked,
+            missed,
+            unknown_family,
+        } = self.kernel.counters();
+        Stats {
+            emitted: self.decoded + self.malformed + lost,
+            ring_lost: lost,
+            malformed: self.malformed,
+            untracked,
+            missed,
+            unknown_family,
+            recursion_misses: self.kernel.recursion_misses(),
+            ..Stats::default()
+        }
+    }
+
+    /// Moves up to [`BATCH`] records to `batch`. Fewer means that the ring is empty.
+    fn read(&mut self, batch: &mut Vec<Event>) -> usize {
+        let clock = clock();
+        for taken in 0..BATCH {
+            let Self {
+                ring,
+                decoded,
+                malformed,
+                lost,
+                ..
+            } = self;
+            let record = |bytes: &[u8]| match decode(bytes, clock) {
+                Ok(Decoded { event, lost_before }) => {
+                    // The counter may already have been read further than this record knew.
+                    let gap = lost_before.wrapping_sub(*lost as u32).cast_signed();
+                    if gap > 0 {
+                        let count = u64::from(gap.unsigned_abs());
+                        *lost += count;
+                        batch.push(Event::lost(count, LossStage::Ring, &event));
+                    }
+                    *decoded += 1;
+                    batch.push(event);
+                }
+                Err(_) => *malformed += 1,
+            };
+            if !ring.get_mut().next(record) {
+                return taken;
+            }
+        }
+        BATCH
+    }
+
+    /// Tells the stream of losses that no record has followed yet.
+    fn report_losses(&mut self, batch: &mut Vec<Event>) {
+        let lost = self.kernel.counters().lost;
+        if lost > self.lost {
+            let uptime = boottime();
+            let count = lost - self.lost;
+            batch.push(Event::gap(
+                count,
+                LossStage::Ring,
+                Protocol::Tcp,
+                clock().wall(uptime),
+                uptime,
+            ));
+            self.lost = lost;
+        }
+    }
+}
+
+struct Reader {
+    shared: Arc<Shared>,
+    latency: Duration,
+    batch: Vec<Event>,
+}
+
+/// However the task ends, nobody must wait for events that will not come.
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let ended = Error::new(
+            ErrorKind::NoRuntime,
+            "the runtime was shut down while the tracer was in use",
+        );
+        self.shared.queue.finish(Err(ended));
+    }
+}
+
+impl Reader {
+    async fn run(mut self) {
+        let result = match self.read_until_stopped().await {
+            Ok(()) | Err(None) => Ok(()),
+            Err(Some(source)) => Err(
+                Error::new(ErrorKind::Read, "reading the ring buffer failed").with_source(source),
+            ),
+        };
+        self.blocking(|shared| {
+            if let Some(attached) = &mut *shared.attached() {
+                attached.kernel.detach();
+            }
+        })
+        .await;
+        if self.drain().await.is_ok() {
+            self.with_attached(Attached::report_losses)
+                .unwrap_or_default();
+        }
+        self.blocking(Shared::release).await;
+        self.shared.queue.finish(result);
+    }
+
+    /// Reads until told to stop. `Err(None)`: the tracer was dropped.
+    async fn read_until_stopped(&mut self) -> Result<(), Option<io::Error>> {
+        let mut nap = FIRST_NAP;
+        loop {
+            let mut taken = self.drain().await?;
+            let mut pause = self.latency;
+            if taken == 0 {
+                self.arm()?;
+                // A record may have come just before the programs knew that we want to be woken.
+                taken = self.drain().await?;
+                pause = nap;
+                nap = NAP;
+            }
+            if taken > 0 {
+                nap = FIRST_NAP;
+                pause = self.latency;
+            }
+            if self.shared.stopping.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            self.wait(pause).await?;
+        }
+    }
+
+    /// Takes all records that are in the ring, and says how many.
+    async fn drain(&mut self) -> Result<usize, Gone> {
+        let mut total = 0;
+        loop {
+            let taken = self.with_attached(|attached, batch| attached.read(batch))?;
+            total += taken;
+            if taken < BATCH {
+                return Ok(total);
+            }
+            task::yield_now().await;
+        }
+    }
+
+    /// Runs `f` and hands over what it put into the batch.
+    fn with_attached<T>(
+        &mut self,
+        f: impl FnOnce(&mut Attached, &mut Vec<Event>) -> T,
+    ) -> Result<T, Gone> {
+        let result = match &mut *self.shared.attached() {
+            Some(attached) => Ok(f(attached, &mut self.batch)),
+            None => Err(Gone),
+        };
+        self.shared.queue.push(&mut self.batch);
+        result
+    }
+
+    fn arm(&mut self) -> Result<(), Option<io::Error>> {
+        let armed = self.with_attached(|attached, batch| {
+            attached.kernel.flush_log();
+            attached.report_losses(batch);
+            attached.kernel.arm()
+        })?;
+        armed.map_err(Some)
+    }
+
+    /// Waits until the programs wake us, a stop is asked for, or the time is over.
+    async fn wait(&self, time: Duration) -> Result<(), Option<io::Error>> {
+        let mut timer = pin!(sleep(time));
+        let mut stop = pin!(self.shared.stop.notified());
+        poll_fn(|cx| {
+            if timer.as_mut().poll(cx).is_ready() || stop.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            self.poll_woken(cx)
+        })
+        .await
+    }
+
+    fn poll_woken(&self, cx: &mut Context<'_>) -> Poll<Result<(), Option<io::Error>>> {
+        match &*self.shared.attached() {
+            Some(attached) => attached.ring.poll_read_ready(cx).map(|ready| {
+                // Cleared before the ring is read: a wake-up after this is a new one.
+                ready.map_err(Some)?.clear_ready();
+                Ok(())
+            }),
+            None => Poll::Ready(Err(None)),
+        }
+    }
+
+    /// Does what blocks on a thread that may.
+    async fn blocking(&self, f: impl FnOnce(&Shared) + Send + 'static) {
+        let shared = Arc::clone(&self.shared);
+        // It fails only if the runtime is being shut down; then the tracer's drop does the work.
+        let _ = task::spawn_blocking(move || f(&shared)).await;
+    }
+}
+
+impl From<Gone> for Option<io::Error> {
+    fn from(_: Gone) -> Self {
+        None
+    }
+}
+
+fn read_clock(id: ClockId) -> Duration {
+    // Both clocks have been there since before BPF: the error cannot happen.
+    clock_gettime(id).map_or(Duration::ZERO, Duration::from)
+}
+
+/// The time on the clock of the kernel's records.
+fn boottime() -> Duration {
+    read_clock(ClockId::CLOCK_BOOTTIME)
+}
+
+/// The wall clock as it is set now.
+fn clock() -> BootClock {
+    let uptime = boottime();
+    BootClock::new(UNIX_EPOCH + read_clock(ClockId::CLOCK_REALTIME), uptime)
+}

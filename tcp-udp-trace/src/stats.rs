@@ -1,0 +1,36 @@
+//! What a tracer counts about itself.
+
+/// What has become of every event, and what the kernel could not do; all counts since the start.
+///
+/// Once a tracer is closed,
+/// `emitted == delivered + ring_lost + queue_shed + malformed + discarded`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Stats {
+    /// Events that the hooks produced.
+    pub emitted: u64,
+    /// Events that the consumer took from the stream.
+    pub delivered: u64,
+    /// Events that found the buffer between kernel and reader full.
+    pub ring_lost: u64,
+    /// Events that the queue shed, the oldest first, because the consumer was too slow.
+    pub queue_shed: u64,
+    /// Records that could not be decoded: an eBPF object and a library that do not belong together.
+    pub malformed: u64,
+    /// Events that waited in the queue when the tracer was closed.
+    pub discarded: u64,
+    /// Times that a socket could not be remembered because [`max_sockets`] others were: its events have
+    /// no owner, and each has an id of its own.
+    ///
+    /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
+    pub untracked: u64,
+    /// State changes that no hook saw, noticed later. A missed close is reported when the kernel frees the socket.
+    pub missed: u64,
+    /// TCP sockets left out because they are neither IPv4 nor IPv6.
+    pub unknown_family: u64,
+    /// How often the kernel skipped one of the programs because it was already active on that CPU (`recursion_misses`
+    /// of `/proc/self/fdinfo`); `None` where it does not tell (before 5.12). Signals with two programs lose nothing by it,
+    /// because the other one was run.
+    pub recursion_misses: Option<u64>,
+}

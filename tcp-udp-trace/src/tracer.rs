@@ -1,0 +1,130 @@
+//! The tracers and their handle.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures_core::{FusedStream, Stream};
+use tokio::task::JoinHandle;
+
+use crate::{
+    Error, ErrorKind, Event, Hook, Stats, TcpTracerBuilder,
+    builder::Config,
+    reader::{self, Shared},
+};
+
+/// The TCP events of the whole machine, as a stream.
+///
+/// Made by [`TcpTracer::builder`]; several may run at once. The stream ends (`None`) only after
+/// [`TracerHandle::stop`], or if reading fails, which [`close`](Self::close) then reports.
+///
+/// Dropping it detaches everything, at once and also outside of a runtime; that blocks for some milliseconds.
+///
+/// # Cancel safety
+///
+/// An event leaves the queue when it is returned and not before, so a dropped `next()` loses nothing.
+#[derive(Debug)]
+#[must_use = "a tracer that nobody reads fills its queue"]
+pub struct TcpTracer {
+    shared: Arc<Shared>,
+    reader: JoinHandle<()>,
+}
+
+impl TcpTracer {
+    /// A tracer with default settings.
+    pub fn builder() -> TcpTracerBuilder {
+        TcpTracerBuilder::default()
+    }
+
+    pub(crate) async fn start(config: Config) -> Result<Self, Error> {
+        let (shared, reader) = reader::start(config).await?;
+        Ok(Self { shared, reader })
+    }
+
+    /// A handle for other tasks.
+    #[must_use]
+    pub fn handle(&self) -> TracerHandle {
+        TracerHandle {
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
+    /// Detaches, reads what the kernel had already produced, and gives the final counts.
+    ///
+    /// Events that nobody has taken are thrown away and counted as [`Stats::discarded`]; to take them, call
+    /// [`TracerHandle::stop`] and read the stream to its end first.
+    ///
+    /// # Errors
+    ///
+    /// What ended the stream before: reading failed (`Read`), or the runtime was shut down (`NoRuntime`).
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, so is the tracer: everything is detached, and the counts are lost.
+    pub async fn close(mut self) -> Result<Stats, Error> {
+        self.shared.stop();
+        if let Err(source) = (&mut self.reader).await {
+            let error = Error::new(ErrorKind::NoRuntime, "the reader did not come to its end");
+            return Err(error.with_source(source));
+        }
+        self.shared.queue.discard()?;
+        Ok(self.shared.stats())
+    }
+}
+
+impl Drop for TcpTracer {
+    fn drop(&mut self) {
+        self.shared.release();
+        self.reader.abort();
+        self.shared.queue.finish(Ok(()));
+    }
+}
+
+impl Stream for TcpTracer {
+    type Item = Event;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+        self.shared.queue.poll_pop(cx)
+    }
+}
+
+impl FusedStream for TcpTracer {
+    fn is_terminated(&self) -> bool {
+        self.shared.queue.is_finished()
+    }
+}
+
+/// Looks at a tracer and steers it while another task reads its events.
+#[derive(Debug, Clone)]
+pub struct TracerHandle {
+    shared: Arc<Shared>,
+}
+
+impl TracerHandle {
+    /// The counts so far, or the final ones.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.shared.stats()
+    }
+
+    /// Which kernel hooks this machine allowed.
+    #[must_use]
+    pub fn hooks(&self) -> Vec<Hook> {
+        self.shared.hooks().to_vec()
+    }
+
+    /// Detaches. The stream yields what had already been produced, and then ends.
+    pub fn stop(&self) {
+        self.shared.stop();
+    }
+}
+
+/// The promises of the documentation.
+const _: () = {
+    const fn holds<T: Stream<Item = Event> + FusedStream + Send + Unpin>() {}
+    const fn shares<T: Clone + Send + Sync>() {}
+    holds::<TcpTracer>();
+    shares::<TracerHandle>();
+};

@@ -1,0 +1,39 @@
+//! Where there is no Linux, everything compiles and nothing starts.
+
+use std::sync::Arc;
+
+use tokio::task::JoinHandle;
+
+use crate::{Error, ErrorKind, Hook, Stats, builder::Config, queue::Queue};
+
+/// Never made.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) queue: Queue,
+    never: std::convert::Infallible,
+}
+
+impl Shared {
+    pub(crate) fn hooks(&self) -> &[Hook] {
+        match self.never {}
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        match self.never {}
+    }
+
+    pub(crate) fn stop(&self) {
+        match self.never {}
+    }
+
+    pub(crate) fn release(&self) {
+        match self.never {}
+    }
+}
+
+pub(crate) async fn start(_: Config) -> Result<(Arc<Shared>, JoinHandle<()>), Error> {
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        "eBPF is Linux: this library traces only there, on x86_64, from kernel 5.10 on",
+    ))
+}

@@ -1,0 +1,227 @@
+//! What the verbs need besides cargo, and installing it where we know how: Debian and its descendants.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Result, bail};
+
+use crate::{process, workspace};
+
+/// Programs that one verb needs, each with the Debian package that has it.
+pub(crate) struct Group {
+    purpose: &'static str,
+    packages: &'static [Package],
+}
+
+struct Package {
+    name: &'static str,
+    /// What tells that it is there, on any distribution and without asking a package manager.
+    probe: Probe,
+}
+
+enum Probe {
+    /// A program on the search path.
+    Program(&'static str),
+    File(&'static str),
+}
+
+/// The pinned compiler for BPF. The `-dev` packages are for building bpf-linker.
+pub(crate) const EBPF: Group = Group {
+    purpose: "building the eBPF object",
+    packages: &[
+        Package {
+            name: "rustc-web",
+            probe: Probe::File("/usr/bin/rustc"),
+        },
+        Package {
+            name: "libstd-rust-web-dev-bpf",
+            probe: Probe::File("/usr/lib/rustlib/bpfel-unknown-none"),
+        },
+        Package {
+            name: "llvm-22-dev",
+            probe: Probe::File("/usr/lib/llvm-22/include/llvm-c/Core.h"),
+        },
+        Package {
+            name: "libpolly-22-dev",
+            probe: Probe::File("/usr/lib/llvm-22/lib/libPolly.a"),
+        },
+        Package {
+            name: "libclang-common-22-dev",
+            probe: Probe::File("/usr/lib/llvm-22/lib/clang/22/include"),
+        },
+    ],
+};
+
+/// What the integration tests call to set up links and impairments.
+pub(crate) const TESTS: Group = Group {
+    purpose: "running the integration tests",
+    packages: &[Package {
+        name: "iproute2",
+        probe: Probe::Program("tc"),
+    }],
+};
+
+/// Booting other kernels.
+pub(crate) const VM: Group = Group {
+    purpose: "running the tests on other kernels",
+    packages: &[
+        Package {
+            name: "qemu-system-x86",
+            probe: Probe::Program("qemu-system-x86_64"),
+        },
+        Package {
+            name: "busybox-static",
+            probe: Probe::Program("busybox"),
+        },
+        Package {
+            name: "xz-utils",
+            probe: Probe::Program("xz"),
+        },
+        Package {
+            name: "zstd",
+            probe: Probe::Program("zstd"),
+        },
+    ],
+};
+
+/// The version that goes with the pinned compiler: both on LLVM 22.
+const BPF_LINKER_VERSION: &str = "0.13.0";
+
+/// What to type to get bpf-linker.
+pub(crate) const BPF_LINKER_INSTALL: &str = "LLVM_PREFIX=/usr/lib/llvm-22 cargo install --locked bpf-linker \
+     --version 0.13.0 --no-default-features --features llvm-22";
+
+impl Group {
+    fn missing(&self) -> Vec<&'static str> {
+        self.packages
+            .iter()
+            .filter(|package| !package.probe.holds())
+            .map(|package| package.name)
+            .collect()
+    }
+
+    /// The command that installs the whole group on Debian.
+    pub(crate) fn apt_command(&self) -> String {
+        let names: Vec<_> = self.packages.iter().map(|package| package.name).collect();
+        process::shell_line(&apt_install(&names))
+    }
+}
+
+impl Probe {
+    fn holds(&self) -> bool {
+        match self {
+            Self::Program(name) => workspace::find_program(name).is_some(),
+            Self::File(path) => Path::new(path).exists(),
+        }
+    }
+}
+
+/// `cargo xtask setup`: installs whatever any verb needs and is not there.
+pub(crate) fn setup() -> Result<()> {
+    let missing: Vec<_> = [&EBPF, &TESTS, &VM]
+        .into_iter()
+        .flat_map(Group::missing)
+        .collect();
+    if !missing.is_empty() {
+        if !is_debian_like() {
+            bail!(
+                "this is not a Debian-like system. Install what these Debian packages hold: {}; for the eBPF object a \
+                 nightly compiler does as well: `rustup toolchain install nightly --component rust-src`",
+                missing.join(" ")
+            );
+        }
+        install(&missing)?;
+    }
+    if workspace::find_program("bpf-linker").is_none() {
+        install_bpf_linker()?;
+    }
+    eprintln!("everything that the verbs need is installed");
+    Ok(())
+}
+
+/// Makes sure that `group` is there: as root on a Debian-like system it is installed, elsewhere the error names it.
+pub(crate) fn ensure(group: &Group) -> Result<()> {
+    let missing = group.missing();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if can_install() {
+        return install(&missing);
+    }
+    bail!(
+        "missing for {}: {}. Run `cargo xtask setup`, or on Debian `sudo {}`",
+        group.purpose,
+        missing.join(" "),
+        process::shell_line(&apt_install(&missing)),
+    )
+}
+
+/// Whether a verb may install packages by itself: never through sudo, which asks for a password.
+pub(crate) fn can_install() -> bool {
+    process::is_root() && is_debian_like()
+}
+
+fn is_debian_like() -> bool {
+    Path::new("/etc/debian_version").exists() && workspace::find_program("apt-get").is_some()
+}
+
+fn install(names: &[&str]) -> Result<()> {
+    let mut update = process::as_root("apt-get");
+    update.args(["update", "-qq"]).stdin(Stdio::null());
+    process::run(&mut update)?;
+
+    let (known, unknown): (Vec<&str>, Vec<&str>) =
+        names.iter().partition(|name| is_in_archive(name));
+    if !known.is_empty() {
+        let mut command = process::as_root("env");
+        command.arg("DEBIAN_FRONTEND=noninteractive");
+        let install = apt_install(&known);
+        command
+            .arg(install.get_program())
+            .args(install.get_args())
+            .stdin(Stdio::null());
+        process::run(&mut command)?;
+    }
+    if !unknown.is_empty() {
+        bail!(
+            "the package archives of this system do not have {}. For the eBPF object a nightly compiler does as well: \
+             `rustup toolchain install nightly --component rust-src`",
+            unknown.join(" ")
+        );
+    }
+    Ok(())
+}
+
+fn is_in_archive(name: &str) -> bool {
+    Command::new("apt-cache")
+        .args(["show", "--no-all-versions", name])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+fn apt_install(names: &[&str]) -> Command {
+    let mut command = Command::new("apt-get");
+    command
+        .args(["install", "-y", "-qq", "--no-install-recommends"])
+        .args(names);
+    command
+}
+
+fn install_bpf_linker() -> Result<()> {
+    let mut command = Command::new(workspace::cargo());
+    command
+        .args([
+            "install",
+            "--locked",
+            "bpf-linker",
+            "--version",
+            BPF_LINKER_VERSION,
+        ])
+        .args(["--no-default-features", "--features", "llvm-22"])
+        .env("LLVM_PREFIX", PathBuf::from("/usr/lib/llvm-22"));
+    process::run(&mut command)
+}

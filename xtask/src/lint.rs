@@ -1,0 +1,111 @@
+//! `cargo xtask lint`: formatting, clippy, documentation, and rules that no tool knows.
+
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::{process, workspace};
+
+const EBPF: &str = "tcp-udp-trace-ebpf";
+const LIBRARY: &str = "tcp-udp-trace";
+
+/// Files that must not be in the tree, by the end of their path, and why.
+const FORBIDDEN: &[(&str, &str)] = &[
+    (
+        "tcp-udp-trace/build.rs",
+        "users of the library must need no BPF toolchain: the objects are committed",
+    ),
+    (
+        "tcp-udp-trace-common/build.rs",
+        "the library depends on it, see tcp-udp-trace/build.rs",
+    ),
+    ("vmlinux.h", "offsets come from the running kernel's BTF"),
+    (".orig", "left over from a merge"),
+    (".rej", "left over from a patch"),
+];
+
+pub(crate) fn run() -> Result<()> {
+    forbidden_files()?;
+    cargo(&["fmt", "--all", "--check"])?;
+    clippy(&[
+        "--workspace",
+        "--exclude",
+        EBPF,
+        "--all-targets",
+        "--all-features",
+    ])?;
+    // The library alone: in the workspace, another member may turn its features on.
+    clippy(&[
+        "--package",
+        LIBRARY,
+        "--all-targets",
+        "--no-default-features",
+    ])?;
+    ebpf_clippy()?;
+    document()
+}
+
+fn clippy(args: &[&str]) -> Result<()> {
+    process::run(cargo_command(&["clippy"]).args(args).args(DENY_WARNINGS))
+}
+
+const DENY_WARNINGS: &[&str] = &["--", "-D", "warnings"];
+
+/// clippy of the eBPF programs, compiled for this machine: the compiler that knows the BPF target has no clippy.
+///
+/// The profile aborts on panics, without which a program that has no `std` does not compile. `RUSTC_BOOTSTRAP` lets the
+/// stable compiler take the unstable features that the programs use.
+fn ebpf_clippy() -> Result<()> {
+    let mut command = cargo_command(&["clippy", "--package", EBPF, "--profile", "bpf"]);
+    // Other environment, other fingerprints: in the common target directory each run would evict the other's work.
+    command
+        .arg("--target-dir")
+        .arg(workspace::target_dir().join("ebpf-clippy"))
+        .args(DENY_WARNINGS)
+        .env("RUSTC_BOOTSTRAP", "1");
+    process::run(&mut command)
+}
+
+fn document() -> Result<()> {
+    let mut command = cargo_command(&[
+        "doc",
+        "--no-deps",
+        "--workspace",
+        "--exclude",
+        EBPF,
+        "--all-features",
+    ]);
+    process::run(command.env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+fn cargo(args: &[&str]) -> Result<()> {
+    process::run(&mut cargo_command(args))
+}
+
+fn cargo_command(args: &[&str]) -> Command {
+    let mut command = Command::new(workspace::cargo());
+    command.current_dir(workspace::root()).args(args);
+    command
+}
+
+fn forbidden_files() -> Result<()> {
+    let files = process::stdout(
+        Command::new("git")
+            .arg("ls-files")
+            .current_dir(workspace::root()),
+    )?;
+    let found: Vec<_> = files
+        .lines()
+        .flat_map(|file| {
+            FORBIDDEN
+                .iter()
+                .map(move |(end, reason)| (file, end, reason))
+        })
+        .filter(|(file, end, _)| file.ends_with(*end))
+        .map(|(file, _, reason)| format!("{file}: {reason}"))
+        .collect();
+    if !found.is_empty() {
+        bail!("these files must not be in the tree:\n{}", found.join("\n"));
+    }
+    Ok(())
+}

@@ -1,0 +1,86 @@
+//! Running other programs: each is shown before it runs, and a failure names the command.
+
+use std::{fs, os::unix::fs::MetadataExt as _, process::Command};
+
+use anyhow::{Context as _, Result, bail};
+
+/// Shows `command`, runs it with our output streams, and fails unless it succeeds.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let line = shell_line(command);
+    eprintln!("$ {line}");
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start `{line}`"))?;
+    if !status.success() {
+        bail!("`{line}` failed: {status}");
+    }
+    Ok(())
+}
+
+/// Runs `command` without showing it, and returns what it wrote to standard output.
+pub(crate) fn stdout(command: &mut Command) -> Result<String> {
+    let bytes = stdout_bytes(command)?;
+    String::from_utf8(bytes)
+        .with_context(|| format!("`{}` wrote something that is not text", shell_line(command)))
+}
+
+/// Like [`stdout`], for output that is not text.
+pub(crate) fn stdout_bytes(command: &mut Command) -> Result<Vec<u8>> {
+    let line = shell_line(command);
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start `{line}`"))?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("`{line}` failed: {}\n{}", output.status, stderr.trim_end());
+    }
+    Ok(output.stdout)
+}
+
+/// The command as one would type it, without its environment.
+pub(crate) fn shell_line(command: &Command) -> String {
+    std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| quote(&word.to_string_lossy()))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+/// Quotes `word` for a POSIX shell where it needs it.
+pub(crate) fn quote(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+./:,@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// Whether we run as root. `/proc/self` belongs to the effective user, which saves a dependency for `geteuid`.
+pub(crate) fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
+}
+
+/// A command that runs `program` as root: directly, or through `sudo -E` that keeps the environment.
+pub(crate) fn as_root(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    if is_root() {
+        Command::new(program)
+    } else {
+        let mut command = Command::new("sudo");
+        command.arg("-E").arg(program);
+        command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quote;
+
+    #[test]
+    fn quotes_only_what_a_shell_would_split() {
+        assert_eq!(quote("tcp::close-4.1"), "tcp::close-4.1");
+        assert_eq!(quote("a b"), "'a b'");
+        assert_eq!(quote("it's"), r"'it'\''s'");
+        assert_eq!(quote(""), "''");
+    }
+}

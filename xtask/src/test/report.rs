@@ -1,0 +1,165 @@
+//! What came out of each run, and the table of it.
+
+use std::{ops::AddAssign, time::Duration};
+
+/// How many tests ended how.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(crate) struct Counts {
+    pub(crate) passed: u64,
+    pub(crate) failed: u64,
+    pub(crate) skipped: u64,
+}
+
+impl Counts {
+    /// Adds what a line like `test result: ok. 3 passed; 0 failed; 1 ignored; …` says; other lines say nothing.
+    pub(crate) fn add_summary_line(&mut self, line: &str) {
+        let Some((_, summary)) = line.split_once("test result: ") else {
+            return;
+        };
+        for field in summary.split([';', '.']) {
+            let mut words = field.split_whitespace();
+            let (Some(Ok(count)), Some(what)) = (words.next().map(str::parse::<u64>), words.next())
+            else {
+                continue;
+            };
+            match what {
+                "passed" => self.passed += count,
+                "failed" => self.failed += count,
+                "ignored" => self.skipped += count,
+                _ => {}
+            }
+        }
+    }
+}
+
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+/// How a run ended.
+pub(crate) enum Outcome {
+    Passed(Counts),
+    Failed(Counts),
+    /// It ended in another way than by the tests' own verdict; the text says how.
+    Broken(String),
+    /// It did not start, for a reason outside this project; the text says what to do.
+    NotRun(String),
+}
+
+/// One line of the table.
+pub(crate) struct Row {
+    pub(crate) name: String,
+    pub(crate) outcome: Outcome,
+    pub(crate) elapsed: Duration,
+    /// What else one should know about the run.
+    pub(crate) note: Option<String>,
+}
+
+impl Row {
+    /// A row of a run that took no time.
+    pub(crate) fn new(name: impl Into<String>, outcome: Outcome) -> Self {
+        Self {
+            name: name.into(),
+            outcome,
+            elapsed: Duration::ZERO,
+            note: None,
+        }
+    }
+
+    /// The counts that go into the sum. A run that broke counts as one failure, else the sum would hide it.
+    fn counts(&self) -> Counts {
+        match &self.outcome {
+            Outcome::Passed(counts) => *counts,
+            // It may have died before it could count.
+            Outcome::Failed(counts) => Counts {
+                failed: counts.failed.max(1),
+                ..*counts
+            },
+            Outcome::Broken(_) => Counts {
+                failed: 1,
+                ..Counts::default()
+            },
+            Outcome::NotRun(_) => Counts::default(),
+        }
+    }
+}
+
+/// Prints the table and, as the last line, the sum. Returns whether nothing failed.
+pub(crate) fn print(rows: &[Row]) -> bool {
+    let width = rows
+        .iter()
+        .map(|row| row.name.len())
+        .max()
+        .unwrap_or(0)
+        .max("run".len());
+    println!(
+        "\n{:width$}  {:8}  {:>6}  {:>6}  {:>7}  {:>7}",
+        "run", "result", "passed", "failed", "skipped", "seconds"
+    );
+    let mut sum = Counts::default();
+    for row in rows {
+        let counts = row.counts();
+        sum += counts;
+        let (result, note) = match &row.outcome {
+            Outcome::Passed(_) => ("ok", None),
+            Outcome::Failed(_) => ("FAILED", None),
+            Outcome::Broken(note) => ("BROKEN", Some(note)),
+            Outcome::NotRun(note) => ("not run", Some(note)),
+        };
+        println!(
+            "{:width$}  {result:8}  {:>6}  {:>6}  {:>7}  {:>7.1}",
+            row.name,
+            counts.passed,
+            counts.failed,
+            counts.skipped,
+            row.elapsed.as_secs_f64()
+        );
+        for note in note.into_iter().chain(&row.note) {
+            println!("{:width$}  {note}", "");
+        }
+    }
+    println!(
+        "\n{} passed, {} failed, {} skipped",
+        sum.passed, sum.failed, sum.skipped
+    );
+    sum.failed == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Counts;
+
+    #[test]
+    fn counts_come_from_the_summary_line() {
+        let check = |line: &str, passed, failed, skipped| {
+            let mut counts = Counts::default();
+            counts.add_summary_line(line);
+            assert_eq!(
+                counts,
+                Counts {
+                    passed,
+                    failed,
+                    skipped
+                }
+            );
+        };
+        check(
+            "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.10s",
+            3,
+            0,
+            1,
+        );
+        check(
+            "test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out",
+            3,
+            2,
+            0,
+        );
+        check("[ 1.0] x: test result: ok. 7 passed; 0 failed", 7, 0, 0);
+        check("test tcp::close ... ok", 0, 0, 0);
+    }
+}

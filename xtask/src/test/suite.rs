@@ -1,0 +1,117 @@
+//! Building and running the tests on this machine.
+
+use std::{
+    ffi::OsString,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::Value;
+
+use super::{
+    TIMEOUT,
+    report::{Counts, Outcome, Row},
+};
+use crate::{process, workspace};
+
+/// The package and the test target with the integration tests.
+const INTEGRATION_PACKAGE: &str = "integration-tests";
+const INTEGRATION_TARGET: &str = "integration";
+
+/// What `timeout` exits with when it had to end the program; a test program's own codes are 0 and 101.
+const TIMED_OUT: i32 = 124;
+
+/// Runs the unit and documentation tests of the crates that build for this machine.
+pub(super) fn unit(filter: Option<&str>) -> Result<Row> {
+    let mut command = Command::new(workspace::cargo());
+    command
+        .current_dir(workspace::root())
+        .args(["test", "--workspace", "--all-features", "--no-fail-fast"])
+        .args([
+            "--exclude",
+            "tcp-udp-trace-ebpf",
+            "--exclude",
+            INTEGRATION_PACKAGE,
+        ])
+        .arg("--")
+        .args(filter);
+    counted("unit tests", &mut command)
+}
+
+/// Runs the integration tests on the kernel that runs here.
+pub(super) fn local(program: &Path, args: &[OsString]) -> Result<Row> {
+    let release = process::stdout(Command::new("uname").arg("-r"))?;
+    let seconds = TIMEOUT.as_secs();
+    // Not by a timer of ours: through sudo we may not kill what we started.
+    let mut command = process::as_root("timeout");
+    command
+        .args(["--kill-after=10", &seconds.to_string()])
+        .arg(program)
+        .args(args);
+    counted(&format!("local ({})", release.trim()), &mut command)
+}
+
+/// Builds the integration tests and returns the path of the program.
+pub(super) fn build_integration() -> Result<PathBuf> {
+    let mut command = Command::new(workspace::cargo());
+    command
+        .current_dir(workspace::root())
+        // Optimized, because emulated guests run it too.
+        .args([
+            "test",
+            "--release",
+            "--package",
+            INTEGRATION_PACKAGE,
+            "--test",
+            INTEGRATION_TARGET,
+        ])
+        .args(["--no-run", "--message-format=json-render-diagnostics"])
+        .stderr(Stdio::inherit());
+    eprintln!("$ {}", process::shell_line(&command));
+    let messages = process::stdout(&mut command)?;
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|message| message["target"]["name"] == INTEGRATION_TARGET)
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .with_context(|| {
+            format!("cargo built no program for the test target {INTEGRATION_TARGET} of {INTEGRATION_PACKAGE}")
+        })
+}
+
+/// Runs `command`, passes its output on, and counts what its summary lines say.
+fn counted(name: &str, command: &mut Command) -> Result<Row> {
+    let line = process::shell_line(command);
+    eprintln!("$ {line}");
+    let started = Instant::now();
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start `{line}`"))?;
+    let Some(stdout) = child.stdout.take() else {
+        bail!("the output of `{line}` is not piped");
+    };
+    let mut counts = Counts::default();
+    for line in BufReader::new(stdout).lines() {
+        let line = line.context("cannot read the output of the tests")?;
+        println!("{line}");
+        counts.add_summary_line(&line);
+    }
+    let status = child
+        .wait()
+        .with_context(|| format!("cannot wait for `{line}`"))?;
+    let outcome = match status.code() {
+        Some(0) => Outcome::Passed(counts),
+        Some(TIMED_OUT) => Outcome::Broken(format!("the tests hung: {} s", TIMEOUT.as_secs())),
+        _ => Outcome::Failed(counts),
+    };
+    Ok(Row {
+        name: name.to_owned(),
+        outcome,
+        elapsed: started.elapsed(),
+        note: None,
+    })
+}

@@ -1,0 +1,144 @@
+//! Running a test program on other kernels: a kernel package, an initramfs made of the program and little else, QEMU.
+//!
+//! Plain emulation is enough: a stock cloud kernel boots in seconds, and no machine that runs the tests needs KVM.
+
+mod apt;
+mod cpio;
+mod guest;
+mod initramfs;
+mod kernel;
+mod modules;
+
+use std::{
+    collections::VecDeque,
+    ffi::OsString,
+    fs,
+    num::NonZeroUsize,
+    path::Path,
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
+
+use anyhow::{Context as _, Result};
+
+use self::guest::Ended;
+pub(crate) use self::kernel::{KERNELS, Kernel};
+use crate::{
+    deps,
+    test::report::{Outcome, Row},
+    workspace,
+};
+
+/// A guest has two CPUs, and emulation keeps a core of the host busy for each.
+pub(crate) fn default_jobs() -> NonZeroUsize {
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    NonZeroUsize::new(cores.div_ceil(2)).unwrap_or(NonZeroUsize::MIN)
+}
+
+/// Fetches the newest packages of `kernels`, keeping what is cached where the mirror has no such kernel any more.
+pub(crate) fn fetch(kernels: &[&Kernel]) -> Result<()> {
+    for kernel in kernels {
+        let installed = kernel.fetch()?;
+        eprintln!("{}: {}", kernel.name, installed.release);
+    }
+    Ok(())
+}
+
+/// Runs `program` with `args` on each of `kernels`, `jobs` guests at a time, and returns one row for each.
+///
+/// What keeps a kernel from being tried (no QEMU, no mirror) becomes a row that says so; the others still run.
+pub(crate) fn run(
+    kernels: &[&'static Kernel],
+    program: &Path,
+    args: &[OsString],
+    jobs: NonZeroUsize,
+) -> Vec<Row> {
+    if let Err(error) = deps::ensure(&deps::VM) {
+        let not_run =
+            |kernel: &&Kernel| Row::new(kernel.name, Outcome::NotRun(format!("{error:#}")));
+        return kernels.iter().map(not_run).collect();
+    }
+
+    let queue: Mutex<VecDeque<_>> = Mutex::new(kernels.iter().enumerate().collect());
+    let rows = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..jobs.get().min(kernels.len()) {
+            scope.spawn(|| {
+                loop {
+                    let next = queue
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .pop_front();
+                    let Some((index, kernel)) = next else { break };
+                    let row = run_one(kernel, program, args);
+                    rows.lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push((index, row));
+                }
+            });
+        }
+    });
+    let mut rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
+    rows.sort_by_key(|(index, _)| *index);
+    rows.into_iter().map(|(_, row)| row).collect()
+}
+
+fn run_one(kernel: &'static Kernel, program: &Path, args: &[OsString]) -> Row {
+    let installed = match kernel.cached_or_fetch() {
+        Ok(installed) => installed,
+        Err(error) => return Row::new(kernel.name, Outcome::NotRun(format!("{error:#}"))),
+    };
+    let name = format!("{} ({})", kernel.name, installed.release);
+    let started = Instant::now();
+    let (outcome, note) = boot_with_retry(kernel, &installed, program, args)
+        .unwrap_or_else(|error| (Outcome::Broken(format!("{error:#}")), None));
+    Row {
+        name,
+        outcome,
+        elapsed: started.elapsed(),
+        note,
+    }
+}
+
+/// Boots the guest; once more if the guest itself crashed, which emulation makes it do now and then. The note tells of
+/// that, since our programs could be the cause as well.
+fn boot_with_retry(
+    kernel: &Kernel,
+    installed: &kernel::Installed,
+    program: &Path,
+    args: &[OsString],
+) -> Result<(Outcome, Option<String>)> {
+    let logs = workspace::cache_dir().join("logs");
+    fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
+    let initrd = logs.join(format!("{}.initramfs", kernel.name));
+    fs::write(&initrd, initramfs::build(installed, program, args)?)
+        .with_context(|| format!("cannot write {}", initrd.display()))?;
+
+    let log = logs.join(format!("{}.log", kernel.name));
+    let mut ended = guest::boot(kernel.name, &installed.vmlinuz, &initrd, &log)?;
+    let mut note = None;
+    if let Ended::Crashed(cause) = &ended {
+        let crash_log = logs.join(format!("{}.crash.log", kernel.name));
+        fs::rename(&log, &crash_log).context("cannot keep the log of the crashed guest")?;
+        let crash = format!("the guest crashed ({cause}); log: {}", crash_log.display());
+        eprintln!("[{}] {crash}; once more", kernel.name);
+        note = Some(format!("booted twice: at first {crash}"));
+        ended = guest::boot(kernel.name, &installed.vmlinuz, &initrd, &log)?;
+    }
+    // The image is as large as the test program; the log is what one wants afterwards.
+    fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
+
+    let log = log.display();
+    let outcome = match ended {
+        Ended::Finished { code: 0, counts } => Outcome::Passed(counts),
+        Ended::Finished { counts, .. } => Outcome::Failed(counts),
+        Ended::Crashed(cause) => {
+            Outcome::Broken(format!("the guest crashed ({cause}); log: {log}"))
+        }
+        Ended::Hung(last_line) => {
+            Outcome::Broken(format!("the tests hung after {last_line:?}; log: {log}"))
+        }
+    };
+    Ok((outcome, note))
+}

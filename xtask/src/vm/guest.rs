@@ -1,0 +1,233 @@
+//! One boot of one guest: QEMU, its console, and telling the end of the tests from the end of the guest.
+
+use std::{
+    fs::File,
+    io::{BufRead as _, BufReader, Read, Write as _},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::test::{self, report::Counts};
+
+/// How long a guest may take until the tests begin. It takes about three seconds on an idle machine.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long QEMU may take to go away once the tests have ended.
+const POWEROFF_TIMEOUT: Duration = Duration::from_secs(10);
+
+const BEGIN: &str = "@@begin";
+const END: &str = "@@end ";
+
+/// What the kernel writes when it, and not a test, is in trouble.
+const CRASH_SIGNS: &[&str] = &[
+    "Kernel panic",
+    "BUG:",
+    "Oops",
+    "general protection fault",
+    "kernel BUG at",
+];
+
+/// The guest's hardware.
+///
+/// `cx16=off`: QEMU's emulation of `cmpxchg16b` crashes two-CPU guests of 6.12. An oops becomes a panic, and a panic
+/// ends QEMU, so that a crash is known at once and not by a timeout.
+const QEMU_ARGS: &[&str] = &[
+    "-accel",
+    "tcg,thread=multi",
+    "-cpu",
+    "max,cx16=off",
+    "-smp",
+    "2",
+    "-m",
+    "2048",
+    "-display",
+    "none",
+    "-monitor",
+    "none",
+    "-serial",
+    "stdio",
+    "-nic",
+    "none",
+    "-no-reboot",
+    "-append",
+    "console=ttyS0 quiet oops=panic panic=-1",
+];
+
+/// How a boot ended.
+pub(super) enum Ended {
+    /// The test program ended, with this exit code.
+    Finished { code: i32, counts: Counts },
+    /// The guest did not get there by a fault of its own: the kernel crashed, or it never began the tests.
+    Crashed(String),
+    /// The tests began and did not end in time; the last line that they wrote.
+    Hung(String),
+}
+
+/// Boots a guest and waits for its end. The console goes to `log`, what the tests write also to our standard output,
+/// each line after `name`.
+pub(super) fn boot(name: &str, vmlinuz: &Path, initrd: &Path, log: &Path) -> Result<Ended> {
+    let mut qemu = Qemu(
+        Command::new("qemu-system-x86_64")
+            .args(QEMU_ARGS)
+            .arg("-kernel")
+            .arg(vmlinuz)
+            .arg("-initrd")
+            .arg(initrd)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .context("cannot start qemu-system-x86_64: run `cargo xtask setup`")?,
+    );
+    let console = qemu
+        .0
+        .stdout
+        .take()
+        .context("QEMU's console is not piped")?;
+    let log = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let lines = read_lines(console, log);
+
+    let mut console = Console::default();
+    let mut deadline = Instant::now() + BOOT_TIMEOUT;
+    loop {
+        match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                let had_begun = console.begun;
+                if let Some(code) = console.line(&line) {
+                    qemu.wait(POWEROFF_TIMEOUT);
+                    return Ok(Ended::Finished {
+                        code,
+                        counts: console.counts,
+                    });
+                }
+                if console.begun && !had_begun {
+                    deadline = Instant::now() + test::TIMEOUT;
+                } else if console.begun {
+                    println!("[{name}] {line}");
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                let cause = console
+                    .crash
+                    .unwrap_or_else(|| "QEMU ended before the tests did".to_owned());
+                return Ok(Ended::Crashed(cause));
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                return Ok(match console {
+                    Console {
+                        crash: Some(cause), ..
+                    } => Ended::Crashed(cause),
+                    Console { begun: false, .. } => {
+                        Ended::Crashed(format!("no tests began in {} s", BOOT_TIMEOUT.as_secs()))
+                    }
+                    Console { last_line, .. } => Ended::Hung(last_line),
+                });
+            }
+        }
+    }
+}
+
+/// What the lines of the console have told so far.
+#[derive(Default)]
+struct Console {
+    begun: bool,
+    counts: Counts,
+    /// The first sign of a crash.
+    crash: Option<String>,
+    last_line: String,
+}
+
+impl Console {
+    /// Takes a line in; returns the exit code of the tests if it tells that.
+    ///
+    /// The kernel writes to the same console, so what we look for may be anywhere in a line.
+    fn line(&mut self, line: &str) -> Option<i32> {
+        if line.contains(BEGIN) {
+            self.begun = true;
+        }
+        if let Some(at) = line.find(END) {
+            return line[at + END.len()..].trim().parse().ok();
+        }
+        if self.crash.is_none() && CRASH_SIGNS.iter().any(|sign| line.contains(sign)) {
+            self.crash = Some(line.trim().to_owned());
+        }
+        self.counts.add_summary_line(line);
+        if !line.trim().is_empty() {
+            line.clone_into(&mut self.last_line);
+        }
+        None
+    }
+}
+
+/// Sends the lines of `console`, without their ends, and copies them to `log`.
+fn read_lines(console: impl Read + Send + 'static, mut log: File) -> mpsc::Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut console = BufReader::new(console);
+        let mut bytes = Vec::new();
+        while console
+            .read_until(b'\n', &mut bytes)
+            .is_ok_and(|read| read > 0)
+        {
+            let line = String::from_utf8_lossy(&bytes);
+            let line = line.trim_end_matches(['\r', '\n']).to_owned();
+            // A full disk must not end the tests; the log is for reading afterwards.
+            let _ = writeln!(log, "{line}");
+            if sender.send(line).is_err() {
+                break;
+            }
+            bytes.clear();
+        }
+    });
+    receiver
+}
+
+/// A running QEMU, which must not outlive us.
+struct Qemu(Child);
+
+impl Qemu {
+    /// Waits for the end of the process, not longer than `timeout`.
+    fn wait(&mut self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Console;
+
+    #[test]
+    fn the_end_is_found_after_other_output() {
+        let mut console = Console::default();
+        assert_eq!(console.line("[    1.2] x: @@begin"), None);
+        assert!(console.begun);
+        assert_eq!(console.line("test a ... @@end 101"), Some(101));
+    }
+
+    #[test]
+    fn the_first_sign_of_a_crash_is_kept() {
+        let mut console = Console::default();
+        console.line("BUG: unable to handle page fault");
+        console.line("Kernel panic - not syncing: Fatal exception");
+        assert_eq!(
+            console.crash.as_deref(),
+            Some("BUG: unable to handle page fault")
+        );
+    }
+}

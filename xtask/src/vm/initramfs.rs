@@ -1,0 +1,136 @@
+//! The guest's root file system: an init script, busybox, iproute2, kernel modules and the test program.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use super::{cpio::Archive, kernel::Installed, modules};
+use crate::{process, workspace};
+
+const INIT: &str = include_str!("init.sh");
+
+/// Programs of this machine that the guest gets: common tools, and what the tests set links up with.
+///
+/// The shell is not busybox's, which takes its own `ip` over the one on the search path.
+const PROGRAMS: &[(&str, &str)] = &[
+    ("busybox", "/bin/busybox"),
+    ("sh", "/bin/sh"),
+    ("ip", "/usr/sbin/ip"),
+    ("tc", "/usr/sbin/tc"),
+    ("ss", "/usr/bin/ss"),
+];
+
+/// Empty folders: mount points, and where busybox puts its links.
+const FOLDERS: &[&str] = &[
+    "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", "/bin", "/sbin",
+];
+
+/// Builds an image that runs `program` with `args` and ends. Not compressed: the guest would be slow to unpack it.
+pub(super) fn build(kernel: &Installed, program: &Path, args: &[OsString]) -> Result<Vec<u8>> {
+    let mut files = BTreeMap::new();
+    files.insert("/init".to_owned(), INIT.as_bytes().to_vec());
+    files.insert(
+        "/etc/passwd".to_owned(),
+        b"root:x:0:0::/root:/bin/sh\n".to_vec(),
+    );
+    files.insert(
+        "/etc/hosts".to_owned(),
+        b"127.0.0.1 localhost\n::1 localhost\n".to_vec(),
+    );
+    files.insert("/tests/run".to_owned(), run_script(args).into_bytes());
+    add_program(&mut files, program, "/tests/integration")?;
+    for (name, destination) in PROGRAMS {
+        let path = workspace::find_program(name)
+            .with_context(|| format!("`{name}` is missing: run `cargo xtask setup`"))?;
+        add_program(&mut files, &path, destination)?;
+    }
+
+    let (modules, missing) = modules::load_order(&kernel.modules)?;
+    for (index, module) in modules.into_iter().enumerate() {
+        files.insert(
+            format!("/modules/{index:02}-{}.ko", module.name),
+            module.object,
+        );
+    }
+    // Built in, or lacking: the guest's log tells, should a test need one.
+    files.insert(
+        "/modules/missing".to_owned(),
+        missing.join(" ").into_bytes(),
+    );
+
+    Ok(archive(&files))
+}
+
+/// The arguments go through a script rather than the kernel's command line, which has its own quoting.
+fn run_script(args: &[OsString]) -> String {
+    let words: Vec<_> = args
+        .iter()
+        .map(|arg| process::quote(&arg.to_string_lossy()))
+        .collect();
+    format!("#!/bin/sh\nexec /tests/integration {}\n", words.join(" "))
+}
+
+/// Adds the program at `path` as `destination`, and its shared libraries where its loader looks for them.
+fn add_program(
+    files: &mut BTreeMap<String, Vec<u8>>,
+    path: &Path,
+    destination: &str,
+) -> Result<()> {
+    files.insert(destination.to_owned(), read(path)?);
+    for library in shared_libraries(path)? {
+        let name = library.to_string_lossy().into_owned();
+        if let Entry::Vacant(entry) = files.entry(name) {
+            entry.insert(read(&library)?);
+        }
+    }
+    Ok(())
+}
+
+/// The absolute paths in what `ldd` prints: the libraries and the loader. None for a static program.
+fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
+    let output = Command::new("ldd")
+        .arg(program)
+        .output()
+        .context("cannot start ldd")?;
+    // For a static program ldd fails, saying so.
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text
+        .split_whitespace()
+        .filter(|word| word.starts_with('/') && !word.ends_with(':'))
+        .map(PathBuf::from)
+        .collect())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {} for the guest", path.display()))
+}
+
+fn archive(files: &BTreeMap<String, Vec<u8>>) -> Vec<u8> {
+    let mut archive = Archive::default();
+    let mut folders: Vec<String> = FOLDERS.iter().map(|&folder| folder.to_owned()).collect();
+    for path in files.keys() {
+        let parents = Path::new(path)
+            .ancestors()
+            .skip(1)
+            .filter(|parent| *parent != Path::new("/"));
+        folders.extend(parents.map(|parent| parent.to_string_lossy().into_owned()));
+    }
+    // Sorted, so that a parent comes before what is in it.
+    folders.sort();
+    folders.dedup();
+    for folder in &folders {
+        archive.directory(folder);
+    }
+    // init's own output: the kernel opens it before anything is mounted.
+    archive.character_device("/dev/console", 5, 1);
+    for (path, contents) in files {
+        archive.file(path, contents);
+    }
+    archive.finish()
+}

@@ -1,0 +1,219 @@
+//! The kernels that the tests run on, and getting them: Debian's packages, unpacked into the cache.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::apt::Suite;
+use crate::{process, workspace};
+
+/// One kernel of the table.
+#[derive(Debug)]
+pub(crate) struct Kernel {
+    /// What `--vm` calls it.
+    pub(crate) name: &'static str,
+    suite: &'static str,
+    /// How its packages are named: `PREFIX` + what moves with each update + `SUFFIX`.
+    prefixes: &'static [&'static str],
+    moving_part_starts_with: &'static str,
+    suffix: &'static str,
+}
+
+/// Each is a kernel that people run for years: the oldest that we support, two long-term ones, and the newest.
+///
+/// Debian's kernels, since one mirror has them all; the cloud flavour, since it is small.
+pub(crate) const KERNELS: &[Kernel] = &[
+    Kernel {
+        name: "5.10",
+        suite: "bullseye",
+        prefixes: &["linux-image-"],
+        moving_part_starts_with: "5.10.",
+        suffix: "-cloud-amd64-unsigned",
+    },
+    Kernel {
+        name: "6.1",
+        suite: "bookworm",
+        prefixes: &["linux-image-"],
+        moving_part_starts_with: "6.1.",
+        suffix: "-cloud-amd64-unsigned",
+    },
+    Kernel {
+        name: "6.12",
+        suite: "trixie",
+        prefixes: &["linux-image-"],
+        moving_part_starts_with: "6.12.",
+        suffix: "-cloud-amd64-unsigned",
+    },
+    Kernel {
+        name: "7.2",
+        suite: "sid",
+        // The first is the kernel; newer packaging has the modules apart.
+        prefixes: &["linux-binary-", "linux-modules-"],
+        moving_part_starts_with: "7.2.",
+        suffix: "-cloud-amd64",
+    },
+];
+
+/// An unpacked kernel.
+pub(crate) struct Installed {
+    /// What `uname -r` says there, less the flavour.
+    pub(crate) release: String,
+    pub(crate) vmlinuz: PathBuf,
+    pub(crate) modules: PathBuf,
+}
+
+impl Kernel {
+    /// The kernel from the cache, or else from the mirror.
+    pub(crate) fn cached_or_fetch(&self) -> Result<Installed> {
+        match self.newest_cached() {
+            Some(installed) => Ok(installed),
+            None => self.fetch(),
+        }
+    }
+
+    /// The newest one that the mirror has, or else whatever is cached.
+    pub(crate) fn fetch(&self) -> Result<Installed> {
+        match (self.fetch_newest(), self.newest_cached()) {
+            (Ok(installed), _) => Ok(installed),
+            (Err(error), Some(cached)) => {
+                eprintln!(
+                    "{}: keeping {} from the cache: {error:#}",
+                    self.name, cached.release
+                );
+                Ok(cached)
+            }
+            (Err(error), None) => Err(error.context(format!(
+                "cannot fetch kernel {} and none is cached",
+                self.name
+            ))),
+        }
+    }
+
+    fn folder(&self) -> PathBuf {
+        workspace::cache_dir().join("kernels").join(self.name)
+    }
+
+    fn newest_cached(&self) -> Option<Installed> {
+        let releases = fs::read_dir(self.folder())
+            .ok()?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| name.starts_with(self.moving_part_starts_with));
+        let newest = releases.max_by_key(|release| version_key(release))?;
+        Installed::open(&self.folder(), &newest).ok()
+    }
+
+    fn fetch_newest(&self) -> Result<Installed> {
+        let state = workspace::cache_dir().join("apt").join(self.suite);
+        let suite = Suite::open(self.suite, &state)?;
+        let [kernel_prefix, ..] = self.prefixes else {
+            bail!("no packages in the table")
+        };
+        let release = suite
+            .package_names(kernel_prefix)?
+            .iter()
+            .filter_map(|name| name.strip_prefix(kernel_prefix)?.strip_suffix(self.suffix))
+            .filter(|moving| moving.starts_with(self.moving_part_starts_with))
+            .max_by_key(|moving| version_key(moving))
+            .map(str::to_owned)
+            .with_context(|| {
+                format!(
+                    "the mirror has no {kernel_prefix}{}*{} in {}: the table in xtask/src/vm/kernel.rs wants an update",
+                    self.moving_part_starts_with, self.suffix, self.suite
+                )
+            })?;
+
+        let folder = self.folder();
+        if folder.join(&release).is_dir() {
+            return Installed::open(&folder, &release);
+        }
+        eprintln!("{}: fetching {release}", self.name);
+        // Unpacked under a name that no release has, then renamed: an interrupted run leaves nothing that looks whole.
+        let partial = folder.join("partial");
+        if partial.exists() {
+            fs::remove_dir_all(&partial).context("cannot remove what an interrupted run left")?;
+        }
+        for prefix in self.prefixes {
+            let package = suite.download(&format!("{prefix}{release}{}", self.suffix), &folder)?;
+            process::stdout(
+                Command::new("dpkg-deb")
+                    .arg("-x")
+                    .arg(&package)
+                    .arg(&partial),
+            )
+            .context("cannot unpack the kernel package")?;
+            fs::remove_file(&package).context("cannot remove an unpacked package")?;
+        }
+        fs::rename(&partial, folder.join(&release))
+            .context("cannot move the unpacked kernel into place")?;
+        Installed::open(&folder, &release)
+    }
+}
+
+impl Installed {
+    fn open(folder: &Path, release: &str) -> Result<Self> {
+        let root = folder.join(release);
+        // Before usrmerge became complete in the packages, modules were in /lib and the kernel in /boot.
+        let modules = ["usr/lib/modules", "lib/modules"]
+            .iter()
+            .find_map(|parent| only_child(&root.join(parent)))
+            .with_context(|| {
+                format!(
+                    "no modules in {}: remove that folder and try again",
+                    root.display()
+                )
+            })?;
+        let vmlinuz = Some(modules.join("vmlinuz"))
+            .filter(|path| path.is_file())
+            .or_else(|| {
+                fs::read_dir(root.join("boot"))
+                    .ok()?
+                    .filter_map(|entry| Some(entry.ok()?.path()))
+                    .find(|path| {
+                        path.file_name()
+                            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"vmlinuz"))
+                    })
+            })
+            .with_context(|| {
+                format!(
+                    "no vmlinuz in {}: remove that folder and try again",
+                    root.display()
+                )
+            })?;
+        Ok(Self {
+            release: release.to_owned(),
+            vmlinuz,
+            modules,
+        })
+    }
+}
+
+fn only_child(folder: &Path) -> Option<PathBuf> {
+    fs::read_dir(folder)
+        .ok()?
+        .find_map(|entry| Some(entry.ok()?.path()))
+}
+
+/// Orders releases as their numbers do, not as text: 6.1.0-9 before 6.1.0-48.
+fn version_key(release: &str) -> Vec<u64> {
+    release
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|digits| digits.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::version_key;
+
+    #[test]
+    fn releases_are_ordered_by_number() {
+        let check = |older: &str, newer: &str| assert!(version_key(older) < version_key(newer));
+        check("6.1.0-9", "6.1.0-48");
+        check("6.12.9+deb13", "6.12.107+deb13");
+        check("7.2.9", "7.2.13");
+    }
+}

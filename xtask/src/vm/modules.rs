@@ -1,0 +1,133 @@
+//! Kernel modules for a guest: found in an unpacked package, decompressed, in an order that loads.
+
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::process;
+
+/// What the tests use and a cloud kernel has as a module. What a kernel has built in, or lacks, is passed over.
+const WANTED: &[&str] = &[
+    "ipv6",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "mptcp_diag",
+    "veth",
+    "sch_netem",
+    "sch_tbf",
+    "sch_ingress",
+    "ifb",
+    "tls",
+];
+
+/// A module, decompressed.
+pub(super) struct Module {
+    pub(super) name: String,
+    pub(super) object: Vec<u8>,
+}
+
+/// The wanted modules under `folder` and all that they depend on, dependencies first; then the names that are not there.
+pub(super) fn load_order(folder: &Path) -> Result<(Vec<Module>, Vec<&'static str>)> {
+    let mut files = HashMap::new();
+    index(&folder.join("kernel"), &mut files)
+        .with_context(|| format!("cannot list the modules in {}", folder.display()))?;
+    let mut loaded = Vec::new();
+    for &name in WANTED {
+        add(name, &files, &mut loaded)?;
+    }
+    let missing = WANTED
+        .iter()
+        .copied()
+        .filter(|name| !files.contains_key(*name))
+        .collect();
+    Ok((loaded, missing))
+}
+
+/// Adds what `name` depends on, then `name`.
+fn add(name: &str, files: &HashMap<String, PathBuf>, loaded: &mut Vec<Module>) -> Result<()> {
+    if loaded.iter().any(|module| module.name == name) {
+        return Ok(());
+    }
+    let Some(path) = files.get(name) else {
+        return Ok(());
+    };
+    let object = decompress(path)?;
+    for dependency in dependencies(&object) {
+        add(&dependency, files, loaded)?;
+    }
+    loaded.push(Module {
+        name: name.to_owned(),
+        object,
+    });
+    Ok(())
+}
+
+fn index(folder: &Path, files: &mut HashMap<String, PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            index(&path, files)?;
+        } else if let Some((name, _)) = path
+            .file_name()
+            .and_then(|name| name.to_str()?.split_once(".ko"))
+        {
+            // Module names have underscores where file names may have hyphens.
+            files.insert(name.replace('-', "_"), path);
+        }
+    }
+    Ok(())
+}
+
+/// On the host, because a guest would take seconds for it.
+fn decompress(path: &Path) -> Result<Vec<u8>> {
+    let program = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        _ => return fs::read(path).with_context(|| format!("cannot read {}", path.display())),
+    };
+    process::stdout_bytes(Command::new(program).arg("-dc").arg(path))
+        .with_context(|| format!("cannot decompress a kernel module: is `{program}` installed?"))
+}
+
+/// The names in the `depends=` entry of the module's `.modinfo` section.
+///
+/// Packages have no `modules.dep`, which `depmod` writes when they are installed.
+fn dependencies(object: &[u8]) -> Vec<String> {
+    const KEY: &[u8] = b"\0depends=";
+    let Some(at) = object.windows(KEY.len()).position(|window| window == KEY) else {
+        return Vec::new();
+    };
+    let value: Vec<u8> = object[at + KEY.len()..]
+        .iter()
+        .copied()
+        .take_while(|&byte| byte != 0)
+        .collect();
+    String::from_utf8_lossy(&value)
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(|name| name.replace('-', "_"))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::dependencies;
+
+    #[test]
+    fn dependencies_come_from_modinfo() {
+        let check = |object: &[u8], expected: &[&str]| assert_eq!(dependencies(object), expected);
+        check(
+            b"license=GPL\0depends=inet_diag\0retpoline=Y\0",
+            &["inet_diag"],
+        );
+        check(b"license=GPL\0depends=a,b-c\0", &["a", "b_c"]);
+        check(b"license=GPL\0depends=\0name=veth\0", &[]);
+        check(b"no modinfo", &[]);
+    }
+}

@@ -1,0 +1,57 @@
+//! Where things are: the workspace, its cache, cargo's folders, programs on the search path.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    sync::LazyLock,
+};
+
+use anyhow::{Context as _, Result};
+
+/// The workspace root: `cargo run` says where our package is.
+///
+/// It must not be fixed at compile time: worktrees that share a target directory share the program as well.
+pub(crate) fn root() -> &'static Path {
+    static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
+        let package = env::var_os("CARGO_MANIFEST_DIR")
+            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+        package.parent().map(Path::to_owned).unwrap_or_default()
+    });
+    &ROOT
+}
+
+/// The folder for downloads and logs, which git ignores.
+pub(crate) fn cache_dir() -> PathBuf {
+    root().join(".cache")
+}
+
+/// Cargo's target directory.
+pub(crate) fn target_dir() -> PathBuf {
+    // A relative one is relative to where cargo runs, which for us is the root.
+    root().join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+/// The cargo that runs us; through rustup it is the one that `rust-toolchain.toml` pins.
+pub(crate) fn cargo() -> PathBuf {
+    env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
+}
+
+/// Cargo's home: registry sources and installed programs.
+pub(crate) fn cargo_home() -> Result<PathBuf> {
+    if let Some(home) = env::var_os("CARGO_HOME") {
+        return Ok(PathBuf::from(home));
+    }
+    let home = env::var_os("HOME").context("neither CARGO_HOME nor HOME is set: set one")?;
+    Ok(Path::new(&home).join(".cargo"))
+}
+
+/// Finds `program` on the search path, or where root's programs and cargo's are even when the path lacks them.
+pub(crate) fn find_program(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let cargo_bin = cargo_home().ok().map(|home| home.join("bin"));
+    env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .chain(cargo_bin)
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+}
