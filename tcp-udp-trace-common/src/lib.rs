@@ -14,19 +14,19 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// The kind of a record, in [`Head::kind`].
 pub mod kind {
     /// A [`StateChange`](super::StateChange).
-    pub const STATE_CHANGE: u8 = 1;
+    pub const STATE_CHANGE: u32 = 1;
     /// An [`Accept`](super::Accept).
-    pub const ACCEPT: u8 = 2;
+    pub const ACCEPT: u32 = 2;
 }
 
 /// How an owner is known, in [`Owner::origin`].
 pub mod origin {
     /// The owner is not known.
-    pub const NONE: u8 = 0;
+    pub const NONE: u32 = 0;
     /// It called `connect` or `listen`.
-    pub const CREATOR: u8 = 1;
+    pub const CREATOR: u32 = 1;
     /// It called `accept`.
-    pub const ACCEPTOR: u8 = 2;
+    pub const ACCEPTOR: u32 = 2;
 }
 
 /// Whether the socket's own SYN is part of `tcp_sock.bytes_acked`, in [`Tracked::syn`].
@@ -49,9 +49,7 @@ pub const AF_INET6: u16 = 10;
 #[repr(C)]
 pub struct Head {
     /// One of [`kind`].
-    pub kind: u8,
-    /// Padding.
-    pub _pad: [u8; 3],
+    pub kind: u32,
     /// How many records the full ring has refused before this one, modulo 2³².
     pub lost: u32,
     /// `CLOCK_BOOTTIME`, nanoseconds.
@@ -69,11 +67,9 @@ pub struct Owner {
     /// User id.
     pub uid: u32,
     /// One of [`origin`].
-    pub origin: u8,
-    /// Padding.
-    pub _pad: [u8; 3],
-    /// The main thread's `comm`.
-    pub comm: [u8; 16],
+    pub origin: u32,
+    /// The main thread's `comm`, byte by byte in memory.
+    pub comm: [u64; 2],
 }
 
 /// A TCP socket as a record shows it.
@@ -102,10 +98,10 @@ pub struct TcpSocket {
     pub netns: u32,
     /// The owner.
     pub owner: Owner,
-    /// Local address; IPv4 in the first four bytes.
-    pub local: [u8; 16],
-    /// Remote address; IPv4 in the first four bytes.
-    pub remote: [u8; 16],
+    /// Local address, network byte order; IPv4 in the first word.
+    pub local: [u32; 4],
+    /// Remote address, network byte order; IPv4 in the first word.
+    pub remote: [u32; 4],
     /// Local port, host byte order.
     pub local_port: u16,
     /// Remote port, host byte order.

@@ -42,7 +42,7 @@ impl Record for tcp_udp_trace_common::Accept {
 
 /// Writes a record; `fill` sets every byte but the head's. A full ring is counted.
 #[inline(always)]
-pub(crate) fn record<R: Record>(kind: u8, fill: impl FnOnce(&mut R)) {
+pub(crate) fn record<R: Record>(kind: u32, fill: impl FnOnce(&mut R)) {
     let Some(mut entry) = EVENTS.reserve::<R>(0) else {
         anomaly::lost();
         return;
@@ -52,7 +52,6 @@ pub(crate) fn record<R: Record>(kind: u8, fill: impl FnOnce(&mut R)) {
     let record = unsafe { entry.assume_init_mut() };
     *record.head() = Head {
         kind,
-        _pad: [0; 3],
         lost: anomaly::lost_so_far(),
         // SAFETY: the helper takes nothing and cannot fail.
         time: unsafe { bpf_ktime_get_boot_ns() },

@@ -1,10 +1,8 @@
 //! Reading the kernel's structures.
 
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
-use core::mem::MaybeUninit;
-use tcp_udp_trace_common::{
-    ABSENT, AF_INET, AF_INET6, FIELDS, Field, Offsets, TcpSocket, Tracked, syn,
-};
+use core::ptr;
+use tcp_udp_trace_common::{ABSENT, AF_INET, FIELDS, Field, Offsets, TcpSocket, Tracked, syn};
 
 /// Where the fields are on the running kernel; user space fills it in before the programs are loaded, so
 /// the verifier knows each offset and drops the code for fields that this kernel lacks.
@@ -18,6 +16,25 @@ const TCP_LAST_ACK: u8 = 9;
 const TCP_CLOSING: u8 = 11;
 /// Bit of `sk_flags`: the peer's FIN has arrived (`enum sock_flags`).
 const SOCK_DONE: u64 = 1 << 1;
+
+/// An integer, or words of a larger value: any bytes are one.
+pub(crate) trait Plain: Copy {
+    const ZERO: Self;
+}
+
+macro_rules! plain {
+    ($($type:ty = $zero:expr,)+) => { $(impl Plain for $type { const ZERO: Self = $zero; })+ };
+}
+
+plain! {
+    u8 = 0,
+    u16 = 0,
+    u32 = 0,
+    u64 = 0,
+    // An address, and a name: words rather than bytes, for the compiler to copy them as such.
+    [u32; 4] = [0; 4],
+    [u64; 2] = [0; 2],
+}
 
 /// Whether this kernel has `field`.
 #[inline(always)]
@@ -39,28 +56,42 @@ fn offset(field: Field) -> u32 {
 
 /// Reads `field` of the structure at `base`; 0 where the kernel lacks the field or the address is bad.
 #[inline(always)]
-pub(crate) fn read<T: Copy + Default>(base: u64, field: Field) -> T {
-    let offset = offset(field);
-    if offset == ABSENT {
-        return T::default();
-    }
-    read_at(base + u64::from(offset))
+pub(crate) fn read<T: Plain>(base: u64, field: Field) -> T {
+    let mut value = T::ZERO;
+    read_into(&mut value, base, field);
+    value
 }
 
-/// Reads a `T` at a kernel address; 0 if it is a bad one.
+/// Reads `field` of the structure at `base` to where it is wanted, which saves a copy.
 #[inline(always)]
-pub(crate) fn read_at<T: Copy + Default>(address: u64) -> T {
-    let mut value = MaybeUninit::<T>::uninit();
-    // SAFETY: the helper writes `size_of::<T>()` bytes to `value` whatever the address: what it found, or zeros.
-    // Every `T` here is an integer or an array of bytes.
+pub(crate) fn read_into<T: Plain>(to: &mut T, base: u64, field: Field) {
+    let offset = offset(field);
+    if offset == ABSENT {
+        *to = T::ZERO;
+    } else {
+        read_at_into(to, base + u64::from(offset));
+    }
+}
+
+/// Reads what is at a kernel address; 0 if it is a bad one.
+#[inline(always)]
+pub(crate) fn read_at<T: Plain>(address: u64) -> T {
+    let mut value = T::ZERO;
+    read_at_into(&mut value, address);
+    value
+}
+
+#[inline(always)]
+fn read_at_into<T: Plain>(to: &mut T, address: u64) {
+    // SAFETY: the helper writes `size_of::<T>()` bytes to `to` whatever the address: what it found, or zeros.
+    // A `Plain` may have any bytes.
     unsafe {
         bpf_probe_read_kernel(
-            value.as_mut_ptr().cast(),
+            ptr::from_mut(to).cast(),
             size_of::<T>() as u32,
             address as *const _,
-        );
-        value.assume_init()
-    }
+        )
+    };
 }
 
 /// The address of a `struct sock`.
@@ -73,8 +104,13 @@ impl Sock {
     }
 
     #[inline(always)]
-    pub(crate) fn get<T: Copy + Default>(self, field: Field) -> T {
+    pub(crate) fn get<T: Plain>(self, field: Field) -> T {
         read(self.0, field)
+    }
+
+    #[inline(always)]
+    fn get_into<T: Plain>(self, to: &mut T, field: Field) {
+        read_into(to, self.0, field);
     }
 
     /// Whether it is a TCP socket over IPv4 or IPv6. MPTCP has a socket of its own above its TCP ones,
@@ -155,23 +191,21 @@ impl Sock {
     pub(crate) fn describe(self, tracked: &Tracked, family: u16, state: u8, to: &mut TcpSocket) {
         to.id = tracked.id;
         to.born = tracked.born;
-        to.cookie = self.get(Field::Cookie);
+        self.get_into(&mut to.cookie, Field::Cookie);
         to.cgroup = tracked.cgroup;
         to.tx_bytes = self.tx_bytes(tracked, state);
         to.rx_bytes = self.rx_bytes();
-        to.tx_packets = self.get(Field::SegsOut);
-        to.rx_packets = self.get(Field::SegsIn);
-        to.uid = self.get(Field::SkUid);
+        self.get_into(&mut to.tx_packets, Field::SegsOut);
+        self.get_into(&mut to.rx_packets, Field::SegsIn);
+        self.get_into(&mut to.uid, Field::SkUid);
         to.netns = tracked.netns;
         to.owner = tracked.owner;
-        to.local = [0; 16];
-        to.remote = [0; 16];
         if family == AF_INET {
-            to.local[..4].copy_from_slice(&self.get::<[u8; 4]>(Field::LocalAddr4));
-            to.remote[..4].copy_from_slice(&self.get::<[u8; 4]>(Field::RemoteAddr4));
-        } else if family == AF_INET6 {
-            to.local = self.get(Field::LocalAddr6);
-            to.remote = self.get(Field::RemoteAddr6);
+            to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
+            to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];
+        } else {
+            self.get_into(&mut to.local, Field::LocalAddr6);
+            self.get_into(&mut to.remote, Field::RemoteAddr6);
         }
         // Not `skc_num`: it is 0 once the port has been given back.
         to.local_port = u16::from_be(self.get(Field::LocalPort));

@@ -8,7 +8,7 @@ use std::{
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Accept, Head, Owner, StateChange, TcpSocket, kind, origin,
 };
-use zerocopy::FromBytes as _;
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use crate::{
     Comm, Event, EventKind, Origin, Process, Protocol, Socket, TcpState, Traffic, time::BootClock,
@@ -28,8 +28,8 @@ pub(crate) struct Decoded {
 
 /// Decodes one record.
 pub(crate) fn decode(bytes: &[u8], clock: BootClock) -> Result<Decoded, Malformed> {
-    let (head, socket, event_kind) = match bytes.first() {
-        Some(&kind::STATE_CHANGE) => {
+    let (head, socket, event_kind) = match u32::read_from_prefix(bytes) {
+        Ok((kind::STATE_CHANGE, _)) => {
             let record = StateChange::read_from_bytes(bytes).map_err(|_| Malformed)?;
             let state = |number| TcpState::from_number(number).ok_or(Malformed);
             let error = i32::try_from(record.error).map_err(|_| Malformed)?;
@@ -40,7 +40,7 @@ pub(crate) fn decode(bytes: &[u8], clock: BootClock) -> Result<Decoded, Malforme
             };
             (record.head, record.socket, kind)
         }
-        Some(&kind::ACCEPT) => {
+        Ok((kind::ACCEPT, _)) => {
             let record = Accept::read_from_bytes(bytes).map_err(|_| Malformed)?;
             (record.head, record.socket, EventKind::Accept)
         }
@@ -85,13 +85,13 @@ fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
         pid,
         tid,
         uid,
-        comm: Comm::from_bytes(comm),
+        comm: Comm::from_bytes(comm.as_bytes()),
         origin,
     }))
 }
 
 fn tcp_socket(socket: &TcpSocket, now: Duration) -> Result<Socket, Malformed> {
-    let addr = |bytes, port| address(socket.family, bytes, port);
+    let addr = |words, port| address(socket.family, words, port);
     Ok(Socket {
         protocol: Protocol::Tcp,
         id: socket.id,
@@ -106,7 +106,8 @@ fn tcp_socket(socket: &TcpSocket, now: Duration) -> Result<Socket, Malformed> {
 }
 
 /// An address of a socket; an IPv4-mapped IPv6 address is the IPv4 address that it is.
-fn address(family: u16, bytes: [u8; 16], port: u16) -> Result<SocketAddr, Malformed> {
+fn address(family: u16, words: [u32; 4], port: u16) -> Result<SocketAddr, Malformed> {
+    let bytes: [u8; 16] = zerocopy::transmute!(words);
     let ip = match family {
         AF_INET => {
             let [a, b, c, d, ..] = bytes;
@@ -122,7 +123,7 @@ fn address(family: u16, bytes: [u8; 16], port: u16) -> Result<SocketAddr, Malfor
 mod tests {
     use std::time::UNIX_EPOCH;
 
-    use zerocopy::{FromZeros as _, IntoBytes as _};
+    use zerocopy::FromZeros as _;
 
     use super::*;
 
@@ -137,7 +138,6 @@ mod tests {
         let mut record = StateChange::new_zeroed();
         record.head = Head {
             kind: kind::STATE_CHANGE,
-            _pad: [0; 3],
             lost: 3,
             time: 11_000_000_000,
         };
@@ -147,14 +147,19 @@ mod tests {
         record.socket.id = 12;
         record.socket.born = 10_999_999_999;
         record.socket.family = AF_INET;
-        record.socket.local[..4].copy_from_slice(&[127, 0, 0, 1]);
-        record.socket.remote[..4].copy_from_slice(&[10, 1, 2, 3]);
+        record.socket.local[0] = u32::from_ne_bytes([127, 0, 0, 1]);
+        record.socket.remote[0] = u32::from_ne_bytes([10, 1, 2, 3]);
         record.socket.local_port = 40_000;
         record.socket.remote_port = 443;
         record.socket.owner.origin = origin::CREATOR;
         record.socket.owner.pid = 4242;
-        record.socket.owner.comm[..4].copy_from_slice(b"curl");
+        record.socket.owner.comm = zerocopy::transmute!(*b"curl\0\0\0\0\0\0\0\0\0\0\0\0");
         record
+    }
+
+    fn words(address: &str) -> [u32; 4] {
+        let address: Ipv6Addr = address.parse().expect("an address");
+        zerocopy::transmute!(address.octets())
     }
 
     #[test]
@@ -175,12 +180,11 @@ mod tests {
 
     #[test]
     fn shows_mapped_addresses_as_ipv4() {
-        let mut mapped = [0; 16];
-        mapped[10..].copy_from_slice(&[0xff, 0xff, 192, 0, 2, 1]);
+        let mapped = words("::ffff:192.0.2.1");
         let v4 = SocketAddr::from(([192, 0, 2, 1], 80));
         assert_eq!(address(AF_INET6, mapped, 80), Ok(v4));
         let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 80));
-        assert_eq!(address(AF_INET6, Ipv6Addr::LOCALHOST.octets(), 80), Ok(v6));
+        assert_eq!(address(AF_INET6, words("::1"), 80), Ok(v6));
         assert_eq!(address(0, mapped, 80), Err(Malformed));
     }
 

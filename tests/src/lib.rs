@@ -1,1 +1,26 @@
-//! x
+//! The harness of the integration tests: everything that makes traffic whose truth is known, and everything
+//! that compares it with what a tracer reported.
+//!
+//! A test runs in its own network namespace ([`suite`], [`netns`]). The traffic is made by real processes
+//! ([`actor`]), which count what they do. A [`trace`] collects the events of the test's namespaces until as
+//! many sockets are closed as the test closed, ends, and hands them over grouped into lives. A [`life`] is
+//! what one socket must have shown, from its first event to its last. A [`scene`] is the usual
+//! beginning: a tracer, a server that listens, a client.
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::missing_errors_doc,
+    clippy::missing_panics_doc,
+    reason = "a test fails by panicking, and tells what it could not check on stderr"
+)]
+
+pub mod actor;
+pub mod cgroup;
+pub mod kernel;
+pub mod life;
+pub mod load;
+pub mod netns;
+pub mod scene;
+pub mod suite;
+pub mod trace;
