@@ -12,6 +12,7 @@ static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
 const IPPROTO_TCP: u16 = 6;
 const TCP_FIN_WAIT1: u8 = 4;
 const TCP_FIN_WAIT2: u8 = 5;
+const TCP_CLOSE: u8 = 7;
 const TCP_LAST_ACK: u8 = 9;
 const TCP_CLOSING: u8 = 11;
 /// Bit of `sk_flags`: the peer's FIN has arrived (`enum sock_flags`).
@@ -178,23 +179,28 @@ impl Sock {
         sequence.saturating_sub(u64::from(tracked.syn == syn::COUNTED) + u64::from(fin_sent))
     }
 
-    /// Payload bytes received in order.
+    /// Payload bytes received in order, given what the kernel counted a moment ago.
+    ///
+    /// The kernel counts the FIN first and marks its arrival then. A hook that does not hold the socket's lock may
+    /// come in between, so the mark is looked at late, and where it is set, the count is read again: it is final.
     #[inline(always)]
-    fn rx_bytes(self) -> u64 {
-        let fin = self.get::<u64>(Field::Flags) & SOCK_DONE != 0;
-        self.get::<u64>(Field::BytesReceived)
-            .saturating_sub(u64::from(fin))
+    fn rx_bytes(self, counted: u64) -> u64 {
+        if self.get::<u64>(Field::Flags) & SOCK_DONE == 0 {
+            counted
+        } else {
+            self.get::<u64>(Field::BytesReceived).saturating_sub(1)
+        }
     }
 
     /// Writes the socket, which leaves or is in `state`, into a record.
     #[inline(always)]
     pub(crate) fn describe(self, tracked: &Tracked, family: u16, state: u8, to: &mut TcpSocket) {
+        let received = self.get(Field::BytesReceived);
         to.id = tracked.id;
         to.born = tracked.born;
         self.get_into(&mut to.cookie, Field::Cookie);
         to.cgroup = tracked.cgroup;
         to.tx_bytes = self.tx_bytes(tracked, state);
-        to.rx_bytes = self.rx_bytes();
         self.get_into(&mut to.tx_packets, Field::SegsOut);
         self.get_into(&mut to.rx_packets, Field::SegsIn);
         self.get_into(&mut to.uid, Field::SkUid);
@@ -207,10 +213,16 @@ impl Sock {
             self.get_into(&mut to.local, Field::LocalAddr6);
             self.get_into(&mut to.remote, Field::RemoteAddr6);
         }
-        // Not `skc_num`: it is 0 once the port has been given back.
-        to.local_port = u16::from_be(self.get(Field::LocalPort));
+        // A socket without a connection may still show the port of its last one, but is bound to none; one that
+        // loses its connection has already given the port back, but still shows it.
+        to.local_port = if state == TCP_CLOSE {
+            self.get(Field::BoundPort)
+        } else {
+            u16::from_be(self.get(Field::LocalPort))
+        };
         to.remote_port = u16::from_be(self.get(Field::RemotePort));
         to.family = family;
         to._pad = 0;
+        to.rx_bytes = self.rx_bytes(received);
     }
 }
