@@ -35,7 +35,13 @@ pub(crate) fn accepted(sk: Sock) {
         &fresh
     };
     emit::record(kind::ACCEPT, |record: &mut Accept| {
-        sk.describe(tracked, family, state, &mut record.socket);
+        sk.describe(
+            tracked,
+            family,
+            state,
+            sk.connected_port(),
+            &mut record.socket,
+        );
     });
 }
 

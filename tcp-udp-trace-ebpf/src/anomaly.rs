@@ -1,68 +1,86 @@
-//! What went wrong: counted always, and told to user space's log when it has happened 1, 2, 4, 8 … times.
+//! What went wrong: counted where it happens, and told to user space's log now and then.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{macros::map, maps::Array};
 use aya_log_ebpf::warn;
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use tcp_udp_trace_common::Counters;
 
+/// The counts, and the counts that the log has been told.
 #[map]
-static COUNTERS: Array<Counters> = Array::with_max_entries(1, 0);
+static COUNTERS: Array<Counters> = Array::with_max_entries(2, 0);
+const COUNTED: u32 = 0;
+const TOLD: u32 = 1;
 
 /// How many records the ring has refused so far.
 #[inline(always)]
 pub(crate) fn lost_so_far() -> u32 {
-    COUNTERS.get(0).map_or(0, |counters| counters.lost as u32)
+    COUNTERS
+        .get(COUNTED)
+        .map_or(0, |counters| counters.lost as u32)
 }
 
 /// A record found the ring full.
 #[inline(always)]
 pub(crate) fn lost() {
-    // Not logged from here: user space puts it into the stream.
     count(|counters| &raw mut counters.lost);
 }
 
 /// The map of sockets is full.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn untracked() {
-    if let Some(n) = count(|counters| &raw mut counters.untracked) {
-        warn!(
-            &(),
-            "the map of sockets is full ({} times so far): raise max_sockets", n
-        );
-    }
+    count(|counters| &raw mut counters.untracked);
 }
 
 /// No hook saw a state change.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn missed() {
-    if let Some(n) = count(|counters| &raw mut counters.missed) {
-        warn!(
-            &(),
-            "the kernel kept a state change from every hook ({} times so far)", n
-        );
-    }
+    count(|counters| &raw mut counters.missed);
 }
 
 /// A TCP socket of a family that is neither IPv4 nor IPv6.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn unknown_family() {
-    if let Some(n) = count(|counters| &raw mut counters.unknown_family) {
-        warn!(
-            &(),
-            "a TCP socket is neither IPv4 nor IPv6 ({} times so far)", n
-        );
+    count(|counters| &raw mut counters.unknown_family);
+}
+
+#[inline(always)]
+fn count(which: impl FnOnce(&mut Counters) -> *mut u64) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(COUNTED) {
+        // SAFETY: a valid pointer to the map's value; the addition is atomic, because other CPUs count too.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(which(&mut *counters), 1) };
     }
 }
 
-/// Counts, and gives the count when it is worth a line of log.
+/// Logs each count that has doubled since it was last told. Called from one rare hook only: the verifier takes longer for the
+/// logging than for all the rest.
 #[inline(always)]
-fn count(which: impl FnOnce(&mut Counters) -> *mut u64) -> Option<u64> {
-    let counters = COUNTERS.get_ptr_mut(0)?;
-    // SAFETY: `counters` is valid as long as the map; the addition is atomic, because other CPUs count too.
-    let n = unsafe {
-        let counter = which(&mut *counters);
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
-        counter.read_volatile()
+pub(crate) fn tell() {
+    let (Some(now), Some(told)) = (COUNTERS.get_ptr_mut(COUNTED), COUNTERS.get_ptr_mut(TOLD))
+    else {
+        return;
     };
-    n.is_power_of_two().then_some(n)
+    // SAFETY: valid pointers to different values of the map. Two CPUs may both tell: one line of log too many.
+    let (now, told) = unsafe { (&*now, &mut *told) };
+    if now.untracked > 2 * told.untracked {
+        told.untracked = now.untracked;
+        warn!(
+            &(),
+            "no room for a socket, {} times so far: raise max_sockets", now.untracked
+        );
+    }
+    if now.missed > 2 * told.missed {
+        told.missed = now.missed;
+        warn!(
+            &(),
+            "a state change that no hook saw, {} so far", now.missed
+        );
+    }
+    if now.unknown_family > 2 * told.unknown_family {
+        told.unknown_family = now.unknown_family;
+        warn!(
+            &(),
+            "a TCP socket of an unknown family, {} so far", now.unknown_family
+        );
+    }
 }

@@ -73,6 +73,7 @@ fn tcp_state_btf(ctx: BtfTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "tcp_destroy_sock")]
 fn tcp_end_raw(ctx: RawTracePointContext) -> i32 {
     tcp::ended(Sock::new(ctx.arg(0)));
+    anomaly::tell();
     0
 }
 

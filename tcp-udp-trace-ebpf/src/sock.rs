@@ -1,7 +1,7 @@
 //! Reading the kernel's structures.
 
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
-use core::ptr;
+use core::mem::MaybeUninit;
 use tcp_udp_trace_common::{ABSENT, AF_INET, FIELDS, Field, Offsets, TcpSocket, Tracked, syn};
 
 /// Where the fields are on the running kernel; user space fills it in before the programs are loaded, so
@@ -12,7 +12,6 @@ static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
 const IPPROTO_TCP: u16 = 6;
 const TCP_FIN_WAIT1: u8 = 4;
 const TCP_FIN_WAIT2: u8 = 5;
-const TCP_CLOSE: u8 = 7;
 const TCP_LAST_ACK: u8 = 9;
 const TCP_CLOSING: u8 = 11;
 /// Bit of `sk_flags`: the peer's FIN has arrived (`enum sock_flags`).
@@ -58,41 +57,35 @@ fn offset(field: Field) -> u32 {
 /// Reads `field` of the structure at `base`; 0 where the kernel lacks the field or the address is bad.
 #[inline(always)]
 pub(crate) fn read<T: Plain>(base: u64, field: Field) -> T {
-    let mut value = T::ZERO;
-    read_into(&mut value, base, field);
-    value
-}
-
-/// Reads `field` of the structure at `base` to where it is wanted, which saves a copy.
-#[inline(always)]
-pub(crate) fn read_into<T: Plain>(to: &mut T, base: u64, field: Field) {
-    let offset = offset(field);
-    if offset == ABSENT {
-        *to = T::ZERO;
-    } else {
-        read_at_into(to, base + u64::from(offset));
+    match offset(field) {
+        ABSENT => T::ZERO,
+        offset => read_at(base + u64::from(offset)),
     }
 }
 
 /// Reads what is at a kernel address; 0 if it is a bad one.
 #[inline(always)]
 pub(crate) fn read_at<T: Plain>(address: u64) -> T {
-    let mut value = T::ZERO;
-    read_at_into(&mut value, address);
-    value
+    let mut value = MaybeUninit::<T>::uninit();
+    probe_read(value.as_mut_ptr(), address);
+    // SAFETY: the helper has written all of it.
+    unsafe { value.assume_init() }
+}
+
+/// Reads `field` of the structure at `base` to where it is wanted, which saves a copy.
+#[inline(always)]
+pub(crate) fn read_into<T: Plain>(to: &mut T, base: u64, field: Field) {
+    match offset(field) {
+        ABSENT => *to = T::ZERO,
+        offset => probe_read(to, base + u64::from(offset)),
+    }
 }
 
 #[inline(always)]
-fn read_at_into<T: Plain>(to: &mut T, address: u64) {
+fn probe_read<T: Plain>(to: *mut T, address: u64) {
     // SAFETY: the helper writes `size_of::<T>()` bytes to `to` whatever the address: what it found, or zeros.
-    // A `Plain` may have any bytes.
-    unsafe {
-        bpf_probe_read_kernel(
-            ptr::from_mut(to).cast(),
-            size_of::<T>() as u32,
-            address as *const _,
-        )
-    };
+    // A `Plain` may have any bytes, and the callers' pointers are to memory for one.
+    unsafe { bpf_probe_read_kernel(to.cast(), size_of::<T>() as u32, address as *const _) };
 }
 
 /// The address of a `struct sock`.
@@ -124,6 +117,18 @@ impl Sock {
     #[inline(always)]
     pub(crate) fn family(self) -> u16 {
         self.get(Field::Family)
+    }
+
+    /// The port it is bound to; 0 once the port has been given back.
+    #[inline(always)]
+    pub(crate) fn bound_port(self) -> u16 {
+        self.get(Field::BoundPort)
+    }
+
+    /// The port of its connection: of the last one, if it has none.
+    #[inline(always)]
+    pub(crate) fn connected_port(self) -> u16 {
+        u16::from_be(self.get(Field::LocalPort))
     }
 
     /// The inode of its network namespace.
@@ -194,7 +199,14 @@ impl Sock {
 
     /// Writes the socket, which leaves or is in `state`, into a record.
     #[inline(always)]
-    pub(crate) fn describe(self, tracked: &Tracked, family: u16, state: u8, to: &mut TcpSocket) {
+    pub(crate) fn describe(
+        self,
+        tracked: &Tracked,
+        family: u16,
+        state: u8,
+        local_port: u16,
+        to: &mut TcpSocket,
+    ) {
         let received = self.get(Field::BytesReceived);
         to.id = tracked.id;
         to.born = tracked.born;
@@ -213,13 +225,7 @@ impl Sock {
             self.get_into(&mut to.local, Field::LocalAddr6);
             self.get_into(&mut to.remote, Field::RemoteAddr6);
         }
-        // A socket without a connection may still show the port of its last one, but is bound to none; one that
-        // loses its connection has already given the port back, but still shows it.
-        to.local_port = if state == TCP_CLOSE {
-            self.get(Field::BoundPort)
-        } else {
-            u16::from_be(self.get(Field::LocalPort))
-        };
+        to.local_port = local_port;
         to.remote_port = u16::from_be(self.get(Field::RemotePort));
         to.family = family;
         to._pad = 0;

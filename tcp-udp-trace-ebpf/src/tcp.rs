@@ -23,16 +23,11 @@ pub(crate) enum Program {
 /// The socket goes from one state to another.
 #[inline(always)]
 pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
-    if from == to {
-        return;
-    }
     let (from, to) = (from as u8, to as u8);
     let tracked = track::get(sk);
-    if let Some(tracked) = &tracked {
-        if tracked.state == to {
-            // The other program has reported it.
-            return;
-        }
+    if from == to || tracked.as_ref().is_some_and(|tracked| tracked.state == to) {
+        // Not a change, or one that the other program has reported.
+        return;
     }
     if !sk.is_tcp() {
         return;
@@ -72,8 +67,7 @@ fn owner_of_listener(child: Sock) -> Owner {
     if let Some(listener) = child.listener() {
         if let Some(found) = track::get(listener) {
             // Proves that the address is a listener's, and on the child's port.
-            let port = listener.get::<u16>(Field::BoundPort);
-            if found.state == LISTEN && port == child.get::<u16>(Field::BoundPort) {
+            if found.state == LISTEN && listener.bound_port() == child.bound_port() {
                 return found.owner;
             }
         }
@@ -84,7 +78,12 @@ fn owner_of_listener(child: Sock) -> Owner {
 #[inline(always)]
 fn report(sk: Sock, family: u16, tracked: &Tracked, from: u8, to: u8) {
     emit::record(kind::STATE_CHANGE, |record: &mut StateChange| {
-        sk.describe(tracked, family, from, &mut record.socket);
+        let port = if from == CLOSE {
+            sk.bound_port()
+        } else {
+            sk.connected_port()
+        };
+        sk.describe(tracked, family, from, port, &mut record.socket);
         record.from = from;
         record.to = to;
         record._pad = [0; 2];
@@ -103,8 +102,7 @@ pub(crate) fn ended(sk: Sock) {
         if tracked.state != CLOSE {
             // Its close escaped both programs.
             anomaly::missed();
-            let family = sk.family();
-            report(sk, family, tracked, tracked.state, CLOSE);
+            report(sk, sk.family(), tracked, tracked.state, CLOSE);
         }
         track::end(sk);
     }

@@ -26,6 +26,10 @@ use crate::{Error, ErrorKind, Hook, builder::Config};
 #[cfg(target_arch = "x86_64")]
 static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.x86_64.o");
 
+/// No object yet for this architecture.
+#[cfg(not(target_arch = "x86_64"))]
+static OBJECT: &[u8] = &[];
+
 /// The share of the ring that may fill before the reader is woken though it did not ask.
 const WAKE_SHARE: u32 = 8;
 
@@ -46,6 +50,10 @@ pub(crate) struct Ring(RingBuf<MapData>);
 impl Kernel {
     /// Loads and attaches everything. Blocks for some milliseconds.
     pub(crate) fn start(config: &Config) -> Result<(Self, Ring), Error> {
+        if OBJECT.is_empty() {
+            let what = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
+            return Err(Error::new(ErrorKind::Unsupported, what));
+        }
         let btf = offsets::read_btf()?;
         let offsets = offsets::resolve(&btf)?;
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
