@@ -39,7 +39,10 @@
 //!
 //! - `serde`: `Serialize` and `Deserialize` for [`Event`], [`Stats`] and what is in them.
 #![forbid(unsafe_code)]
-#![cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "there, nothing can be started"))]
+#![cfg_attr(
+    not(target_os = "linux"),
+    allow(dead_code, reason = "there, nothing can be started")
+)]
 
 mod builder;
 mod comm;

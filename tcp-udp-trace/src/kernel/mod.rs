@@ -67,8 +67,8 @@ impl Kernel {
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
             .override_global(
-                "WAKE_BYTES",
-                &u64::from(config.ring_bytes / WAKE_SHARE),
+                "WAKE_SHIFT",
+                &(config.ring_bytes / WAKE_SHARE).ilog2(),
                 true,
             )
             .map_max_entries("EVENTS", config.ring_bytes)
