@@ -8,6 +8,8 @@ use crate::{
     track,
 };
 
+const TCP_CLOSE: u8 = 7;
+
 /// `__NR_accept` and `__NR_accept4` of x86_64.
 const SYS_ACCEPT: u64 = 43;
 const SYS_ACCEPT4: u64 = 288;
@@ -23,6 +25,10 @@ pub(crate) fn accepted(sk: Sock) {
         return;
     }
     let state = sk.get::<u8>(Field::State);
+    if state == TCP_CLOSE {
+        // The peer reset it while it waited: its life is over, and its end was reported.
+        return;
+    }
     let owner = owner::current(origin::ACCEPTOR);
     let fresh;
     let tracked = if let Some(tracked) = track::get(sk) {

@@ -48,7 +48,8 @@ pub enum EventKind {
         /// `ECONNREFUSED`) when a `connect` failed or the peer or a timeout ended the connection.
         error: Option<i32>,
     },
-    /// TCP: `accept` gave the socket to a process, from now on its owner.
+    /// TCP: `accept` gave the socket to a process, from now on its owner. Not reported for a connection that had
+    /// already ended while it waited to be accepted.
     Accept,
     /// A gap: events that were produced and could not be delivered would stand here.
     Lost {

@@ -20,7 +20,8 @@ use crate::{
 /// Made by [`TcpTracer::builder`]; several may run at once. The stream ends (`None`) only after
 /// [`TracerHandle::stop`], or if reading fails, which [`close`](Self::close) then reports.
 ///
-/// Dropping it detaches everything, at once and also outside of a runtime; that blocks for some milliseconds.
+/// Dropping it detaches everything, at once and also outside of a runtime. That blocks until the kernel can be sure that no CPU
+/// runs our programs any more: about 0.1 s; [`close`](Self::close) does the same without blocking the runtime.
 ///
 /// # Cancel safety
 ///

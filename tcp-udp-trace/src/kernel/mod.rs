@@ -10,6 +10,7 @@ mod tracefs;
 use std::{
     fs, io,
     os::fd::{AsFd as _, AsRawFd, RawFd},
+    thread,
 };
 
 use aya::{
@@ -135,13 +136,25 @@ impl Kernel {
         self.log.flush();
     }
 
-    /// Takes the programs out of the kernel; the maps, and so the records already made, stay. Blocks for
-    /// some milliseconds.
+    /// Takes the programs out of the kernel; the maps, and so the records already made, stay.
+    ///
+    /// Blocks until the kernel is sure that no CPU runs them any more. It waits for that at each tracepoint, for up
+    /// to 0.1 s; so they go in parallel.
     pub(crate) fn detach(&mut self) {
         self.recursion_misses = self.recursion_misses();
-        for (_, program) in self.ebpf.programs_mut() {
-            attach::unload(program);
-        }
+        thread::scope(|scope| {
+            let loaded = self.ebpf.programs_mut().map(|(_, program)| program);
+            for program in loaded.filter(|program| program.fd().is_ok()) {
+                // Where no thread can be had, dropping `ebpf` does it, one after the other.
+                let _ = thread::Builder::new().spawn_scoped(scope, || attach::unload(program));
+            }
+        });
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        self.detach();
     }
 }
 

@@ -1,0 +1,329 @@
+//! Every event reaches the consumer, in time and with the right time, or is counted.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{bail, ensure};
+use futures_util::StreamExt as _;
+use integration_tests::{
+    actor::{Actor, Command},
+    life::{CLOCK_ERROR, LISTENER, Life},
+    load::Load,
+    netns::{FAR, Netns, veth},
+    scene::{Scene, loopback},
+    suite::skip,
+    trace::{Trace, check_conservation, show},
+};
+use libtest_mimic::Trial;
+use nix::time::{ClockId, clock_settime};
+use tcp_udp_trace::{Event, EventKind, LossStage, TcpState, TcpTracer};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        Nothing: [
+            two_tracers_at_once_give_the_same_events,
+        ],
+        Solitude: [
+            churn_of_ten_thousand_connections_under_load,
+            churn_across_namespaces_under_load,
+            queue_overflow_sheds_the_oldest,
+            clock_steps_do_no_harm,
+        ],
+    ]
+}
+
+/// Not one wrong owner, not one missing close, not one wrong byte, while every CPU is busy.
+fn churn_of_ten_thousand_connections_under_load() -> anyhow::Result<()> {
+    let here = Netns::current()?;
+    churn(&here, &[loopback(false), loopback(true)], 2_500)
+}
+
+/// The same on a path where transitions run in softirqs, which interrupt whatever a CPU happens to do: the same program
+/// in the middle of another transition, for one.
+fn churn_across_namespaces_under_load() -> anyhow::Result<()> {
+    let far = veth()?;
+    churn(&far, &[SocketAddr::new(FAR.parse()?, 0)], 1_000)
+}
+
+/// At each address of a namespace, a process listens, two others accept, and two clients make so many connections each.
+/// Those who listen accept nothing themselves, so every connection changes its owner.
+fn churn(servers: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow::Result<()> {
+    const PAIRS: usize = 2;
+    let trace = Trace::start()?;
+    trace.also(servers.inode()?);
+    remember_closed_connections()?;
+    servers.run(remember_closed_connections)?;
+    let load = Load::on_every_cpu();
+    let began = Instant::now();
+    let mut sites = Vec::new();
+    let mut clients = Vec::new();
+    for &address in addresses {
+        let (owner, listener, acceptors) = servers.run(|| {
+            let mut owner = Actor::spawn("owner")?;
+            let listener = owner.listen(address)?;
+            let mut acceptors = Vec::new();
+            for _ in 0..PAIRS {
+                let mut acceptor = Actor::spawn("acceptor")?;
+                let fd = acceptor.take(&owner, listener.fd)?.fd;
+                acceptor.begin(&Command::Serve(fd, connections))?;
+                acceptors.push(acceptor);
+            }
+            Ok((owner, listener, acceptors))
+        })?;
+        for _ in 0..PAIRS {
+            let mut client = Actor::spawn("client")?;
+            let seed = clients.len() as u64;
+            client.begin(&Command::Churn {
+                to: listener.local,
+                connections,
+                seed,
+            })?;
+            clients.push(client);
+        }
+        sites.push((owner, listener, acceptors));
+    }
+
+    let mut expected = Vec::new();
+    for client in &mut clients {
+        let ends = client.finish_exchanges()?;
+        let who = client.who()?;
+        expected.extend(ends.iter().map(|end| Life::of_client_exchange(&who, end)));
+    }
+    for (owner, listener, acceptors) in &mut sites {
+        let owner_is = owner.who()?;
+        for mut acceptor in acceptors.drain(..) {
+            let ends = acceptor.finish_exchanges()?;
+            let who = acceptor.who()?;
+            expected.extend(
+                ends.iter()
+                    .map(|end| Life::of_server_exchange(&owner_is, &who, end)),
+            );
+        }
+        owner.close(listener)?;
+        expected.push(Life::of(&owner_is, listener, LISTENER));
+    }
+    let traffic = began.elapsed();
+    let made = addresses.len() * PAIRS * connections as usize;
+    ensure!(expected.len() == 2 * made + addresses.len());
+    let handle = trace.handle().clone();
+    let mut lives = trace.finish(expected.len())?;
+    drop(load);
+    for life in &expected {
+        lives.check(life)?;
+    }
+    lives.nothing_else()?;
+    let stats = handle.stats();
+    ensure!(stats.untracked == 0 && stats.missed == 0, "{stats:?}");
+    eprintln!("{made} connections in {traffic:.1?}; {stats:?}");
+    Ok(())
+}
+
+/// A small machine has room for a few thousand connections in TIME_WAIT. Beyond that the kernel forgets them, and answers
+/// the end of the peer with a reset, which a tracer rightly reports.
+fn remember_closed_connections() -> anyhow::Result<()> {
+    Ok(fs::write(
+        "/proc/sys/net/ipv4/tcp_max_tw_buckets",
+        "262144",
+    )?)
+}
+
+/// Two tracers of one process see the same, each with ids of its own.
+fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
+    const CONNECTIONS: usize = 20;
+    let second = Trace::start()?;
+    let mut scene = Scene::new()?;
+    for _ in 0..CONNECTIONS {
+        let connection = scene.connect()?;
+        scene.upload(&connection, 1_000)?;
+        scene.close(&connection)?;
+    }
+    scene.server.close(&scene.listener)?;
+    let what = |event: &Event| {
+        let socket = event.socket;
+        let addresses = (socket.local, socket.remote);
+        (
+            event.kind,
+            event.process,
+            addresses,
+            socket.cookie,
+            socket.uid,
+            socket.netns,
+            socket.cgroup,
+            event.traffic,
+        )
+    };
+    let closes = 2 * CONNECTIONS + 1;
+    let [first, second] = [scene.trace, second].map(|trace| trace.finish_in_order(closes));
+    let [first, second]: [Vec<_>; 2] =
+        [first?, second?].map(|events| events.iter().map(what).collect());
+    ensure!(
+        first.len() == 11 * CONNECTIONS + 2,
+        "{} events",
+        first.len()
+    );
+    for (first, second) in first.iter().zip(&second) {
+        ensure!(first == second, "{first:?}\nis not\n{second:?}");
+    }
+    ensure!(
+        first.len() == second.len(),
+        "{} events more",
+        second.len() - first.len()
+    );
+    Ok(())
+}
+
+/// A consumer that does not come finds the newest events, and before them how many it has missed.
+fn queue_overflow_sheds_the_oldest() -> anyhow::Result<()> {
+    const QUEUE: usize = 8;
+    let mut scene = Scene::new()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let mut tracer = runtime.block_on(TcpTracer::builder().queue(QUEUE).start())?;
+    let reference = Trace::start()?;
+    for _ in 0..20 {
+        let connection = scene.connect()?;
+        scene.close(&connection)?;
+    }
+    let reference = reference.finish_in_order(40)?;
+    let handle = tracer.handle();
+    let (events, stats) = runtime.block_on(async {
+        // Only when the reader has done its work is the consumer the one that is late.
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let stats = handle.stats();
+            if stats.emitted >= reference.len() as u64
+                && stats.emitted == stats.queue_shed + QUEUE as u64
+            {
+                break;
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the reader does not come to an end: {stats:?}"
+            );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        handle.stop();
+        let mut events = Vec::new();
+        while let Some(event) = tracer.next().await {
+            events.push(event);
+        }
+        Ok((events, tracer.close().await?))
+    })?;
+    check_conservation(&stats)?;
+    ensure!(
+        stats.ring_lost + stats.malformed + stats.discarded == 0,
+        "{stats:?}"
+    );
+    let [gap, kept @ ..] = &events[..] else {
+        bail!("no events")
+    };
+    let is_gap = gap.kind
+        == EventKind::Lost {
+            count: stats.queue_shed,
+            stage: LossStage::Queue,
+        };
+    ensure!(
+        is_gap && stats.queue_shed > 0,
+        "{stats:?}:{}",
+        show(&events)
+    );
+    ensure!(
+        kept.len() == QUEUE && stats.delivered == QUEUE as u64,
+        "{stats:?}:{}",
+        show(&events)
+    );
+    // Others of this machine may be among them.
+    let netns = reference[0].socket.netns;
+    let what = |event: &&Event| (event.kind, event.socket.local, event.socket.remote);
+    let kept: Vec<_> = kept
+        .iter()
+        .filter(|event| event.socket.netns == netns)
+        .map(|event| what(&event))
+        .collect();
+    let newest: Vec<_> = reference[reference.len() - kept.len()..]
+        .iter()
+        .map(|event| what(&event))
+        .collect();
+    ensure!(
+        !kept.is_empty() && kept == newest,
+        "{kept:#?}\nare not the newest of\n{newest:#?}"
+    );
+    Ok(())
+}
+
+/// The clock of the machine jumps forward by an hour and back; each event carries the wall clock of its moment.
+fn clock_steps_do_no_harm() -> anyhow::Result<()> {
+    if !fs::read_to_string("/proc/cmdline")?.contains("tut_vm") {
+        return skip("would change the clock of this machine; only in a VM");
+    }
+    let mut client = Actor::spawn("client")?;
+    let mut server = Actor::spawn("server")?;
+    let listener = server.listen(loopback(false))?;
+    let trace = Trace::start()?;
+    let mut moments = Vec::new();
+    let mut connect = |trace: &Trace| {
+        let socket = client.connect(listener.local)?;
+        moments.push((socket.local, client.moment()));
+        // The clock must not step before the tracer has read the event.
+        trace.wait_for("a connection", |event| {
+            event.is_open() && event.socket.local == socket.local
+        })?;
+        client.abort(&socket)
+    };
+    connect(&trace)?;
+    let step = ClockStep::forward(Duration::from_secs(3_600))?;
+    connect(&trace)?;
+    drop(step);
+    connect(&trace)?;
+    let events = trace.finish_in_order(6)?;
+    for (local, moment) in moments {
+        let window = moment.began - CLOCK_ERROR..=moment.ended + CLOCK_ERROR;
+        let is_connect = |event: &&Event| event.socket.local == local && event.is_open();
+        let event = events.iter().find(is_connect).expect("it was waited for");
+        ensure!(window.contains(&event.time), "not in {window:?}: {event}");
+    }
+    let uptimes_grow = events
+        .windows(2)
+        .all(|pair| pair[0].uptime <= pair[1].uptime);
+    ensure!(uptimes_grow, "time went back:{}", show(&events));
+    ensure!(
+        events
+            .iter()
+            .all(|event| event.socket.age < Duration::from_secs(600)),
+        "{}",
+        show(&events)
+    );
+    ensure!(events.iter().any(|event| matches!(
+        event.kind,
+        EventKind::StateChange {
+            to: TcpState::Close,
+            ..
+        }
+    )));
+    Ok(())
+}
+
+/// The wall clock is wrong as long as this lives.
+struct ClockStep(Duration);
+
+impl ClockStep {
+    fn forward(step: Duration) -> anyhow::Result<Self> {
+        set_clock(SystemTime::now() + step)?;
+        Ok(Self(step))
+    }
+}
+
+impl Drop for ClockStep {
+    fn drop(&mut self) {
+        set_clock(SystemTime::now() - self.0).unwrap();
+    }
+}
+
+fn set_clock(time: SystemTime) -> anyhow::Result<()> {
+    let since_epoch = time.duration_since(UNIX_EPOCH)?;
+    Ok(clock_settime(ClockId::CLOCK_REALTIME, since_epoch.into())?)
+}

@@ -1,0 +1,183 @@
+//! How a tracer begins and ends.
+
+use std::{
+    collections::BTreeSet,
+    ffi::OsStr,
+    net::{TcpListener, TcpStream},
+    time::Duration,
+};
+
+use anyhow::{bail, ensure};
+use futures_util::{FutureExt as _, StreamExt as _, stream::FusedStream as _};
+use integration_tests::{
+    actor::{Actor, Command, Outcome},
+    kernel::{BpfObjects, open_files},
+};
+use libtest_mimic::Trial;
+use tcp_udp_trace::{ErrorKind, TcpTracer};
+use tokio::runtime::{Builder, Runtime};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        Nothing: [
+            start_needs_a_runtime,
+            start_without_privileges_is_a_permission_error,
+            every_signal_has_a_hook,
+            stop_ends_the_stream_after_the_last_event,
+        ],
+        Solitude: [
+            start_and_stop_200_times,
+            dropped_outside_of_a_runtime,
+            runtime_dropped_before_the_tracer,
+            start_cancelled_leaves_nothing,
+        ],
+    ]
+}
+
+fn runtime() -> anyhow::Result<Runtime> {
+    Ok(Builder::new_current_thread().enable_all().build()?)
+}
+
+fn start_needs_a_runtime() -> anyhow::Result<()> {
+    let Some(Err(error)) = TcpTracer::builder().start().now_or_never() else {
+        bail!("started without a runtime")
+    };
+    ensure!(error.kind() == ErrorKind::NoRuntime, "{error:?}");
+    Ok(())
+}
+
+fn start_without_privileges_is_a_permission_error() -> anyhow::Result<()> {
+    let mut root = Actor::spawn("root")?;
+    let outcome = root.run(Command::StartTracer)?;
+    ensure!(outcome == Outcome::Tracer(None), "root: {outcome:?}");
+    let mut nobody = Actor::spawn_as(OsStr::new("nobody"), Some(65_534))?;
+    let outcome = nobody.run(Command::StartTracer)?;
+    let Outcome::Tracer(Some((kind, message))) = &outcome else {
+        bail!("nobody: {outcome:?}")
+    };
+    let is_named = message.contains("CAP_BPF") || message.contains("CAP_PERFMON");
+    ensure!(kind == "Permission" && is_named, "nobody: {outcome:?}");
+    Ok(())
+}
+
+fn every_signal_has_a_hook() -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let tracer = runtime.block_on(TcpTracer::builder().start())?;
+    let hooks = tracer.handle().hooks();
+    eprintln!(
+        "hooks: {}",
+        hooks
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(" ")
+    );
+    ensure!(!hooks.is_empty());
+    for hook in hooks {
+        ensure!(!hook.programs.is_empty(), "{hook}");
+    }
+    Ok(())
+}
+
+/// What happened before `stop` is delivered, even if nobody had read anything; then the stream ends, and stays ended.
+fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
+    let listener = TcpListener::bind(("127.0.0.1", 0))?;
+    runtime()?.block_on(async {
+        let mut tracer = TcpTracer::builder().queue(1 << 20).start().await?;
+        let client = TcpStream::connect(listener.local_addr()?)?;
+        let port = client.local_addr()?.port();
+        tracer.handle().stop();
+        tracer.handle().stop();
+        let mut opens = 0;
+        while let Some(event) = tracer.next().await {
+            let is_ours = [event.socket.local.port(), event.socket.remote.port()].contains(&port);
+            opens += usize::from(is_ours && event.is_open());
+        }
+        ensure!(opens == 2, "{opens} of 2 ends were opened");
+        ensure!(tracer.is_terminated() && tracer.next().await.is_none());
+        let stats = tracer.close().await?;
+        integration_tests::trace::check_conservation(&stats)
+    })
+}
+
+/// By turns closed and dropped. Nothing is left: no descriptor here, no program, map or link in the kernel.
+fn start_and_stop_200_times() -> anyhow::Result<()> {
+    let files = open_files()?;
+    let mut seen = BpfObjects::default();
+    let runtime = runtime()?;
+    for turn in 0..200 {
+        let tracer = runtime.block_on(TcpTracer::builder().start())?;
+        if turn % 10 < 2 {
+            let objects = BpfObjects::of_this_process()?;
+            ensure!(
+                !objects.programs.is_empty() && !objects.maps.is_empty(),
+                "what does it trace with? {objects:?}"
+            );
+            seen.extend(objects);
+        }
+        match turn % 2 {
+            0 => drop(runtime.block_on(tracer.close())?),
+            _ => drop(tracer),
+        }
+    }
+    drop(runtime);
+    ensure!(
+        open_files()? == files,
+        "files open before: {files:?}, after: {:?}",
+        open_files()?
+    );
+    ensure_nothing_held()?;
+    seen.await_freed()
+}
+
+fn dropped_outside_of_a_runtime() -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let tracer = runtime.block_on(TcpTracer::builder().start())?;
+    let objects = BpfObjects::of_this_process()?;
+    drop(tracer);
+    // The runtime does not run: whatever it still had to do would not be done.
+    ensure_nothing_held()?;
+    objects.await_freed()
+}
+
+/// The stream ends instead of waiting for a reader that is gone, and the kernel is left clean.
+fn runtime_dropped_before_the_tracer() -> anyhow::Result<()> {
+    let first = runtime()?;
+    let mut tracer = first.block_on(TcpTracer::builder().start())?;
+    let objects = BpfObjects::of_this_process()?;
+    drop(first);
+    runtime()?.block_on(async {
+        let end = async { while tracer.next().await.is_some() {} };
+        let ended = tokio::time::timeout(Duration::from_secs(60), end).await;
+        ensure!(ended.is_ok(), "the stream does not end");
+        Ok(())
+    })?;
+    drop(tracer);
+    ensure_nothing_held()?;
+    objects.await_freed()
+}
+
+/// A start that nobody waits for any more detaches what it has attached, whenever that was.
+fn start_cancelled_leaves_nothing() -> anyhow::Result<()> {
+    let files = open_files()?;
+    for milliseconds in [0, 1, 2, 5, 10, 20, 50, 100] {
+        let runtime = runtime()?;
+        let limit = Duration::from_millis(milliseconds);
+        let start = async { tokio::time::timeout(limit, TcpTracer::builder().start()).await };
+        if let Ok(started) = runtime.block_on(start) {
+            drop(started?);
+        }
+        // Waits for the blocking work.
+        drop(runtime);
+    }
+    let left: BTreeSet<_> = open_files()?.difference(&files).cloned().collect();
+    ensure!(left.is_empty(), "{left:?}");
+    ensure_nothing_held()
+}
+
+/// This process has no descriptor of a program, map or link.
+fn ensure_nothing_held() -> anyhow::Result<()> {
+    let held = BpfObjects::of_this_process()?;
+    ensure!(held.is_empty(), "{held:?} in {:#?}", open_files()?);
+    Ok(())
+}

@@ -1,0 +1,40 @@
+//! What a tracer reports, compared with what really happened. Run as root; takes the arguments of `cargo test`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test fails by panicking, and tells what it could not check on stderr"
+)]
+
+use std::process::ExitCode;
+
+use integration_tests::actor;
+
+/// A list of tests, each with what it needs, named after their module.
+macro_rules! trials {
+    ($($needs:ident: [$($name:ident,)+],)+) => {{
+        use integration_tests::suite::{Needs, trial};
+        let topic = module_path!().rsplit("::").next().unwrap();
+        vec![$($(trial(topic, stringify!($name), Needs::$needs, $name),)+)+]
+    }};
+}
+
+mod bytes;
+mod delivery;
+mod lifecycle;
+mod owner;
+mod states;
+
+fn main() -> ExitCode {
+    if let Some(code) = actor::run_if_asked() {
+        return code;
+    }
+    let arguments = libtest_mimic::Arguments::from_args();
+    let topics = [
+        states::trials(),
+        owner::trials(),
+        bytes::trials(),
+        delivery::trials(),
+        lifecycle::trials(),
+    ];
+    libtest_mimic::run(&arguments, topics.into_iter().flatten().collect()).exit_code()
+}

@@ -1,0 +1,477 @@
+//! The states of a socket, at both ends of a connection, and with them everything else that its events tell.
+
+use std::{fs, net::SocketAddr, time::SystemTime};
+
+use anyhow::ensure;
+use integration_tests::{
+    actor::{Actor, Command, Endpoint, Moment},
+    life::{
+        ACTIVE_CLIENT, ACTIVE_SERVER, CLOCK_ERROR, LISTENER, Life, PASSIVE_CLIENT, PASSIVE_SERVER,
+    },
+    netns::{FAR, NEAR, ip, veth},
+    scene::{Connection, Scene, loopback},
+    suite::skip,
+    trace::{Trace, show},
+};
+use libtest_mimic::Trial;
+use nix::errno::Errno;
+use tcp_udp_trace::{
+    Event, EventKind,
+    TcpState::{
+        self, Close, CloseWait, Closing, Established, FinWait1, FinWait2, Listen, SynRecv, SynSent,
+    },
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        Nothing: [
+            connect_accept_close_v4,
+            connect_accept_close_v6,
+            connect_accept_close_v4_to_dual_stack_listener,
+            connect_accept_close_v4_mapped_at_both_ends,
+            half_close_client_first,
+            half_close_server_first,
+            reset_by_linger,
+            reset_in_close_wait_is_epipe,
+            reset_before_accept,
+            listener_closed_before_accept,
+            connect_refused,
+            reconnect_on_the_same_socket_is_a_new_life,
+            connect_timed_out,
+            simultaneous_close,
+            simultaneous_open_with_itself,
+            listen_and_its_end,
+            mptcp_sockets_are_kept_out,
+        ],
+    ]
+}
+
+fn connect_accept_close_v4() -> anyhow::Result<()> {
+    connect_accept_close(loopback(false), "127.0.0.1")
+}
+
+fn connect_accept_close_v6() -> anyhow::Result<()> {
+    connect_accept_close(loopback(true), "::1")
+}
+
+fn connect_accept_close_v4_to_dual_stack_listener() -> anyhow::Result<()> {
+    connect_accept_close("[::]:0".parse()?, "127.0.0.1")
+}
+
+fn connect_accept_close_v4_mapped_at_both_ends() -> anyhow::Result<()> {
+    connect_accept_close("[::]:0".parse()?, "::ffff:127.0.0.1")
+}
+
+fn connect_accept_close(listen: SocketAddr, to: &str) -> anyhow::Result<()> {
+    let mut scene = Scene::at(listen)?;
+    let listened = scene.server.moment();
+    let to = SocketAddr::new(to.parse()?, scene.listener.local.port());
+    let client = scene.client.connect(to)?;
+    let connected = scene.client.moment();
+    let server = scene.server.accept(&scene.listener)?;
+    let accepted = scene.server.moment();
+    let connection = Connection { client, server };
+    scene.upload(&connection, 1_000)?;
+    scene.download(&connection, 3_000)?;
+    scene.client.close(&client)?;
+    let closed = scene.client.moment();
+    ensure!(scene.server.receive_all(&server)? == 0);
+    scene.server.close(&server)?;
+    let answered = scene.server.moment();
+
+    let client_life = scene
+        .client_life(&connection, ACTIVE_CLIENT)?
+        .bytes(1_000, 3_000);
+    let server_life = scene
+        .server_life(&connection, PASSIVE_SERVER)?
+        .bytes(3_000, 1_000);
+    let listener_life = Life::of(&scene.server.who()?, &scene.listener, LISTENER);
+    scene.server.close(&scene.listener)?;
+    let mut lives = scene.trace.finish(3)?;
+    let events = lives.check(&client_life)?;
+    check_time(&events[0], connected)?;
+    check_time(&events[2], closed)?;
+    let events = lives.check(&server_life)?;
+    ensure!(
+        events[2].kind == EventKind::Accept,
+        "accepted at once, but {}",
+        events[2]
+    );
+    check_time(&events[2], accepted)?;
+    check_time(&events[4], answered)?;
+    let events = lives.check(&listener_life)?;
+    check_time(&events[0], listened)?;
+    lives.nothing_else()
+}
+
+/// What a process does by itself happens while it does it.
+fn check_time(event: &Event, Moment { began, ended, .. }: Moment) -> anyhow::Result<()> {
+    let window: (SystemTime, SystemTime) = (began - CLOCK_ERROR, ended + CLOCK_ERROR);
+    ensure!(
+        window.0 <= event.time && event.time <= window.1,
+        "not in {window:?}: {event}"
+    );
+    Ok(())
+}
+
+fn half_close_client_first() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let connection = scene.connect()?;
+    scene.upload(&connection, 10)?;
+    scene.client.shutdown(&connection.client)?;
+    ensure!(scene.server.receive_all(&connection.server)? == 0);
+    scene.download(&connection, 100_000)?;
+    scene.server.close(&connection.server)?;
+    ensure!(scene.client.receive_all(&connection.client)? == 0);
+    scene.client.close(&connection.client)?;
+    let client = scene
+        .client_life(&connection, ACTIVE_CLIENT)?
+        .bytes(10, 100_000);
+    let server = scene
+        .server_life(&connection, PASSIVE_SERVER)?
+        .bytes(100_000, 10);
+    scene.finish(&[client, server])
+}
+
+fn half_close_server_first() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let connection = scene.connect()?;
+    scene.download(&connection, 10)?;
+    scene.server.shutdown(&connection.server)?;
+    ensure!(scene.client.receive_all(&connection.client)? == 0);
+    scene.upload(&connection, 100_000)?;
+    scene.client.close(&connection.client)?;
+    ensure!(scene.server.receive_all(&connection.server)? == 0);
+    scene.server.close(&connection.server)?;
+    let client = scene
+        .client_life(&connection, PASSIVE_CLIENT)?
+        .bytes(100_000, 10);
+    let server = scene
+        .server_life(&connection, ACTIVE_SERVER)?
+        .bytes(10, 100_000);
+    scene.finish(&[client, server])
+}
+
+/// Only the end that is reset has an error.
+fn reset_by_linger() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let connection = scene.connect()?;
+    scene.upload(&connection, 5)?;
+    scene.client.abort(&connection.client)?;
+    let client = scene
+        .client_life(&connection, &[Close, SynSent, Established, Close])?
+        .bytes(5, 0);
+    let server = scene
+        .server_life(&connection, &[Listen, SynRecv, Established, Close])?
+        .bytes(0, 5);
+    scene.finish(&[client, server.error(Errno::ECONNRESET as i32)])
+}
+
+fn reset_in_close_wait_is_epipe() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let connection = scene.connect()?;
+    scene.upload(&connection, 5)?;
+    scene.client.shutdown(&connection.client)?;
+    ensure!(scene.server.receive_all(&connection.server)? == 0);
+    scene.download(&connection, 7)?;
+    scene.client.abort(&connection.client)?;
+    let states = [Close, SynSent, Established, FinWait1, FinWait2, Close];
+    let client = scene.client_life(&connection, &states)?.bytes(5, 7);
+    let states = [Listen, SynRecv, Established, CloseWait, Close];
+    let server = scene.server_life(&connection, &states)?.bytes(7, 5);
+    scene.finish(&[client, server.error(Errno::EPIPE as i32)])
+}
+
+/// The connection still belongs to the owner of the listener; that the server gets a dead socket from `accept` later is
+/// no event of a life that has ended.
+fn reset_before_accept() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let client = scene.client.connect(scene.listener.local)?;
+    scene.client.send(&client, 9)?;
+    scene.client.abort(&client)?;
+    // Some kernels give the dead socket, some say that the connection was aborted.
+    let _ = scene.server.accept(&scene.listener);
+    let life = Life::of(
+        &scene.client.who()?,
+        &client,
+        &[Close, SynSent, Established, Close],
+    )
+    .bytes(9, 0);
+    let child = Life::of_child(
+        &scene.server.who()?,
+        &client,
+        &[Listen, SynRecv, Established, Close],
+    );
+    scene.finish(&[life, child.bytes(0, 9).error(Errno::ECONNRESET as i32)])
+}
+
+fn listener_closed_before_accept() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let client = scene.client.connect(scene.listener.local)?;
+    let life = Life::of(
+        &scene.client.who()?,
+        &client,
+        &[Close, SynSent, Established, Close],
+    );
+    let child = Life::of_child(
+        &scene.server.who()?,
+        &client,
+        &[Listen, SynRecv, Established, Close],
+    );
+    scene.finish(&[life.error(Errno::ECONNRESET as i32), child])
+}
+
+fn connect_refused() -> anyhow::Result<()> {
+    for v6 in [false, true] {
+        let mut client = Actor::spawn("client")?;
+        let trace = Trace::start()?;
+        let nobody = SocketAddr::new(loopback(v6).ip(), 1);
+        let failed = fail_to_connect(&mut client, loopback(v6), nobody, Errno::ECONNREFUSED)?.1;
+        let mut lives = trace.finish(1)?;
+        lives.check(&failed)?;
+        lives.nothing_else()?;
+    }
+    Ok(())
+}
+
+/// Lets a client connect to where nobody is; gives its socket, and what that must have shown. The socket is bound,
+/// because otherwise nobody could tell its address afterwards.
+fn fail_to_connect(
+    client: &mut Actor,
+    from: SocketAddr,
+    to: SocketAddr,
+    errno: Errno,
+) -> anyhow::Result<(Endpoint, Life)> {
+    let bound = client.bind(from)?;
+    ensure!(client.fail(Command::Connect(bound.fd, to))? == errno as i32);
+    let socket = Endpoint {
+        remote: Some(to),
+        ..bound
+    };
+    let life = Life::of(&client.who()?, &socket, &[Close, SynSent, Close]);
+    Ok((socket, life.error(errno as i32)))
+}
+
+fn reconnect_on_the_same_socket_is_a_new_life() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let nobody = SocketAddr::new(loopback(false).ip(), 1);
+    let (socket, failed) = fail_to_connect(
+        &mut scene.client,
+        loopback(false),
+        nobody,
+        Errno::ECONNREFUSED,
+    )?;
+    let client = scene
+        .client
+        .socket(Command::Connect(socket.fd, scene.listener.local))?;
+    let server = scene.server.accept(&scene.listener)?;
+    let connection = Connection { client, server };
+    scene.upload(&connection, 77)?;
+    scene.close(&connection)?;
+    let client = scene.client_life(&connection, ACTIVE_CLIENT)?.bytes(77, 0);
+    let server = scene.server_life(&connection, PASSIVE_SERVER)?.bytes(0, 77);
+    scene.finish(&[failed, client, server])
+}
+
+/// To a machine that does not answer: the packets leave by one end of a veth pair, and the other end drops them because
+/// they are for another hardware address.
+fn connect_timed_out() -> anyhow::Result<()> {
+    let _far = veth()?;
+    misdirect(FAR, "near0")?;
+    // One retransmission: 1 s + 2 s.
+    fs::write("/proc/sys/net/ipv4/tcp_syn_retries", "1")?;
+    let mut client = Actor::spawn("client")?;
+    let trace = Trace::start()?;
+    let (from, to) = (
+        SocketAddr::new(NEAR.parse()?, 0),
+        SocketAddr::new(FAR.parse()?, 80),
+    );
+    let failed = fail_to_connect(&mut client, from, to, Errno::ETIMEDOUT)?.1;
+    let mut lives = trace.finish(1)?;
+    lives.check(&failed)?;
+    lives.nothing_else()
+}
+
+/// Sends what goes to `address` to a hardware address that nobody has.
+fn misdirect(address: &str, device: &str) -> anyhow::Result<()> {
+    ip(&format!(
+        "neigh replace {address} lladdr 02:00:00:00:00:99 dev {device} nud permanent"
+    ))
+}
+
+/// Undoes [`misdirect`].
+fn redirect(address: &str, device: &str) -> anyhow::Result<()> {
+    ip(&format!("neigh del {address} dev {device}"))
+}
+
+/// Both ends end while no packet passes, so neither has heard of the other's end when it says its own. Whether the
+/// acknowledgement or the end of the peer comes first is a matter of retransmissions, but one end at least must have
+/// heard the end first.
+fn simultaneous_close() -> anyhow::Result<()> {
+    let (mut scene, far) = Scene::over_veth()?;
+    let connection = scene.connect()?;
+    scene.upload(&connection, 300)?;
+    scene.download(&connection, 200)?;
+    misdirect(FAR, "near0")?;
+    far.run(|| misdirect(NEAR, "far0"))?;
+    scene.client.shutdown(&connection.client)?;
+    scene.server.shutdown(&connection.server)?;
+    redirect(FAR, "near0")?;
+    far.run(|| redirect(NEAR, "far0"))?;
+    ensure!(scene.client.receive_all(&connection.client)? == 0);
+    ensure!(scene.server.receive_all(&connection.server)? == 0);
+
+    let is_closing = |kind| matches!(kind, EventKind::StateChange { to: Closing, .. });
+    let third = |is_closing| if is_closing { Closing } else { FinWait2 };
+    let client = |closing| {
+        scene.client_life(
+            &connection,
+            &[Close, SynSent, Established, FinWait1, third(closing), Close],
+        )
+    };
+    let server = |closing| {
+        scene.server_life(
+            &connection,
+            &[
+                Listen,
+                SynRecv,
+                Established,
+                FinWait1,
+                third(closing),
+                Close,
+            ],
+        )
+    };
+    let clients = [
+        client(false)?.bytes(300, 200),
+        client(true)?.bytes(300, 200),
+    ];
+    let servers = [
+        server(false)?.bytes(200, 300),
+        server(true)?.bytes(200, 300),
+    ];
+    scene.finish_with(2, |lives| {
+        let rest = lives.rest();
+        let closing = |socket: &Endpoint| {
+            let mut events = rest
+                .iter()
+                .flatten()
+                .filter(|event| event.socket.local == socket.local);
+            events.any(|event| is_closing(event.kind))
+        };
+        let (client, server) = (closing(&connection.client), closing(&connection.server));
+        ensure!(
+            client || server,
+            "no end was simultaneous:{}",
+            show(&rest.concat())
+        );
+        lives.check(&clients[usize::from(client)])?;
+        lives.check(&servers[usize::from(server)]).map(drop)
+    })
+}
+
+/// A socket that connects to its own address: the one simultaneous open that is easy to have.
+fn simultaneous_open_with_itself() -> anyhow::Result<()> {
+    let mut actor = Actor::spawn("narcissus")?;
+    let trace = Trace::start()?;
+    let bound = actor.bind(loopback(false))?;
+    let socket = actor.socket(Command::Connect(bound.fd, bound.local))?;
+    actor.send(&socket, 12_345)?;
+    actor.receive(&socket, 12_345)?;
+    actor.close(&socket)?;
+    let states = [
+        Close,
+        SynSent,
+        SynRecv,
+        Established,
+        FinWait1,
+        Closing,
+        Close,
+    ];
+    let mut lives = trace.finish(1)?;
+    lives.check(&Life::of(&actor.who()?, &socket, &states).bytes(12_345, 12_345))?;
+    lives.nothing_else()
+}
+
+fn listen_and_its_end() -> anyhow::Result<()> {
+    for address in [
+        loopback(false),
+        loopback(true),
+        "0.0.0.0:0".parse()?,
+        "[::]:0".parse()?,
+    ] {
+        Scene::at(address)?.finish(&[])?;
+    }
+    Ok(())
+}
+
+/// A Multipath TCP connection is two kinds of socket with the same addresses. Only its TCP subflows are reported, each
+/// once.
+fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
+    let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
+    let trace = Trace::start()?;
+    let open = Command::Open {
+        v6: false,
+        mptcp: true,
+    };
+    let Ok(socket) = server.socket(open.clone()) else {
+        return skip("this kernel has no MPTCP");
+    };
+    server.run(Command::Bind(socket.fd, loopback(false)))?;
+    let listener = server.socket(Command::Listen(socket.fd))?;
+    let socket = client.socket(open)?;
+    let socket = client.socket(Command::Connect(socket.fd, listener.local))?;
+    let accepted = server.accept(&listener)?;
+    client.send(&socket, 1_000)?;
+    server.receive(&accepted, 1_000)?;
+    client.close(&socket)?;
+    ensure!(server.receive_all(&accepted)? == 0);
+    server.close(&accepted)?;
+    server.close(&listener)?;
+
+    let lives = trace.finish(3)?.rest();
+    ensure!(
+        lives.len() == 3,
+        "a listener and two ends expected:{}",
+        show(&lives.concat())
+    );
+    for events in &lives {
+        let context = || show(events);
+        let changes: Vec<(TcpState, TcpState)> = events
+            .iter()
+            .filter_map(|event| match event.kind {
+                EventKind::StateChange { from, to, .. } => Some((from, to)),
+                _ => None,
+            })
+            .collect();
+        let is_continuous = changes.windows(2).all(|pair| pair[0].1 == pair[1].0);
+        ensure!(
+            is_continuous && changes.iter().all(|(from, to)| from != to),
+            "wrong states:{}",
+            context()
+        );
+        let last = events.last().unwrap();
+        ensure!(last.is_close(), "not closed:{}", context());
+        // From here on, who it is can be told by the port.
+        let (sent, received, pid) = match last.socket.local.port() {
+            port if port == socket.local.port() => (1_000, 0, client.pid()),
+            _ if last.socket.remote.port() == 0 => (0, 0, server.pid()),
+            _ => (0, 1_000, server.pid()),
+        };
+        ensure!(
+            (last.traffic.tx_bytes, last.traffic.rx_bytes) == (sent, received),
+            "wrong bytes:{}",
+            context()
+        );
+        let pids = events
+            .iter()
+            .filter_map(|event| event.process)
+            .map(|process| process.pid);
+        ensure!(
+            pids.into_iter().all(|owner| owner == pid),
+            "not owned by {pid}:{}",
+            context()
+        );
+    }
+    Ok(())
+}

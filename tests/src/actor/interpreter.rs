@@ -1,0 +1,266 @@
+//! The process side of an actor: does what its standard input says, answers on its standard output.
+
+use std::{
+    collections::HashMap,
+    ffi::{CString, OsStr},
+    io::{self, BufRead as _, Read as _, Write as _},
+    net::{self, Shutdown},
+    os::{
+        fd::{AsRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    process, thread,
+    time::{Duration, SystemTime},
+};
+
+use nix::{sys::prctl, unistd::gettid};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use socket2::{Domain, Protocol, Socket, Type};
+use tcp_udp_trace::TcpTracer;
+
+use super::{
+    batch,
+    protocol::{Answer, Command, Endpoint, Failure, Moment, Outcome},
+};
+
+/// No call blocks longer: an actor that waits for something that never comes must fail, not hang.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The sockets of an actor, by descriptor.
+#[derive(Default)]
+struct Interpreter {
+    sockets: HashMap<RawFd, Socket>,
+}
+
+/// Is an actor of that name until standard input ends.
+pub(super) fn run(name: &OsStr) -> io::Result<()> {
+    prctl::set_name(&CString::new(name.as_bytes())?)?;
+    let mut interpreter = Interpreter::default();
+    let mut output = io::stdout();
+    for line in io::stdin().lock().lines() {
+        let command = serde_json::from_str(&line?)?;
+        let mut answer = serde_json::to_vec(&interpreter.answer(command))?;
+        answer.push(b'\n');
+        output.write_all(&answer)?;
+    }
+    Ok(())
+}
+
+impl Interpreter {
+    fn answer(&mut self, command: Command) -> Answer {
+        if let Command::OnThread(name, command) = command {
+            return thread::scope(|scope| {
+                let thread = thread::Builder::new().name(name);
+                thread
+                    .spawn_scoped(scope, || self.answer(*command))
+                    .unwrap()
+                    .join()
+                    .unwrap()
+            });
+        }
+        let began = SystemTime::now();
+        let outcome = self.perform(command).map_err(Failure::from);
+        let tid = gettid().as_raw().unsigned_abs();
+        Answer {
+            moment: Moment {
+                tid,
+                began,
+                ended: SystemTime::now(),
+            },
+            outcome,
+        }
+    }
+
+    fn perform(&mut self, command: Command) -> io::Result<Outcome> {
+        match command {
+            Command::Open { v6, mptcp } => return self.keep(tcp_socket(v6, mptcp)?),
+            Command::Bind(fd, address) => {
+                self.socket(fd)?.bind(&address.into())?;
+                return self.tell(fd);
+            }
+            Command::ReusePort(fd) => self.socket(fd)?.set_reuse_port(true)?,
+            Command::Listen(fd) => {
+                self.socket(fd)?.listen(1024)?;
+                return self.tell(fd);
+            }
+            Command::Connect(fd, to) => {
+                self.socket(fd)?.connect(&to.into())?;
+                return self.tell(fd);
+            }
+            Command::Accept(fd) => {
+                let (socket, _) = self.socket(fd)?.accept()?;
+                return self.keep(socket);
+            }
+            Command::AcceptWaiting(fd) => return self.accept_waiting(fd),
+            Command::AcceptByUring(fd) => {
+                let listener = self.socket(fd)?.try_clone()?;
+                return self.keep(accept_by_uring(listener.into())?);
+            }
+            Command::Take { pid, fd } => return self.keep(take(pid, fd)?.into()),
+            Command::Send(fd, bytes) => send(self.socket(fd)?, bytes)?,
+            Command::Receive(fd, bytes) => receive_exactly(self.socket(fd)?, bytes)?,
+            Command::ReceiveAll(fd) => return Ok(Outcome::Bytes(receive_all(self.socket(fd)?)?)),
+            Command::Shutdown(fd) => self.socket(fd)?.shutdown(Shutdown::Write)?,
+            Command::Abort(fd) => {
+                let socket = self.forget(fd)?;
+                socket.set_linger(Some(Duration::ZERO))?;
+                drop(socket);
+            }
+            Command::Close(fd) => drop(self.forget(fd)?),
+            Command::OnThread(..) => return Err(io::Error::other("a thread within a thread")),
+            Command::Serve(fd, connections) => {
+                return Ok(Outcome::Exchanges(batch::serve(
+                    self.socket(fd)?,
+                    connections,
+                )?));
+            }
+            Command::Churn {
+                to,
+                connections,
+                seed,
+            } => {
+                return Ok(Outcome::Exchanges(batch::churn(to, connections, seed)?));
+            }
+            Command::StartTracer => return Ok(Outcome::Tracer(start_tracer()?)),
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn accept_waiting(&mut self, fd: RawFd) -> io::Result<Outcome> {
+        let mut endpoints = Vec::new();
+        self.socket(fd)?.set_nonblocking(true)?;
+        let end = loop {
+            match self.socket(fd)?.accept() {
+                Ok((socket, _)) => {
+                    let Outcome::Socket(endpoint) = self.keep(socket)? else {
+                        unreachable!()
+                    };
+                    endpoints.push(endpoint);
+                }
+                Err(error) => break error,
+            }
+        };
+        self.socket(fd)?.set_nonblocking(false)?;
+        match end.kind() {
+            io::ErrorKind::WouldBlock => Ok(Outcome::Sockets(endpoints)),
+            _ => Err(end),
+        }
+    }
+
+    fn keep(&mut self, socket: Socket) -> io::Result<Outcome> {
+        socket.set_read_timeout(Some(TIMEOUT))?;
+        let endpoint = endpoint(&socket)?;
+        self.sockets.insert(endpoint.fd, socket);
+        Ok(Outcome::Socket(endpoint))
+    }
+
+    fn tell(&self, fd: RawFd) -> io::Result<Outcome> {
+        Ok(Outcome::Socket(endpoint(self.socket(fd)?)?))
+    }
+
+    fn socket(&self, fd: RawFd) -> io::Result<&Socket> {
+        self.sockets
+            .get(&fd)
+            .ok_or_else(|| io::Error::other("no such socket"))
+    }
+
+    fn forget(&mut self, fd: RawFd) -> io::Result<Socket> {
+        self.sockets
+            .remove(&fd)
+            .ok_or_else(|| io::Error::other("no such socket"))
+    }
+}
+
+pub(super) fn tcp_socket(v6: bool, mptcp: bool) -> io::Result<Socket> {
+    let domain = if v6 { Domain::IPV6 } else { Domain::IPV4 };
+    let protocol = if mptcp {
+        Protocol::MPTCP
+    } else {
+        Protocol::TCP
+    };
+    let socket = Socket::new(domain, Type::STREAM, Some(protocol))?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
+    socket.set_write_timeout(Some(TIMEOUT))?;
+    Ok(socket)
+}
+
+fn endpoint(socket: &Socket) -> io::Result<Endpoint> {
+    let local = socket
+        .local_addr()?
+        .as_socket()
+        .ok_or(io::ErrorKind::Unsupported)?;
+    let remote = socket
+        .peer_addr()
+        .ok()
+        .and_then(|address| address.as_socket());
+    Ok(Endpoint {
+        fd: socket.as_raw_fd(),
+        local,
+        remote,
+        cookie: socket.cookie()?,
+    })
+}
+
+pub(super) fn send(mut socket: &Socket, mut bytes: u64) -> io::Result<()> {
+    let buffer = [0; 64 << 10];
+    while bytes > 0 {
+        let most = usize::try_from(bytes)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        bytes -= socket.write(&buffer[..most])? as u64;
+    }
+    Ok(())
+}
+
+pub(super) fn receive_exactly(mut socket: &Socket, mut bytes: u64) -> io::Result<()> {
+    let mut buffer = [0; 64 << 10];
+    while bytes > 0 {
+        let most = usize::try_from(bytes)
+            .unwrap_or(usize::MAX)
+            .min(buffer.len());
+        match socket.read(&mut buffer[..most])? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            read => bytes -= read as u64,
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn receive_all(mut socket: &Socket) -> io::Result<u64> {
+    let mut buffer = [0; 64 << 10];
+    let mut bytes = 0;
+    loop {
+        match socket.read(&mut buffer)? {
+            0 => return Ok(bytes),
+            read => bytes += read as u64,
+        }
+    }
+}
+
+fn take(pid: u32, fd: RawFd) -> io::Result<OwnedFd> {
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?)
+}
+
+fn accept_by_uring(listener: net::TcpListener) -> io::Result<Socket> {
+    tokio_uring::Runtime::new(&tokio_uring::builder())?.block_on(async {
+        let listener = tokio_uring::net::TcpListener::from_std(listener);
+        let (stream, _) = tokio::time::timeout(TIMEOUT, listener.accept()).await??;
+        // The stream cannot be turned into a descriptor of the standard library; its double can.
+        Ok(take(process::id(), stream.as_raw_fd())?.into())
+    })
+}
+
+fn start_tracer() -> io::Result<Option<(String, String)>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let started = runtime.block_on(TcpTracer::builder().start());
+    Ok(started
+        .err()
+        .map(|error| (format!("{:?}", error.kind()), error.to_string())))
+}

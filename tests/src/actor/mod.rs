@@ -1,0 +1,290 @@
+//! Processes that make traffic as they are told, and count it.
+//!
+//! An actor is this very program, started again with `--actor NAME`: it needs no other file, inside a VM either.
+
+mod batch;
+mod interpreter;
+mod protocol;
+
+use std::{
+    env,
+    ffi::OsStr,
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    net::SocketAddr,
+    os::{fd::RawFd, unix::process::CommandExt as _},
+    process::{Child, ChildStdin, ChildStdout, ExitCode, Stdio},
+};
+
+use anyhow::{Context as _, bail};
+
+pub use batch::Exchange;
+pub use protocol::{Command, Endpoint, Failure, Moment, Outcome};
+
+use crate::{cgroup, netns::Netns};
+
+const FLAG: &str = "--actor";
+
+/// Is an actor if this process was started as one; `main` begins with it.
+#[must_use]
+pub fn run_if_asked() -> Option<ExitCode> {
+    let mut args = env::args_os().skip(1);
+    if args.next()? != FLAG {
+        return None;
+    }
+    match interpreter::run(&args.next()?) {
+        Ok(()) => Some(ExitCode::SUCCESS),
+        Err(error) => {
+            eprintln!("actor: {error}");
+            Some(ExitCode::FAILURE)
+        }
+    }
+}
+
+/// A process under the control of a test, in the network namespace of the thread that started it. It is killed when
+/// dropped.
+#[derive(Debug)]
+pub struct Actor {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    netns: u32,
+    moment: Option<Moment>,
+}
+
+/// Who an actor is.
+#[derive(Debug, Clone)]
+pub struct Who {
+    /// Process id.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
+    /// The name, as the kernel keeps it.
+    pub comm: Vec<u8>,
+    /// The inode of its network namespace.
+    pub netns: u32,
+    /// The id of its cgroup, where that can be told.
+    pub cgroup: Option<u64>,
+}
+
+impl Actor {
+    /// Starts an actor.
+    pub fn spawn(name: &str) -> anyhow::Result<Self> {
+        Self::spawn_as(OsStr::new(name), None)
+    }
+
+    /// Starts an actor of any name, as another user if one is named.
+    pub fn spawn_as(name: &OsStr, uid: Option<u32>) -> anyhow::Result<Self> {
+        let mut command = std::process::Command::new("/proc/self/exe");
+        command
+            .arg(FLAG)
+            .arg(name)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        if let Some(uid) = uid {
+            command.gid(uid).uid(uid);
+        }
+        let mut child = command.spawn().context("starting an actor")?;
+        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let netns = Netns::current()?.inode()?;
+        Ok(Self {
+            child,
+            input,
+            output: BufReader::new(output),
+            netns,
+            moment: None,
+        })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The inode of its network namespace.
+    #[must_use]
+    pub fn netns(&self) -> u32 {
+        self.netns
+    }
+
+    /// Who it is at this moment. It must have answered a command, or it may not have its name yet.
+    pub fn who(&self) -> anyhow::Result<Who> {
+        let pid = self.pid();
+        let mut comm = fs::read(format!("/proc/{pid}/comm"))?;
+        comm.truncate(comm.len() - 1);
+        // The name of the process is part of it, and any bytes may be a name.
+        let status = fs::read(format!("/proc/{pid}/status"))?;
+        let status = String::from_utf8_lossy(&status);
+        let uid = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Uid:"))
+            .context("no uid")?;
+        let uid = uid.split_whitespace().next().context("no uid")?.parse()?;
+        Ok(Who {
+            pid,
+            uid,
+            comm,
+            netns: self.netns,
+            cgroup: cgroup::of_process(pid),
+        })
+    }
+
+    /// When and where it did the last command.
+    #[must_use]
+    pub fn moment(&self) -> Moment {
+        self.moment.expect("no command was done yet")
+    }
+
+    /// Kills it, as `kill -9` does, and waits for its end.
+    pub fn kill(mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Tells it to begin with a command; [`finish`](Self::finish) waits for the outcome.
+    pub fn begin(&mut self, command: &Command) -> anyhow::Result<()> {
+        let mut line = serde_json::to_vec(command)?;
+        line.push(b'\n');
+        self.input.write_all(&line).context("the actor is gone")
+    }
+
+    /// Waits for the outcome of the command that was begun.
+    pub fn finish(&mut self) -> anyhow::Result<Outcome> {
+        let mut line = String::new();
+        if self.output.read_line(&mut line)? == 0 {
+            bail!("the actor is gone");
+        }
+        let answer: protocol::Answer = serde_json::from_str(&line)?;
+        self.moment = Some(answer.moment);
+        Ok(answer.outcome?)
+    }
+
+    /// Does a command.
+    pub fn run(&mut self, command: Command) -> anyhow::Result<Outcome> {
+        self.begin(&command)?;
+        self.finish().with_context(|| format!("{command:?}"))
+    }
+
+    /// Does a command that must fail; gives its `errno`.
+    pub fn fail(&mut self, command: Command) -> anyhow::Result<i32> {
+        match self.run(command.clone()) {
+            Ok(outcome) => bail!("{command:?} should have failed: {outcome:?}"),
+            Err(error) => errno(&error).with_context(|| format!("{error:#}")),
+        }
+    }
+
+    /// Makes a socket of the family of `address`.
+    pub fn open(&mut self, address: SocketAddr) -> anyhow::Result<Endpoint> {
+        self.socket(Command::Open {
+            v6: address.is_ipv6(),
+            mptcp: false,
+        })
+    }
+
+    /// Makes a socket and binds it to `address`.
+    pub fn bind(&mut self, address: SocketAddr) -> anyhow::Result<Endpoint> {
+        let fd = self.open(address)?.fd;
+        self.socket(Command::Bind(fd, address))
+    }
+
+    /// Listens at `address`.
+    pub fn listen(&mut self, address: SocketAddr) -> anyhow::Result<Endpoint> {
+        let fd = self.bind(address)?.fd;
+        self.socket(Command::Listen(fd))
+    }
+
+    /// Connects a new socket.
+    pub fn connect(&mut self, to: SocketAddr) -> anyhow::Result<Endpoint> {
+        let fd = self.open(to)?.fd;
+        self.socket(Command::Connect(fd, to))
+    }
+
+    /// Accepts one connection.
+    pub fn accept(&mut self, listener: &Endpoint) -> anyhow::Result<Endpoint> {
+        self.socket(Command::Accept(listener.fd))
+    }
+
+    /// Sends so many bytes.
+    pub fn send(&mut self, socket: &Endpoint, bytes: u64) -> anyhow::Result<()> {
+        self.run(Command::Send(socket.fd, bytes)).map(drop)
+    }
+
+    /// Receives exactly so many bytes.
+    pub fn receive(&mut self, socket: &Endpoint, bytes: u64) -> anyhow::Result<()> {
+        self.run(Command::Receive(socket.fd, bytes)).map(drop)
+    }
+
+    /// Receives until the peer ends: how many bytes came.
+    pub fn receive_all(&mut self, socket: &Endpoint) -> anyhow::Result<u64> {
+        match self.run(Command::ReceiveAll(socket.fd))? {
+            Outcome::Bytes(bytes) => Ok(bytes),
+            other => bail!("{other:?}"),
+        }
+    }
+
+    /// Ends the sending direction.
+    pub fn shutdown(&mut self, socket: &Endpoint) -> anyhow::Result<()> {
+        self.run(Command::Shutdown(socket.fd)).map(drop)
+    }
+
+    /// Closes a socket.
+    pub fn close(&mut self, socket: &Endpoint) -> anyhow::Result<()> {
+        self.run(Command::Close(socket.fd)).map(drop)
+    }
+
+    /// Closes a socket with a reset.
+    pub fn abort(&mut self, socket: &Endpoint) -> anyhow::Result<()> {
+        self.run(Command::Abort(socket.fd)).map(drop)
+    }
+
+    /// Takes a socket of another actor, as one that inherits it would have it.
+    pub fn take(&mut self, from: &Self, fd: RawFd) -> anyhow::Result<Endpoint> {
+        self.socket(Command::Take {
+            pid: from.pid(),
+            fd,
+        })
+    }
+
+    /// Does a command that gives one socket.
+    pub fn socket(&mut self, command: Command) -> anyhow::Result<Endpoint> {
+        self.run(command).and_then(one_socket)
+    }
+
+    /// [`finish`](Self::finish) for a command that gives one socket.
+    pub fn finish_socket(&mut self) -> anyhow::Result<Endpoint> {
+        self.finish().and_then(one_socket)
+    }
+
+    /// [`finish`](Self::finish) for [`Command::Serve`] and [`Command::Churn`].
+    pub fn finish_exchanges(&mut self) -> anyhow::Result<Vec<Exchange>> {
+        match self.finish()? {
+            Outcome::Exchanges(exchanges) => Ok(exchanges),
+            other => bail!("{other:?}"),
+        }
+    }
+}
+
+impl Drop for Actor {
+    fn drop(&mut self) {
+        // It may be gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The system call's error behind a failed command.
+#[must_use]
+pub fn errno(error: &anyhow::Error) -> Option<i32> {
+    error
+        .downcast_ref::<Failure>()
+        .and_then(|failure| failure.errno)
+}
+
+fn one_socket(outcome: Outcome) -> anyhow::Result<Endpoint> {
+    match outcome {
+        Outcome::Socket(endpoint) => Ok(endpoint),
+        other => bail!("{other:?}"),
+    }
+}

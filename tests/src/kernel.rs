@@ -1,0 +1,116 @@
+//! What the kernel holds on behalf of this process.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::bail;
+use aya::{
+    maps::loaded_maps,
+    programs::{loaded_links, loaded_programs},
+};
+
+/// How long the kernel may take to free what was released: it waits for RCU grace periods.
+const FREED_WITHIN: Duration = Duration::from_secs(30);
+
+/// BPF objects of the kernel, by the ids it gave them (which it does not soon reuse).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct BpfObjects {
+    /// Program ids.
+    pub programs: BTreeSet<u32>,
+    /// Map ids.
+    pub maps: BTreeSet<u32>,
+    /// Link ids.
+    pub links: BTreeSet<u32>,
+}
+
+impl BpfObjects {
+    /// What this process holds file descriptors of, and the maps of those programs.
+    pub fn of_this_process() -> anyhow::Result<Self> {
+        let mut objects = Self::default();
+        for entry in fs::read_dir("/proc/self/fdinfo")? {
+            // The descriptor of the listing itself is gone by now.
+            let Ok(info) = fs::read_to_string(entry?.path()) else {
+                continue;
+            };
+            for line in info.lines() {
+                let ids = match line.split_once(':') {
+                    Some(("prog_id", id)) => Some((&mut objects.programs, id)),
+                    Some(("map_id", id)) => Some((&mut objects.maps, id)),
+                    Some(("link_id", id)) => Some((&mut objects.links, id)),
+                    _ => None,
+                };
+                if let Some((ids, id)) = ids {
+                    ids.insert(id.trim().parse()?);
+                }
+            }
+        }
+        // Objects of other processes may go while they are listed: errors are theirs.
+        for program in loaded_programs()
+            .flatten()
+            .filter(|program| objects.programs.contains(&program.id()))
+        {
+            objects.maps.extend(program.map_ids()?.unwrap_or_default());
+        }
+        Ok(objects)
+    }
+
+    /// Waits until the kernel has freed every one of them.
+    pub fn await_freed(&self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + FREED_WITHIN;
+        loop {
+            let left = self.still_loaded();
+            if left.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("still in the kernel: {left:?}");
+            }
+            sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn still_loaded(&self) -> Self {
+        let programs = loaded_programs().flatten().map(|program| program.id());
+        let maps = loaded_maps().flatten().map(|map| map.id());
+        let links = loaded_links().flatten().map(|link| link.id());
+        Self {
+            programs: programs.filter(|id| self.programs.contains(id)).collect(),
+            maps: maps.filter(|id| self.maps.contains(id)).collect(),
+            links: links.filter(|id| self.links.contains(id)).collect(),
+        }
+    }
+
+    /// Adds those of `other`.
+    pub fn extend(&mut self, other: Self) {
+        self.programs.extend(other.programs);
+        self.maps.extend(other.maps);
+        self.links.extend(other.links);
+    }
+
+    /// Whether there is nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The files that this process has open, as `descriptor -> what it is`.
+pub fn open_files() -> anyhow::Result<BTreeSet<String>> {
+    let mut files = BTreeSet::new();
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let entry = entry?;
+        // The descriptor of the listing itself is gone by now.
+        if let Ok(target) = fs::read_link(entry.path()) {
+            files.insert(format!(
+                "{} -> {}",
+                entry.file_name().to_string_lossy(),
+                target.display()
+            ));
+        }
+    }
+    Ok(files)
+}

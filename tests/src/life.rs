@@ -1,0 +1,446 @@
+//! What one life of a socket must have shown.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{bail, ensure};
+use tcp_udp_trace::{Comm, Event, EventKind, Origin, Process, Protocol, TcpState, Traffic};
+
+use crate::{
+    actor::{Endpoint, Exchange, Who},
+    trace::show,
+};
+
+use TcpState::{
+    Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent,
+};
+
+/// How far the wall clock of an event may be off.
+pub const CLOCK_ERROR: Duration = Duration::from_millis(1);
+/// How far the age of a socket may be off: it comes from two timestamps, between which a busy machine may run others.
+const AGE_ERROR: Duration = Duration::from_secs(1);
+
+/// The states of a client that closes first.
+pub const ACTIVE_CLIENT: &[TcpState] = &[Close, SynSent, Established, FinWait1, FinWait2, Close];
+/// The states of a client that closes after its server.
+pub const PASSIVE_CLIENT: &[TcpState] = &[Close, SynSent, Established, CloseWait, LastAck, Close];
+/// The states of the server's socket if it closes first.
+pub const ACTIVE_SERVER: &[TcpState] = &[Listen, SynRecv, Established, FinWait1, FinWait2, Close];
+/// The states of the server's socket if it closes after its client.
+pub const PASSIVE_SERVER: &[TcpState] = &[Listen, SynRecv, Established, CloseWait, LastAck, Close];
+/// The states of a listener.
+pub const LISTENER: &[TcpState] = &[Close, Listen, Close];
+
+/// The addresses of a socket: local, remote.
+type Addresses = (SocketAddr, SocketAddr);
+
+/// The events that a tracer reported, grouped by the id of their socket.
+#[derive(Debug)]
+pub struct Lives {
+    /// By the addresses at the end, in the order in which they began.
+    lives: BTreeMap<Addresses, VecDeque<Vec<Event>>>,
+    window: (SystemTime, SystemTime),
+}
+
+impl Lives {
+    /// Groups events that happened between `began` and now.
+    #[must_use]
+    pub fn new(events: Vec<Event>, began: SystemTime) -> Self {
+        let window = (began - CLOCK_ERROR, SystemTime::now() + CLOCK_ERROR);
+        let mut by_id = BTreeMap::<_, Vec<_>>::new();
+        for event in events {
+            by_id.entry(event.socket.id).or_default().push(event);
+        }
+        let mut lives = BTreeMap::<_, VecDeque<_>>::new();
+        for events in by_id.into_values() {
+            let last = events.last().expect("a group is not empty").socket;
+            lives
+                .entry((last.local, last.remote))
+                .or_default()
+                .push_back(events);
+        }
+        Self { lives, window }
+    }
+
+    /// Takes out the life that is as expected. Addresses may be used again within a test: the first that fits counts.
+    pub fn check(&mut self, life: &Life) -> anyhow::Result<Vec<Event>> {
+        let Some(lives) = self.lives.get_mut(&(life.local, life.remote)) else {
+            bail!("no life like {life:?} among{}", show(&self.rest().concat()));
+        };
+        let mut reasons = String::new();
+        for at in 0..lives.len() {
+            match life.compare(&lives[at], self.window) {
+                Ok(()) => {
+                    let events = lives.remove(at).expect("it was just looked at");
+                    if lives.is_empty() {
+                        self.lives.remove(&(life.local, life.remote));
+                    }
+                    return Ok(events);
+                }
+                Err(error) => reasons += &format!("{error:#}\nevents:{}\n", show(&lives[at])),
+            }
+        }
+        bail!("{reasons}expected {life:?}")
+    }
+
+    /// Checks that every event has been looked at.
+    pub fn nothing_else(self) -> anyhow::Result<()> {
+        let rest = self.rest();
+        ensure!(
+            rest.is_empty(),
+            "more than expected:{}",
+            show(&rest.concat())
+        );
+        Ok(())
+    }
+
+    /// The lives that have not been checked yet.
+    #[must_use]
+    pub fn rest(&self) -> Vec<Vec<Event>> {
+        self.lives.values().flatten().cloned().collect()
+    }
+}
+
+/// A process as an event must name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Owner {
+    pid: u32,
+    /// `None`: any thread of the process or of the kernel on its behalf.
+    tid: Option<u32>,
+    uid: u32,
+    comm: Comm,
+    origin: Origin,
+}
+
+impl Owner {
+    fn new(who: &Who, origin: Origin) -> Self {
+        let Who {
+            pid, uid, ref comm, ..
+        } = *who;
+        Self {
+            pid,
+            tid: Some(pid),
+            uid,
+            comm: Comm::from_bytes(comm),
+            origin,
+        }
+    }
+
+    fn is(&self, process: &Process) -> bool {
+        let Self {
+            pid,
+            tid,
+            uid,
+            comm,
+            origin,
+        } = *self;
+        let tid = tid.unwrap_or(process.tid);
+        (pid, tid, uid, comm, origin)
+            == (
+                process.pid,
+                process.tid,
+                process.uid,
+                process.comm,
+                process.origin,
+            )
+    }
+}
+
+/// What one life of a socket must have shown. Made from what the applications know.
+#[derive(Debug, Clone)]
+pub struct Life {
+    states: Vec<TcpState>,
+    creator: Option<Owner>,
+    acceptor: Option<Owner>,
+    local: SocketAddr,
+    remote: SocketAddr,
+    cookie: Option<u64>,
+    sent: u64,
+    received: u64,
+    error: Option<i32>,
+    uid: u32,
+    netns: u32,
+    cgroup: Option<u64>,
+}
+
+impl Life {
+    /// The life of a socket that `who` connected or let listen.
+    #[must_use]
+    pub fn of(who: &Who, socket: &Endpoint, states: &[TcpState]) -> Self {
+        let unspecified = match socket.local.ip().to_canonical() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        Self {
+            states: states.to_vec(),
+            creator: Some(Owner::new(who, Origin::Creator)),
+            acceptor: None,
+            local: canonical(socket.local),
+            remote: socket
+                .remote
+                .map_or(SocketAddr::new(unspecified, 0), canonical),
+            cookie: Some(socket.cookie),
+            sent: 0,
+            received: 0,
+            error: None,
+            uid: who.uid,
+            netns: who.netns,
+            cgroup: who.cgroup,
+        }
+    }
+
+    /// The server's end of a connection made with `client` through a listener of `owner`, before anyone accepts it.
+    #[must_use]
+    pub fn of_child(owner: &Who, client: &Endpoint, states: &[TcpState]) -> Self {
+        let remote = client.remote.expect("the client is connected");
+        let mirrored = Endpoint {
+            fd: -1,
+            local: remote,
+            remote: Some(client.local),
+            cookie: 0,
+        };
+        Self {
+            cookie: None,
+            ..Self::of(owner, &mirrored, states)
+        }
+    }
+
+    /// The client's end of a connection of [`Command::Churn`](crate::actor::Command::Churn).
+    #[must_use]
+    pub fn of_client_exchange(who: &Who, end: &Exchange) -> Self {
+        Self::of_exchange(
+            who,
+            end,
+            if end.active {
+                ACTIVE_CLIENT
+            } else {
+                PASSIVE_CLIENT
+            },
+        )
+    }
+
+    /// The server's end, accepted by `acceptor` through a listener of `owner`.
+    #[must_use]
+    pub fn of_server_exchange(owner: &Who, acceptor: &Who, end: &Exchange) -> Self {
+        let states = if end.active {
+            ACTIVE_SERVER
+        } else {
+            PASSIVE_SERVER
+        };
+        Self::of_exchange(owner, end, states).accepted_by(acceptor)
+    }
+
+    fn of_exchange(who: &Who, end: &Exchange, states: &[TcpState]) -> Self {
+        let socket = Endpoint {
+            fd: -1,
+            local: end.local,
+            remote: Some(end.remote),
+            cookie: 0,
+        };
+        Self {
+            cookie: None,
+            ..Self::of(who, &socket, states)
+        }
+        .bytes(end.sent, end.received)
+    }
+
+    /// Accepted by `who`, as `socket`.
+    #[must_use]
+    pub fn accepted(self, who: &Who, socket: &Endpoint) -> Self {
+        Self {
+            cookie: Some(socket.cookie),
+            ..self.accepted_by(who)
+        }
+    }
+
+    fn accepted_by(self, who: &Who) -> Self {
+        Self {
+            acceptor: Some(Owner::new(who, Origin::Acceptor)),
+            ..self
+        }
+    }
+
+    /// The thread that connected, listened or accepted: `None` for any.
+    #[must_use]
+    pub fn thread(mut self, tid: Option<u32>) -> Self {
+        let owner = self.acceptor.as_mut().or(self.creator.as_mut());
+        owner.expect("somebody owns it").tid = tid;
+        self
+    }
+
+    /// The creator cannot be known.
+    #[must_use]
+    pub fn without_creator(self) -> Self {
+        Self {
+            creator: None,
+            ..self
+        }
+    }
+
+    /// Payload bytes sent and received in the whole life.
+    #[must_use]
+    pub fn bytes(self, sent: u64, received: u64) -> Self {
+        Self {
+            sent,
+            received,
+            ..self
+        }
+    }
+
+    /// The `errno` that ended it.
+    #[must_use]
+    pub fn error(self, errno: i32) -> Self {
+        Self {
+            error: Some(errno),
+            ..self
+        }
+    }
+
+    /// Compares everything.
+    fn compare(&self, events: &[Event], window: (SystemTime, SystemTime)) -> anyhow::Result<()> {
+        self.compare_states(events)?;
+        let accept = events
+            .iter()
+            .position(|event| event.kind == EventKind::Accept);
+        for (at, event) in events.iter().enumerate() {
+            let is_accepted = accept.is_some_and(|accept| accept <= at);
+            let owner = if is_accepted {
+                &self.acceptor
+            } else {
+                &self.creator
+            };
+            let is_owned_by = |owner: &Option<Owner>| match (owner, &event.process) {
+                (None, None) => true,
+                (Some(owner), Some(process)) => owner.is(process),
+                _ => false,
+            };
+            // While one CPU accepts, the end of the peer may arrive at another: the order of the two is a matter of
+            // nanoseconds.
+            let is_accepting = accept == Some(at + 1)
+                && matches!(event.kind, EventKind::StateChange { to: CloseWait, .. });
+            let is_right = is_owned_by(owner) || is_accepting && is_owned_by(&self.acceptor);
+            ensure!(is_right, "wrong owner, {owner:?} expected: {event}");
+            self.compare_socket(event, at == 0)?;
+            // The test asks the kernel for the cookie of an accepted socket only after the accept.
+            let cookie_is_known = self.acceptor.is_none() || Some(at) > accept;
+            if cookie_is_known && self.cookie.is_some() {
+                ensure!(
+                    event.socket.cookie == self.cookie,
+                    "wrong cookie {:?}: {event}",
+                    event.socket.cookie
+                );
+            }
+            ensure!(
+                window.0 <= event.time && event.time <= window.1,
+                "not in {window:?}: {event}"
+            );
+        }
+        compare_progress(events)?;
+        let last = events.last().expect("not empty");
+        let Traffic {
+            tx_bytes, rx_bytes, ..
+        } = last.traffic;
+        ensure!(
+            (tx_bytes, rx_bytes) == (self.sent, self.received),
+            "wrong bytes: {last}"
+        );
+        Ok(())
+    }
+
+    fn compare_states(&self, events: &[Event]) -> anyhow::Result<()> {
+        let mut changes = Vec::new();
+        let mut accepts = 0;
+        for event in events {
+            match event.kind {
+                EventKind::StateChange { from, to, error } => {
+                    ensure!(
+                        to == Close || error.is_none(),
+                        "an error before the end: {event}"
+                    );
+                    changes.push((from, to, error));
+                }
+                EventKind::Accept => {
+                    accepts += 1;
+                    let is_established = changes
+                        .last()
+                        .is_some_and(|(_, to, _)| matches!(to, Established | CloseWait));
+                    ensure!(is_established, "an accept at a wrong time");
+                }
+                _ => bail!("an unknown kind of event: {event}"),
+            }
+        }
+        let steps = self.states.windows(2).map(|pair| (pair[0], pair[1], None));
+        let mut expected: Vec<_> = steps.collect();
+        expected.last_mut().expect("two states at least").2 = self.error;
+        ensure!(changes == expected, "wrong states");
+        ensure!(
+            accepts == usize::from(self.acceptor.is_some()),
+            "{accepts} accepts"
+        );
+        Ok(())
+    }
+
+    fn compare_socket(&self, event: &Event, is_first: bool) -> anyhow::Result<()> {
+        let socket = &event.socket;
+        ensure!(socket.protocol == Protocol::Tcp, "wrong protocol: {event}");
+        ensure!(socket.uid == self.uid, "wrong user {}: {event}", socket.uid);
+        ensure!(socket.netns == self.netns, "wrong namespace: {event}");
+        if let Some(cgroup) = self.cgroup {
+            ensure!(
+                socket.cgroup == cgroup,
+                "wrong cgroup {}: {event}",
+                socket.cgroup
+            );
+        }
+        for (is, must_be) in [(socket.local, self.local), (socket.remote, self.remote)] {
+            // At first the kernel may not have chosen the address, or not written it into the socket.
+            let is_ip = is.ip() == must_be.ip() || is_first && is.ip().is_unspecified();
+            let is_port = is.port() == must_be.port() || is_first && is.port() == 0;
+            ensure!(is_ip && is_port, "wrong address {is}: {event}");
+        }
+        Ok(())
+    }
+}
+
+/// Time, age and counters never go back, and belong together.
+fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
+    let first = &events[0];
+    ensure!(
+        first.socket.age <= AGE_ERROR,
+        "born old, {:?}: {first}",
+        first.socket.age
+    );
+    for event in events {
+        let since_first = event.uptime.saturating_sub(first.uptime);
+        ensure!(
+            event.socket.age.abs_diff(since_first) <= AGE_ERROR,
+            "wrong age {:?}: {event}",
+            event.socket.age
+        );
+    }
+    let counters = |traffic: Traffic| {
+        [
+            traffic.tx_bytes,
+            traffic.rx_bytes,
+            traffic.tx_packets,
+            traffic.rx_packets,
+        ]
+    };
+    for (before, after) in events.iter().zip(&events[1..]) {
+        ensure!(before.uptime <= after.uptime, "time went back: {after}");
+        let grows = counters(before.traffic)
+            .iter()
+            .zip(counters(after.traffic))
+            .all(|(before, after)| *before <= after);
+        ensure!(grows, "the traffic shrank: {after}");
+    }
+    Ok(())
+}
+
+/// IPv4-mapped addresses are shown as what they are; the scope of an IPv6 address is not shown.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

@@ -1,0 +1,157 @@
+//! The usual beginning of a test: a tracer, a server that listens, a client.
+
+use std::net::SocketAddr;
+
+use tcp_udp_trace::TcpState;
+
+use crate::{
+    actor::{Actor, Command, Endpoint},
+    life::{LISTENER, Life, Lives},
+    netns::{FAR, Netns, veth},
+    trace::Trace,
+};
+
+/// A server and a client in the namespace of the test, traced from before the server listens.
+#[derive(Debug)]
+pub struct Scene {
+    /// The tracer.
+    pub trace: Trace,
+    /// The process that listens.
+    pub server: Actor,
+    /// Its socket.
+    pub listener: Endpoint,
+    /// The process that connects.
+    pub client: Actor,
+}
+
+/// The two ends of a connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Connection {
+    /// In the client.
+    pub client: Endpoint,
+    /// In the process that accepted it.
+    pub server: Endpoint,
+}
+
+impl Scene {
+    /// On the IPv4 loopback.
+    pub fn new() -> anyhow::Result<Self> {
+        Self::at(loopback(false))
+    }
+
+    /// With the client in the calling thread's namespace, and the server in another, joined by a pair of devices.
+    pub fn over_veth() -> anyhow::Result<(Self, Netns)> {
+        let far = veth()?;
+        let server = far.run(|| Actor::spawn("server"))?;
+        let address = SocketAddr::new(FAR.parse()?, 0);
+        Ok((
+            Self::between(server, address, Actor::spawn("client")?)?,
+            far,
+        ))
+    }
+
+    /// With a listener at `address`.
+    pub fn at(address: SocketAddr) -> anyhow::Result<Self> {
+        Self::between(Actor::spawn("server")?, address, Actor::spawn("client")?)
+    }
+
+    /// With these two, the server listening at `address`.
+    pub fn between(mut server: Actor, address: SocketAddr, client: Actor) -> anyhow::Result<Self> {
+        let trace = Trace::start()?;
+        trace.also(server.netns());
+        trace.also(client.netns());
+        let listener = server.listen(address)?;
+        Ok(Self {
+            trace,
+            server,
+            listener,
+            client,
+        })
+    }
+
+    /// The client connects, the server accepts.
+    pub fn connect(&mut self) -> anyhow::Result<Connection> {
+        self.connect_to(self.listener.local)
+    }
+
+    /// The client connects to `address`, the server accepts.
+    pub fn connect_to(&mut self, address: SocketAddr) -> anyhow::Result<Connection> {
+        let client = self.client.connect(address)?;
+        let server = self.server.accept(&self.listener)?;
+        Ok(Connection { client, server })
+    }
+
+    /// The client sends, the server receives.
+    pub fn upload(&mut self, connection: &Connection, bytes: u64) -> anyhow::Result<()> {
+        self.client
+            .begin(&Command::Send(connection.client.fd, bytes))?;
+        self.server.receive(&connection.server, bytes)?;
+        self.client.finish().map(drop)
+    }
+
+    /// The server sends, the client receives.
+    pub fn download(&mut self, connection: &Connection, bytes: u64) -> anyhow::Result<()> {
+        self.server
+            .begin(&Command::Send(connection.server.fd, bytes))?;
+        self.client.receive(&connection.client, bytes)?;
+        self.server.finish().map(drop)
+    }
+
+    /// The client closes, then the server.
+    pub fn close(&mut self, connection: &Connection) -> anyhow::Result<()> {
+        self.client.close(&connection.client)?;
+        self.server.receive_all(&connection.server)?;
+        self.server.close(&connection.server)
+    }
+
+    /// What the client's end must have shown.
+    pub fn client_life(
+        &self,
+        connection: &Connection,
+        states: &[TcpState],
+    ) -> anyhow::Result<Life> {
+        Ok(Life::of(&self.client.who()?, &connection.client, states))
+    }
+
+    /// What the server's end must have shown, if the server accepted it itself.
+    pub fn server_life(
+        &self,
+        connection: &Connection,
+        states: &[TcpState],
+    ) -> anyhow::Result<Life> {
+        let server = self.server.who()?;
+        let child = Life::of_child(&server, &connection.client, states);
+        Ok(child.accepted(&server, &connection.server))
+    }
+
+    /// Closes the listener, waits for so many other closes, checks these lives, and that there was nothing else.
+    pub fn finish(self, lives: &[Life]) -> anyhow::Result<()> {
+        self.finish_with(lives.len(), |collected| {
+            lives
+                .iter()
+                .try_for_each(|life| collected.check(life).map(drop))
+        })
+    }
+
+    /// Closes the listener, waits for so many other closes, lets `check` take out the lives it expects, and checks that
+    /// there was nothing else.
+    pub fn finish_with(
+        mut self,
+        closes: usize,
+        check: impl FnOnce(&mut Lives) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        self.server.close(&self.listener)?;
+        let listener = Life::of(&self.server.who()?, &self.listener, LISTENER);
+        let mut lives = self.trace.finish(closes + 1)?;
+        check(&mut lives)?;
+        lives.check(&listener)?;
+        lives.nothing_else()
+    }
+}
+
+/// The loopback address, port to be chosen.
+#[must_use]
+pub fn loopback(v6: bool) -> SocketAddr {
+    let ip = if v6 { "::1" } else { "127.0.0.1" };
+    SocketAddr::new(ip.parse().unwrap(), 0)
+}

@@ -1,0 +1,255 @@
+//! A tracer that collects the events of a test.
+
+use std::{
+    fmt::Write as _,
+    sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
+    thread::{self, JoinHandle},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{bail, ensure};
+use futures_util::StreamExt as _;
+use tcp_udp_trace::{Event, EventKind, Stats, TcpTracer, TracerHandle};
+
+use crate::{life::Lives, netns::Netns};
+
+/// How long a test waits for the next event of its own. Emulated machines are slow, and some of these events come
+/// from timers of the kernel.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Room for all the events of the machine while a test runs: what a test counts must not be shed.
+const QUEUE: usize = 1 << 20;
+const RING: u32 = 16 << 20;
+
+/// A running tracer. It collects the events of some network namespaces, at first that of the thread that started it.
+#[derive(Debug)]
+pub struct Trace {
+    shared: Arc<Shared>,
+    handle: TracerHandle,
+    /// `None` once it has been joined.
+    thread: Option<JoinHandle<anyhow::Result<Stats>>>,
+    began: SystemTime,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    collected: Mutex<Collected>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Collected {
+    namespaces: Vec<u32>,
+    events: Vec<Event>,
+    /// How many of `events` are the end of a socket.
+    closes: usize,
+    /// How many events of the whole machine came, gaps not counted.
+    delivered: u64,
+    /// How many events the gaps stand for.
+    lost: u64,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Collected> {
+        self.collected.lock().unwrap()
+    }
+
+    fn put(&self, event: Event) {
+        let mut collected = self.lock();
+        if let EventKind::Lost { count, .. } = event.kind {
+            collected.lost += count;
+            return;
+        }
+        collected.delivered += 1;
+        if collected.namespaces.contains(&event.socket.netns) {
+            collected.closes += usize::from(event.is_close());
+            collected.events.push(event);
+            self.changed.notify_all();
+        }
+    }
+}
+
+impl Trace {
+    /// Starts a tracer that sees everything from now on.
+    pub fn start() -> anyhow::Result<Self> {
+        let namespaces = vec![Netns::current()?.inode()?];
+        let shared = Arc::new(Shared {
+            collected: Mutex::new(Collected {
+                namespaces,
+                ..Collected::default()
+            }),
+            changed: Condvar::new(),
+        });
+        let began = SystemTime::now();
+        let (ready, started) = mpsc::channel();
+        let thread = thread::Builder::new().name("trace".into()).spawn({
+            let shared = Arc::clone(&shared);
+            move || collect(&shared, &ready)
+        })?;
+        match started.recv() {
+            Ok(handle) => Ok(Self {
+                shared,
+                handle,
+                thread: Some(thread),
+                began,
+            }),
+            Err(_) => match thread.join().unwrap() {
+                Ok(stats) => bail!("the tracer ended at once: {stats:?}"),
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    /// Collects the events of this namespace as well.
+    pub fn also(&self, netns: u32) {
+        self.shared.lock().namespaces.push(netns);
+    }
+
+    /// The handle of the tracer.
+    #[must_use]
+    pub fn handle(&self) -> &TracerHandle {
+        &self.handle
+    }
+
+    /// Waits until an event shows.
+    pub fn wait_for(&self, what: &str, is_it: impl Fn(&Event) -> bool) -> anyhow::Result<()> {
+        self.wait(what, |collected| collected.events.iter().any(&is_it))
+    }
+
+    /// Waits until so many sockets are closed, ends the tracer, and hands over all the lives it has seen.
+    ///
+    /// Everything the kernel produced until then is among them, so there can be neither more nor less than expected;
+    /// and what the tracer counted must add up, with nothing lost.
+    pub fn finish(self, closes: usize) -> anyhow::Result<Lives> {
+        let began = self.began;
+        Ok(Lives::new(self.finish_in_order(closes)?, began))
+    }
+
+    /// [`finish`](Self::finish), but the events as they came.
+    pub fn finish_in_order(mut self, closes: usize) -> anyhow::Result<Vec<Event>> {
+        self.wait(&format!("{closes} closed sockets"), |collected| {
+            collected.closes >= closes
+        })?;
+        let stats = self.stop().expect("it runs").unwrap()?;
+        let collected = std::mem::take(&mut *self.shared.lock());
+        check(&stats, &collected)?;
+        Ok(collected.events)
+    }
+
+    /// Ends the tracer, if it still runs.
+    fn stop(&mut self) -> Option<thread::Result<anyhow::Result<Stats>>> {
+        let thread = self.thread.take()?;
+        self.handle.stop();
+        Some(thread.join())
+    }
+
+    fn wait(&self, what: &str, is_done: impl Fn(&Collected) -> bool) -> anyhow::Result<()> {
+        let mut collected = self.shared.lock();
+        while !is_done(&collected) {
+            let (next, timeout) = self
+                .shared
+                .changed
+                .wait_timeout(collected, PATIENCE)
+                .unwrap();
+            collected = next;
+            if timeout.timed_out() && !is_done(&collected) {
+                let hooks = self
+                    .handle
+                    .hooks()
+                    .iter()
+                    .fold(String::new(), |list, hook| format!("{list} {hook}"));
+                let stats = self.handle.stats();
+                let events = show(&collected.events);
+                bail!("no {what} after {PATIENCE:?}; hooks:{hooks}; {stats:?}; events:{events}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A test that fails leaves no tracer behind, which others would take for theirs.
+impl Drop for Trace {
+    fn drop(&mut self) {
+        drop(self.stop());
+    }
+}
+
+fn collect(shared: &Shared, ready: &mpsc::Sender<TracerHandle>) -> anyhow::Result<Stats> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let mut tracer = TcpTracer::builder()
+            .queue(QUEUE)
+            .ring_bytes(RING)
+            .start()
+            .await?;
+        ready.send(tracer.handle())?;
+        while let Some(event) = tracer.next().await {
+            shared.put(event);
+        }
+        Ok(tracer.close().await?)
+    })
+}
+
+fn check(stats: &Stats, collected: &Collected) -> anyhow::Result<()> {
+    check_conservation(stats)?;
+    let lost = [
+        stats.ring_lost,
+        stats.queue_shed,
+        stats.malformed,
+        stats.discarded,
+        collected.lost,
+    ];
+    ensure!(
+        lost == [0; 5],
+        "something was lost: {stats:?}, gaps of {}",
+        collected.lost
+    );
+    ensure!(
+        stats.delivered == collected.delivered,
+        "{} came, but {stats:?}",
+        collected.delivered
+    );
+    Ok(())
+}
+
+/// Whether the final counters of a tracer account for every event.
+pub fn check_conservation(stats: &Stats) -> anyhow::Result<()> {
+    let Stats {
+        emitted,
+        delivered,
+        ring_lost,
+        queue_shed,
+        malformed,
+        discarded,
+        ..
+    } = stats;
+    ensure!(
+        *emitted == delivered + ring_lost + queue_shed + malformed + discarded,
+        "{stats:?} do not add up"
+    );
+    Ok(())
+}
+
+/// Events, one a line, the last 200 of them, with what their line does not tell.
+#[must_use]
+pub fn show(events: &[Event]) -> String {
+    let hidden = events.len().saturating_sub(200);
+    let mut text = if hidden == 0 {
+        String::new()
+    } else {
+        format!("\n  … {hidden} more …")
+    };
+    for event in &events[hidden..] {
+        let socket = &event.socket;
+        let _ = write!(
+            text,
+            "\n  #{} {event}; {:?} {:?}",
+            socket.id,
+            event.process,
+            (socket.uid, socket.netns)
+        );
+    }
+    text
+}
