@@ -17,16 +17,28 @@ pub mod kind {
     pub const STATE_CHANGE: u32 = 1;
     /// An [`Accept`](super::Accept).
     pub const ACCEPT: u32 = 2;
+    /// A [`Udp`](super::Udp): the socket got a peer.
+    pub const CONNECT: u32 = 3;
+    /// A [`Udp`](super::Udp): the totals of a flow.
+    pub const FLOW: u32 = 4;
+    /// A [`Udp`](super::Udp): a datagram was sent.
+    pub const SEND: u32 = 5;
+    /// A [`Udp`](super::Udp): a datagram was received.
+    pub const RECEIVE: u32 = 6;
+    /// A [`Udp`](super::Udp): the socket is gone.
+    pub const CLOSE: u32 = 7;
 }
 
 /// How an owner is known, in [`Owner::origin`].
 pub mod origin {
     /// The owner is not known.
     pub const NONE: u32 = 0;
-    /// It called `connect` or `listen`.
+    /// It made the socket (UDP), or called `connect` or `listen` (TCP).
     pub const CREATOR: u32 = 1;
     /// It called `accept`.
     pub const ACCEPTOR: u32 = 2;
+    /// It was the first seen sending or receiving.
+    pub const USER: u32 = 3;
 }
 
 /// Whether the socket's own SYN is part of `tcp_sock.bytes_acked`, in [`Tracked::syn`].
@@ -140,7 +152,114 @@ pub struct Accept {
     pub socket: TcpSocket,
 }
 
-/// What the programs remember of a socket, keyed by the address of its `struct sock`.
+/// What a socket or a flow has carried.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C)]
+pub struct Traffic {
+    /// Payload bytes sent.
+    pub tx_bytes: u64,
+    /// Payload bytes received.
+    pub rx_bytes: u64,
+    /// Datagrams sent.
+    pub tx_packets: u64,
+    /// Datagrams received.
+    pub rx_packets: u64,
+}
+
+/// The other side of a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Peer {
+    /// Its address, network byte order; IPv4 in the first word.
+    pub address: [u32; 4],
+    /// Its port, host byte order.
+    pub port: u16,
+    /// [`AF_INET`] or [`AF_INET6`].
+    pub family: u16,
+}
+
+/// A flow: a UDP socket and a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FlowKey {
+    /// The socket, see [`Udp::key`].
+    pub socket: u64,
+    /// The peer.
+    pub peer: Peer,
+    /// Padding.
+    pub _pad: u32,
+}
+
+/// What the programs remember of a flow.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Flow {
+    /// Its totals.
+    pub traffic: Traffic,
+    /// When it was last reported: `CLOCK_BOOTTIME`, nanoseconds.
+    pub reported: u64,
+}
+
+/// Something happened to a UDP socket.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Udp {
+    /// The head.
+    pub head: Head,
+    /// The socket's cookie. A socket that has none (it is older than the tracer and was never asked for it) is named by its address,
+    /// which has the highest bit set.
+    pub key: u64,
+    /// Names this socket in the tracer.
+    pub id: u64,
+    /// When it was first seen: `CLOCK_BOOTTIME`, nanoseconds.
+    pub born: u64,
+    /// cgroup v2 id, 0 when unknown.
+    pub cgroup: u64,
+    /// The totals: of the flow in a [`kind::FLOW`], else of the socket.
+    pub traffic: Traffic,
+    /// Bytes of a datagram; of a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full.
+    pub amount: u64,
+    /// The owner.
+    pub owner: Owner,
+    /// `sk_uid`.
+    pub uid: u32,
+    /// Inode of the network namespace.
+    pub netns: u32,
+    /// The peer; its family is the socket's on this occasion.
+    pub peer: Peer,
+    /// Local address, of the family of the peer.
+    pub local: [u32; 4],
+    /// Local port, host byte order.
+    pub local_port: u16,
+    /// 1 if [`Traffic::rx_packets`] counts reads that may have been several datagrams each.
+    pub approximate: u16,
+}
+
+/// What the programs remember of a UDP socket, keyed like [`Udp::key`].
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct UdpTracked {
+    /// The address of its `struct sock`.
+    pub sk: u64,
+    /// Names this socket in the tracer.
+    pub id: u64,
+    /// When it was first seen: `CLOCK_BOOTTIME`, nanoseconds.
+    pub born: u64,
+    /// cgroup v2 id, 0 when unknown.
+    pub cgroup: u64,
+    /// Inode of the network namespace.
+    pub netns: u32,
+    /// See [`Udp::approximate`].
+    pub approximate: u32,
+    /// The owner.
+    pub owner: Owner,
+    /// The totals.
+    pub traffic: Traffic,
+}
+
+/// What the programs remember of a TCP socket, keyed by the address of its `struct sock`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Tracked {
@@ -184,4 +303,8 @@ const _: () = {
     assert!(size_of::<StateChange>() == 160);
     assert!(size_of::<Accept>() == 152);
     assert!(size_of::<Tracked>() == 64);
+    assert!(size_of::<Udp>() == 168);
+    assert!(size_of::<UdpTracked>() == 104);
+    assert!(size_of::<FlowKey>() == 32);
+    assert!(size_of::<Flow>() == 40);
 };

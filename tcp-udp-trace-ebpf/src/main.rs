@@ -21,14 +21,21 @@ mod owner;
 mod sock;
 mod tcp;
 mod track;
+mod udp;
 
 use aya_ebpf::{
     EbpfContext as _,
-    macros::{btf_tracepoint, fentry, kprobe, raw_tracepoint, tracepoint},
+    helpers::generated::bpf_get_socket_cookie,
+    macros::{
+        btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, fentry, kprobe, raw_tracepoint,
+        tracepoint,
+    },
     programs::{
-        BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext, TracePointContext,
+        BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext, SkBuffContext,
+        SockAddrContext, SockContext, TracePointContext,
     },
 };
+use tcp_udp_trace_common::{AF_INET, Peer, origin};
 
 use crate::{sock::Sock, tcp::Program};
 
@@ -118,6 +125,140 @@ fn accept_uring(ctx: TracePointContext) -> u32 {
     accept::completed(field(&ctx, 16), field::<i32>(&ctx, 32));
     0
 }
+
+// ---- UDP: the life of a socket -------------------------------------------------------------------------------
+//
+// A program at a cgroup returns whether the kernel may go on: always 1.
+
+#[cgroup_sock(sock_create)]
+fn udp_create(ctx: SockContext) -> i32 {
+    // SAFETY: the context is the socket that is being made.
+    let (protocol, key) = unsafe { ((*ctx.sock).protocol, bpf_get_socket_cookie(ctx.as_ptr())) };
+    if protocol == IPPROTO_UDP {
+        udp::begin(key, ctx.as_ptr(), owner::current(origin::CREATOR));
+    }
+    1
+}
+
+#[cgroup_sock(sock_release)]
+fn udp_release(ctx: SockContext) -> i32 {
+    // SAFETY: the context is the socket whose last descriptor is being closed.
+    let (protocol, key) = unsafe { ((*ctx.sock).protocol, bpf_get_socket_cookie(ctx.as_ptr())) };
+    if protocol == IPPROTO_UDP {
+        udp::closed(key, ctx.as_ptr());
+        anomaly::tell();
+    }
+    1
+}
+
+// ---- UDP: connect; begun at the cgroup, ended when the system call returns ------------------------------------
+
+#[cgroup_sock_addr(connect4)]
+fn udp_connect4(ctx: SockAddrContext) -> i32 {
+    connect(&ctx)
+}
+
+#[cgroup_sock_addr(connect6)]
+fn udp_connect6(ctx: SockAddrContext) -> i32 {
+    connect(&ctx)
+}
+
+#[inline(always)]
+fn connect(ctx: &SockAddrContext) -> i32 {
+    // SAFETY: the context of a connect has a socket.
+    let (protocol, sk, key) = unsafe {
+        let addr = &*ctx.sock_addr;
+        (
+            addr.protocol,
+            addr.__bindgen_anon_1.sk,
+            bpf_get_socket_cookie(ctx.as_ptr()),
+        )
+    };
+    if protocol == IPPROTO_UDP && udp::used(key, sk.cast()).is_some() {
+        udp::connecting(key);
+    }
+    1
+}
+
+#[tracepoint]
+fn udp_connect_exit(ctx: TracePointContext) -> u32 {
+    udp::connected(field(&ctx, 16));
+    0
+}
+
+#[raw_tracepoint(tracepoint = "sys_exit")]
+fn udp_connect_sys_exit(ctx: RawTracePointContext) -> i32 {
+    udp::returned(ctx.arg(0), ctx.arg(1));
+    0
+}
+
+#[tracepoint]
+fn udp_connect_uring(ctx: TracePointContext) -> u32 {
+    udp::completed(field(&ctx, 16), field::<i32>(&ctx, 32));
+    0
+}
+
+// ---- UDP: send -------------------------------------------------------------------------------------------------
+
+#[cgroup_skb(egress)]
+fn udp_egress(ctx: SkBuffContext) -> i32 {
+    udp::sent(&ctx);
+    1
+}
+
+// ---- UDP: receive ----------------------------------------------------------------------------------------------
+
+#[kprobe]
+fn udp_consume_kprobe(ctx: ProbeContext) -> u32 {
+    let (sk, skb, len) = (ctx.arg(0), ctx.arg(1), ctx.arg(2));
+    udp::consumed(
+        Sock::new(sk.unwrap_or(0)),
+        skb.unwrap_or(0),
+        len.unwrap_or(-1),
+    );
+    0
+}
+
+#[fentry(function = "skb_consume_udp")]
+fn udp_consume_fentry(ctx: FEntryContext) -> i32 {
+    udp::consumed(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
+    0
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+fn udp_recvmsg4(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the context of a receive.
+    let (address, port) = unsafe { ((*ctx.sock_addr).user_ip4, (*ctx.sock_addr).user_port) };
+    udp::receiving(Peer {
+        address: [address, 0, 0, 0],
+        port: u16::from_be(port as u16),
+        family: AF_INET,
+    });
+    1
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+fn udp_recvmsg6(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the context of a receive.
+    let (address, port) = unsafe { ((*ctx.sock_addr).user_ip6, (*ctx.sock_addr).user_port) };
+    udp::receiving(udp::peer6(address, u16::from_be(port as u16)));
+    1
+}
+
+/// `sock:sock_recv_length(sk, family, protocol, ret, flags)`.
+#[tracepoint]
+fn udp_recv_length_tp(ctx: TracePointContext) -> u32 {
+    udp::received(Sock::new(field(&ctx, 8)), field(&ctx, 20), field(&ctx, 24));
+    0
+}
+
+#[raw_tracepoint(tracepoint = "sock_recv_length")]
+fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
+    udp::received(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
+    0
+}
+
+const IPPROTO_UDP: u32 = 17;
 
 /// Reads a field of a tracepoint's record, which the program may read directly.
 #[inline(always)]

@@ -34,6 +34,9 @@ plain! {
     // An address, and a name: words rather than bytes, for the compiler to copy them as such.
     [u32; 4] = [0; 4],
     [u64; 2] = [0; 2],
+    // Two addresses or ports side by side.
+    [u32; 2] = [0; 2],
+    [u16; 2] = [0; 2],
 }
 
 /// Whether this kernel has `field`.

@@ -80,7 +80,7 @@ pub(crate) fn end(sk: Sock) {
 /// counter moved by exactly one, that one was ours and the sum is ours alone; if it moved by more, another
 /// program ran in between on this CPU (nested, or after preemption), and the draw is repeated.
 #[inline(always)]
-fn ticket() -> u64 {
+pub(crate) fn ticket() -> u64 {
     let Some(counter) = TICKETS.get_ptr_mut(0) else {
         return 0;
     };

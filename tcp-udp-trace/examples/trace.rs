@@ -10,6 +10,7 @@
 )]
 
 use std::{
+    fmt::Write as _,
     io::{self, ErrorKind, Write as _},
     pin::pin,
     process::ExitCode,
@@ -18,17 +19,26 @@ use std::{
 };
 
 use clap::Parser;
-use futures_util::{FutureExt as _, StreamExt as _, poll};
+use futures_util::{FutureExt as _, Stream, StreamExt as _, poll, stream};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use tcp_udp_trace::{DEFAULT_QUEUE, Event, EventKind, TcpTracer};
+use tcp_udp_trace::{DEFAULT_QUEUE, Event, EventKind, Stats, TcpTracer, TracerHandle, UdpTracer};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Print the socket events of the running machine. Needs root, or CAP_BPF and CAP_PERFMON.
 #[derive(Parser)]
 struct Args {
-    /// Trace TCP (the default).
+    /// Trace TCP. Both protocols are traced unless one is named.
     #[arg(long)]
     tcp: bool,
+    /// Trace UDP.
+    #[arg(long)]
+    udp: bool,
+    /// Print each datagram, not only the totals of flows and sockets.
+    #[arg(long)]
+    per_datagram: bool,
+    /// How often the totals of a UDP flow are printed at most.
+    #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "1")]
+    interval: Duration,
     /// Print one JSON object per line.
     #[arg(long)]
     json: bool,
@@ -98,10 +108,37 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
 
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut tcp = TcpTracer::builder().queue(args.queue).start().await?;
-    let handle = tcp.handle();
-    let hooks: Vec<_> = handle.hooks().iter().map(ToString::to_string).collect();
-    writeln!(io::stderr(), "ready: tcp {}", hooks.join(" "))?;
+    let mut tcp = None;
+    if args.tcp || !args.udp {
+        tcp = Some(TcpTracer::builder().queue(args.queue).start().await?);
+    }
+    let mut udp = None;
+    if args.udp || !args.tcp {
+        let builder = UdpTracer::builder().queue(args.queue);
+        let builder = builder
+            .interval(args.interval)
+            .per_datagram(args.per_datagram);
+        udp = Some(builder.start().await?);
+    }
+    let handles = [
+        ("tcp", tcp.as_ref().map(TcpTracer::handle)),
+        ("udp", udp.as_ref().map(UdpTracer::handle)),
+    ];
+    let mut ready = String::from("ready:");
+    for (protocol, handle) in &handles {
+        let Some(handle) = handle else { continue };
+        write!(ready, " {protocol}")?;
+        for hook in handle.hooks() {
+            write!(ready, " {hook}")?;
+        }
+    }
+    writeln!(io::stderr(), "{ready}")?;
+    let stop = || {
+        handles
+            .iter()
+            .flat_map(|(_, handle)| handle)
+            .for_each(TracerHandle::stop)
+    };
 
     let mut over = pin!(
         async {
@@ -120,24 +157,25 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         .fuse()
     );
 
+    let mut events = stream::select(events(&mut tcp), events(&mut udp));
     let mut out = io::BufWriter::new(io::stdout().lock());
     loop {
         // What is there already is printed without flushing each line; before it waits, it flushes.
-        let event = match poll!(tcp.next()) {
+        let event = match poll!(events.next()) {
             Poll::Ready(event) => event,
             Poll::Pending => {
                 out.flush()?;
                 tokio::select! {
-                    event = tcp.next() => event,
+                    event = events.next() => event,
                     () = &mut over => {
-                        handle.stop();
+                        stop();
                         continue;
                     }
                 }
             }
         };
         if poll!(&mut over).is_ready() {
-            handle.stop();
+            stop();
         }
         let Some(event) = event else { break };
         if !args.wants(&event) {
@@ -151,7 +189,19 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         }
     }
     out.flush()?;
-    let stats = tcp.close().await?;
+    drop(events);
+    let mut stats = Stats::default();
+    if let Some(tcp) = tcp {
+        stats += tcp.close().await?;
+    }
+    if let Some(udp) = udp {
+        stats += udp.close().await?;
+    }
     writeln!(io::stderr(), "stats: {}", serde_json::to_string(&stats)?)?;
     Ok(())
+}
+
+/// The events of a tracer, or none.
+fn events<S: Stream<Item = Event> + Unpin>(tracer: &mut Option<S>) -> impl Stream<Item = Event> {
+    stream::iter(tracer).flatten()
 }

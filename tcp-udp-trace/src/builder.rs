@@ -1,8 +1,8 @@
 //! The settings of a tracer.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
-use crate::{Error, ErrorKind, TcpTracer};
+use crate::{Error, ErrorKind, Protocol, TcpTracer, UdpTracer, tracer::Tracer};
 
 /// How many events may wait for the consumer before the oldest are shed.
 pub const DEFAULT_QUEUE: usize = 1024;
@@ -12,120 +12,170 @@ pub const DEFAULT_RING_BYTES: u32 = 2 << 20;
 pub const DEFAULT_MAX_SOCKETS: u32 = 65_536;
 /// How long events may gather before the reader takes them, while they come one after the other.
 pub const DEFAULT_LATENCY: Duration = Duration::from_millis(20);
+/// How often the totals of a UDP flow are reported at most.
+pub const DEFAULT_INTERVAL: Duration = Duration::from_secs(1);
+/// How many UDP flows are remembered at a time.
+pub const DEFAULT_MAX_FLOWS: u32 = 65_536;
 
-/// The largest [`queue`](TcpTracerBuilder::queue).
-const MAX_QUEUE: usize = 1 << 24;
-/// The range of [`ring_bytes`](TcpTracerBuilder::ring_bytes).
-const RING_BYTES: std::ops::RangeInclusive<u32> = 4096..=1 << 30;
-/// The range of [`max_sockets`](TcpTracerBuilder::max_sockets).
-const MAX_SOCKETS: std::ops::RangeInclusive<u32> = 1..=1 << 24;
-/// The largest [`latency`](TcpTracerBuilder::latency).
-const MAX_LATENCY: Duration = Duration::from_secs(1);
+/// The range of `queue`.
+const QUEUE: RangeInclusive<usize> = 1..=1 << 24;
+/// The range of `ring_bytes`.
+const RING_BYTES: RangeInclusive<u32> = 4096..=1 << 30;
+/// The range of `max_sockets` and [`max_flows`](UdpTracerBuilder::max_flows).
+const ENTRIES: RangeInclusive<u32> = 1..=1 << 24;
+/// The range of `latency`.
+const LATENCY: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(1);
+/// The range of [`interval`](UdpTracerBuilder::interval).
+const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
 
-/// Validated settings.
+/// All settings, of either protocol.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
+    pub(crate) protocol: Protocol,
     pub(crate) queue: usize,
     pub(crate) ring_bytes: u32,
     pub(crate) max_sockets: u32,
     pub(crate) latency: Duration,
+    pub(crate) interval: Duration,
+    pub(crate) per_datagram: bool,
+    pub(crate) max_flows: u32,
 }
 
-impl Default for Config {
-    fn default() -> Self {
+impl Config {
+    fn new(protocol: Protocol) -> Self {
         Self {
+            protocol,
             queue: DEFAULT_QUEUE,
             ring_bytes: DEFAULT_RING_BYTES,
             max_sockets: DEFAULT_MAX_SOCKETS,
             latency: DEFAULT_LATENCY,
+            interval: DEFAULT_INTERVAL,
+            per_datagram: false,
+            max_flows: DEFAULT_MAX_FLOWS,
         }
     }
-}
 
-impl Config {
     fn validate(self) -> Result<Self, Error> {
-        let invalid = |what: String| Err(Error::new(ErrorKind::InvalidConfig, what));
-        let Self {
-            queue,
-            ring_bytes,
-            max_sockets,
-            latency,
-        } = self;
-        if !(1..=MAX_QUEUE).contains(&queue) {
-            return invalid(format!(
-                "queue is {queue}: it must be 1 to {MAX_QUEUE} events"
-            ));
-        }
-        if !RING_BYTES.contains(&ring_bytes) {
-            return invalid(format!(
-                "ring_bytes is {ring_bytes}: it must be {RING_BYTES:?} bytes"
-            ));
-        }
-        if !MAX_SOCKETS.contains(&max_sockets) {
-            return invalid(format!(
-                "max_sockets is {max_sockets}: it must be {MAX_SOCKETS:?} sockets"
-            ));
-        }
-        if latency > MAX_LATENCY {
-            return invalid(format!(
-                "latency is {latency:?}: it must be at most {MAX_LATENCY:?}"
-            ));
-        }
+        check("queue", self.queue, &QUEUE)?;
+        check("ring_bytes", self.ring_bytes, &RING_BYTES)?;
+        check("max_sockets", self.max_sockets, &ENTRIES)?;
+        check("latency", self.latency, &LATENCY)?;
+        check("interval", self.interval, &INTERVAL)?;
+        check("max_flows", self.max_flows, &ENTRIES)?;
         Ok(self)
     }
 }
 
-/// Sets up a [`TcpTracer`]. Everything is checked in [`start`](Self::start).
-#[derive(Debug, Clone, Default)]
-#[must_use = "a builder does nothing until `start`"]
-pub struct TcpTracerBuilder {
-    config: Config,
+fn check<T: PartialOrd + std::fmt::Debug>(
+    name: &str,
+    value: T,
+    range: &RangeInclusive<T>,
+) -> Result<(), Error> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    let (from, to) = (range.start(), range.end());
+    Err(Error::new(
+        ErrorKind::InvalidConfig,
+        format!("{name} is {value:?}: it must be {from:?} to {to:?}"),
+    ))
 }
 
-impl TcpTracerBuilder {
-    /// How many events may wait for the consumer; beyond that the oldest are shed, and a
-    /// [`Lost`](crate::EventKind::Lost) stands in their place. 1 to 16,777,216, default [`DEFAULT_QUEUE`].
-    pub fn queue(mut self, events: usize) -> Self {
-        self.config.queue = events;
+/// A builder with the settings that both protocols have.
+macro_rules! builder {
+    ($(#[$doc:meta])* $builder:ident, $tracer:ident, $protocol:expr) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone)]
+        #[must_use = "a builder does nothing until `start`"]
+        pub struct $builder {
+            config: Config,
+        }
+
+        impl $builder {
+            pub(crate) fn new() -> Self {
+                Self { config: Config::new($protocol) }
+            }
+
+            /// How many events may wait for the consumer; beyond that the oldest are shed, and a
+            /// [`Lost`](crate::EventKind::Lost) stands in their place. 1 to 16,777,216, default [`DEFAULT_QUEUE`].
+            pub fn queue(mut self, events: usize) -> Self {
+                self.config.queue = events;
+                self
+            }
+
+            /// The size of the buffer between kernel and reader; one event takes at most 176 bytes. 4,096 to
+            /// 1,073,741,824, rounded up to a power of two, default [`DEFAULT_RING_BYTES`].
+            pub fn ring_bytes(mut self, bytes: u32) -> Self {
+                self.config.ring_bytes = bytes;
+                self
+            }
+
+            /// How many sockets are remembered at a time, from the beginning of their life to its end; at most 170 bytes of
+            /// kernel memory each, taken at the start. 1 to 16,777,216, default [`DEFAULT_MAX_SOCKETS`].
+            pub fn max_sockets(mut self, sockets: u32) -> Self {
+                self.config.max_sockets = sockets;
+                self
+            }
+
+            /// How long events may gather before the reader takes them. The first event after a pause is never delayed;
+            /// while they come one after the other, each waits at most this long. [`Duration::ZERO`] takes each
+            /// at once, at the price of a wake-up each. At most 1 s, default [`DEFAULT_LATENCY`].
+            pub fn latency(mut self, latency: Duration) -> Self {
+                self.config.latency = latency;
+                self
+            }
+
+            /// Loads and attaches the eBPF programs. When it returns, every hook is attached: there is nothing to wait
+            /// for.
+            ///
+            /// The work that blocks is done on a thread of the runtime's blocking pool.
+            ///
+            /// # Errors
+            ///
+            /// The [kind](ErrorKind) tells them apart: `InvalidConfig`, `NoRuntime`, `Permission` (`CAP_BPF` or another capability
+            /// is missing), `Unsupported` (not Linux, no BTF, kernel before 5.10), `Load`, `Attach`.
+            ///
+            /// # Cancel safety
+            ///
+            /// If the future is dropped, whatever it has attached is detached again.
+            pub async fn start(self) -> Result<$tracer, Error> {
+                Tracer::start(self.config.validate()?).await.map($tracer::from)
+            }
+        }
+    };
+}
+
+builder! {
+    /// Sets up a [`TcpTracer`]. Everything is checked in [`start`](Self::start).
+    TcpTracerBuilder, TcpTracer, Protocol::Tcp
+}
+
+builder! {
+    /// Sets up a [`UdpTracer`]. Everything is checked in [`start`](Self::start).
+    UdpTracerBuilder, UdpTracer, Protocol::Udp
+}
+
+impl UdpTracerBuilder {
+    /// How often the totals of a flow are reported at most ([`EventKind::Flow`](crate::EventKind::Flow)). 10 ms to 1 h, default
+    /// [`DEFAULT_INTERVAL`].
+    pub fn interval(mut self, interval: Duration) -> Self {
+        self.config.interval = interval;
         self
     }
 
-    /// The size of the buffer between kernel and reader; one event takes at most 168 bytes. 4,096 to 1,073,741,824,
-    /// rounded up to a power of two, default [`DEFAULT_RING_BYTES`].
-    pub fn ring_bytes(mut self, bytes: u32) -> Self {
-        self.config.ring_bytes = bytes;
+    /// Whether each datagram is an event of its own ([`Send`](crate::EventKind::Send) and
+    /// [`Receive`](crate::EventKind::Receive)), beside the totals. Default no.
+    pub fn per_datagram(mut self, per_datagram: bool) -> Self {
+        self.config.per_datagram = per_datagram;
         self
     }
 
-    /// How many sockets are remembered at a time, from the beginning of their life to its end; about 128 bytes of
-    /// kernel memory each, taken at the start. 1 to 16,777,216, default [`DEFAULT_MAX_SOCKETS`].
-    pub fn max_sockets(mut self, sockets: u32) -> Self {
-        self.config.max_sockets = sockets;
+    /// How many flows are remembered at a time; beyond that the least recently used make room
+    /// ([`Stats::flows_evicted`](crate::Stats::flows_evicted)). At most 130 bytes of kernel memory each, taken at the start, and
+    /// 500 bytes of the process for each live one. 1 to 16,777,216, default [`DEFAULT_MAX_FLOWS`].
+    pub fn max_flows(mut self, flows: u32) -> Self {
+        self.config.max_flows = flows;
         self
-    }
-
-    /// How long events may gather before the reader takes them. The first event after a pause is never delayed; while
-    /// they come one after the other, each waits at most this long. [`Duration::ZERO`] takes each at once,
-    /// at the price of a wake-up each. At most 1 s, default [`DEFAULT_LATENCY`].
-    pub fn latency(mut self, latency: Duration) -> Self {
-        self.config.latency = latency;
-        self
-    }
-
-    /// Loads and attaches the eBPF programs. When it returns, every hook is attached: there is nothing to wait for.
-    ///
-    /// The work that blocks is done on a thread of the runtime's blocking pool.
-    ///
-    /// # Errors
-    ///
-    /// The [kind](ErrorKind) tells them apart: `InvalidConfig`, `NoRuntime`, `Permission` (`CAP_BPF` or
-    /// `CAP_PERFMON` is missing), `Unsupported` (not Linux, no BTF, kernel before 5.10), `Load`, `Attach`.
-    ///
-    /// # Cancel safety
-    ///
-    /// If the future is dropped, whatever it has attached is detached again.
-    pub async fn start(self) -> Result<TcpTracer, Error> {
-        TcpTracer::start(self.config.validate()?).await
     }
 }
 
@@ -135,18 +185,29 @@ mod tests {
 
     #[test]
     fn settings_out_of_range_name_themselves() {
-        let check = |builder: TcpTracerBuilder, named: &str| {
-            let error = builder.config.validate().expect_err(named);
+        let check = |config: Config, named: &str| {
+            let error = config.validate().expect_err(named);
             assert_eq!(error.kind(), ErrorKind::InvalidConfig);
             assert!(error.to_string().starts_with(named), "{error}");
         };
-        check(TcpTracer::builder().queue(0), "queue is 0");
-        check(TcpTracer::builder().queue(usize::MAX), "queue is");
-        check(TcpTracer::builder().ring_bytes(100), "ring_bytes is 100");
-        check(TcpTracer::builder().max_sockets(0), "max_sockets is 0");
+        check(TcpTracer::builder().queue(0).config, "queue is 0");
+        check(TcpTracer::builder().queue(usize::MAX).config, "queue is");
         check(
-            TcpTracer::builder().latency(Duration::from_secs(2)),
+            TcpTracer::builder().ring_bytes(100).config,
+            "ring_bytes is 100",
+        );
+        check(
+            TcpTracer::builder().max_sockets(0).config,
+            "max_sockets is 0",
+        );
+        check(
+            TcpTracer::builder().latency(Duration::from_secs(2)).config,
             "latency is 2s",
         );
+        check(
+            UdpTracer::builder().interval(Duration::ZERO).config,
+            "interval is 0ns",
+        );
+        check(UdpTracer::builder().max_flows(0).config, "max_flows is 0");
     }
 }

@@ -6,9 +6,9 @@ use std::{
 };
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Accept, Head, Owner, StateChange, TcpSocket, kind, origin,
+    AF_INET, AF_INET6, Accept, FlowKey, Head, Owner, StateChange, TcpSocket, Udp, kind, origin,
 };
-use zerocopy::{FromBytes as _, IntoBytes as _};
+use zerocopy::{FromBytes, IntoBytes as _};
 
 use crate::{
     Comm, Event, EventKind, Origin, Process, Protocol, Socket, TcpState, Traffic, time::BootClock,
@@ -24,13 +24,15 @@ pub(crate) struct Decoded {
     pub(crate) event: Event,
     /// How many records the kernel had lost before this one, since the tracer started, modulo 2³².
     pub(crate) lost_before: u32,
+    /// UDP: the kernel's name of the flow.
+    pub(crate) flow: Option<FlowKey>,
 }
 
 /// Decodes one record.
 pub(crate) fn decode(bytes: &[u8], clock: BootClock) -> Result<Decoded, Malformed> {
-    let (head, socket, event_kind) = match u32::read_from_prefix(bytes) {
-        Ok((kind::STATE_CHANGE, _)) => {
-            let record = StateChange::read_from_bytes(bytes).map_err(|_| Malformed)?;
+    match u32::read_from_prefix(bytes).map_err(|_| Malformed)?.0 {
+        kind::STATE_CHANGE => {
+            let record: StateChange = read(bytes)?;
             let state = |number| TcpState::from_number(number).ok_or(Malformed);
             let error = i32::try_from(record.error).map_err(|_| Malformed)?;
             let kind = EventKind::StateChange {
@@ -38,22 +40,34 @@ pub(crate) fn decode(bytes: &[u8], clock: BootClock) -> Result<Decoded, Malforme
                 to: state(record.to)?,
                 error: (error != 0).then_some(error),
             };
-            (record.head, record.socket, kind)
+            tcp(&record.head, &record.socket, kind, clock)
         }
-        Ok((kind::ACCEPT, _)) => {
-            let record = Accept::read_from_bytes(bytes).map_err(|_| Malformed)?;
-            (record.head, record.socket, EventKind::Accept)
+        kind::ACCEPT => {
+            let record: Accept = read(bytes)?;
+            tcp(&record.head, &record.socket, EventKind::Accept, clock)
         }
-        _ => return Err(Malformed),
-    };
-    let Head { lost, time, .. } = head;
-    let uptime = Duration::from_nanos(time);
+        kind::CONNECT..=kind::CLOSE => udp(&read(bytes)?, clock),
+        _ => Err(Malformed),
+    }
+}
+
+fn read<T: FromBytes>(bytes: &[u8]) -> Result<T, Malformed> {
+    T::read_from_bytes(bytes).map_err(|_| Malformed)
+}
+
+fn tcp(
+    head: &Head,
+    socket: &TcpSocket,
+    kind: EventKind,
+    clock: BootClock,
+) -> Result<Decoded, Malformed> {
+    let uptime = Duration::from_nanos(head.time);
     let event = Event {
         time: clock.wall(uptime),
         uptime,
-        kind: event_kind,
+        kind,
         process: process(&socket.owner)?,
-        socket: tcp_socket(&socket, uptime)?,
+        socket: tcp_socket(socket, uptime)?,
         traffic: Traffic {
             tx_bytes: socket.tx_bytes,
             rx_bytes: socket.rx_bytes,
@@ -63,8 +77,78 @@ pub(crate) fn decode(bytes: &[u8], clock: BootClock) -> Result<Decoded, Malforme
     };
     Ok(Decoded {
         event,
-        lost_before: lost,
+        lost_before: head.lost,
+        flow: None,
     })
+}
+
+fn udp(record: &Udp, clock: BootClock) -> Result<Decoded, Malformed> {
+    let Udp {
+        head,
+        key,
+        amount,
+        peer,
+        ..
+    } = *record;
+    let uptime = Duration::from_nanos(head.time);
+    let approximate = record.approximate != 0;
+    let kind = match head.kind {
+        kind::CONNECT => EventKind::Connect,
+        kind::FLOW => EventKind::Flow { approximate },
+        kind::SEND => EventKind::Send { bytes: amount },
+        kind::RECEIVE => EventKind::Receive { bytes: amount },
+        kind::CLOSE => EventKind::Close {
+            drops: amount,
+            approximate,
+        },
+        _ => return Err(Malformed),
+    };
+    let socket = Socket {
+        protocol: Protocol::Udp,
+        id: record.id,
+        // The address of a kernel structure is not a cookie.
+        cookie: (key >> 63 == 0).then_some(key),
+        local: address(peer.family, record.local, record.local_port)?,
+        remote: address(peer.family, peer.address, peer.port)?,
+        uid: record.uid,
+        netns: record.netns,
+        cgroup: record.cgroup,
+        age: uptime.saturating_sub(Duration::from_nanos(record.born)),
+    };
+    let event = Event {
+        time: clock.wall(uptime),
+        uptime,
+        kind,
+        process: process(&record.owner)?,
+        socket,
+        traffic: record.traffic.into(),
+    };
+    Ok(Decoded {
+        event,
+        lost_before: head.lost,
+        flow: Some(FlowKey {
+            socket: key,
+            peer,
+            _pad: 0,
+        }),
+    })
+}
+
+impl From<tcp_udp_trace_common::Traffic> for Traffic {
+    fn from(traffic: tcp_udp_trace_common::Traffic) -> Self {
+        let tcp_udp_trace_common::Traffic {
+            tx_bytes,
+            rx_bytes,
+            tx_packets,
+            rx_packets,
+        } = traffic;
+        Self {
+            tx_bytes,
+            rx_bytes,
+            tx_packets,
+            rx_packets,
+        }
+    }
 }
 
 fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
@@ -72,6 +156,7 @@ fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
         origin::NONE => return Ok(None),
         origin::CREATOR => Origin::Creator,
         origin::ACCEPTOR => Origin::Acceptor,
+        origin::USER => Origin::User,
         _ => return Err(Malformed),
     };
     let &Owner {
@@ -164,9 +249,12 @@ mod tests {
 
     #[test]
     fn decodes_a_state_change() {
-        let Decoded { event, lost_before } =
-            decode(record().as_bytes(), clock()).expect("a well-formed record");
-        assert_eq!(lost_before, 3);
+        let Decoded {
+            event,
+            lost_before,
+            flow,
+        } = decode(record().as_bytes(), clock()).expect("a well-formed record");
+        assert_eq!((lost_before, flow), (3, None));
         assert_eq!(event.time, UNIX_EPOCH + Duration::from_secs(1_001));
         assert_eq!(
             event.to_string(),

@@ -51,6 +51,33 @@ pub enum EventKind {
     /// TCP: `accept` gave the socket to a process, from now on its owner. Not reported for a connection that had
     /// already ended while it waited to be accepted.
     Accept,
+    /// UDP: `connect` gave the socket a peer.
+    Connect,
+    /// UDP: the totals of one flow (a socket and a peer) so far, in [`Event::traffic`]; at its first datagram, then at most once per
+    /// [interval](crate::UdpTracerBuilder::interval), and once more when the socket ends.
+    Flow {
+        /// `rx_packets` may be too small: this kernel tells how often was read, and the socket (with `UDP_GRO`) gets several
+        /// datagrams at a time.
+        approximate: bool,
+    },
+    /// UDP: a datagram was sent. Only with [`per_datagram`](crate::UdpTracerBuilder::per_datagram). A batch that was sent as one
+    /// (`UDP_SEGMENT`) is one event; `traffic`, the socket's totals, counts its datagrams.
+    Send {
+        /// Its payload.
+        bytes: u64,
+    },
+    /// UDP: a datagram was received. Only with [`per_datagram`](crate::UdpTracerBuilder::per_datagram).
+    Receive {
+        /// What the application got of its payload.
+        bytes: u64,
+    },
+    /// UDP: the socket is gone; [`Event::traffic`] has its totals.
+    Close {
+        /// How many datagrams the application never got because the receive buffer was full.
+        drops: u64,
+        /// As in [`Flow`](Self::Flow).
+        approximate: bool,
+    },
     /// A gap: events that were produced and could not be delivered would stand here.
     Lost {
         /// How many events are missing.
@@ -95,7 +122,8 @@ pub struct Process {
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Origin {
-    /// It called `connect` or `listen`; for a connection that waits to be accepted, it called `listen` on the listener.
+    /// TCP: it called `connect` or `listen`; for a connection that waits to be accepted, it called `listen` on the listener.
+    /// UDP: it made the socket.
     Creator,
     /// It accepted the connection.
     Acceptor,
@@ -142,36 +170,28 @@ pub struct Socket {
 pub enum Protocol {
     /// TCP.
     Tcp,
+    /// UDP.
+    Udp,
 }
 
-/// What a socket has carried since its life began.
+/// What a socket, or in an [`EventKind::Flow`] a flow, has carried so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Traffic {
-    /// Payload bytes that this side put on the wire, each counted once: no retransmissions, SYN or FIN.
+    /// Payload bytes sent. TCP: put on the wire, each counted once: no retransmissions, SYN or FIN. UDP: of datagrams that the kernel
+    /// accepted.
     pub tx_bytes: u64,
-    /// Payload bytes received in order: no SYN or FIN.
+    /// Payload bytes received. TCP: in order, no SYN or FIN. UDP: what the receive calls returned; not what was only peeked at.
     pub rx_bytes: u64,
-    /// TCP: segments sent, as the kernel counts them (`tcpi_segs_out`; modulo 2³²).
+    /// TCP: segments sent, as the kernel counts them (`tcpi_segs_out`; modulo 2³²). UDP: datagrams; each segment of a `UDP_SEGMENT`
+    /// batch is one, a corked datagram is one, an empty one too.
     pub tx_packets: u64,
-    /// TCP: segments received, as the kernel counts them (`tcpi_segs_in`; modulo 2³²).
+    /// TCP: segments received, as the kernel counts them (`tcpi_segs_in`; modulo 2³²). UDP: datagrams received.
     pub rx_packets: u64,
 }
 
 impl Event {
-    /// Whether this is the moment a connection was established.
-    #[must_use]
-    pub fn is_open(&self) -> bool {
-        matches!(
-            self.kind,
-            EventKind::StateChange {
-                to: TcpState::Established,
-                ..
-            }
-        )
-    }
-
     /// A gap in the stream of a protocol.
     pub(crate) fn gap(
         count: u64,
@@ -208,6 +228,18 @@ impl Event {
         Self::gap(count, stage, last.socket.protocol, last.time, last.uptime)
     }
 
+    /// Whether this is the moment a connection was established (TCP) or a socket got a peer (UDP).
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        matches!(
+            self.kind,
+            EventKind::StateChange {
+                to: TcpState::Established,
+                ..
+            } | EventKind::Connect
+        )
+    }
+
     /// Whether this is the end of the socket's life; its [`traffic`](Self::traffic) is final.
     #[must_use]
     pub fn is_close(&self) -> bool {
@@ -216,7 +248,7 @@ impl Event {
             EventKind::StateChange {
                 to: TcpState::Close,
                 ..
-            }
+            } | EventKind::Close { .. }
         )
     }
 }
@@ -265,6 +297,12 @@ impl fmt::Display for EventKind {
                 }
             }
             Self::Accept => f.write_str("accept"),
+            Self::Connect => f.write_str("connect"),
+            Self::Flow { .. } => f.write_str("flow"),
+            Self::Send { bytes } => write!(f, "send {bytes} B"),
+            Self::Receive { bytes } => write!(f, "receive {bytes} B"),
+            Self::Close { drops: 0, .. } => f.write_str("close"),
+            Self::Close { drops, .. } => write!(f, "close ({drops} dropped)"),
             Self::Lost { count, stage } => write!(f, "lost {count} in the {stage}"),
         }
     }
@@ -283,6 +321,7 @@ impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Tcp => "tcp",
+            Self::Udp => "udp",
         })
     }
 }

@@ -50,6 +50,8 @@ mod comm;
 mod decode;
 mod error;
 mod event;
+#[cfg(target_os = "linux")]
+mod flows;
 mod hook;
 #[cfg(feature = "serde")]
 mod json;
@@ -65,7 +67,8 @@ mod tracer;
 
 pub use crate::{
     builder::{
-        DEFAULT_LATENCY, DEFAULT_MAX_SOCKETS, DEFAULT_QUEUE, DEFAULT_RING_BYTES, TcpTracerBuilder,
+        DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, DEFAULT_QUEUE,
+        DEFAULT_RING_BYTES, TcpTracerBuilder, UdpTracerBuilder,
     },
     comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},
@@ -73,5 +76,5 @@ pub use crate::{
     hook::Hook,
     stats::Stats,
     tcp_state::TcpState,
-    tracer::{TcpTracer, TracerHandle},
+    tracer::{TcpTracer, TracerHandle, UdpTracer},
 };

@@ -14,7 +14,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
-    time::{Duration, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use nix::time::{ClockId, clock_gettime};
@@ -28,9 +28,10 @@ use tokio::{
 };
 
 use crate::{
-    Error, ErrorKind, Event, Hook, LossStage, Protocol, Stats,
+    Error, ErrorKind, Event, EventKind, Hook, LossStage, Protocol, Stats,
     builder::Config,
     decode::{Decoded, decode},
+    flows::Flows,
     kernel::{Kernel, Ring},
     queue::Queue,
     time::BootClock,
@@ -64,6 +65,8 @@ struct Attached {
     malformed: u64,
     /// Losses in the ring that the stream has been told of.
     lost: u64,
+    protocol: Protocol,
+    flows: Flows,
 }
 
 /// Everything of ours has left the kernel.
@@ -75,7 +78,14 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, JoinHandle<()>
     let runtime = Handle::try_current().map_err(|source| {
         no_runtime("no Tokio runtime here: call `start` from within one").with_source(source)
     })?;
-    let Config { queue, latency, .. } = config;
+    let Config {
+        protocol,
+        queue,
+        latency,
+        interval,
+        max_flows,
+        ..
+    } = config;
     let (kernel, ring) = runtime
         .spawn_blocking(move || Kernel::start(&config))
         .await
@@ -107,6 +117,8 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, JoinHandle<()>
             decoded: 0,
             malformed: 0,
             lost: 0,
+            protocol,
+            flows: Flows::new(interval, max_flows as usize),
         })),
         last: Mutex::new(Stats::default()),
         stopping: AtomicBool::new(false),
@@ -173,6 +185,7 @@ impl Attached {
             untracked,
             missed,
             unknown_family,
+            flows_evicted: self.flows.evicted(),
             recursion_misses: self.kernel.recursion_misses(),
             ..Stats::default()
         }
@@ -181,33 +194,84 @@ impl Attached {
     /// Moves up to [`BATCH`] records to `batch`. Fewer means that the ring is empty.
     fn read(&mut self, batch: &mut Vec<Event>) -> usize {
         let clock = clock();
+        let Self {
+            kernel,
+            ring,
+            decoded,
+            malformed,
+            lost,
+            flows,
+            ..
+        } = self;
+        let ring = ring.get_mut();
         for taken in 0..BATCH {
-            let Self {
-                ring,
-                decoded,
-                malformed,
-                lost,
-                ..
-            } = self;
-            let record = |bytes: &[u8]| match decode(bytes, clock) {
-                Ok(Decoded { event, lost_before }) => {
-                    // The counter may already have been read further than this record knew.
-                    let gap = lost_before.wrapping_sub(*lost as u32).cast_signed();
-                    if gap > 0 {
-                        let count = u64::from(gap.unsigned_abs());
-                        *lost += count;
-                        batch.push(Event::lost(count, LossStage::Ring, &event));
-                    }
-                    *decoded += 1;
-                    batch.push(event);
+            let record = |bytes: &[u8]| {
+                let Ok(Decoded {
+                    event,
+                    lost_before,
+                    flow,
+                }) = decode(bytes, clock)
+                else {
+                    *malformed += 1;
+                    return;
+                };
+                // The counter may already have been read further than this record knew.
+                let gap = lost_before.wrapping_sub(*lost as u32).cast_signed();
+                if gap > 0 {
+                    let count = u64::from(gap.unsigned_abs());
+                    *lost += count;
+                    batch.push(Event::lost(count, LossStage::Ring, &event));
                 }
-                Err(_) => *malformed += 1,
+                let before = batch.len();
+                match (event.kind, flow) {
+                    (EventKind::Flow { .. }, Some(flow)) => {
+                        flows.seen(flow, event, kernel, |event| batch.push(event));
+                    }
+                    (EventKind::Close { .. }, Some(flow)) => {
+                        let stamp = stamp(event.time, event.uptime);
+                        flows.close(flow.socket, kernel, stamp, |event| batch.push(event));
+                        batch.push(event);
+                    }
+                    _ => batch.push(event),
+                }
+                *decoded += (batch.len() - before) as u64;
             };
-            if !ring.get_mut().next(record) {
+            if !ring.next(record) {
                 return taken;
             }
         }
         BATCH
+    }
+
+    /// Reports up to [`BATCH`] flows whose date has come, and says how long it is to the next date.
+    fn report_flows(&mut self, batch: &mut Vec<Event>) -> Option<Duration> {
+        let Self {
+            kernel,
+            flows,
+            decoded,
+            ..
+        } = self;
+        let (now, before) = (boottime(), batch.len());
+        let stamp = stamp(clock().wall(now), now);
+        flows.report(now, BATCH, kernel, stamp, |event| batch.push(event));
+        *decoded += (batch.len() - before) as u64;
+        flows.next_due().map(|due| due.saturating_sub(now))
+    }
+
+    /// Reports what nobody will report any more: changed flows, and losses that no record has followed.
+    fn report_last(&mut self, batch: &mut Vec<Event>) {
+        let Self {
+            kernel,
+            flows,
+            decoded,
+            ..
+        } = self;
+        let (now, before) = (boottime(), batch.len());
+        flows.finish(kernel, stamp(clock().wall(now), now), |event| {
+            batch.push(event)
+        });
+        *decoded += (batch.len() - before) as u64;
+        self.report_losses(batch);
     }
 
     /// Tells the stream of losses that no record has followed yet.
@@ -219,12 +283,21 @@ impl Attached {
             batch.push(Event::gap(
                 count,
                 LossStage::Ring,
-                Protocol::Tcp,
+                self.protocol,
                 clock().wall(uptime),
                 uptime,
             ));
             self.lost = lost;
         }
+    }
+}
+
+/// Gives an event this time.
+fn stamp(time: SystemTime, uptime: Duration) -> impl FnMut(&mut Event) {
+    move |event| {
+        event.socket.age += uptime.saturating_sub(event.uptime);
+        event.time = time;
+        event.uptime = uptime;
     }
 }
 
@@ -260,7 +333,7 @@ impl Reader {
         })
         .await;
         if self.drain().await.is_ok() {
-            self.with_attached(Attached::report_losses)
+            self.with_attached(Attached::report_last)
                 .unwrap_or_default();
         }
         self.blocking(Shared::release).await;
@@ -286,6 +359,9 @@ impl Reader {
             }
             if self.shared.stopping.load(Ordering::Relaxed) {
                 return Ok(());
+            }
+            if let Some(due) = self.with_attached(Attached::report_flows)? {
+                pause = pause.min(due);
             }
             self.wait(pause).await?;
         }

@@ -29,8 +29,44 @@ pub struct Stats {
     pub missed: u64,
     /// TCP sockets left out because they are neither IPv4 nor IPv6.
     pub unknown_family: u64,
+    /// UDP flows that had to make room for others, because [`max_flows`] were remembered. Their sockets' totals are exact all the same.
+    ///
+    /// [`max_flows`]: crate::UdpTracerBuilder::max_flows
+    pub flows_evicted: u64,
     /// How often the kernel skipped one of the programs because it was already active on that CPU (`recursion_misses`
     /// of `/proc/self/fdinfo`); `None` where it does not tell (before 5.12). Signals with two programs lose nothing by it,
     /// because the other one was run.
     pub recursion_misses: Option<u64>,
+}
+
+/// The counts of two tracers together.
+impl std::ops::AddAssign for Stats {
+    fn add_assign(&mut self, other: Self) {
+        let Self {
+            emitted,
+            delivered,
+            ring_lost,
+            queue_shed,
+            malformed,
+            discarded,
+            untracked,
+            missed,
+            unknown_family,
+            flows_evicted,
+            recursion_misses,
+        } = other;
+        self.emitted += emitted;
+        self.delivered += delivered;
+        self.ring_lost += ring_lost;
+        self.queue_shed += queue_shed;
+        self.malformed += malformed;
+        self.discarded += discarded;
+        self.untracked += untracked;
+        self.missed += missed;
+        self.unknown_family += unknown_family;
+        self.flows_evicted += flows_evicted;
+        if let Some(misses) = recursion_misses {
+            *self.recursion_misses.get_or_insert(0) += misses;
+        }
+    }
 }

@@ -10,61 +10,25 @@ use futures_core::{FusedStream, Stream};
 use tokio::task::JoinHandle;
 
 use crate::{
-    Error, ErrorKind, Event, Hook, Stats, TcpTracerBuilder,
+    Error, ErrorKind, Event, Hook, Stats, TcpTracerBuilder, UdpTracerBuilder,
     builder::Config,
     reader::{self, Shared},
 };
 
-/// The TCP events of the whole machine, as a stream.
-///
-/// Made by [`TcpTracer::builder`]; several may run at once. The stream ends (`None`) only after
-/// [`TracerHandle::stop`], or if reading fails, which [`close`](Self::close) then reports.
-///
-/// Dropping it detaches everything, at once and also outside of a runtime. That blocks until the kernel can be sure that no CPU
-/// runs our programs any more: about 0.1 s; [`close`](Self::close) does the same without blocking the runtime.
-///
-/// # Cancel safety
-///
-/// An event leaves the queue when it is returned and not before, so a dropped `next()` loses nothing.
+/// What both tracers are.
 #[derive(Debug)]
-#[must_use = "a tracer that nobody reads fills its queue"]
-pub struct TcpTracer {
+pub(crate) struct Tracer {
     shared: Arc<Shared>,
     reader: JoinHandle<()>,
 }
 
-impl TcpTracer {
-    /// A tracer with default settings.
-    pub fn builder() -> TcpTracerBuilder {
-        TcpTracerBuilder::default()
-    }
-
+impl Tracer {
     pub(crate) async fn start(config: Config) -> Result<Self, Error> {
         let (shared, reader) = reader::start(config).await?;
         Ok(Self { shared, reader })
     }
 
-    /// A handle for other tasks.
-    #[must_use]
-    pub fn handle(&self) -> TracerHandle {
-        TracerHandle {
-            shared: Arc::clone(&self.shared),
-        }
-    }
-
-    /// Detaches, reads what the kernel had already produced, and gives the final counts.
-    ///
-    /// Events that nobody has taken are thrown away and counted as [`Stats::discarded`]; to take them, call
-    /// [`TracerHandle::stop`] and read the stream to its end first.
-    ///
-    /// # Errors
-    ///
-    /// What ended the stream before: reading failed (`Read`), or the runtime was shut down (`NoRuntime`).
-    ///
-    /// # Cancel safety
-    ///
-    /// If the future is dropped, so is the tracer: everything is detached, and the counts are lost.
-    pub async fn close(mut self) -> Result<Stats, Error> {
+    async fn close(mut self) -> Result<Stats, Error> {
         self.shared.stop();
         if let Err(source) = (&mut self.reader).await {
             let error = Error::new(ErrorKind::NoRuntime, "the reader did not come to its end");
@@ -75,7 +39,7 @@ impl TcpTracer {
     }
 }
 
-impl Drop for TcpTracer {
+impl Drop for Tracer {
     fn drop(&mut self) {
         self.shared.release();
         self.reader.abort();
@@ -83,18 +47,84 @@ impl Drop for TcpTracer {
     }
 }
 
-impl Stream for TcpTracer {
-    type Item = Event;
+macro_rules! tracer {
+    ($(#[$doc:meta])* $tracer:ident, $builder:ident) => {
+        $(#[$doc])*
+        ///
+        /// Made by [`builder`](Self::builder); several may run at once. The stream ends (`None`) only after
+        /// [`TracerHandle::stop`], or if reading fails, which [`close`](Self::close) then reports.
+        ///
+        /// Dropping it detaches everything, at once and also outside of a runtime. That blocks until the kernel can be sure that
+        /// no CPU runs our programs any more: about 0.1 s; [`close`](Self::close) does the same without blocking
+        /// the runtime.
+        ///
+        /// # Cancel safety
+        ///
+        /// An event leaves the queue when it is returned and not before, so a dropped `next()` loses nothing.
+        #[derive(Debug)]
+        #[must_use = "a tracer that nobody reads fills its queue"]
+        pub struct $tracer(Tracer);
 
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
-        self.shared.queue.poll_pop(cx)
-    }
+        impl $tracer {
+            /// A tracer with default settings.
+            pub fn builder() -> $builder {
+                $builder::new()
+            }
+
+            /// A handle for other tasks.
+            #[must_use]
+            pub fn handle(&self) -> TracerHandle {
+                TracerHandle { shared: Arc::clone(&self.0.shared) }
+            }
+
+            /// Detaches, reads what the kernel had already produced, and gives the final counts.
+            ///
+            /// Events that nobody has taken are thrown away and counted as [`Stats::discarded`]; to take them, call
+            /// [`TracerHandle::stop`] and read the stream to its end first.
+            ///
+            /// # Errors
+            ///
+            /// What ended the stream before: reading failed (`Read`), or the runtime was shut down (`NoRuntime`).
+            ///
+            /// # Cancel safety
+            ///
+            /// If the future is dropped, so is the tracer: everything is detached, and the counts are lost.
+            pub async fn close(self) -> Result<Stats, Error> {
+                self.0.close().await
+            }
+        }
+
+        impl From<Tracer> for $tracer {
+            fn from(tracer: Tracer) -> Self {
+                Self(tracer)
+            }
+        }
+
+        impl Stream for $tracer {
+            type Item = Event;
+
+            fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+                self.0.shared.queue.poll_pop(cx)
+            }
+        }
+
+        impl FusedStream for $tracer {
+            fn is_terminated(&self) -> bool {
+                self.0.shared.queue.is_finished()
+            }
+        }
+    };
 }
 
-impl FusedStream for TcpTracer {
-    fn is_terminated(&self) -> bool {
-        self.shared.queue.is_finished()
-    }
+tracer! {
+    /// The TCP events of the whole machine, as a stream: each state change and each accept.
+    TcpTracer, TcpTracerBuilder
+}
+
+tracer! {
+    /// The UDP events of the whole machine, as a stream: the totals of each flow now and then, connects, and the end of each
+    /// socket with its totals; each datagram on request.
+    UdpTracer, UdpTracerBuilder
 }
 
 /// Looks at a tracer and steers it while another task reads its events.
@@ -127,5 +157,6 @@ const _: () = {
     const fn holds<T: Stream<Item = Event> + FusedStream + Send + Unpin>() {}
     const fn shares<T: Clone + Send + Sync>() {}
     holds::<TcpTracer>();
+    holds::<UdpTracer>();
     shares::<TracerHandle>();
 };

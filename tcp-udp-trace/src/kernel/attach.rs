@@ -4,10 +4,11 @@ use std::{error::Error as StdError, io, thread};
 
 use aya::{
     Btf, Ebpf,
-    programs::{Program, ProgramError},
+    programs::{CgroupAttachMode, CgroupSkbAttachType, Program, ProgramError},
 };
 
 use super::{
+    cgroup,
     plan::{Choice, HookPoint, Signal},
     refused, tracefs,
 };
@@ -113,6 +114,22 @@ fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), Program
             program.load(function, &Btf::from_sys_fs()?)?;
             program.attach()?;
         }
+        (Program::CgroupSock(program), HookPoint::Cgroup(_)) => {
+            program.load()?;
+            program.attach(cgroup::root()?, CgroupAttachMode::Single)?;
+        }
+        (Program::CgroupSockAddr(program), HookPoint::Cgroup(_)) => {
+            program.load()?;
+            program.attach(cgroup::root()?, CgroupAttachMode::Single)?;
+        }
+        (Program::CgroupSkb(program), HookPoint::Cgroup(_)) => {
+            program.load()?;
+            program.attach(
+                cgroup::root()?,
+                CgroupSkbAttachType::Egress,
+                CgroupAttachMode::Single,
+            )?;
+        }
         _ => return Err(ProgramError::UnexpectedProgramType),
     }
     Ok(())
@@ -127,6 +144,9 @@ pub(super) fn unload(program: &mut Program) {
         Program::BtfTracePoint(program) => program.unload(),
         Program::KProbe(program) => program.unload(),
         Program::FEntry(program) => program.unload(),
+        Program::CgroupSock(program) => program.unload(),
+        Program::CgroupSockAddr(program) => program.unload(),
+        Program::CgroupSkb(program) => program.unload(),
         _ => Ok(()),
     };
 }

@@ -3,6 +3,7 @@
 
 mod attach;
 mod btf;
+mod cgroup;
 mod offsets;
 mod plan;
 mod tracefs;
@@ -15,13 +16,13 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, MapData, MapError, RingBuf},
+    maps::{Array, HashMap, MapData, MapError, RingBuf},
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::Counters;
+use tcp_udp_trace_common::{Counters, Flow, FlowKey};
 
-use crate::{Error, ErrorKind, Hook, builder::Config};
+use crate::{Error, ErrorKind, Hook, Protocol, Traffic, builder::Config, flows::FlowMap};
 
 /// The eBPF object of this architecture, as `cargo xtask ebpf` made it.
 #[cfg(target_arch = "x86_64")]
@@ -40,6 +41,7 @@ pub(crate) struct Kernel {
     hooks: Vec<Hook>,
     armed: Array<MapData, u32>,
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
+    flows: HashMap<MapData, [u64; size_of::<FlowKey>() / 8], [u64; size_of::<Flow>() / 8]>,
     log: EbpfLogger<&'static dyn Log>,
     /// The last answer of the kernel, which it gives only while the programs are loaded.
     recursion_misses: Option<u64>,
@@ -64,16 +66,23 @@ impl Kernel {
             )
             .with_source(source)
         })?;
+        // Every map of the object is made; those of the other protocol as small as can be.
+        let (plan, tcp_sockets, udp_sockets, flows) = match config.protocol {
+            Protocol::Tcp => (plan::TCP, config.max_sockets, 1, 1),
+            Protocol::Udp => (plan::UDP, 1, config.max_sockets, config.max_flows),
+        };
+        let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
+        let wake_shift = (config.ring_bytes / WAKE_SHARE).ilog2();
         let mut ebpf = EbpfLoader::new()
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
-            .override_global(
-                "WAKE_SHIFT",
-                &(config.ring_bytes / WAKE_SHARE).ilog2(),
-                true,
-            )
+            .override_global("WAKE_SHIFT", &wake_shift, true)
+            .override_global("INTERVAL", &interval, true)
+            .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .map_max_entries("EVENTS", config.ring_bytes)
-            .map_max_entries("SOCKETS", config.max_sockets)
+            .map_max_entries("SOCKETS", tcp_sockets)
+            .map_max_entries("UDP_SOCKETS", udp_sockets)
+            .map_max_entries("FLOWS", flows)
             .load(OBJECT)
             .map_err(load_error)?;
         let log = EbpfLogger::init(&mut ebpf).map_err(|source| {
@@ -82,13 +91,15 @@ impl Kernel {
         let ring = Ring(take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?);
         let armed = take_map(&mut ebpf, "ARMED", Array::try_from)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
-        let hooks = attach::attach(&mut ebpf, plan::TCP)?;
+        let flows = take_map(&mut ebpf, "FLOWS", HashMap::try_from)?;
+        let hooks = attach::attach(&mut ebpf, plan)?;
         Ok((
             Self {
                 ebpf,
                 hooks,
                 armed,
                 counters,
+                flows,
                 log,
                 recursion_misses: None,
             },
@@ -149,6 +160,19 @@ impl Kernel {
                 let _ = thread::Builder::new().spawn_scoped(scope, || attach::unload(program));
             }
         });
+    }
+}
+
+impl FlowMap for Kernel {
+    fn totals(&self, flow: &FlowKey) -> Option<Traffic> {
+        let flow: Flow =
+            zerocopy::transmute!(self.flows.get(&zerocopy::transmute!(*flow), 0).ok()?);
+        Some(flow.traffic.into())
+    }
+
+    fn forget(&mut self, flow: &FlowKey) {
+        // The only error is that it is gone already.
+        let _ = self.flows.remove(&zerocopy::transmute!(*flow));
     }
 }
 

@@ -1,0 +1,583 @@
+//! What happens to a UDP socket: datagrams are counted in maps, per socket and per flow, and few things are records.
+
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr,
+};
+
+use aya_ebpf::{
+    EbpfContext as _, Global,
+    bindings::{BPF_ANY, BPF_NOEXIST},
+    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, generated::bpf_get_socket_cookie},
+    macros::map,
+    maps::{HashMap, LruHashMap},
+    programs::SkBuffContext,
+};
+use tcp_udp_trace_common::{
+    AF_INET, AF_INET6, Field, Flow, FlowKey, Owner, Peer, Traffic, Udp, UdpTracked, kind, origin,
+};
+
+use crate::{
+    anomaly, emit, owner,
+    sock::{Sock, read},
+    track,
+};
+
+/// The sockets by cookie, which the kernel never reuses.
+#[map]
+static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536, 0);
+
+/// The flows. When it is full, the least recently used make room; user space notices and counts that.
+#[map]
+static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(65_536, 0);
+
+/// Threads that are in a `connect`, and with which socket.
+#[map]
+static CONNECTING: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
+
+/// Threads that are in a receive, and from which peer.
+#[map]
+static RECEIVING: LruHashMap<u64, Peer> = LruHashMap::with_max_entries(4096, 0);
+
+/// How long a flow is not reported again, in nanoseconds.
+#[unsafe(no_mangle)]
+static INTERVAL: Global<u64> = Global::new(1_000_000_000);
+
+/// Not 0 if each datagram shall be a record.
+#[unsafe(no_mangle)]
+static PER_DATAGRAM: Global<u8> = Global::new(0);
+
+const IPPROTO_UDP: u8 = 17;
+const SOCK_DGRAM: u16 = 2;
+/// `skb->protocol`, network byte order.
+const ETH_P_IP: u16 = 0x0800_u16.to_be();
+const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
+/// How many extension headers of IPv6 may stand before the UDP header.
+const MAX_EXTENSIONS: u32 = 4;
+const TCP_ESTABLISHED: u8 = 1;
+/// `__NR_connect` of x86_64.
+const SYS_CONNECT: u64 = 42;
+/// `IORING_OP_CONNECT` of `io_uring.h`.
+const IORING_OP_CONNECT: u8 = 16;
+/// Bit of `sk_shutdown`.
+const RCV_SHUTDOWN: u8 = 1;
+/// Bit of `udp_sock.udp_flags`, since 6.7.
+const UDP_FLAGS_GRO_ENABLED: u64 = 1 << 3;
+const MSG_PEEK: i32 = 2;
+const MSG_ERRQUEUE: i32 = 0x2000;
+
+/// Which way a datagram goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    Sent,
+    Received,
+}
+
+/// What is counted at once: a datagram, or some that were handed over together.
+#[derive(Clone, Copy)]
+pub(crate) struct Datagrams {
+    pub(crate) direction: Direction,
+    pub(crate) bytes: u64,
+    pub(crate) packets: u64,
+    pub(crate) peer: Peer,
+    /// The local address, of the peer's family.
+    pub(crate) local: [u32; 4],
+    pub(crate) local_port: u16,
+}
+
+#[inline(always)]
+fn get(key: u64) -> Option<&'static mut UdpTracked> {
+    // SAFETY: the map is preallocated, so its memory stays. Other CPUs write to the same entry: the totals are added to
+    // atomically, the rest is written once or is the same whoever writes it.
+    UDP_SOCKETS
+        .get_ptr_mut(key)
+        .and_then(|tracked| unsafe { tracked.as_mut() })
+}
+
+/// Starts to track the socket of this key. `sk` is a pointer that the verifier may have a type for: it is stored, and so
+/// loses the type, but nothing is computed with it.
+#[inline(always)]
+pub(crate) fn begin(
+    key: u64,
+    sk: *const core::ffi::c_void,
+    owner: Owner,
+) -> Option<&'static mut UdpTracked> {
+    let fresh = UdpTracked {
+        sk: 0,
+        id: track::ticket(),
+        // SAFETY: the helper takes nothing and cannot fail.
+        born: unsafe { bpf_ktime_get_boot_ns() },
+        cgroup: 0,
+        netns: 0,
+        approximate: 0,
+        owner,
+        traffic: Traffic {
+            tx_bytes: 0,
+            rx_bytes: 0,
+            tx_packets: 0,
+            rx_packets: 0,
+        },
+    };
+    if UDP_SOCKETS
+        .insert(key, &fresh, u64::from(BPF_NOEXIST))
+        .is_err()
+        && get(key).is_none()
+    {
+        anomaly::untracked();
+        return None;
+    }
+    let tracked = get(key)?;
+    // SAFETY: a valid pointer into the map. Volatile, for the compiler not to keep the typed pointer.
+    let sk = unsafe {
+        (&raw mut tracked.sk)
+            .cast::<*const core::ffi::c_void>()
+            .write_volatile(sk);
+        Sock::new((&raw const tracked.sk).read_volatile())
+    };
+    if sk.get::<u16>(Field::SockType) != SOCK_DGRAM {
+        // A raw socket that makes its UDP headers itself.
+        let _ = UDP_SOCKETS.remove(key);
+        return None;
+    }
+    tracked.cgroup = sk.cgroup();
+    tracked.netns = sk.netns();
+    Some(tracked)
+}
+
+/// The name of a socket where no helper tells its cookie.
+#[inline(always)]
+pub(crate) fn key_of(sk: Sock) -> u64 {
+    match sk.get::<u64>(Field::Cookie) {
+        0 => sk.0,
+        cookie => cookie,
+    }
+}
+
+/// The socket, tracked from now on if it was not; the current process uses it.
+#[inline(always)]
+pub(crate) fn used(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mut UdpTracked> {
+    let Some(tracked) = get(key) else {
+        return begin(key, sk, owner::current(origin::USER));
+    };
+    if tracked.owner.origin == origin::NONE {
+        tracked.owner = owner::current(origin::USER);
+    }
+    Some(tracked)
+}
+
+/// The socket, tracked from now on if it was not; the current process has perhaps nothing to do with it.
+#[inline(always)]
+pub(crate) fn seen(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mut UdpTracked> {
+    match get(key) {
+        Some(tracked) => Some(tracked),
+        None => begin(key, sk, owner::UNKNOWN),
+    }
+}
+
+/// Datagrams went through the socket.
+#[inline(always)]
+pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
+    add(&mut tracked.traffic, datagrams);
+    let flow_key = FlowKey {
+        socket: key,
+        peer: datagrams.peer,
+        _pad: 0,
+    };
+    // SAFETY: the helper takes nothing and cannot fail.
+    let now = unsafe { bpf_ktime_get_boot_ns() };
+    let mut flow = FLOWS.get_ptr_mut(&flow_key);
+    let mut report = false;
+    if flow.is_none() {
+        let fresh = Flow {
+            traffic: Traffic {
+                tx_bytes: 0,
+                rx_bytes: 0,
+                tx_packets: 0,
+                rx_packets: 0,
+            },
+            reported: now,
+        };
+        // Another CPU may have been first: then it reports.
+        report = FLOWS
+            .insert(&flow_key, &fresh, u64::from(BPF_NOEXIST))
+            .is_ok();
+        flow = FLOWS.get_ptr_mut(&flow_key);
+    }
+    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
+    if let Some(flow) = flow.and_then(|flow| unsafe { flow.as_mut() }) {
+        add(&mut flow.traffic, datagrams);
+        if report || now.wrapping_sub(flow.reported) >= INTERVAL.load() {
+            flow.reported = now;
+            record(kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
+        }
+    }
+    if PER_DATAGRAM.load() != 0 {
+        let kind = match datagrams.direction {
+            Direction::Sent => kind::SEND,
+            Direction::Received => kind::RECEIVE,
+        };
+        record(
+            kind,
+            key,
+            tracked,
+            datagrams,
+            &tracked.traffic,
+            datagrams.bytes,
+        );
+    }
+}
+
+#[inline(always)]
+fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
+    let (bytes, packets) = match datagrams.direction {
+        Direction::Sent => (&raw mut traffic.tx_bytes, &raw mut traffic.tx_packets),
+        Direction::Received => (&raw mut traffic.rx_bytes, &raw mut traffic.rx_packets),
+    };
+    // SAFETY: pointers into a map's value; other CPUs add to them too, so it is atomic.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(bytes, datagrams.bytes);
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(packets, datagrams.packets);
+    }
+}
+
+#[inline(always)]
+fn record(
+    kind: u32,
+    key: u64,
+    tracked: &UdpTracked,
+    at: &Datagrams,
+    traffic: &Traffic,
+    amount: u64,
+) {
+    emit::record(kind, |record: &mut Udp| {
+        record.key = key;
+        record.id = tracked.id;
+        record.born = tracked.born;
+        record.cgroup = tracked.cgroup;
+        record.traffic = *traffic;
+        record.amount = amount;
+        record.owner = tracked.owner;
+        record.uid = Sock::new(tracked.sk).get(Field::SkUid);
+        record.netns = tracked.netns;
+        record.peer = at.peer;
+        record.local = at.local;
+        record.local_port = at.local_port;
+        record.approximate = tracked.approximate as u16;
+    });
+}
+
+/// Nothing was carried; for records about the socket itself, with the addresses that it has.
+#[inline(always)]
+pub(crate) fn addresses(sk: Sock) -> Datagrams {
+    let family = sk.family();
+    let (local, remote) = if family == AF_INET {
+        (
+            [sk.get(Field::LocalAddr4), 0, 0, 0],
+            [sk.get(Field::RemoteAddr4), 0, 0, 0],
+        )
+    } else {
+        (sk.get(Field::LocalAddr6), sk.get(Field::RemoteAddr6))
+    };
+    Datagrams {
+        direction: Direction::Sent,
+        bytes: 0,
+        packets: 0,
+        peer: Peer {
+            address: remote,
+            port: u16::from_be(sk.get(Field::RemotePort)),
+            family,
+        },
+        local,
+        local_port: sk.bound_port(),
+    }
+}
+
+/// The current thread begins to connect the socket.
+#[inline(always)]
+pub(crate) fn connecting(key: u64) {
+    let thread = bpf_get_current_pid_tgid();
+    // If it does not fit, the event will be missing; with 4096 threads in `connect` at once.
+    let _ = CONNECTING.insert(thread, key, u64::from(BPF_ANY));
+}
+
+/// The current thread's `connect`, if it was in one, has ended with this result.
+#[inline(always)]
+pub(crate) fn connected(result: i64) {
+    let thread = bpf_get_current_pid_tgid();
+    // SAFETY: only this thread writes the entry.
+    let Some(&key) = (unsafe { CONNECTING.get(thread) }) else {
+        return;
+    };
+    let _ = CONNECTING.remove(thread);
+    let Some(tracked) = get(key) else { return };
+    let sk = Sock::new(tracked.sk);
+    if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
+        record(
+            kind::CONNECT,
+            key,
+            tracked,
+            &addresses(sk),
+            &tracked.traffic,
+            0,
+        );
+    }
+}
+
+/// The current process returns from a system call.
+#[inline(always)]
+pub(crate) fn returned(regs: u64, result: i64) {
+    if read::<u64>(regs, Field::SyscallNumber) == SYS_CONNECT {
+        connected(result);
+    }
+}
+
+/// The current process's io_uring has finished a request.
+#[inline(always)]
+pub(crate) fn completed(request: u64, result: i32) {
+    if read::<u8>(request, Field::IoOpcode) == IORING_OP_CONNECT {
+        connected(i64::from(result));
+    }
+}
+
+/// The socket's last descriptor is closed.
+#[inline(always)]
+pub(crate) fn closed(key: u64, sk: *const core::ffi::c_void) {
+    // One that is older than the tracer and was never used gets its only event here.
+    let Some(tracked) = used(key, sk) else { return };
+    let sk = Sock::new(tracked.sk);
+    record(
+        kind::CLOSE,
+        key,
+        tracked,
+        &addresses(sk),
+        &tracked.traffic,
+        drops(sk),
+    );
+    let _ = UDP_SOCKETS.remove(key);
+}
+
+/// How many datagrams found the receive buffer full.
+#[inline(always)]
+fn drops(sk: Sock) -> u64 {
+    // Since 6.18, a busy socket counts them apart for even and odd NUMA nodes.
+    let counters = sk.get::<u64>(Field::DropCounters);
+    if counters == 0 {
+        return u64::from(sk.get::<u32>(Field::Drops));
+    }
+    u64::from(read::<u32>(counters, Field::Drops0))
+        + u64::from(read::<u32>(counters, Field::Drops1))
+}
+
+/// `skb_consume_udp(sk, skb, len)`: the socket gave a datagram to the application, or lent it one for a peek.
+#[inline(always)]
+pub(crate) fn consumed(sk: Sock, skb: u64, len: i32) {
+    // The kernel says "peek" by a negative length. That cannot be told from 0; but what is only peeked at stays in its queue.
+    let peeked = len < 0 || len == 0 && read::<u64>(skb, Field::SkbNext) != 0;
+    if peeked || !is_udp(sk) {
+        return;
+    }
+    let head = read::<u64>(skb, Field::SkbHead);
+    let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
+    let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
+    let [source, destination] = crate::sock::read_at::<[u16; 2]>(transport);
+    let v4 = read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP;
+    let (address, local) = if v4 {
+        let [source, destination] = crate::sock::read_at::<[u32; 2]>(network + 12);
+        ([source, 0, 0, 0], [destination, 0, 0, 0])
+    } else {
+        (
+            crate::sock::read_at(network + 8),
+            crate::sock::read_at(network + 24),
+        )
+    };
+    let shared = head + u64::from(read::<u32>(skb, Field::SkbEnd));
+    let segments = read::<u16>(shared, Field::SkbSegments);
+    let datagrams = Datagrams {
+        direction: Direction::Received,
+        bytes: len as u64,
+        packets: if segments > 1 { segments.into() } else { 1 },
+        peer: Peer {
+            address,
+            port: u16::from_be(source),
+            family: if v4 { AF_INET } else { AF_INET6 },
+        },
+        local,
+        local_port: u16::from_be(destination),
+    };
+    let key = key_of(sk);
+    if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
+        count(key, tracked, &datagrams);
+    }
+}
+
+/// The current thread receives from this peer (`user_ip`, `user_port` of the hook).
+#[inline(always)]
+pub(crate) fn receiving(peer: Peer) {
+    let _ = RECEIVING.insert(bpf_get_current_pid_tgid(), &peer, u64::from(BPF_ANY));
+}
+
+/// `sock_recv_length(sk, ret, flags)`: a receive of the current thread has ended.
+#[inline(always)]
+pub(crate) fn received(sk: Sock, result: i32, flags: i32) {
+    if !is_udp(sk) {
+        return;
+    }
+    let thread = bpf_get_current_pid_tgid();
+    // SAFETY: only this thread writes the entry.
+    let from = unsafe { RECEIVING.get(thread) }.copied();
+    let _ = RECEIVING.remove(thread);
+    // After a shutdown, reading gives 0 without a datagram.
+    let shut = result == 0 && sk.get::<u8>(Field::Shutdown) & RCV_SHUTDOWN != 0;
+    if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {
+        return;
+    }
+    // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
+    let mut datagrams = addresses(sk);
+    datagrams.direction = Direction::Received;
+    datagrams.bytes = result as u64;
+    datagrams.packets = 1;
+    if let Some(from) = from {
+        datagrams.peer = from;
+    }
+    let key = key_of(sk);
+    if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
+        if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
+            tracked.approximate = 1;
+        }
+        count(key, tracked, &datagrams);
+    }
+}
+
+#[inline(always)]
+fn is_udp(sk: Sock) -> bool {
+    sk.get::<u16>(Field::Protocol) == u16::from(IPPROTO_UDP)
+}
+
+/// An IPv6 address and port as a peer; an IPv4-mapped address is the IPv4 address that it is.
+#[inline(always)]
+pub(crate) fn peer6(address: [u32; 4], port: u16) -> Peer {
+    match address {
+        [0, 0, mapped, v4] if mapped == 0xffff_u32.to_be() => Peer {
+            address: [v4, 0, 0, 0],
+            port,
+            family: AF_INET,
+        },
+        address => Peer {
+            address,
+            port,
+            family: AF_INET6,
+        },
+    }
+}
+
+#[repr(C)]
+struct Ipv4Header {
+    version_and_length: u8,
+    _service: u8,
+    _length_id_fragment: [u16; 3],
+    _ttl: u8,
+    protocol: u8,
+    _checksum: u16,
+    source: u32,
+    destination: u32,
+}
+
+#[repr(C)]
+struct Ipv6Header {
+    _version: u32,
+    _length: u16,
+    next: u8,
+    _hops: u8,
+    source: [u32; 4],
+    destination: [u32; 4],
+}
+
+#[repr(C)]
+struct UdpHeader {
+    source: u16,
+    destination: u16,
+    length: u16,
+    _checksum: u16,
+}
+
+/// A packet leaves a socket: past netfilter, so it was not refused, and before it is cut up, so it is one datagram or one batch
+/// of equal ones.
+#[inline(always)]
+pub(crate) fn sent(ctx: &SkBuffContext) {
+    // SAFETY: the verifier knows the context and turns each access into one to the kernel's skb.
+    let (protocol, segments, sk) = unsafe {
+        let skb = &*ctx.skb.skb;
+        (skb.protocol as u16, skb.gso_segs, skb.__bindgen_anon_2.sk)
+    };
+    let (source, destination, family, offset) = match protocol {
+        ETH_P_IP => {
+            let Ok(ip) = ctx.load::<Ipv4Header>(0) else {
+                return;
+            };
+            if ip.protocol != IPPROTO_UDP {
+                return;
+            }
+            let offset = usize::from(ip.version_and_length & 0xf) * 4;
+            (
+                [ip.source, 0, 0, 0],
+                [ip.destination, 0, 0, 0],
+                AF_INET,
+                offset,
+            )
+        }
+        ETH_P_IPV6 => {
+            let Ok(ip) = ctx.load::<Ipv6Header>(0) else {
+                return;
+            };
+            let Some(offset) = skip_extensions(ctx, ip.next) else {
+                return;
+            };
+            (ip.source, ip.destination, AF_INET6, offset)
+        }
+        _ => return,
+    };
+    let Ok(udp) = ctx.load::<UdpHeader>(offset) else {
+        return;
+    };
+    if sk.is_null() {
+        return;
+    }
+    let datagrams = Datagrams {
+        direction: Direction::Sent,
+        bytes: u64::from(u16::from_be(udp.length)).saturating_sub(size_of::<UdpHeader>() as u64),
+        packets: if segments > 1 { segments.into() } else { 1 },
+        peer: Peer {
+            address: destination,
+            port: u16::from_be(udp.destination),
+            family,
+        },
+        local: source,
+        local_port: u16::from_be(udp.source),
+    };
+    // SAFETY: the context is an skb with a socket.
+    let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if let Some(tracked) = seen(key, sk.cast()) {
+        count(key, tracked, &datagrams);
+    }
+}
+
+/// Where the UDP header is, behind IPv6's own and its extensions.
+#[inline(always)]
+fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Option<usize> {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const DESTINATION: u8 = 60;
+    let mut offset = size_of::<Ipv6Header>();
+    for _ in 0..MAX_EXTENSIONS {
+        match next {
+            IPPROTO_UDP => return Some(offset),
+            HOP_BY_HOP | ROUTING | DESTINATION => {
+                let [following, length] = ctx.load::<[u8; 2]>(offset).ok()?;
+                next = following;
+                offset += (usize::from(length) + 1) * 8;
+            }
+            _ => return None,
+        }
+    }
+    None
+}
