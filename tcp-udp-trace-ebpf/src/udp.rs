@@ -425,7 +425,9 @@ pub(crate) fn received(sk: Sock, result: i32, flags: i32) {
     let thread = bpf_get_current_pid_tgid();
     // SAFETY: only this thread writes the entry.
     let from = unsafe { RECEIVING.get(thread) }.copied();
-    let _ = RECEIVING.remove(thread);
+    if from.is_some() {
+        let _ = RECEIVING.remove(thread);
+    }
     // After a shutdown, reading gives 0 without a datagram.
     let shut = result == 0 && sk.get::<u8>(Field::Shutdown) & RCV_SHUTDOWN != 0;
     if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {

@@ -1,4 +1,4 @@
-//! TCP socket events of the whole machine as an async stream, by eBPF.
+//! TCP and UDP socket events of the whole machine as async streams, by eBPF.
 //!
 //! ```no_run
 //! use futures_util::StreamExt as _;
@@ -15,25 +15,31 @@
 //!
 //! # What you get
 //!
-//! Every state change and every accept of every TCP socket of the machine, in every network namespace, with the
-//! process that owns the socket, its addresses, and the payload it has carried ([`Event`]).
+//! - [`TcpTracer`]: every state change and every accept of every TCP socket of the machine.
+//! - [`UdpTracer`]: every UDP socket's connects, its end and its totals, and the totals of each of its flows; each datagram
+//!   on request.
+//!
+//! In every network namespace, with the process that owns the socket, its addresses, and the payload it has carried
+//! ([`Event`]). Both are streams of the same event, so they merge with `futures::stream::select`.
 //!
 //! # What you can rely on
 //!
 //! - A pid is right or absent: never the process that an interrupt happened to hit.
-//! - Bytes are payload to the byte: no SYN, FIN or retransmission.
+//! - Bytes are payload to the byte: no SYN, FIN or retransmission; no peek, no failed send. Datagrams are counted one by one.
 //! - Nothing is lost without being counted ([`Stats`]) and standing in the stream ([`EventKind::Lost`]).
-//! - After [`TcpTracer::close`] or a drop, the kernel holds nothing of ours.
+//! - After `close` or a drop, the kernel holds nothing of ours.
 //! - Memory is bounded by what the builder was told.
+//!
+//! Where a kernel cannot give a number exactly, the event says so ([`EventKind::Flow`]), and [`TracerHandle::hooks`] says why.
 //!
 //! # What it needs
 //!
-//! Linux 5.10 or newer with BTF, on x86_64; `CAP_BPF` and `CAP_PERFMON` (or root); a Tokio runtime with I/O and time.
-//! It finds out by itself which hooks the kernel allows, and says so: [`TracerHandle::hooks`]. To build: stable Rust
-//! and nothing else; the eBPF object is part of the crate.
+//! Linux 5.10 or newer with BTF, on x86_64; root, or `CAP_BPF` and `CAP_PERFMON`, and for UDP `CAP_NET_ADMIN` too; a Tokio
+//! runtime with I/O and time. It finds out by itself which hooks the kernel allows, and says so: [`TracerHandle::hooks`]. To
+//! build: stable Rust and nothing else; the eBPF object is part of the crate.
 //!
-//! With `CAP_SYS_ADMIN` (or with tracefs mounted) it can use classic tracepoints too; what is lost without them,
-//! the hooks' notes say. Before Linux 5.11 the limit on locked memory must be raised (`ulimit -l unlimited`).
+//! With `CAP_SYS_ADMIN` (or with tracefs mounted) it can use classic tracepoints too; what is lost without them, the hooks'
+//! notes say. Before Linux 5.11 the limit on locked memory must be raised (`ulimit -l unlimited`).
 //!
 //! # Features
 //!

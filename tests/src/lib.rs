@@ -6,6 +6,9 @@
 //! many sockets are closed as the test closed, ends, and hands them over grouped into lives. A [`life`] is
 //! what one socket must have shown, from its first event to its last. A [`scene`] is the usual
 //! beginning: a tracer, a server that listens, a client.
+//!
+//! For UDP, a [`udp_life`] takes the place of the life. A [`talker`] is an actor with one socket, which keeps the book
+//! of what passes through it, and a [`udp_scene`] is two of them.
 #![forbid(unsafe_code)]
 #![allow(
     clippy::unwrap_used,
@@ -23,4 +26,7 @@ pub mod load;
 pub mod netns;
 pub mod scene;
 pub mod suite;
+pub mod talker;
 pub mod trace;
+pub mod udp_life;
+pub mod udp_scene;

@@ -21,7 +21,7 @@ use TcpState::{
 /// How far the wall clock of an event may be off.
 pub const CLOCK_ERROR: Duration = Duration::from_millis(1);
 /// How far the age of a socket may be off: it comes from two timestamps, between which a busy machine may run others.
-const AGE_ERROR: Duration = Duration::from_secs(1);
+pub(crate) const AGE_ERROR: Duration = Duration::from_secs(1);
 
 /// The states of a client that closes first.
 pub const ACTIVE_CLIENT: &[TcpState] = &[Close, SynSent, Established, FinWait1, FinWait2, Close];
@@ -106,7 +106,7 @@ impl Lives {
 
 /// A process as an event must name it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Owner {
+pub(crate) struct Owner {
     pid: u32,
     /// `None`: any thread of the process or of the kernel on its behalf.
     tid: Option<u32>,
@@ -116,7 +116,7 @@ struct Owner {
 }
 
 impl Owner {
-    fn new(who: &Who, origin: Origin) -> Self {
+    pub(crate) fn new(who: &Who, origin: Origin) -> Self {
         let Who {
             pid, uid, ref comm, ..
         } = *who;
@@ -129,7 +129,7 @@ impl Owner {
         }
     }
 
-    fn is(&self, process: &Process) -> bool {
+    pub(crate) fn is(&self, process: &Process) -> bool {
         let Self {
             pid,
             tid,
@@ -441,6 +441,6 @@ fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
 }
 
 /// IPv4-mapped addresses are shown as what they are; the scope of an IPv6 address is not shown.
-fn canonical(address: SocketAddr) -> SocketAddr {
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

@@ -8,10 +8,12 @@ use std::{
 };
 
 use anyhow::{bail, ensure};
-use futures_util::StreamExt as _;
-use tcp_udp_trace::{Event, EventKind, Stats, TcpTracer, TracerHandle};
+use futures_util::{Stream, StreamExt as _};
+use tcp_udp_trace::{
+    Error, Event, EventKind, Stats, TcpTracer, TracerHandle, UdpTracer, UdpTracerBuilder,
+};
 
-use crate::{life::Lives, netns::Netns};
+use crate::{life::Lives, netns::Netns, udp_life::UdpLives};
 
 /// How long a test waits for the next event of its own. Emulated machines are slow, and some of these events come
 /// from timers of the kernel.
@@ -70,8 +72,32 @@ impl Shared {
 }
 
 impl Trace {
-    /// Starts a tracer that sees everything from now on.
+    /// Starts a tracer that sees everything of TCP from now on.
     pub fn start() -> anyhow::Result<Self> {
+        Self::spawn(async || {
+            let builder = TcpTracer::builder().queue(QUEUE).ring_bytes(RING);
+            builder.start().await
+        })
+    }
+
+    /// Starts a tracer that sees everything of UDP from now on.
+    pub fn start_udp() -> anyhow::Result<Self> {
+        Self::start_udp_with(|builder| builder)
+    }
+
+    /// [`start_udp`](Self::start_udp) with other settings.
+    pub fn start_udp_with(
+        settings: impl FnOnce(UdpTracerBuilder) -> UdpTracerBuilder + Send + 'static,
+    ) -> anyhow::Result<Self> {
+        Self::spawn(async || {
+            let builder = UdpTracer::builder().queue(QUEUE).ring_bytes(RING);
+            settings(builder).start().await
+        })
+    }
+
+    fn spawn<T: Tracer>(
+        start: impl AsyncFnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> anyhow::Result<Self> {
         let namespaces = vec![Netns::current()?.inode()?];
         let shared = Arc::new(Shared {
             collected: Mutex::new(Collected {
@@ -84,7 +110,7 @@ impl Trace {
         let (ready, started) = mpsc::channel();
         let thread = thread::Builder::new().name("trace".into()).spawn({
             let shared = Arc::clone(&shared);
-            move || collect(&shared, &ready)
+            move || collect(start, &shared, &ready)
         })?;
         match started.recv() {
             Ok(handle) => Ok(Self {
@@ -123,6 +149,28 @@ impl Trace {
     pub fn finish(self, closes: usize) -> anyhow::Result<Lives> {
         let began = self.began;
         Ok(Lives::new(self.finish_in_order(closes)?, began))
+    }
+
+    /// [`finish`](Self::finish) for UDP.
+    pub fn finish_udp(self, closes: usize) -> anyhow::Result<UdpLives> {
+        let (began, names_every_peer) = (self.began, self.names_every_peer());
+        let events = self.finish_in_order(closes)?;
+        Ok(UdpLives::new(events, began, names_every_peer))
+    }
+
+    /// Whether this kernel lets the tracer see each datagram that an application takes from its socket. Without that, it
+    /// only sees what the call returns, and tells so: it does not name a peer that the application did not ask for, and
+    /// takes what the kernel merged for one datagram.
+    #[must_use]
+    pub fn names_every_peer(&self) -> bool {
+        let hooks = self.handle.hooks();
+        let programs = hooks
+            .iter()
+            .filter(|hook| hook.signal == "receive")
+            .flat_map(|hook| &hook.programs);
+        let sees =
+            |program: &String| program.starts_with("kprobe:") || program.starts_with("fentry:");
+        programs.into_iter().any(sees)
     }
 
     /// [`finish`](Self::finish), but the events as they came.
@@ -174,16 +222,42 @@ impl Drop for Trace {
     }
 }
 
-fn collect(shared: &Shared, ready: &mpsc::Sender<TracerHandle>) -> anyhow::Result<Stats> {
+/// What both tracers can do.
+trait Tracer: Stream<Item = Event> + Unpin {
+    fn handle(&self) -> TracerHandle;
+    async fn close(self) -> Result<Stats, Error>;
+}
+
+impl Tracer for TcpTracer {
+    fn handle(&self) -> TracerHandle {
+        self.handle()
+    }
+
+    async fn close(self) -> Result<Stats, Error> {
+        self.close().await
+    }
+}
+
+impl Tracer for UdpTracer {
+    fn handle(&self) -> TracerHandle {
+        self.handle()
+    }
+
+    async fn close(self) -> Result<Stats, Error> {
+        self.close().await
+    }
+}
+
+fn collect<T: Tracer>(
+    start: impl AsyncFnOnce() -> Result<T, Error>,
+    shared: &Shared,
+    ready: &mpsc::Sender<TracerHandle>,
+) -> anyhow::Result<Stats> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     runtime.block_on(async {
-        let mut tracer = TcpTracer::builder()
-            .queue(QUEUE)
-            .ring_bytes(RING)
-            .start()
-            .await?;
+        let mut tracer = start().await?;
         ready.send(tracer.handle())?;
         while let Some(event) = tracer.next().await {
             shared.put(event);

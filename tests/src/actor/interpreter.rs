@@ -21,6 +21,7 @@ use tcp_udp_trace::TcpTracer;
 use super::{
     batch,
     protocol::{Answer, Command, Endpoint, Failure, Moment, Outcome},
+    udp,
 };
 
 /// No call blocks longer: an actor that waits for something that never comes must fail, not hang.
@@ -74,6 +75,7 @@ impl Interpreter {
     fn perform(&mut self, command: Command) -> io::Result<Outcome> {
         match command {
             Command::Open { v6, mptcp } => return self.keep(tcp_socket(v6, mptcp)?),
+            Command::OpenUdp { v6 } => return self.keep(udp::udp_socket(v6)?),
             Command::Bind(fd, address) => {
                 self.socket(fd)?.bind(&address.into())?;
                 return self.tell(fd);
@@ -97,6 +99,8 @@ impl Interpreter {
                 return self.keep(accept_by_uring(listener.into())?);
             }
             Command::Take { pid, fd } => return self.keep(take(pid, fd)?.into()),
+            Command::Tell(fd) => return self.tell(fd),
+            Command::Udp(fd, operation) => return udp::perform(self.socket(fd)?, operation),
             Command::Send(fd, bytes) => send(self.socket(fd)?, bytes)?,
             Command::Receive(fd, bytes) => receive_exactly(self.socket(fd)?, bytes)?,
             Command::ReceiveAll(fd) => return Ok(Outcome::Bytes(receive_all(self.socket(fd)?)?)),

@@ -3,8 +3,11 @@
 //! An actor is this very program, started again with `--actor NAME`: it needs no other file, inside a VM either.
 
 mod batch;
+mod datagram;
+mod flood;
 mod interpreter;
 mod protocol;
+mod udp;
 
 use std::{
     env,
@@ -19,6 +22,9 @@ use std::{
 use anyhow::{Context as _, bail};
 
 pub use batch::Exchange;
+pub use datagram::{
+    Direction, Hold, Operation, ReceiveCall, Segmentation, SendCall, SocketOption, Transfer,
+};
 pub use protocol::{Command, Endpoint, Failure, Moment, Outcome};
 
 use crate::{cgroup, netns::Netns};
@@ -29,10 +35,15 @@ const FLAG: &str = "--actor";
 #[must_use]
 pub fn run_if_asked() -> Option<ExitCode> {
     let mut args = env::args_os().skip(1);
-    if args.next()? != FLAG {
+    let flag = args.next()?;
+    let done = if flag == FLAG {
+        interpreter::run(&args.next()?)
+    } else if flag == udp::CHILD_FLAG {
+        udp::send_through_stdin(args.next()?.to_str()?)
+    } else {
         return None;
-    }
-    match interpreter::run(&args.next()?) {
+    };
+    match done {
         Ok(()) => Some(ExitCode::SUCCESS),
         Err(error) => {
             eprintln!("actor: {error}");

@@ -4,7 +4,10 @@ use std::{net::SocketAddr, os::fd::RawFd, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::batch::Exchange;
+use super::{
+    batch::Exchange,
+    datagram::{Operation, Transfer},
+};
 
 /// What an actor can be asked to do. Sockets are named by their descriptor in the actor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +18,11 @@ pub enum Command {
         v6: bool,
         /// Whether it speaks Multipath TCP.
         mptcp: bool,
+    },
+    /// Makes a UDP socket: [`Outcome::Socket`].
+    OpenUdp {
+        /// Whether it is an IPv6 socket.
+        v6: bool,
     },
     /// Gives a socket a local address: [`Outcome::Socket`].
     Bind(RawFd, SocketAddr),
@@ -37,6 +45,10 @@ pub enum Command {
         /// The descriptor there.
         fd: RawFd,
     },
+    /// Tells the addresses of a socket: [`Outcome::Socket`].
+    Tell(RawFd),
+    /// Does something with a UDP socket.
+    Udp(RawFd, Operation),
     /// Sends so many bytes.
     Send(RawFd, u64),
     /// Receives exactly so many bytes.
@@ -77,6 +89,10 @@ pub enum Outcome {
     Sockets(Vec<Endpoint>),
     /// So many bytes.
     Bytes(u64),
+    /// So many.
+    Count(u64),
+    /// What was sent and received, in this order.
+    Transfers(Vec<Transfer>),
     /// One for each connection.
     Exchanges(Vec<Exchange>),
     /// The kind and message of the error, if the tracer did not start.
