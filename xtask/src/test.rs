@@ -31,7 +31,7 @@ pub(crate) struct Args {
     /// Only bring the cached kernels up to date.
     #[arg(long)]
     fetch_only: bool,
-    /// How many VMs at a time; half of the cores, unless given.
+    /// How many VMs at a time; one for each core, unless given.
     #[arg(long, env = "XTASK_JOBS")]
     jobs: Option<NonZeroUsize>,
     /// Only tests whose names contain this.

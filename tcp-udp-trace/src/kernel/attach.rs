@@ -1,6 +1,6 @@
 //! Carries out the attach plan by trying.
 
-use std::{error::Error as StdError, io, thread};
+use std::{error::Error as StdError, thread};
 
 use aya::{
     Btf, Ebpf,
@@ -10,12 +10,16 @@ use aya::{
 use super::{
     cgroup,
     plan::{Choice, HookPoint, Signal},
-    refused, tracefs,
+    refusal, tracefs,
 };
-use crate::{Error, ErrorKind, Hook};
+use crate::{Error, Hook, Protocol};
 
 /// Attaches every signal of `plan` in the best way this kernel allows, and says which.
-pub(super) fn attach(ebpf: &mut Ebpf, plan: &[Signal]) -> Result<Vec<Hook>, Error> {
+pub(super) fn attach(
+    ebpf: &mut Ebpf,
+    plan: &[Signal],
+    protocol: Protocol,
+) -> Result<Vec<Hook>, Error> {
     // In a thread of its own, which may look at a tracefs that the rest of the process does not have.
     let attached = thread::scope(|scope| {
         scope
@@ -24,7 +28,7 @@ pub(super) fn attach(ebpf: &mut Ebpf, plan: &[Signal]) -> Result<Vec<Hook>, Erro
                     log::info!("tracefs is not mounted and cannot be: {error}");
                 }
                 plan.iter()
-                    .map(|signal| attach_signal(ebpf, signal))
+                    .map(|signal| attach_signal(ebpf, signal, protocol))
                     .collect()
             })
             .join()
@@ -32,7 +36,7 @@ pub(super) fn attach(ebpf: &mut Ebpf, plan: &[Signal]) -> Result<Vec<Hook>, Erro
     attached.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn attach_signal(ebpf: &mut Ebpf, signal: &Signal) -> Result<Hook, Error> {
+fn attach_signal(ebpf: &mut Ebpf, signal: &Signal, protocol: Protocol) -> Result<Hook, Error> {
     let mut hook = Hook {
         signal: signal.name.into(),
         programs: Vec::new(),
@@ -55,12 +59,9 @@ fn attach_signal(ebpf: &mut Ebpf, signal: &Signal) -> Result<Hook, Error> {
         }
     }
     match refusal {
-        Some(error) if hook.programs.is_empty() && signal.required => Err(refused(
-            errno(&error),
-            &format!("every hook for the signal `{}`", signal.name),
-            ErrorKind::Attach,
-        )
-        .with_source(error)),
+        Some(error) if hook.programs.is_empty() && signal.required => {
+            Err(refusal::of_signal(&error, signal.name, protocol).with_source(error))
+        }
         Some(error) if hook.programs.is_empty() => {
             hook.note = Some(format!(
                 "the kernel allows none of its hooks: {}",
@@ -166,16 +167,4 @@ fn chain(error: &dyn StdError) -> String {
         source = error.source();
     }
     line
-}
-
-/// What the operating system said at the end of the chain.
-fn errno(error: &(dyn StdError + 'static)) -> Option<i32> {
-    let mut error = Some(error);
-    while let Some(e) = error {
-        if let Some(io) = e.downcast_ref::<io::Error>() {
-            return io.raw_os_error();
-        }
-        error = e.source();
-    }
-    None
 }

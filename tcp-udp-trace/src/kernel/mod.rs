@@ -6,6 +6,7 @@ mod btf;
 mod cgroup;
 mod offsets;
 mod plan;
+mod refusal;
 mod tracefs;
 
 use std::{
@@ -15,7 +16,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{Array, HashMap, MapData, MapError, RingBuf},
 };
 use aya_log::EbpfLogger;
@@ -84,7 +85,7 @@ impl Kernel {
             .map_max_entries("UDP_SOCKETS", udp_sockets)
             .map_max_entries("FLOWS", flows)
             .load(OBJECT)
-            .map_err(load_error)?;
+            .map_err(|source| refusal::of_map(&source, config.protocol).with_source(source))?;
         let log = EbpfLogger::init(&mut ebpf).map_err(|source| {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
         })?;
@@ -92,7 +93,7 @@ impl Kernel {
         let armed = take_map(&mut ebpf, "ARMED", Array::try_from)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let flows = take_map(&mut ebpf, "FLOWS", HashMap::try_from)?;
-        let hooks = attach::attach(&mut ebpf, plan)?;
+        let hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
         Ok((
             Self {
                 ebpf,
@@ -214,63 +215,6 @@ fn take_map<M>(
     };
     let map = ebpf.take_map(name).ok_or_else(missing)?;
     convert(map).map_err(|source| missing().with_source(source))
-}
-
-fn load_error(source: EbpfError) -> Error {
-    let errno = match &source {
-        EbpfError::MapError(MapError::CreateError { io_error, .. }) => io_error.raw_os_error(),
-        _ => None,
-    };
-    refused(errno, "a map", ErrorKind::Load).with_source(source)
-}
-
-/// The error for something that the kernel refused with this `errno`.
-fn refused(errno: Option<i32>, what: &str, otherwise: ErrorKind) -> Error {
-    const EPERM: i32 = 1;
-    const EACCES: i32 = 13;
-    const ENOMEM: i32 = 12;
-    match errno {
-        Some(EPERM | EACCES) => Error::new(ErrorKind::Permission, permission(what)),
-        Some(ENOMEM) => Error::new(
-            ErrorKind::Load,
-            format!(
-                "the kernel has no memory for {what}: lower max_sockets or ring_bytes, or raise the memory limit of the cgroup"
-            ),
-        ),
-        _ => Error::new(otherwise, format!("the kernel refused {what}")),
-    }
-}
-
-/// What permission is missing, as far as it can be told.
-fn permission(what: &str) -> String {
-    const SYS_ADMIN: u32 = 21;
-    const PERFMON: u32 = 38;
-    const BPF: u32 = 39;
-    let effective = fs::read_to_string("/proc/thread-self/status")
-        .ok()
-        .and_then(|status| {
-            let hex = status
-                .lines()
-                .find_map(|line| line.strip_prefix("CapEff:"))?;
-            u64::from_str_radix(hex.trim(), 16).ok()
-        });
-    let has = |capability| effective.is_none_or(|set: u64| set & (1_u64 << capability) != 0);
-    let missing: Vec<_> = [(BPF, "CAP_BPF"), (PERFMON, "CAP_PERFMON")]
-        .into_iter()
-        .filter(|&(capability, _)| !has(capability) && !has(SYS_ADMIN))
-        .map(|(_, name)| name)
-        .collect();
-    if missing.is_empty() {
-        format!(
-            "the kernel refused {what} although CAP_BPF and CAP_PERFMON are there: before Linux 5.11 raise the limit \
-             on locked memory (`ulimit -l unlimited`); otherwise a container's seccomp filter or kernel lockdown forbids it"
-        )
-    } else {
-        format!(
-            "the kernel refused {what}: {} missing; run as root, or grant CAP_BPF and CAP_PERFMON",
-            missing.join(" and ")
-        )
-    }
 }
 
 impl std::fmt::Debug for Kernel {
