@@ -44,3 +44,157 @@ impl<'de> serde::Deserialize<'de> for crate::Comm {
             .map_err(D::Error::custom)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use serde_json::{Value, json};
+
+    use crate::{
+        Event, EventKind, LossStage, Origin, Process, Protocol, Socket, Stats, TcpState, Traffic,
+    };
+
+    fn event(kind: EventKind) -> Event {
+        Event {
+            time: UNIX_EPOCH + Duration::new(1_769_860_800, 123_456_789),
+            uptime: Duration::from_nanos(81_234_567_890),
+            kind,
+            process: Some(Process {
+                pid: 4242,
+                tid: 4243,
+                uid: 1000,
+                comm: "curl".parse().expect("a name"),
+                origin: Origin::Creator,
+            }),
+            socket: Socket {
+                protocol: Protocol::Tcp,
+                id: 12,
+                cookie: Some(77),
+                local: "127.0.0.1:40000".parse().expect("an address"),
+                remote: "[::1]:443".parse().expect("an address"),
+                uid: 1000,
+                netns: 4_026_531_840,
+                cgroup: 1,
+                age: Duration::from_nanos(1234),
+            },
+            traffic: Traffic {
+                tx_bytes: 1,
+                rx_bytes: 2,
+                tx_packets: 3,
+                rx_packets: 4,
+            },
+        }
+    }
+
+    /// The event's JSON has this `kind`, and is read back as the same event.
+    fn check(kind: EventKind, expected: Value) {
+        let event = event(kind);
+        let written = serde_json::to_string(&event).expect("an event can be written");
+        let value: Value = serde_json::from_str(&written).expect("JSON");
+        assert_eq!(value["kind"], expected);
+        let read: Event = serde_json::from_str(&written).expect("what was written can be read");
+        assert_eq!(read, event);
+    }
+
+    #[test]
+    fn an_event_has_the_documented_form() {
+        let kind = EventKind::StateChange {
+            from: TcpState::SynSent,
+            to: TcpState::Established,
+            error: None,
+        };
+        assert_eq!(
+            serde_json::to_value(event(kind)).expect("an event can be written"),
+            json!({
+                "time": "2026-01-31T12:00:00.123456789Z", "uptime_ns": 81_234_567_890_u64,
+                "kind": {"type": "state_change", "from": "SYN_SENT", "to": "ESTABLISHED", "error": null},
+                "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator"},
+                "socket": {
+                    "protocol": "tcp", "id": 12, "cookie": 77, "local": "127.0.0.1:40000", "remote": "[::1]:443",
+                    "uid": 1000, "netns": 4_026_531_840_u32, "cgroup": 1, "age_ns": 1234
+                },
+                "traffic": {"tx_bytes": 1, "rx_bytes": 2, "tx_packets": 3, "rx_packets": 4}
+            })
+        );
+    }
+
+    #[test]
+    fn every_kind_is_written_and_read_back() {
+        let (from, to) = (TcpState::FinWait1, TcpState::Close);
+        check(
+            EventKind::StateChange {
+                from,
+                to,
+                error: Some(104),
+            },
+            json!({"type": "state_change", "from": "FIN_WAIT1", "to": "CLOSE", "error": 104}),
+        );
+        check(EventKind::Accept, json!({"type": "accept"}));
+        check(EventKind::Connect, json!({"type": "connect"}));
+        check(
+            EventKind::Flow { approximate: true },
+            json!({"type": "flow", "approximate": true}),
+        );
+        check(
+            EventKind::Send { bytes: 9 },
+            json!({"type": "send", "bytes": 9}),
+        );
+        check(
+            EventKind::Receive { bytes: 0 },
+            json!({"type": "receive", "bytes": 0}),
+        );
+        check(
+            EventKind::Close {
+                drops: 3,
+                approximate: false,
+            },
+            json!({"type": "close", "drops": 3, "approximate": false}),
+        );
+        check(
+            EventKind::Lost {
+                count: 5,
+                stage: LossStage::Queue,
+            },
+            json!({"type": "lost", "count": 5, "stage": "queue"}),
+        );
+    }
+
+    #[test]
+    fn an_unknown_process_and_a_hostile_name() {
+        let mut unknown = event(EventKind::Accept);
+        unknown.process = None;
+        unknown.socket.cookie = None;
+        let value = serde_json::to_value(&unknown).expect("an event can be written");
+        assert_eq!(
+            (&value["process"], &value["socket"]["cookie"]),
+            (&Value::Null, &Value::Null)
+        );
+        assert_eq!(
+            serde_json::from_value::<Event>(value).expect("read back"),
+            unknown
+        );
+
+        let mut hostile = event(EventKind::Accept);
+        if let Some(process) = &mut hostile.process {
+            process.comm = crate::Comm::from_bytes(b"\x1b]0;x\x07\xff\"\\\n");
+        }
+        let written = serde_json::to_string(&hostile).expect("an event can be written");
+        assert!(
+            written.bytes().all(|byte| (0x20..0x7f).contains(&byte)),
+            "{written}"
+        );
+        assert_eq!(
+            serde_json::from_str::<Event>(&written).expect("read back"),
+            hostile
+        );
+    }
+
+    #[test]
+    fn nonsense_is_an_error() {
+        for text in ["{}", "null", "[]", "{\"kind\":{\"type\":\"no_such\"}}"] {
+            assert!(serde_json::from_str::<Event>(text).is_err(), "{text}");
+        }
+        assert!(serde_json::from_str::<Stats>("{\"emitted\":-1}").is_err());
+    }
+}
