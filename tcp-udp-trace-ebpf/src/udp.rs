@@ -269,26 +269,40 @@ fn record(
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.
 #[inline(always)]
 pub(crate) fn addresses(sk: Sock) -> Datagrams {
-    let family = sk.family();
-    let (local, remote) = if family == AF_INET {
+    let port = u16::from_be(sk.get(Field::RemotePort));
+    let (local, peer) = if sk.family() == AF_INET {
+        let address = [sk.get(Field::RemoteAddr4), 0, 0, 0];
         (
             [sk.get(Field::LocalAddr4), 0, 0, 0],
-            [sk.get(Field::RemoteAddr4), 0, 0, 0],
+            Peer {
+                address,
+                port,
+                family: AF_INET,
+            },
         )
     } else {
-        (sk.get(Field::LocalAddr6), sk.get(Field::RemoteAddr6))
+        let peer = peer6(sk.get(Field::RemoteAddr6), port);
+        (local6(sk, peer.family), peer)
     };
     Datagrams {
         direction: Direction::Sent,
         bytes: 0,
         packets: 0,
-        peer: Peer {
-            address: remote,
-            port: u16::from_be(sk.get(Field::RemotePort)),
-            family,
-        },
+        peer,
         local,
         local_port: sk.bound_port(),
+    }
+}
+
+/// The local address of an IPv6 socket, for a peer of this family.
+#[inline(always)]
+fn local6(sk: Sock, family: u16) -> [u32; 4] {
+    let local = sk.get::<[u32; 4]>(Field::LocalAddr6);
+    // Of an IPv4-mapped address, and of `::`, the last word is the IPv4 address.
+    if family == AF_INET {
+        [local[3], 0, 0, 0]
+    } else {
+        local
     }
 }
 
@@ -439,6 +453,9 @@ pub(crate) fn received(sk: Sock, result: i32, flags: i32) {
     datagrams.bytes = result as u64;
     datagrams.packets = 1;
     if let Some(from) = from {
+        if from.family != datagrams.peer.family {
+            datagrams.local = local6(sk, from.family);
+        }
         datagrams.peer = from;
     }
     let key = key_of(sk);

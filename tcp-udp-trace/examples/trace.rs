@@ -12,6 +12,7 @@
 use std::{
     fmt::Write as _,
     io::{self, ErrorKind, Write as _},
+    os::fd::AsFd as _,
     pin::pin,
     process::ExitCode,
     task::Poll,
@@ -20,7 +21,10 @@ use std::{
 
 use clap::Parser;
 use futures_util::{FutureExt as _, Stream, StreamExt as _, poll, stream};
-use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout},
+    sys::resource::{RLIM_INFINITY, Resource, setrlimit},
+};
 use tcp_udp_trace::{DEFAULT_QUEUE, Event, EventKind, Stats, TcpTracer, TracerHandle, UdpTracer};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -42,6 +46,9 @@ struct Args {
     /// Print one JSON object per line.
     #[arg(long)]
     json: bool,
+    /// Print a sample of each live socket every so many seconds. Not there yet: only `off` is.
+    #[arg(long, value_name = "SECS|off", default_value = "off")]
+    sample: String,
     /// End after so many seconds.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     duration: Option<Duration>,
@@ -98,11 +105,31 @@ async fn main() -> ExitCode {
     }
 }
 
+/// How often a program that has nothing to print looks whether anybody would read it.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Whether standard output is a pipe whose reader has gone away.
+fn nobody_reads() -> io::Result<bool> {
+    let stdout = io::stdout();
+    let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
+    nix::poll::poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(fds[0]
+        .revents()
+        .is_some_and(|events| events.contains(PollFlags::POLLERR)))
+}
+
 fn is_broken_pipe(error: &io::Error) -> bool {
     error.kind() == ErrorKind::BrokenPipe
 }
 
 async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    if args.sample != "off" {
+        writeln!(
+            io::stderr(),
+            "warning: --sample {} is ignored: there are no samples yet",
+            args.sample
+        )?;
+    }
     // Before Linux 5.11, maps count against this limit. A library must not change it; a program may.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 
@@ -171,6 +198,12 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
                         stop();
                         continue;
                     }
+                    () = tokio::time::sleep(LOOK) => {
+                        if nobody_reads()? {
+                            return Ok(());
+                        }
+                        continue;
+                    }
                 }
             }
         };
@@ -182,7 +215,7 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
             continue;
         }
         if args.json {
-            serde_json::to_writer(&mut out, &event)?;
+            serde_json::to_writer(&mut out, &event).map_err(io::Error::from)?;
             writeln!(out)?;
         } else {
             writeln!(out, "{event}")?;
