@@ -184,6 +184,7 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         .fuse()
     );
 
+    let mut look = tokio::time::interval(LOOK);
     let mut events = stream::select(events(&mut tcp), events(&mut udp));
     let mut out = io::BufWriter::new(io::stdout().lock());
     loop {
@@ -198,7 +199,7 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
                         stop();
                         continue;
                     }
-                    () = tokio::time::sleep(LOOK) => {
+                    _ = look.tick() => {
                         if nobody_reads()? {
                             return Ok(());
                         }

@@ -23,6 +23,9 @@ mod delivery;
 mod lifecycle;
 mod owner;
 mod states;
+mod udp_lifecycle;
+mod udp_numbers;
+mod udp_peers;
 
 fn main() -> ExitCode {
     if let Some(code) = actor::run_if_asked() {
@@ -35,6 +38,9 @@ fn main() -> ExitCode {
         bytes::trials(),
         delivery::trials(),
         lifecycle::trials(),
+        udp_numbers::trials(),
+        udp_peers::trials(),
+        udp_lifecycle::trials(),
     ];
     libtest_mimic::run(&arguments, topics.into_iter().flatten().collect()).exit_code()
 }
