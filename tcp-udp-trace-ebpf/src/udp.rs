@@ -119,7 +119,7 @@ pub(crate) fn begin(
         },
     };
     if UDP_SOCKETS
-        .insert(key, &fresh, u64::from(BPF_NOEXIST))
+        .insert(key, fresh, u64::from(BPF_NOEXIST))
         .is_err()
         && get(key).is_none()
     {
@@ -185,7 +185,7 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
     };
     // SAFETY: the helper takes nothing and cannot fail.
     let now = unsafe { bpf_ktime_get_boot_ns() };
-    let mut flow = FLOWS.get_ptr_mut(&flow_key);
+    let mut flow = FLOWS.get_ptr_mut(flow_key);
     let mut report = false;
     if flow.is_none() {
         let fresh = Flow {
@@ -199,9 +199,9 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
         };
         // Another CPU may have been first: then it reports.
         report = FLOWS
-            .insert(&flow_key, &fresh, u64::from(BPF_NOEXIST))
+            .insert(flow_key, fresh, u64::from(BPF_NOEXIST))
             .is_ok();
-        flow = FLOWS.get_ptr_mut(&flow_key);
+        flow = FLOWS.get_ptr_mut(flow_key);
     }
     // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
     if let Some(flow) = flow.and_then(|flow| unsafe { flow.as_mut() }) {
@@ -427,7 +427,7 @@ pub(crate) fn consumed(sk: Sock, skb: u64, len: i32) {
 /// The current thread receives from this peer (`user_ip`, `user_port` of the hook).
 #[inline(always)]
 pub(crate) fn receiving(peer: Peer) {
-    let _ = RECEIVING.insert(bpf_get_current_pid_tgid(), &peer, u64::from(BPF_ANY));
+    let _ = RECEIVING.insert(bpf_get_current_pid_tgid(), peer, u64::from(BPF_ANY));
 }
 
 /// `sock_recv_length(sk, ret, flags)`: a receive of the current thread has ended.

@@ -1,5 +1,7 @@
 //! `cargo xtask lint`: formatting, clippy, documentation, and rules that no tool knows.
 
+mod off_linux;
+
 use std::process::Command;
 
 use anyhow::{Result, bail};
@@ -42,6 +44,7 @@ pub(crate) fn run() -> Result<()> {
         "--no-default-features",
     ])?;
     ebpf_clippy()?;
+    off_linux::check()?;
     document()
 }
 

@@ -1,0 +1,72 @@
+//! Does the library compile where there is no Linux?
+//!
+//! A machine rarely has the standard library of another system, but what counts is our own conditional code. So the library is copied,
+//! told that Linux has another name, and checked: everything that is conditional on Linux falls away.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{Context as _, Result};
+
+use crate::{process, workspace};
+
+/// What the library consists of.
+const PARTS: &[&str] = &[
+    "Cargo.toml",
+    "Cargo.lock",
+    "README.md",
+    "tcp-udp-trace",
+    "tcp-udp-trace-common",
+];
+/// A system that has a Unix standard library and that nobody builds this workspace for.
+const ELSEWHERE: &str = "haiku";
+
+pub(super) fn check() -> Result<()> {
+    let copy = workspace::target_dir().join("off-linux");
+    let files = process::stdout(
+        Command::new("git")
+            .arg("ls-files")
+            .args(PARTS)
+            .current_dir(workspace::root()),
+    )?;
+    for file in files.lines() {
+        let to = copy.join(file);
+        let folder = to.parent().context("a file of the tree has no folder")?;
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        write_changed(&workspace::root().join(file), &to)?;
+    }
+    let mut command = Command::new(workspace::cargo());
+    command
+        .args([
+            "check",
+            "--package",
+            super::LIBRARY,
+            "--lib",
+            "--all-features",
+            "--manifest-path",
+        ])
+        .arg(copy.join("Cargo.toml"))
+        .arg("--target-dir")
+        .arg(copy.join("target"))
+        .env("RUSTFLAGS", "-D warnings");
+    process::run(&mut command)
+}
+
+/// Copies a file, renaming Linux; but not over a copy that is the same, for cargo to see what has changed.
+fn write_changed(from: &Path, to: &Path) -> Result<()> {
+    let mut bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    if let Ok(text) = std::str::from_utf8(&bytes) {
+        bytes = text
+            .replace(
+                "target_os = \"linux\"",
+                &format!("target_os = \"{ELSEWHERE}\""),
+            )
+            .replace(", \"tcp-udp-trace-ebpf\", \"xtask\", \"tests\"]", "]")
+            .replace(", \"xtask\", \"tests\"]", "]")
+            .into_bytes();
+    }
+    if fs::read(to).is_ok_and(|old| old == bytes) {
+        return Ok(());
+    }
+    fs::write(to, bytes).with_context(|| format!("cannot write {}", to.display()))
+}
