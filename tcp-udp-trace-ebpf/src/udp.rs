@@ -269,19 +269,32 @@ fn record(
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.
 #[inline(always)]
 pub(crate) fn addresses(sk: Sock) -> Datagrams {
-    let port = u16::from_be(sk.get(Field::RemotePort));
-    let (local, peer) = if sk.family() == AF_INET {
-        let address = [sk.get(Field::RemoteAddr4), 0, 0, 0];
-        (
-            [sk.get(Field::LocalAddr4), 0, 0, 0],
-            Peer {
-                address,
-                port,
-                family: AF_INET,
-            },
-        )
+    // A socket that was disconnected still shows parts of its last peer.
+    let connected = sk.get::<u8>(Field::State) == TCP_ESTABLISHED;
+    let port = if connected {
+        u16::from_be(sk.get(Field::RemotePort))
     } else {
-        let peer = peer6(sk.get(Field::RemoteAddr6), port);
+        0
+    };
+    let (local, peer) = if sk.family() == AF_INET {
+        let address = if connected {
+            sk.get(Field::RemoteAddr4)
+        } else {
+            0
+        };
+        let peer = Peer {
+            address: [address, 0, 0, 0],
+            port,
+            family: AF_INET,
+        };
+        ([sk.get(Field::LocalAddr4), 0, 0, 0], peer)
+    } else {
+        let address = if connected {
+            sk.get(Field::RemoteAddr6)
+        } else {
+            [0; 4]
+        };
+        let peer = peer6(address, port);
         (local6(sk, peer.family), peer)
     };
     Datagrams {
