@@ -202,6 +202,20 @@ pub struct Flow {
     pub reported: u64,
 }
 
+/// A question about a flow, in the form of a packet: the programs that can be asked take packets.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FlowQuery {
+    /// Where a packet has its Ethernet header, and padding.
+    pub _header: [u64; 2],
+    /// The flow.
+    pub key: FlowKey,
+    /// The answer: its totals.
+    pub traffic: Traffic,
+    /// Not 0 if the flow has ended and shall be forgotten.
+    pub forget: u64,
+}
+
 /// Something happened to a UDP socket.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -307,4 +321,5 @@ const _: () = {
     assert!(size_of::<UdpTracked>() == 104);
     assert!(size_of::<FlowKey>() == 32);
     assert!(size_of::<Flow>() == 40);
+    assert!(size_of::<FlowQuery>() == 88);
 };

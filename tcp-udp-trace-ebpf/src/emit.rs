@@ -67,6 +67,15 @@ pub(crate) fn record<R: Record>(kind: u32, fill: impl FnOnce(&mut R)) {
     entry.submit(wake(size_of::<R>() as u64));
 }
 
+/// Lets the next record wake the reader.
+#[inline(always)]
+pub(crate) fn arm() {
+    if let Some(armed) = ARMED.get_ptr_mut(0) {
+        // SAFETY: a valid pointer to the map's only value.
+        unsafe { armed.write_volatile(1) };
+    }
+}
+
 /// How to submit a record of `bytes`: it wakes the reader if that asked for it, or if the ring fills up. Waking is the most expensive thing that an event
 /// can do (about 1.7 of 1.9 µs when every record does it), so records gather meanwhile.
 #[inline(always)]

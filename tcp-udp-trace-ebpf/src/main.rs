@@ -27,12 +27,12 @@ use aya_ebpf::{
     EbpfContext as _,
     helpers::generated::bpf_get_socket_cookie,
     macros::{
-        btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, fentry, kprobe, raw_tracepoint,
-        tracepoint,
+        btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, classifier, fentry, kprobe,
+        raw_tracepoint, tracepoint,
     },
     programs::{
         BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext, SkBuffContext,
-        SockAddrContext, SockContext, TracePointContext,
+        SockAddrContext, SockContext, TcContext, TracePointContext,
     },
 };
 use tcp_udp_trace_common::{AF_INET, Peer, origin};
@@ -256,6 +256,25 @@ fn udp_recv_length_tp(ctx: TracePointContext) -> u32 {
 fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
     udp::received(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
     0
+}
+
+// ---- questions of user space -----------------------------------------------------------------------------------
+//
+// Attached nowhere; user space runs them (BPF_PROG_TEST_RUN) instead of reading and writing maps by system calls. While such a
+// system call is in a map, the kernel skips every kprobe and classic tracepoint program on that CPU, and on a preemptible
+// kernel that lasts as long as the caller is preempted there.
+
+/// The reader is about to sleep; returns how many records the ring has refused so far.
+#[raw_tracepoint]
+fn ask_arm(_ctx: RawTracePointContext) -> i32 {
+    emit::arm();
+    anomaly::lost_so_far().cast_signed()
+}
+
+/// The totals of a flow.
+#[classifier]
+fn ask_flow(ctx: TcContext) -> i32 {
+    udp::query(&ctx).unwrap_or(0)
 }
 
 const IPPROTO_UDP: u32 = 17;

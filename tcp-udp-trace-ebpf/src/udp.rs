@@ -2,6 +2,7 @@
 
 use core::{
     intrinsics::{AtomicOrdering, atomic_xadd},
+    mem::offset_of,
     ptr,
 };
 
@@ -11,10 +12,11 @@ use aya_ebpf::{
     helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, generated::bpf_get_socket_cookie},
     macros::map,
     maps::{HashMap, LruHashMap},
-    programs::SkBuffContext,
+    programs::{SkBuffContext, TcContext},
 };
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Field, Flow, FlowKey, Owner, Peer, Traffic, Udp, UdpTracked, kind, origin,
+    AF_INET, AF_INET6, Field, Flow, FlowKey, FlowQuery, Owner, Peer, Traffic, Udp, UdpTracked,
+    kind, origin,
 };
 
 use crate::{
@@ -317,6 +319,23 @@ fn local6(sk: Sock, family: u16) -> [u32; 4] {
     } else {
         local
     }
+}
+
+/// User space asks for the totals of a flow; 1 if it is known.
+#[inline(always)]
+pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
+    let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
+    let forget = ctx.load::<u64>(offset_of!(FlowQuery, forget))?;
+    // SAFETY: the map is preallocated, so its memory stays, though another flow may move in; then the answer is one that
+    // nobody waits for.
+    let Some(flow) = (unsafe { FLOWS.get(key) }) else {
+        return Ok(0);
+    };
+    ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
+    if forget != 0 {
+        let _ = FLOWS.remove(key);
+    }
+    Ok(1)
 }
 
 /// The current thread begins to connect the socket.

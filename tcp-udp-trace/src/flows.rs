@@ -41,8 +41,8 @@ struct Reported {
 pub(crate) trait FlowMap {
     /// The totals of a flow; `None` if it had to make room for others.
     fn totals(&self, flow: &FlowKey) -> Option<Traffic>;
-    /// The flow has ended.
-    fn forget(&mut self, flow: &FlowKey);
+    /// The last totals of a flow that has ended, or must make room.
+    fn take(&mut self, flow: &FlowKey) -> Option<Traffic>;
 }
 
 impl Flows {
@@ -156,11 +156,10 @@ impl Flows {
             let Some(Reported { mut event, .. }) = self.flows.remove(&key) else {
                 continue;
             };
-            match map.totals(&key) {
+            match map.take(&key) {
                 Some(traffic) => event.traffic = traffic,
                 None => self.evicted += 1,
             }
-            map.forget(&key);
             stamp(&mut event);
             emit(event);
         }
@@ -200,10 +199,8 @@ impl Flows {
             return;
         };
         self.evicted += 1;
-        let totals = map.totals(&key);
-        map.forget(&key);
         if let Some(Reported { mut event, .. }) = self.remove(&key) {
-            if let Some(traffic) = totals.filter(|totals| *totals != event.traffic) {
+            if let Some(traffic) = map.take(&key).filter(|totals| *totals != event.traffic) {
                 event.traffic = traffic;
                 emit(event);
             }
@@ -241,8 +238,8 @@ mod tests {
             self.0.get(flow).copied()
         }
 
-        fn forget(&mut self, flow: &FlowKey) {
-            self.0.remove(flow);
+        fn take(&mut self, flow: &FlowKey) -> Option<Traffic> {
+            self.0.remove(flow)
         }
     }
 

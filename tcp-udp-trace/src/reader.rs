@@ -215,12 +215,9 @@ impl Attached {
                     *malformed += 1;
                     return;
                 };
-                // The counter may already have been read further than this record knew.
-                let gap = lost_before.wrapping_sub(*lost as u32).cast_signed();
+                let gap = new_losses(lost, lost_before);
                 if gap > 0 {
-                    let count = u64::from(gap.unsigned_abs());
-                    *lost += count;
-                    batch.push(Event::lost(count, LossStage::Ring, &event));
+                    batch.push(Event::lost(gap, LossStage::Ring, &event));
                 }
                 let before = batch.len();
                 match (event.kind, flow) {
@@ -271,25 +268,31 @@ impl Attached {
             batch.push(event)
         });
         *decoded += (batch.len() - before) as u64;
-        self.report_losses(batch);
+        let lost = self.kernel.counters().lost;
+        self.report_losses(lost as u32, batch);
     }
 
-    /// Tells the stream of losses that no record has followed yet.
-    fn report_losses(&mut self, batch: &mut Vec<Event>) {
-        let lost = self.kernel.counters().lost;
-        if lost > self.lost {
+    /// Tells the stream of losses that no record has followed yet, given how many there were in all, modulo 2³².
+    fn report_losses(&mut self, lost: u32, batch: &mut Vec<Event>) {
+        let gap = new_losses(&mut self.lost, lost);
+        if gap > 0 {
             let uptime = boottime();
-            let count = lost - self.lost;
             batch.push(Event::gap(
-                count,
+                gap,
                 LossStage::Ring,
                 self.protocol,
                 clock().wall(uptime),
                 uptime,
             ));
-            self.lost = lost;
         }
     }
+}
+
+/// How many losses are new, given how many there were in all, modulo 2³². None, if that was counted before `known`.
+fn new_losses(known: &mut u64, lost: u32) -> u64 {
+    let new = lost.wrapping_sub(*known as u32).cast_signed().max(0);
+    *known += u64::from(new.unsigned_abs());
+    u64::from(new.unsigned_abs())
 }
 
 /// Gives an event this time.
@@ -394,10 +397,11 @@ impl Reader {
     }
 
     fn arm(&mut self) -> Result<(), Option<io::Error>> {
-        let armed = self.with_attached(|attached, batch| {
+        let armed: io::Result<()> = self.with_attached(|attached, batch| {
             attached.kernel.flush_log();
-            attached.report_losses(batch);
-            attached.kernel.arm()
+            let lost = attached.kernel.arm()?;
+            attached.report_losses(lost, batch);
+            Ok(())
         })?;
         armed.map_err(Some)
     }

@@ -17,11 +17,16 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, MapData, MapError, RingBuf},
+    maps::{Array, MapData, MapError, RingBuf},
+    programs::{
+        ProgramError, RawTracePoint, RawTracePointRunOptions, SchedClassifier, TestRun as _,
+        TestRunOptions,
+    },
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, Flow, FlowKey};
+use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery};
+use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use crate::{Error, ErrorKind, Hook, Protocol, Traffic, builder::Config, flows::FlowMap};
 
@@ -36,13 +41,16 @@ static OBJECT: &[u8] = &[];
 /// The share of the ring that may fill before the reader is woken though it did not ask.
 const WAKE_SHARE: u32 = 8;
 
+/// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
+/// would keep the kernel from running others.
+const ASK_ARM: &str = "ask_arm";
+const ASK_FLOW: &str = "ask_flow";
+
 /// Programs and maps in the kernel, and what they are attached to. Dropping it removes everything.
 pub(crate) struct Kernel {
     ebpf: Ebpf,
     hooks: Vec<Hook>,
-    armed: Array<MapData, u32>,
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
-    flows: HashMap<MapData, [u64; size_of::<FlowKey>() / 8], [u64; size_of::<Flow>() / 8]>,
     log: EbpfLogger<&'static dyn Log>,
     /// The last answer of the kernel, which it gives only while the programs are loaded.
     recursion_misses: Option<u64>,
@@ -90,17 +98,17 @@ impl Kernel {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
         })?;
         let ring = Ring(take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?);
-        let armed = take_map(&mut ebpf, "ARMED", Array::try_from)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
-        let flows = take_map(&mut ebpf, "FLOWS", HashMap::try_from)?;
         let hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
+        load_questions(&mut ebpf, config.protocol).map_err(|source| {
+            let what = "the kernel refused a program that the reader asks";
+            Error::new(ErrorKind::Load, what).with_source(source)
+        })?;
         Ok((
             Self {
                 ebpf,
                 hooks,
-                armed,
                 counters,
-                flows,
                 log,
                 recursion_misses: None,
             },
@@ -112,9 +120,29 @@ impl Kernel {
         &self.hooks
     }
 
-    /// Asks to be woken by the next record.
-    pub(crate) fn arm(&mut self) -> io::Result<()> {
-        self.armed.set(0, 1, 0).map_err(io::Error::other)
+    /// Asks to be woken by the next record; gives how many records the ring has refused so far, modulo 2³².
+    pub(crate) fn arm(&self) -> io::Result<u32> {
+        let program = self.ebpf.program(ASK_ARM).ok_or(ProgramError::NotLoaded);
+        let program: Result<&RawTracePoint, _> = program.and_then(TryFrom::try_from);
+        let answer =
+            program.and_then(|program| program.test_run(RawTracePointRunOptions::default()));
+        answer
+            .map(|answer| answer.return_value)
+            .map_err(io::Error::other)
+    }
+
+    /// Asks for the totals of a flow.
+    fn ask_flow(&self, flow: &FlowKey, forget: bool) -> Option<Traffic> {
+        let mut query = FlowQuery::new_zeroed();
+        query.key = *flow;
+        query.forget = u64::from(forget);
+        let question = query;
+        let mut options = TestRunOptions::new();
+        options.data_in = Some(question.as_bytes());
+        options.data_out = Some(query.as_mut_bytes());
+        let program: &SchedClassifier = self.ebpf.program(ASK_FLOW)?.try_into().ok()?;
+        let answer = program.test_run(options).ok()?;
+        (answer.return_value == 1).then(|| query.traffic.into())
     }
 
     /// What the programs have counted.
@@ -155,8 +183,10 @@ impl Kernel {
     pub(crate) fn detach(&mut self) {
         self.recursion_misses = self.recursion_misses();
         thread::scope(|scope| {
-            let loaded = self.ebpf.programs_mut().map(|(_, program)| program);
-            for program in loaded.filter(|program| program.fd().is_ok()) {
+            for (name, program) in self.ebpf.programs_mut() {
+                if program.fd().is_err() || [ASK_ARM, ASK_FLOW].contains(&name) {
+                    continue;
+                }
                 // Where no thread can be had, dropping `ebpf` does it, one after the other.
                 let _ = thread::Builder::new().spawn_scoped(scope, || attach::unload(program));
             }
@@ -166,14 +196,11 @@ impl Kernel {
 
 impl FlowMap for Kernel {
     fn totals(&self, flow: &FlowKey) -> Option<Traffic> {
-        let flow: Flow =
-            zerocopy::transmute!(self.flows.get(&zerocopy::transmute!(*flow), 0).ok()?);
-        Some(flow.traffic.into())
+        self.ask_flow(flow, false)
     }
 
-    fn forget(&mut self, flow: &FlowKey) {
-        // The only error is that it is gone already.
-        let _ = self.flows.remove(&zerocopy::transmute!(*flow));
+    fn take(&mut self, flow: &FlowKey) -> Option<Traffic> {
+        self.ask_flow(flow, true)
     }
 }
 
@@ -200,6 +227,17 @@ impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
+}
+
+/// Loads the programs that are run by us.
+fn load_questions(ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), ProgramError> {
+    let program = ebpf.program_mut(ASK_ARM).ok_or(ProgramError::NotLoaded)?;
+    <&mut RawTracePoint>::try_from(program)?.load()?;
+    if protocol == Protocol::Udp {
+        let program = ebpf.program_mut(ASK_FLOW).ok_or(ProgramError::NotLoaded)?;
+        <&mut SchedClassifier>::try_from(program)?.load()?;
+    }
+    Ok(())
 }
 
 fn take_map<M>(
