@@ -154,8 +154,14 @@ impl Trace {
     /// [`finish`](Self::finish) for UDP.
     pub fn finish_udp(self, closes: usize) -> anyhow::Result<UdpLives> {
         let (began, names_every_peer) = (self.began, self.names_every_peer());
+        let handle = self.handle.clone();
         let events = self.finish_in_order(closes)?;
-        Ok(UdpLives::new(events, began, names_every_peer))
+        Ok(UdpLives::new(
+            events,
+            began,
+            names_every_peer,
+            handle.stats(),
+        ))
     }
 
     /// Whether this kernel lets the tracer see each datagram that an application takes from its socket. Without that, it

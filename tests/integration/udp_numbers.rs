@@ -1,0 +1,468 @@
+//! Datagrams and their payload: exact, whatever call they went through; and what is no datagram is not counted.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::ensure;
+use integration_tests::{
+    actor::{Hold, Operation, ReceiveCall, Segmentation, SendCall, SocketOption, errno},
+    load::Load,
+    suite::skip,
+    talker::Talker,
+    trace::Trace,
+    udp_scene::{Family, Site, UdpTraces, connected, everywhere},
+};
+use libtest_mimic::Trial;
+use nix::errno::Errno;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        Nothing: [
+            sendto,
+            sendmsg,
+            sendmmsg,
+            send,
+            write,
+            writev,
+            recvfrom,
+            recvmsg,
+            recvmmsg,
+            recv,
+            read,
+            readv,
+            io_uring_sendmsg_and_recvmsg,
+            io_uring_write_and_read,
+            both_directions,
+            empty_datagrams,
+            peek,
+            peek_of_an_empty_datagram,
+            buffer_too_small,
+            msg_trunc,
+            msg_more,
+            udp_cork,
+            unfinished_datagram_is_not_sent,
+            udp_segment_by_socket_option,
+            udp_segment_by_control_message,
+            udp_gro,
+            error_queue,
+            too_large_is_not_sent,
+            refused_is_not_sent,
+            full_receive_buffer,
+            unread_datagrams_are_not_received,
+        ],
+        Solitude: [
+            a_million_datagrams_at_full_speed,
+            eight_sockets_at_full_speed_under_load,
+        ],
+    ]
+}
+
+/// Payloads of every sort: the empty one, and one that is cut into IP fragments.
+const SIZES: &[usize] = &[10, 0, 1, 1_400, 9_000, 30_000];
+
+fn sendto() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom))
+}
+
+fn sendmsg() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendMsg, ReceiveCall::RecvFrom))
+}
+
+fn sendmmsg() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendMmsg, ReceiveCall::RecvFrom))
+}
+
+fn send() -> anyhow::Result<()> {
+    connected(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom))
+}
+
+fn write() -> anyhow::Result<()> {
+    connected(|site| exchange(site, SendCall::Write, ReceiveCall::RecvFrom))
+}
+
+/// Which, unlike `write`, sends nothing when it is given nothing.
+fn writev() -> anyhow::Result<()> {
+    connected(|site| {
+        site.sender.send(SendCall::Writev, None, &[10, 1, 30_000])?;
+        site.receiver.receive(ReceiveCall::RecvFrom, 3)
+    })
+}
+
+fn recvfrom() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom))
+}
+
+fn recvmsg() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvMsg))
+}
+
+fn recvmmsg() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvMmsg))
+}
+
+fn recv() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::Recv))
+}
+
+fn read() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::Read))
+}
+
+fn readv() -> anyhow::Result<()> {
+    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::Readv))
+}
+
+fn io_uring_sendmsg_and_recvmsg() -> anyhow::Result<()> {
+    everywhere(|site| {
+        exchange(site, SendCall::Uring, ReceiveCall::Uring).or_else(skip_without_uring)
+    })
+}
+
+fn io_uring_write_and_read() -> anyhow::Result<()> {
+    connected(|site| {
+        exchange(site, SendCall::UringWrite, ReceiveCall::UringRead).or_else(skip_without_uring)
+    })
+}
+
+fn skip_without_uring(error: anyhow::Error) -> anyhow::Result<()> {
+    let is_refused = [Errno::ENOSYS, Errno::EPERM]
+        .iter()
+        .any(|&refusal| errno(&error) == Some(refusal as i32));
+    if is_refused {
+        return skip(format_args!("no io_uring here: {error:#}"));
+    }
+    Err(error)
+}
+
+/// The sender sends all, then the receiver receives all.
+fn exchange(site: &mut Site, send: SendCall, receive: ReceiveCall) -> anyhow::Result<()> {
+    site.sender.send(send, site.to(), SIZES)?;
+    site.receiver.receive(receive, SIZES.len())
+}
+
+fn both_directions() -> anyhow::Result<()> {
+    everywhere(|site| {
+        for _ in 0..3 {
+            exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom)?;
+            let sender = SocketAddr::new(site.family.loopback().ip(), site.sender.local().port());
+            let back = (!site.connected).then_some(sender);
+            site.receiver.send(SendCall::SendMsg, back, &[5, 50])?;
+            site.sender.receive(ReceiveCall::RecvMsg, 2)?;
+        }
+        Ok(())
+    })
+}
+
+/// Each is a datagram, through every call.
+fn empty_datagrams() -> anyhow::Result<()> {
+    everywhere(|site| {
+        const RECEIVE: [ReceiveCall; 6] = [
+            ReceiveCall::RecvFrom,
+            ReceiveCall::RecvMsg,
+            ReceiveCall::RecvMmsg,
+            ReceiveCall::Recv,
+            ReceiveCall::Read,
+            ReceiveCall::Readv,
+        ];
+        let mut send = vec![SendCall::SendTo, SendCall::SendMsg, SendCall::SendMmsg];
+        if site.connected {
+            send.push(SendCall::Write);
+        }
+        for (at, receive) in RECEIVE.into_iter().enumerate() {
+            site.sender
+                .send(send[at % send.len()], site.to(), &[0, 0])?;
+            site.receiver.receive(receive, 2)?;
+        }
+        Ok(())
+    })
+}
+
+/// However often a datagram is looked at, it is received once.
+fn peek() -> anyhow::Result<()> {
+    everywhere(|site| peek_then_receive(site, &[100, 1]))
+}
+
+/// To the kernel, this looks like receiving one.
+fn peek_of_an_empty_datagram() -> anyhow::Result<()> {
+    everywhere(|site| peek_then_receive(site, &[0, 0]))
+}
+
+fn peek_then_receive(site: &mut Site, sizes: &[usize]) -> anyhow::Result<()> {
+    site.sender.send(SendCall::SendTo, site.to(), sizes)?;
+    for _ in sizes {
+        for (with_address, room) in [(true, 200), (false, 200), (true, 10)] {
+            site.receiver.run(Operation::Peek { with_address, room })?;
+        }
+        site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+    }
+    // One that is looked at and never received.
+    site.sender.send(SendCall::SendTo, site.to(), &sizes[..1])?;
+    let peek = Operation::Peek {
+        with_address: true,
+        room: 200,
+    };
+    site.receiver.run(peek).map(drop)
+}
+
+/// What does not fit was not received, and the rest of the datagram is gone.
+fn buffer_too_small() -> anyhow::Result<()> {
+    everywhere(|site| {
+        site.sender
+            .send(SendCall::SendTo, site.to(), &[100, 100, 100, 100])?;
+        for (by, room) in [
+            (ReceiveCall::RecvFrom, 40),
+            (ReceiveCall::RecvMsg, 0),
+            (ReceiveCall::RecvMmsg, 99),
+            (ReceiveCall::Recv, 1),
+        ] {
+            site.receiver
+                .run(Operation::Receive { by, count: 1, room })?;
+        }
+        Ok(())
+    })
+}
+
+/// The call returns the size of the datagram, and that counts.
+fn msg_trunc() -> anyhow::Result<()> {
+    everywhere(|site| {
+        site.sender.send(SendCall::SendTo, site.to(), &[100, 30])?;
+        for bytes in [100, 30] {
+            let transfers = site
+                .receiver
+                .run(Operation::ReceiveTruncated { room: 40 })?;
+            ensure!(transfers[0].bytes == bytes, "{transfers:?}");
+        }
+        Ok(())
+    })
+}
+
+fn msg_more() -> anyhow::Result<()> {
+    pieces(Hold::More)
+}
+
+fn udp_cork() -> anyhow::Result<()> {
+    pieces(Hold::Cork)
+}
+
+/// Several calls, one datagram.
+fn pieces(held_by: Hold) -> anyhow::Result<()> {
+    everywhere(|site| {
+        for sizes in [&[10, 15][..], &[0, 0], &[1_000, 0, 2_000, 3], &[7]] {
+            site.sender.send_pieces(held_by, site.to(), sizes)?;
+            site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+        }
+        exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom)
+    })
+}
+
+fn unfinished_datagram_is_not_sent() -> anyhow::Result<()> {
+    everywhere(|site| {
+        exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom)?;
+        let to = site.to();
+        site.sender
+            .run(Operation::SendUnfinished { to, size: 10 })
+            .map(drop)
+    })
+}
+
+fn udp_segment_by_socket_option() -> anyhow::Result<()> {
+    segments(Segmentation::Option)
+}
+
+fn udp_segment_by_control_message() -> anyhow::Result<()> {
+    segments(Segmentation::ControlMessage)
+}
+
+/// One call, several datagrams; the last one may be shorter, and what is not larger than a segment is one datagram.
+fn segments(by: Segmentation) -> anyhow::Result<()> {
+    everywhere(|site| {
+        for (bytes, segment, datagrams) in [
+            (2_200, 500, 5),
+            (1_000, 300, 4),
+            (1_500, 500, 3),
+            (100, 500, 1),
+            (500, 500, 1),
+            (501, 500, 2),
+        ] {
+            site.sender.send_segments(by, site.to(), bytes, segment)?;
+            site.receiver.receive(ReceiveCall::RecvFrom, datagrams)?;
+        }
+        Ok(())
+    })
+}
+
+/// Received as one, if the kernel has merged it.
+fn udp_gro() -> anyhow::Result<()> {
+    everywhere(|site| {
+        site.receiver.set(SocketOption::Merge)?;
+        for (bytes, segment) in [(2_200, 500), (60_000, 1_000), (100, 500)] {
+            site.sender
+                .send_segments(Segmentation::ControlMessage, site.to(), bytes, segment)?;
+            site.receiver.run(Operation::ReceiveMerged {
+                bytes: bytes as u64,
+            })?;
+        }
+        Ok(())
+    })
+}
+
+/// A datagram that comes back with an error was not received.
+fn error_queue() -> anyhow::Result<()> {
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for family in Family::ALL {
+        for connected in [false, true] {
+            let mut sender = Talker::open("sender", family.loopback())?;
+            sender.set(SocketOption::ErrorQueue)?;
+            let to = nobody(family);
+            if connected {
+                sender.connect(to)?;
+            }
+            for _ in 0..3 {
+                let to = (!connected).then_some(to);
+                sender.send(SendCall::SendTo, to, &[10])?;
+                sender.run(Operation::TakeError)?;
+            }
+            lives.push(sender.close()?);
+        }
+    }
+    traces.finish(&lives)
+}
+
+/// Where nobody receives.
+fn nobody(family: Family) -> SocketAddr {
+    SocketAddr::new(family.loopback().ip(), 1)
+}
+
+fn too_large_is_not_sent() -> anyhow::Result<()> {
+    everywhere(|site| {
+        for by in [SendCall::SendTo, SendCall::SendMsg, SendCall::SendMmsg] {
+            let send = Operation::Send {
+                by,
+                to: site.to(),
+                sizes: vec![70_000],
+            };
+            ensure!(site.sender.fail(send)? == Errno::EMSGSIZE as i32);
+        }
+        exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom)
+    })
+}
+
+/// The error of a datagram that was sent makes the next call fail, which sends or receives nothing.
+fn refused_is_not_sent() -> anyhow::Result<()> {
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for family in Family::ALL {
+        let mut sender = Talker::open("sender", family.loopback())?;
+        sender.connect(nobody(family))?;
+        for by in [SendCall::SendTo, SendCall::SendMsg, SendCall::Write] {
+            sender.send(by, None, &[10])?;
+            refuse(&mut sender, by)?;
+        }
+        sender.send(SendCall::SendTo, None, &[10])?;
+        let receive = Operation::Receive {
+            by: ReceiveCall::RecvFrom,
+            count: 1,
+            room: 100,
+        };
+        ensure!(sender.fail(receive)? == Errno::ECONNREFUSED as i32);
+        lives.push(sender.close()?);
+    }
+    traces.finish(&lives)
+}
+
+/// Sends until it fails: a busy machine may take its time to refuse.
+fn refuse(sender: &mut Talker, by: SendCall) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < deadline {
+        match sender.send(by, None, &[20]) {
+            Ok(()) => {}
+            Err(error) if errno(&error) == Some(Errno::ECONNREFUSED as i32) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+    anyhow::bail!("never refused")
+}
+
+/// What the application never got is not received, but dropped.
+fn full_receive_buffer() -> anyhow::Result<()> {
+    const SENT: u64 = 20;
+    everywhere(|site| {
+        site.receiver.set(SocketOption::ReceiveBuffer(1))?;
+        for round in 1..=2 {
+            site.sender
+                .send(SendCall::SendTo, site.to(), &[1_000; SENT as usize])?;
+            // A busy machine may take its time to deliver.
+            let deadline = Instant::now() + Duration::from_secs(10);
+            loop {
+                site.receiver.run(Operation::Drain)?;
+                let drops = site.receiver.drops()?;
+                let received = site.receiver.life.totals().rx_packets;
+                if received + drops == round * SENT {
+                    ensure!(received > 0 && drops > 0, "{received} and {drops} drops");
+                    break;
+                }
+                ensure!(
+                    Instant::now() < deadline,
+                    "{received} received and {drops} dropped of {SENT}, {round} times"
+                );
+            }
+        }
+        Ok(())
+    })
+}
+
+fn unread_datagrams_are_not_received() -> anyhow::Result<()> {
+    everywhere(|site| {
+        site.sender
+            .send(SendCall::SendTo, site.to(), &[10, 20, 30])?;
+        site.receiver.receive(ReceiveCall::RecvFrom, 1)
+    })
+}
+
+/// A VM without hardware support is slow.
+fn many() -> anyhow::Result<u64> {
+    let is_emulated = fs::read_to_string("/proc/cmdline")?.contains("tut_vm");
+    Ok(if is_emulated { 100_000 } else { 1_000_000 })
+}
+
+/// The totals are those of the applications, to the last datagram.
+fn a_million_datagrams_at_full_speed() -> anyhow::Result<()> {
+    flood(1, many()?)
+}
+
+/// The same in both directions and on several sockets at once, while every CPU is busy: the programs of the tracer
+/// interrupt each other wherever that is possible.
+fn eight_sockets_at_full_speed_under_load() -> anyhow::Result<()> {
+    let _load = Load::on_every_cpu();
+    flood(4, many()? / 20)
+}
+
+fn flood(pairs: usize, count: u64) -> anyhow::Result<()> {
+    let trace = Trace::start_udp()?;
+    let handle = trace.handle().clone();
+    let mut sites = (0..pairs)
+        .map(|at| Site::new(Family::ALL[at % Family::ALL.len()], true))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let began = Instant::now();
+    for site in &mut sites {
+        site.receiver.begin(Operation::Absorb)?;
+        site.sender.begin(Operation::Flood { count, size: 64 })?;
+    }
+    let mut lives = Vec::new();
+    for mut site in sites {
+        site.sender.finish()?;
+        site.receiver.finish()?;
+        let drops = site.receiver.drops()?;
+        let [sender, receiver] = site.close()?;
+        let (sent, received) = (sender.totals().tx_packets, receiver.totals().rx_packets);
+        eprintln!("{sent} sent, {received} received, {drops} dropped");
+        ensure!(sent > count && received > 0);
+        lives.extend([sender, receiver]);
+    }
+    eprintln!("in {:.1?}; {:?}", began.elapsed(), handle.stats());
+    trace.finish_udp(lives.len())?.check_all(&lives)
+}

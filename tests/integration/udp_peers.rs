@@ -1,0 +1,362 @@
+//! The other side of each datagram, also on sockets that are connected to nobody; and when a flow is reported.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::ensure;
+use integration_tests::{
+    actor::{Operation, ReceiveCall, SendCall, SocketOption},
+    netns::{NEAR, ip, veth},
+    talker::Talker,
+    trace::{Trace, show},
+    udp_life::UdpLife,
+    udp_scene::{Family, Site, UdpTraces},
+};
+use libtest_mimic::Trial;
+use nix::{errno::Errno, net::if_::if_nametoindex};
+use tcp_udp_trace::{Event, EventKind};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        Nothing: [
+            one_server_and_its_clients,
+            dual_stack_server,
+            connected_socket_that_sends_elsewhere,
+            connect_to_another_peer,
+            disconnect,
+            failed_connect_is_no_event,
+            multicast_v4,
+            multicast_v6,
+            broadcast,
+            ten_thousand_peers,
+            more_peers_than_flows_are_remembered,
+            idle_flow_is_reported,
+            one_report_per_interval,
+        ],
+    ]
+}
+
+/// The default of the tracer.
+const INTERVAL: Duration = tcp_udp_trace::DEFAULT_INTERVAL;
+
+/// The address of a talker as its peers see it.
+fn seen(talker: &Talker, ip: IpAddr) -> SocketAddr {
+    SocketAddr::new(ip, talker.local().port())
+}
+
+/// One unconnected socket, a flow for each client.
+fn one_server_and_its_clients() -> anyhow::Result<()> {
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for family in Family::ALL {
+        let address = family.loopback();
+        let mut server = Talker::bind("server", address)?;
+        let mut clients = (0..5)
+            .map(|_| Talker::open("client", address))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        for round in 1..=3 {
+            for (at, client) in clients.iter_mut().enumerate() {
+                client.send(SendCall::SendTo, Some(server.local()), &[10 * at + round])?;
+                server.receive(ReceiveCall::RecvFrom, 1)?;
+                let back = seen(client, address.ip());
+                server.send(SendCall::SendMsg, Some(back), &[100 * at, round])?;
+                client.receive(ReceiveCall::RecvMsg, 2)?;
+            }
+        }
+        lives.push(server.close()?);
+        for client in clients {
+            lives.push(client.close()?);
+        }
+    }
+    traces.finish(&lives)
+}
+
+/// One socket of IPv6 with a peer of each family.
+fn dual_stack_server() -> anyhow::Result<()> {
+    let traces = UdpTraces::start()?;
+    let mut server = Talker::bind("server", "[::]:0".parse()?)?;
+    let port = server.local().port();
+    let mut lives = Vec::new();
+    for family in Family::ALL {
+        let mut client = Talker::open("client", family.loopback())?;
+        let to = SocketAddr::new(family.loopback().ip(), port);
+        client.send(SendCall::SendTo, Some(to), &[10, 20])?;
+        server.receive(ReceiveCall::RecvMsg, 2)?;
+        let ip = match family {
+            Family::V4 => Family::Mapped.loopback().ip(),
+            other => other.loopback().ip(),
+        };
+        server.send(SendCall::SendTo, Some(seen(&client, ip)), &[30])?;
+        client.receive(ReceiveCall::RecvFrom, 1)?;
+        lives.push(client.close()?);
+    }
+    lives.push(server.close()?);
+    traces.finish(&lives)
+}
+
+/// An address that is given with the datagram goes before that of the connect.
+fn connected_socket_that_sends_elsewhere() -> anyhow::Result<()> {
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for family in Family::ALL {
+        let mut site = Site::new(family, true)?;
+        let mut other = Talker::bind("other", family.loopback())?;
+        site.sender.send(SendCall::SendTo, None, &[1])?;
+        for by in [SendCall::SendTo, SendCall::SendMsg, SendCall::SendMmsg] {
+            site.sender.send(by, Some(other.local()), &[10, 20])?;
+            other.receive(ReceiveCall::RecvFrom, 2)?;
+        }
+        site.sender.send(SendCall::SendTo, None, &[2])?;
+        site.receiver.receive(ReceiveCall::RecvFrom, 2)?;
+        lives.push(other.close()?);
+        lives.extend(site.close()?);
+    }
+    traces.finish(&lives)
+}
+
+/// Two flows and two connects of one socket, which is closed once.
+fn connect_to_another_peer() -> anyhow::Result<()> {
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for family in Family::ALL {
+        let mut site = Site::new(family, true)?;
+        let mut other = Talker::bind("other", family.loopback())?;
+        site.sender.send(SendCall::SendTo, None, &[1, 2])?;
+        site.receiver.receive(ReceiveCall::RecvFrom, 2)?;
+        site.sender.connect(other.local())?;
+        site.sender.send(SendCall::SendTo, None, &[10, 20])?;
+        other.receive(ReceiveCall::RecvFrom, 2)?;
+        lives.push(other.close()?);
+        lives.extend(site.close()?);
+    }
+    traces.finish(&lives)
+}
+
+/// By an address of no family: the socket has no peer again, and stays the same socket.
+fn disconnect() -> anyhow::Result<()> {
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for family in Family::ALL {
+        let mut server = Talker::bind("server", family.loopback())?;
+        let mut client = Talker::open("client", family.loopback())?;
+        client.connect(server.local())?;
+        client.send(SendCall::Write, None, &[10])?;
+        server.receive(ReceiveCall::RecvFrom, 1)?;
+        client.disconnect()?;
+        ensure!(client.socket.remote.is_none());
+        client.send(SendCall::SendTo, Some(server.local()), &[20])?;
+        server.receive(ReceiveCall::RecvFrom, 1)?;
+        client.disconnect()?;
+        lives.extend([client.close()?, server.close()?]);
+    }
+    traces.finish(&lives)
+}
+
+fn failed_connect_is_no_event() -> anyhow::Result<()> {
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for (to, errno) in [
+        ("127.255.255.255:9", Errno::EACCES),
+        ("192.0.2.1:9", Errno::ENETUNREACH),
+        ("[::ffff:192.0.2.1]:9", Errno::ENETUNREACH),
+        ("[2001:db8::1]:9", Errno::ENETUNREACH),
+    ] {
+        let to: SocketAddr = to.parse()?;
+        let mut client = Talker::open("client", to)?;
+        let failed = client.fail_to_connect(to)?;
+        ensure!(failed == errno as i32, "{to}: {failed}");
+        lives.push(client.close()?);
+    }
+    // After a failure, and after another peer.
+    for family in Family::ALL {
+        let mut site = Site::new(family, true)?;
+        let unreachable = match family {
+            Family::V4 => "192.0.2.1:9",
+            Family::V6 => "[2001:db8::1]:9",
+            Family::Mapped => "[::ffff:192.0.2.1]:9",
+        };
+        site.sender.fail_to_connect(unreachable.parse()?)?;
+        let to = Some(site.receiver.local());
+        site.sender.send(SendCall::SendTo, to, &[10])?;
+        site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+        lives.extend(site.close()?);
+    }
+    traces.finish(&lives)
+}
+
+/// The port of the groups.
+const PORT: u16 = 7_700;
+
+fn multicast_v4() -> anyhow::Result<()> {
+    multicast(NEAR.parse()?, "239.1.2.3".parse()?)
+}
+
+fn multicast_v6() -> anyhow::Result<()> {
+    multicast("fd77::1".parse()?, "ff05::123".parse()?)
+}
+
+/// A datagram to a group is one datagram for its sender and one for each receiver, of which one is on the same machine.
+fn multicast(source: IpAddr, group: IpAddr) -> anyhow::Result<()> {
+    let far = veth()?;
+    if source.is_ipv6() {
+        ip(&format!("addr add {source}/64 dev near0 nodad"))?;
+    }
+    let near_index = if_nametoindex("near0")?;
+    let far_index = far.run(|| Ok(if_nametoindex("far0")?))?;
+    let traces = UdpTraces::start()?;
+    traces.also(&far)?;
+
+    let any = if source.is_ipv6() {
+        "[::]:0"
+    } else {
+        "0.0.0.0:0"
+    }
+    .parse::<SocketAddr>()?;
+    let at = SocketAddr::new(any.ip(), PORT);
+    let mut near_receiver = Talker::bind("near", at)?;
+    near_receiver.set(SocketOption::Join(group, near_index))?;
+    let mut far_receiver = far.run(|| Talker::bind("far", at))?;
+    far_receiver.set(SocketOption::Join(group, far_index))?;
+    let mut sender = Talker::bind("sender", SocketAddr::new(source, 0))?;
+    if source.is_ipv6() {
+        sender.set(SocketOption::MulticastTo(near_index))?;
+    }
+    let to = SocketAddr::new(group, PORT);
+    sender.send(SendCall::SendTo, Some(to), &[10, 0, 30])?;
+    for receiver in [&mut near_receiver, &mut far_receiver] {
+        receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    }
+    traces.finish(&[
+        sender.close()?,
+        near_receiver.close()?,
+        far_receiver.close()?,
+    ])
+}
+
+/// Counts as multicasts do; and it is not sent without permission.
+fn broadcast() -> anyhow::Result<()> {
+    let far = veth()?;
+    let traces = UdpTraces::start()?;
+    traces.also(&far)?;
+    let at = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), PORT);
+    let mut near_receiver = Talker::bind("near", at)?;
+    let mut far_receiver = far.run(|| Talker::bind("far", at))?;
+    let mut sender = Talker::bind("sender", SocketAddr::new(NEAR.parse()?, 0))?;
+    let to: SocketAddr = format!("10.77.0.255:{PORT}").parse()?;
+    let send = Operation::Send {
+        by: SendCall::SendTo,
+        to: Some(to),
+        sizes: vec![10],
+    };
+    ensure!(sender.fail(send.clone())? == Errno::EACCES as i32);
+    sender.set(SocketOption::Broadcast)?;
+    sender.run(send)?;
+    sender.connect(to)?;
+    sender.send(SendCall::Write, None, &[20, 0])?;
+    for receiver in [&mut near_receiver, &mut far_receiver] {
+        receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    }
+    traces.finish(&[
+        sender.close()?,
+        near_receiver.close()?,
+        far_receiver.close()?,
+    ])
+}
+
+/// The addresses of a crowd, all on the loopback network.
+const CROWD: u16 = 10_000;
+
+fn ten_thousand_peers() -> anyhow::Result<()> {
+    let trace = Trace::start_udp()?;
+    let lives = crowd()?;
+    let handle = trace.handle().clone();
+    trace.finish_udp(lives.len())?.check_all(&lives)?;
+    let stats = handle.stats();
+    ensure!(stats.flows_evicted == 0, "{stats:?}");
+    Ok(())
+}
+
+/// What does not fit is forgotten and counted; the totals of the socket stay exact.
+fn more_peers_than_flows_are_remembered() -> anyhow::Result<()> {
+    let trace = Trace::start_udp_with(|builder| builder.max_flows(1_000))?;
+    let lives = crowd()?.map(UdpLife::evicted);
+    let handle = trace.handle().clone();
+    trace.finish_udp(lives.len())?.check_all(&lives)?;
+    let stats = handle.stats();
+    ensure!(stats.flows_evicted > 0, "{stats:?}");
+    Ok(())
+}
+
+/// One socket sends from each of many addresses to another one, which are all those of one other socket; twice.
+fn crowd() -> anyhow::Result<[UdpLife; 2]> {
+    let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
+    let mut sender = Talker::bind("sender", any)?;
+    let mut receiver = Talker::bind("receiver", any)?;
+    receiver.set(SocketOption::LargeReceiveBuffer(64 << 20))?;
+    let port = receiver.local().port();
+    for _ in 0..2 {
+        let addresses = CROWD;
+        sender.run(Operation::Spray { port, addresses })?;
+        receiver.receive(ReceiveCall::RecvFrom, CROWD.into())?;
+    }
+    Ok([sender.close()?, receiver.close()?])
+}
+
+/// What came within the interval after a report is reported at its end, although nothing more comes.
+fn idle_flow_is_reported() -> anyhow::Result<()> {
+    let trace = Trace::start_udp()?;
+    let mut site = Site::new(Family::V4, false)?;
+    let to = Some(site.receiver.local());
+    site.sender.send(SendCall::SendTo, to, &[10])?;
+    let port = site.sender.local().port();
+    let sent = |packets| {
+        move |event: &Event| {
+            is_flow(event)
+                && event.socket.local.port() == port
+                && event.traffic.tx_packets == packets
+        }
+    };
+    trace.wait_for("report of the first datagram", sent(1))?;
+    site.sender.send(SendCall::SendTo, to, &[1, 2, 3, 4])?;
+    trace.wait_for("report of the other four", sent(5))?;
+    // The receiver has not received anything yet: it has no flow.
+    site.receiver.receive(ReceiveCall::RecvFrom, 5)?;
+    let lives = site.close()?;
+    trace.finish_udp(2)?.check_all(&lives)
+}
+
+fn one_report_per_interval() -> anyhow::Result<()> {
+    /// By how much two reports may be closer than the interval.
+    const TOLERANCE: Duration = Duration::from_millis(10);
+    let trace = Trace::start_udp()?;
+    let mut site = Site::new(Family::V4, true)?;
+    site.sender.pace(None, 61, Duration::from_millis(50), 10)?;
+    site.receiver.receive(ReceiveCall::RecvFrom, 61)?;
+    let lives = site.close()?;
+    let mut seen = trace.finish_udp(2)?;
+    let events = seen.check(&lives[0])?;
+    let reports: Vec<_> = events.iter().filter(|event| is_flow(event)).collect();
+    ensure!(
+        (3..=5).contains(&reports.len()),
+        "{} reports in 3 s:{}",
+        reports.len(),
+        show(&events)
+    );
+    // The last one is for the end of the socket.
+    let (_, regular) = reports.split_last().expect("there are three");
+    for pair in regular.windows(2) {
+        let between = pair[1].uptime - pair[0].uptime;
+        ensure!(
+            between + TOLERANCE >= INTERVAL,
+            "{between:?} between:{}",
+            show(&events)
+        );
+    }
+    seen.check_all(&lives[1..])
+}
+
+fn is_flow(event: &Event) -> bool {
+    matches!(event.kind, EventKind::Flow { .. })
+}

@@ -1,0 +1,245 @@
+//! A process with one UDP socket, which keeps the book of everything that passes through it.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Context as _, bail};
+
+use crate::{
+    actor::{
+        Actor, Command, Endpoint, Hold, Operation, Outcome, ReceiveCall, Segmentation, SendCall,
+        SocketOption, Transfer, Who,
+    },
+    udp_life::UdpLife,
+};
+
+/// The size of a buffer that holds every datagram of a test.
+pub const ROOM: usize = 1 << 16;
+
+/// An actor and its UDP socket.
+#[derive(Debug)]
+pub struct Talker {
+    /// The process.
+    pub actor: Actor,
+    /// The socket, as it is now.
+    pub socket: Endpoint,
+    /// What the socket must have shown so far.
+    pub life: UdpLife,
+}
+
+impl Talker {
+    /// A new process with a socket of the family of `address`.
+    pub fn open(name: &str, address: SocketAddr) -> anyhow::Result<Self> {
+        Self::with(Actor::spawn(name)?, address)
+    }
+
+    /// A new process with a socket bound to `address`.
+    pub fn bind(name: &str, address: SocketAddr) -> anyhow::Result<Self> {
+        let mut talker = Self::open(name, address)?;
+        talker.bind_to(address)?;
+        Ok(talker)
+    }
+
+    /// A new socket of this process, which has the family of `address`.
+    pub fn with(mut actor: Actor, address: SocketAddr) -> anyhow::Result<Self> {
+        let v6 = address.is_ipv6();
+        let socket = actor.socket(Command::OpenUdp { v6 })?;
+        let life = UdpLife::of(&actor.who()?, &socket);
+        Ok(Self {
+            actor,
+            socket,
+            life,
+        })
+    }
+
+    /// The same socket in the hands of another process. It belongs to the one that made it.
+    pub fn passed_to(&self, name: &str) -> anyhow::Result<Self> {
+        let mut actor = Actor::spawn(name)?;
+        let socket = actor.take(&self.actor, self.socket.fd)?;
+        let life = self.life.clone();
+        Ok(Self {
+            actor,
+            socket,
+            life,
+        })
+    }
+
+    /// Who the process is.
+    pub fn who(&self) -> anyhow::Result<Who> {
+        self.actor.who()
+    }
+
+    /// Where the socket is.
+    #[must_use]
+    pub fn local(&self) -> SocketAddr {
+        self.socket.local
+    }
+
+    /// Gives the socket a local address.
+    pub fn bind_to(&mut self, address: SocketAddr) -> anyhow::Result<()> {
+        self.socket = self.actor.socket(Command::Bind(self.socket.fd, address))?;
+        self.life.moved_to(&self.socket);
+        Ok(())
+    }
+
+    /// Gives the socket a peer.
+    pub fn connect(&mut self, to: SocketAddr) -> anyhow::Result<()> {
+        self.socket = self.actor.socket(Command::Connect(self.socket.fd, to))?;
+        self.life.moved_to(&self.socket);
+        self.life.connected_to(to);
+        Ok(())
+    }
+
+    /// Fails to give the socket a peer: with what `errno`.
+    pub fn fail_to_connect(&mut self, to: SocketAddr) -> anyhow::Result<i32> {
+        let errno = self.actor.fail(Command::Connect(self.socket.fd, to))?;
+        self.look()?;
+        Ok(errno)
+    }
+
+    /// Takes the peer from the socket.
+    pub fn disconnect(&mut self) -> anyhow::Result<()> {
+        self.run(Operation::Disconnect).map(drop)
+    }
+
+    /// Does something, and enters it in the book.
+    pub fn run(&mut self, operation: Operation) -> anyhow::Result<Vec<Transfer>> {
+        self.begin(operation)?;
+        self.finish()
+    }
+
+    /// Begins something that [`finish`](Self::finish) waits for.
+    pub fn begin(&mut self, operation: Operation) -> anyhow::Result<()> {
+        self.actor.begin(&Command::Udp(self.socket.fd, operation))
+    }
+
+    /// Waits for what was begun, and enters it in the book.
+    pub fn finish(&mut self) -> anyhow::Result<Vec<Transfer>> {
+        match self.actor.finish().context("a UDP operation")? {
+            Outcome::Transfers(transfers) => {
+                self.life.transferred(&transfers);
+                self.look()?;
+                Ok(transfers)
+            }
+            other => bail!("{other:?}"),
+        }
+    }
+
+    /// Does something that must fail: with what `errno`.
+    pub fn fail(&mut self, operation: Operation) -> anyhow::Result<i32> {
+        let errno = self.actor.fail(Command::Udp(self.socket.fd, operation))?;
+        self.look()?;
+        Ok(errno)
+    }
+
+    /// Any call may give the socket an address.
+    fn look(&mut self) -> anyhow::Result<()> {
+        self.socket = self.actor.socket(Command::Tell(self.socket.fd))?;
+        self.life.moved_to(&self.socket);
+        Ok(())
+    }
+
+    /// Sends one datagram of each size.
+    pub fn send(
+        &mut self,
+        by: SendCall,
+        to: Option<SocketAddr>,
+        sizes: &[usize],
+    ) -> anyhow::Result<()> {
+        let sizes = sizes.to_vec();
+        self.run(Operation::Send { by, to, sizes }).map(drop)
+    }
+
+    /// Sends one datagram by several calls.
+    pub fn send_pieces(
+        &mut self,
+        held_by: Hold,
+        to: Option<SocketAddr>,
+        sizes: &[usize],
+    ) -> anyhow::Result<()> {
+        let sizes = sizes.to_vec();
+        self.run(Operation::SendPieces { held_by, to, sizes })
+            .map(drop)
+    }
+
+    /// Sends several datagrams by one call.
+    pub fn send_segments(
+        &mut self,
+        by: Segmentation,
+        to: Option<SocketAddr>,
+        bytes: usize,
+        segment: u16,
+    ) -> anyhow::Result<()> {
+        self.run(Operation::SendSegments {
+            by,
+            to,
+            bytes,
+            segment,
+        })
+        .map(drop)
+    }
+
+    /// Sends one datagram after the other.
+    pub fn pace(
+        &mut self,
+        to: Option<SocketAddr>,
+        count: u32,
+        every: Duration,
+        size: usize,
+    ) -> anyhow::Result<()> {
+        self.run(Operation::Pace {
+            to,
+            count,
+            every,
+            size,
+        })
+        .map(drop)
+    }
+
+    /// Receives so many datagrams.
+    pub fn receive(&mut self, by: ReceiveCall, count: usize) -> anyhow::Result<()> {
+        let room = ROOM;
+        self.run(Operation::Receive { by, count, room }).map(drop)
+    }
+
+    /// Sets an option.
+    pub fn set(&mut self, option: SocketOption) -> anyhow::Result<()> {
+        self.run(Operation::Set(option)).map(drop)
+    }
+
+    /// How many datagrams found the receive buffer full; enters them in the book.
+    pub fn drops(&mut self) -> anyhow::Result<u64> {
+        match self
+            .actor
+            .run(Command::Udp(self.socket.fd, Operation::Drops))?
+        {
+            Outcome::Count(drops) => {
+                self.life.dropped(drops);
+                Ok(drops)
+            }
+            other => bail!("{other:?}"),
+        }
+    }
+
+    /// Closes the socket: what it must have shown. Its process ends.
+    pub fn close(self) -> anyhow::Result<UdpLife> {
+        self.close_socket().map(|(life, _)| life)
+    }
+
+    /// Closes the socket: what it must have shown, and the process.
+    pub fn close_socket(mut self) -> anyhow::Result<(UdpLife, Actor)> {
+        self.look()?;
+        self.actor.close(&self.socket)?;
+        Ok((self.life, self.actor))
+    }
+
+    /// Closes this descriptor of the socket, which others still have.
+    pub fn leave(mut self) -> anyhow::Result<()> {
+        self.actor.close(&self.socket)
+    }
+
+    /// Kills the process: what its socket must have shown.
+    pub fn kill(self) -> anyhow::Result<UdpLife> {
+        self.actor.kill()?;
+        Ok(self.life)
+    }
+}

@@ -1,0 +1,476 @@
+//! What one life of a UDP socket must have shown.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{bail, ensure};
+use tcp_udp_trace::{Event, EventKind, Origin, Protocol, Stats, Traffic};
+
+use crate::{
+    actor::{Direction, Endpoint, Transfer, Who},
+    life::{AGE_ERROR, CLOCK_ERROR, Owner, canonical},
+    trace::show,
+};
+
+/// The events that a tracer reported, grouped by the id of their socket.
+#[derive(Debug)]
+pub struct UdpLives {
+    lives: BTreeMap<u64, Vec<Event>>,
+    window: (SystemTime, SystemTime),
+    names_every_peer: bool,
+    stats: Stats,
+}
+
+impl UdpLives {
+    /// Groups events that happened between `began` and now.
+    #[must_use]
+    pub fn new(
+        events: Vec<Event>,
+        began: SystemTime,
+        names_every_peer: bool,
+        stats: Stats,
+    ) -> Self {
+        let window = (began - CLOCK_ERROR, SystemTime::now() + CLOCK_ERROR);
+        let mut lives = BTreeMap::<_, Vec<_>>::new();
+        for event in events {
+            lives.entry(event.socket.id).or_default().push(event);
+        }
+        Self {
+            lives,
+            window,
+            names_every_peer,
+            stats,
+        }
+    }
+
+    /// Takes out the life of that socket, if it is as expected.
+    pub fn check(&mut self, life: &UdpLife) -> anyhow::Result<Vec<Event>> {
+        let is_it = |events: &Vec<Event>| {
+            events
+                .iter()
+                .any(|event| event.socket.cookie == Some(life.cookie))
+        };
+        let found = self.lives.iter().find(|(_, events)| is_it(events));
+        let Some((&id, events)) = found else {
+            bail!("no life of {life:?} among{}", show(&self.rest()));
+        };
+        if let Err(error) = self.compare(life, events) {
+            bail!(
+                "{error:#}\nevents:{}\nexpected {life:?}; {:?}",
+                show(events),
+                self.stats
+            );
+        }
+        Ok(self.lives.remove(&id).expect("it was just found"))
+    }
+
+    /// Checks all of them, and that there was nothing else.
+    pub fn check_all(mut self, lives: &[UdpLife]) -> anyhow::Result<()> {
+        for life in lives {
+            self.check(life)?;
+        }
+        let rest = self.rest();
+        ensure!(rest.is_empty(), "more than expected:{}", show(&rest));
+        Ok(())
+    }
+
+    fn rest(&self) -> Vec<Event> {
+        self.lives.values().flatten().cloned().collect()
+    }
+
+    fn compare(&self, life: &UdpLife, events: &[Event]) -> anyhow::Result<()> {
+        for event in events {
+            life.compare_socket(event)?;
+            ensure!(
+                self.window.0 <= event.time && event.time <= self.window.1,
+                "not in {:?}: {event}",
+                self.window
+            );
+        }
+        compare_age(events)?;
+        let seen = life.seen(self.names_every_peer);
+        life.compare_connects(events)?;
+        life.compare_datagrams(events, &seen)?;
+        if !life.evicted {
+            life.compare_flows(events, &seen)?;
+        }
+        life.compare_close(events, &seen)
+    }
+}
+
+/// Who an event must name.
+#[derive(Debug, Clone)]
+enum Owned {
+    /// This process.
+    By(Owner),
+    /// This process, as one that was seen using the socket; or none.
+    ByUserOrNobody(Owner),
+}
+
+/// What one life of a UDP socket must have shown. Made from what the applications know.
+#[derive(Debug, Clone)]
+pub struct UdpLife {
+    owned: Owned,
+    /// Every address the socket has had, the last one at the end.
+    locals: Vec<SocketAddr>,
+    remote: Option<SocketAddr>,
+    cookie: u64,
+    uid: u32,
+    netns: u32,
+    cgroup: Option<u64>,
+    connects: Vec<SocketAddr>,
+    transfers: Book,
+    /// Who sent what was received without asking for the peer.
+    hears: Option<SocketAddr>,
+    drops: u64,
+    evicted: bool,
+    per_datagram: bool,
+}
+
+/// Everything that passed, in its order.
+#[derive(Clone, Default)]
+struct Book(Vec<Transfer>);
+
+/// Only the last entries are shown: there may be thousands.
+impl fmt::Debug for Book {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hidden = self.0.len().saturating_sub(20);
+        write!(f, "{hidden} more, then {:?}", &self.0[hidden..])
+    }
+}
+
+/// A transfer as the tracer must see it.
+struct Seen {
+    direction: Direction,
+    peer: SocketAddr,
+    bytes: u64,
+    packets: u64,
+    /// Each is one datagram event.
+    messages: u64,
+    approximate: bool,
+}
+
+impl Seen {
+    fn add_to(&self, traffic: &mut Traffic) {
+        let (bytes, packets) = match self.direction {
+            Direction::Sent => (&mut traffic.tx_bytes, &mut traffic.tx_packets),
+            Direction::Received => (&mut traffic.rx_bytes, &mut traffic.rx_packets),
+        };
+        *bytes += self.bytes;
+        *packets += self.packets;
+    }
+}
+
+impl UdpLife {
+    /// The life of a new socket of `who`.
+    #[must_use]
+    pub fn of(who: &Who, socket: &Endpoint) -> Self {
+        Self {
+            owned: Owned::By(Owner::new(who, Origin::Creator)),
+            locals: vec![canonical(socket.local)],
+            remote: None,
+            cookie: socket.cookie,
+            uid: who.uid,
+            netns: who.netns,
+            cgroup: who.cgroup,
+            connects: Vec::new(),
+            transfers: Book::default(),
+            hears: None,
+            drops: 0,
+            evicted: false,
+            per_datagram: false,
+        }
+    }
+
+    /// The socket is older than the tracer: nobody saw who made it, or what happened to it until now. `user` is the
+    /// first that uses it from now on.
+    pub fn older_than_the_tracer(&mut self, user: &Who) {
+        self.owned = Owned::ByUserOrNobody(Owner::new(user, Origin::User));
+        self.connects.clear();
+        self.transfers.0.clear();
+    }
+
+    /// The socket has these addresses now.
+    pub fn moved_to(&mut self, socket: &Endpoint) {
+        let local = canonical(socket.local);
+        if self.locals.last() != Some(&local) {
+            self.locals.push(local);
+        }
+        self.remote = socket.remote.map(canonical);
+    }
+
+    /// A connect succeeded.
+    pub fn connected_to(&mut self, peer: SocketAddr) {
+        self.connects.push(canonical(peer));
+    }
+
+    /// What is received without asking for the peer comes from this one.
+    pub fn hears(&mut self, peer: SocketAddr) {
+        self.hears = Some(canonical(peer));
+    }
+
+    /// Datagrams were sent or received.
+    pub fn transferred(&mut self, transfers: &[Transfer]) {
+        self.transfers.0.extend(transfers);
+    }
+
+    /// So many datagrams in all found the receive buffer full.
+    pub fn dropped(&mut self, drops: u64) {
+        self.drops = drops;
+    }
+
+    /// There were more peers than the tracer remembers: its flows are not complete.
+    #[must_use]
+    pub fn evicted(self) -> Self {
+        Self {
+            evicted: true,
+            ..self
+        }
+    }
+
+    /// As a tracer sees it that reports each datagram.
+    #[must_use]
+    pub fn per_datagram(&self) -> Self {
+        Self {
+            per_datagram: true,
+            ..self.clone()
+        }
+    }
+
+    /// The totals of the application.
+    #[must_use]
+    pub fn totals(&self) -> Traffic {
+        let mut totals = Traffic::default();
+        for seen in self.seen(true) {
+            seen.add_to(&mut totals);
+        }
+        totals
+    }
+
+    fn seen(&self, names_every_peer: bool) -> Vec<Seen> {
+        let see = |transfer: &Transfer| {
+            let is_received = transfer.direction == Direction::Received;
+            let peer = match transfer.peer {
+                Some(peer) => canonical(peer),
+                None if names_every_peer => self.hears.expect("a test that knows who sent it"),
+                None => nobody(self.locals[0]),
+            };
+            let is_merged = is_received && transfer.messages != transfer.datagrams;
+            let approximate = is_merged && !names_every_peer;
+            Seen {
+                direction: transfer.direction,
+                peer,
+                bytes: transfer.bytes,
+                packets: if approximate {
+                    transfer.messages
+                } else {
+                    transfer.datagrams
+                },
+                messages: transfer.messages,
+                approximate,
+            }
+        };
+        self.transfers.0.iter().map(see).collect()
+    }
+
+    fn compare_socket(&self, event: &Event) -> anyhow::Result<()> {
+        let socket = &event.socket;
+        let is_owned = match (&self.owned, &event.process) {
+            (Owned::By(owner) | Owned::ByUserOrNobody(owner), Some(process)) => owner.is(process),
+            (Owned::By(_), None) => false,
+            (Owned::ByUserOrNobody(_), None) => true,
+        };
+        ensure!(is_owned, "wrong owner: {event}");
+        ensure!(socket.protocol == Protocol::Udp, "wrong protocol: {event}");
+        ensure!(
+            socket.cookie == Some(self.cookie),
+            "wrong cookie {:?}: {event}",
+            socket.cookie
+        );
+        ensure!(socket.uid == self.uid, "wrong user {}: {event}", socket.uid);
+        ensure!(socket.netns == self.netns, "wrong namespace: {event}");
+        if let Some(cgroup) = self.cgroup {
+            let is = socket.cgroup;
+            ensure!(is == cgroup, "wrong cgroup {is}: {event}");
+        }
+        ensure!(
+            self.is_local(socket.local, socket.remote),
+            "wrong local address: {event}"
+        );
+        Ok(())
+    }
+
+    /// A socket that is bound to no address has, with each of its peers, the one that the route to there gives it. The
+    /// event may know it or not.
+    fn is_local(&self, local: SocketAddr, remote: SocketAddr) -> bool {
+        self.locals.iter().any(|&own| {
+            is_same(local, own)
+                || own.ip().is_unspecified()
+                    && local.port() == own.port()
+                    && local.ip().is_loopback() == remote.ip().is_loopback()
+        })
+    }
+
+    fn compare_connects(&self, events: &[Event]) -> anyhow::Result<()> {
+        let connects: Vec<_> = events
+            .iter()
+            .filter(|event| event.kind == EventKind::Connect)
+            .map(|event| event.socket.remote)
+            .collect();
+        ensure!(connects == self.connects, "wrong connects");
+        Ok(())
+    }
+
+    /// Each is one event, in their order, with the totals of the socket.
+    fn compare_datagrams(&self, events: &[Event], seen: &[Seen]) -> anyhow::Result<()> {
+        let mut totals = Traffic::default();
+        let mut expected = seen.iter().filter(|_| self.per_datagram);
+        for event in events {
+            let (direction, bytes) = match event.kind {
+                EventKind::Send { bytes } => (Direction::Sent, bytes),
+                EventKind::Receive { bytes } => (Direction::Received, bytes),
+                _ => continue,
+            };
+            let Some(seen) = expected.next() else {
+                bail!("a datagram too many: {event}")
+            };
+            ensure!(seen.messages == 1, "this test is not for single datagrams");
+            seen.add_to(&mut totals);
+            let is_right = (direction, bytes) == (seen.direction, seen.bytes)
+                && is_same(event.socket.remote, seen.peer)
+                && event.traffic == totals;
+            ensure!(
+                is_right,
+                "{:?} of {} bytes with {} and {totals:?} expected: {event}",
+                seen.direction,
+                seen.bytes,
+                seen.peer
+            );
+        }
+        let missing = expected.count();
+        ensure!(missing == 0, "{missing} datagrams have no event");
+        Ok(())
+    }
+
+    fn compare_flows(&self, events: &[Event], seen: &[Seen]) -> anyhow::Result<()> {
+        let mut expected = BTreeMap::<SocketAddr, (Traffic, bool)>::new();
+        for seen in seen {
+            let (traffic, approximate) = expected.entry(key(seen.peer)).or_default();
+            seen.add_to(traffic);
+            *approximate |= seen.approximate;
+        }
+        let mut flows = BTreeMap::<SocketAddr, (Traffic, bool)>::new();
+        let mut times = BTreeMap::<SocketAddr, Duration>::new();
+        let mut ended = BTreeSet::new();
+        for event in events {
+            let EventKind::Flow { approximate } = event.kind else {
+                continue;
+            };
+            let peer = key(event.socket.remote);
+            let (before, _) = flows
+                .insert(peer, (event.traffic, approximate))
+                .unwrap_or_default();
+            // The report at the end may have nothing new to tell.
+            let is_last = before == event.traffic && before != Traffic::default();
+            let is_right = !ended.contains(&peer) && (is_last || grows(before, event.traffic));
+            ensure!(is_right, "a flow without news: {event}");
+            if is_last {
+                ended.insert(peer);
+            }
+            let before = times.insert(peer, event.uptime).unwrap_or_default();
+            ensure!(before <= event.uptime, "time went back: {event}");
+        }
+        let peers: BTreeSet<_> = expected.keys().chain(flows.keys()).collect();
+        for peer in peers {
+            let (is, must_be) = (flows.get(peer), expected.get(peer));
+            ensure!(
+                is == must_be,
+                "flow with {peer}: {is:?}, but {must_be:?} expected"
+            );
+        }
+        Ok(())
+    }
+
+    fn compare_close(&self, events: &[Event], seen: &[Seen]) -> anyhow::Result<()> {
+        let closes = events.iter().filter(|event| event.is_close()).count();
+        let last = events.last().expect("not empty");
+        ensure!(
+            closes == 1 && last.is_close(),
+            "not closed once, at the end"
+        );
+        let mut totals = Traffic::default();
+        for seen in seen {
+            seen.add_to(&mut totals);
+        }
+        ensure!(last.traffic == totals, "{totals:?} expected: {last}");
+        let kind = EventKind::Close {
+            drops: self.drops,
+            approximate: seen.iter().any(|seen| seen.approximate),
+        };
+        ensure!(last.kind == kind, "{kind:?} expected: {:?}", last.kind);
+        let (is, must_be) = (last.socket, self.locals.last().expect("not empty"));
+        ensure!(
+            is_same(is.local, *must_be),
+            "wrong local address at the end"
+        );
+        let must_be = self.remote.unwrap_or(nobody(*must_be));
+        ensure!(
+            is_same(is.remote, must_be),
+            "wrong remote address at the end"
+        );
+        Ok(())
+    }
+}
+
+/// The peer that is not known, in the family of `local`.
+fn nobody(local: SocketAddr) -> SocketAddr {
+    let ip = match local.ip() {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+    };
+    SocketAddr::new(ip, 0)
+}
+
+/// Whether two addresses are the same; the unspecified ones of both families are, because one socket can have both.
+fn is_same(one: SocketAddr, other: SocketAddr) -> bool {
+    key(one) == key(other)
+}
+
+fn key(address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port())
+    } else {
+        address
+    }
+}
+
+/// No counter went back, and one went on.
+fn grows(before: Traffic, after: Traffic) -> bool {
+    let counters = |traffic: Traffic| {
+        [
+            traffic.tx_bytes,
+            traffic.rx_bytes,
+            traffic.tx_packets,
+            traffic.rx_packets,
+        ]
+    };
+    let mut pairs = counters(before).into_iter().zip(counters(after));
+    before != after && pairs.all(|(before, after)| before <= after)
+}
+
+/// The age of the socket belongs to the time of the event.
+fn compare_age(events: &[Event]) -> anyhow::Result<()> {
+    let birth = |event: &Event| event.uptime.saturating_sub(event.socket.age);
+    for event in events {
+        ensure!(
+            birth(event).abs_diff(birth(&events[0])) <= AGE_ERROR,
+            "wrong age {:?}: {event}",
+            event.socket.age
+        );
+    }
+    Ok(())
+}
