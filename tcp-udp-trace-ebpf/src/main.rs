@@ -1,11 +1,10 @@
 //! The eBPF programs of tcp-udp-trace.
 //!
-//! One way through: a hook (this file) finds the socket; [`tcp`] decides what happened to it, with what
-//! [`track`] remembers; [`emit`] writes the record into the ring. [`sock`] reads the kernel's structures,
+//! One way through: a hook (this file) finds the socket; [`tcp`], [`accept`] or [`udp`] decides what happened to it, with
+//! what is remembered of it ([`track`] for TCP); [`emit`] writes the record into the ring. [`sock`] reads the kernel's structures,
 //! [`owner`] the current task's.
 //!
-//! The kernel's own functions need no loops and no more than 512 bytes of stack here; records are built in
-//! the ring's memory.
+//! A program has 512 bytes of stack and no unbounded loops; records are built in the ring's memory.
 #![no_std]
 #![no_main]
 #![allow(
@@ -202,7 +201,7 @@ fn udp_connect_uring(ctx: TracePointContext) -> u32 {
 
 #[cgroup_skb(egress)]
 fn udp_egress(ctx: SkBuffContext) -> i32 {
-    udp::sent(&ctx);
+    udp::send::sent(&ctx);
     1
 }
 
@@ -211,7 +210,7 @@ fn udp_egress(ctx: SkBuffContext) -> i32 {
 #[kprobe]
 fn udp_consume_kprobe(ctx: ProbeContext) -> u32 {
     let (sk, skb, len) = (ctx.arg(0), ctx.arg(1), ctx.arg(2));
-    udp::consumed(
+    udp::receive::consumed(
         Sock::new(sk.unwrap_or(0)),
         skb.unwrap_or(0),
         len.unwrap_or(-1),
@@ -221,7 +220,7 @@ fn udp_consume_kprobe(ctx: ProbeContext) -> u32 {
 
 #[fentry(function = "skb_consume_udp")]
 fn udp_consume_fentry(ctx: FEntryContext) -> i32 {
-    udp::consumed(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
+    udp::receive::consumed(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
     0
 }
 
@@ -229,7 +228,7 @@ fn udp_consume_fentry(ctx: FEntryContext) -> i32 {
 fn udp_recvmsg4(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context of a receive.
     let (address, port) = unsafe { ((*ctx.sock_addr).user_ip4, (*ctx.sock_addr).user_port) };
-    udp::receiving(Peer {
+    udp::receive::receiving(Peer {
         address: [address, 0, 0, 0],
         port: u16::from_be(port as u16),
         family: AF_INET,
@@ -241,20 +240,20 @@ fn udp_recvmsg4(ctx: SockAddrContext) -> i32 {
 fn udp_recvmsg6(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context of a receive.
     let (address, port) = unsafe { ((*ctx.sock_addr).user_ip6, (*ctx.sock_addr).user_port) };
-    udp::receiving(udp::peer6(address, u16::from_be(port as u16)));
+    udp::receive::receiving(udp::peer6(address, u16::from_be(port as u16)));
     1
 }
 
 /// `sock:sock_recv_length(sk, family, protocol, ret, flags)`.
 #[tracepoint]
 fn udp_recv_length_tp(ctx: TracePointContext) -> u32 {
-    udp::received(Sock::new(field(&ctx, 8)), field(&ctx, 20), field(&ctx, 24));
+    udp::receive::received(Sock::new(field(&ctx, 8)), field(&ctx, 20), field(&ctx, 24));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sock_recv_length")]
 fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
-    udp::received(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
+    udp::receive::received(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
     0
 }
 

@@ -1,18 +1,20 @@
 //! What happens to a UDP socket: datagrams are counted in maps, per socket and per flow, and few things are records.
 
+pub(crate) mod receive;
+pub(crate) mod send;
+
 use core::{
     intrinsics::{AtomicOrdering, atomic_xadd},
     mem::offset_of,
-    ptr,
 };
 
 use aya_ebpf::{
-    EbpfContext as _, Global,
+    Global,
     bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, generated::bpf_get_socket_cookie},
+    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
     macros::map,
     maps::{HashMap, LruHashMap},
-    programs::{SkBuffContext, TcContext},
+    programs::TcContext,
 };
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Flow, FlowKey, FlowQuery, Owner, Peer, Traffic, Udp, UdpTracked,
@@ -37,10 +39,6 @@ static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(65_536, 0
 #[map]
 static CONNECTING: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 
-/// Threads that are in a receive, and from which peer.
-#[map]
-static RECEIVING: LruHashMap<u64, Peer> = LruHashMap::with_max_entries(4096, 0);
-
 /// How long a flow is not reported again, in nanoseconds.
 #[unsafe(no_mangle)]
 static INTERVAL: Global<u64> = Global::new(1_000_000_000);
@@ -51,22 +49,13 @@ static PER_DATAGRAM: Global<u8> = Global::new(0);
 
 const IPPROTO_UDP: u8 = 17;
 const SOCK_DGRAM: u16 = 2;
-/// `skb->protocol`, network byte order.
+/// `skb->protocol` of IPv4, network byte order.
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
-const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
-/// How many extension headers of IPv6 may stand before the UDP header.
-const MAX_EXTENSIONS: u32 = 4;
 const TCP_ESTABLISHED: u8 = 1;
 /// `__NR_connect` of x86_64.
 const SYS_CONNECT: u64 = 42;
 /// `IORING_OP_CONNECT` of `io_uring.h`.
 const IORING_OP_CONNECT: u8 = 16;
-/// Bit of `sk_shutdown`.
-const RCV_SHUTDOWN: u8 = 1;
-/// Bit of `udp_sock.udp_flags`, since 6.7.
-const UDP_FLAGS_GRO_ENABLED: u64 = 1 << 3;
-const MSG_PEEK: i32 = 2;
-const MSG_ERRQUEUE: i32 = 0x2000;
 
 /// Which way a datagram goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -414,91 +403,6 @@ fn drops(sk: Sock) -> u64 {
         + u64::from(read::<u32>(counters, Field::Drops1))
 }
 
-/// `skb_consume_udp(sk, skb, len)`: the socket gave a datagram to the application, or lent it one for a peek.
-#[inline(always)]
-pub(crate) fn consumed(sk: Sock, skb: u64, len: i32) {
-    // The kernel says "peek" by a negative length. That cannot be told from 0; but what is only peeked at stays in its queue.
-    let peeked = len < 0 || len == 0 && read::<u64>(skb, Field::SkbNext) != 0;
-    if peeked || !is_udp(sk) {
-        return;
-    }
-    let head = read::<u64>(skb, Field::SkbHead);
-    let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
-    let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
-    let [source, destination] = crate::sock::read_at::<[u16; 2]>(transport);
-    let v4 = read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP;
-    let (address, local) = if v4 {
-        let [source, destination] = crate::sock::read_at::<[u32; 2]>(network + 12);
-        ([source, 0, 0, 0], [destination, 0, 0, 0])
-    } else {
-        (
-            crate::sock::read_at(network + 8),
-            crate::sock::read_at(network + 24),
-        )
-    };
-    let shared = head + u64::from(read::<u32>(skb, Field::SkbEnd));
-    let segments = read::<u16>(shared, Field::SkbSegments);
-    let datagrams = Datagrams {
-        direction: Direction::Received,
-        bytes: len as u64,
-        packets: if segments > 1 { segments.into() } else { 1 },
-        peer: Peer {
-            address,
-            port: u16::from_be(source),
-            family: if v4 { AF_INET } else { AF_INET6 },
-        },
-        local,
-        local_port: u16::from_be(destination),
-    };
-    let key = key_of(sk);
-    if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
-        count(key, tracked, &datagrams);
-    }
-}
-
-/// The current thread receives from this peer (`user_ip`, `user_port` of the hook).
-#[inline(always)]
-pub(crate) fn receiving(peer: Peer) {
-    let _ = RECEIVING.insert(bpf_get_current_pid_tgid(), peer, u64::from(BPF_ANY));
-}
-
-/// `sock_recv_length(sk, ret, flags)`: a receive of the current thread has ended.
-#[inline(always)]
-pub(crate) fn received(sk: Sock, result: i32, flags: i32) {
-    if !is_udp(sk) {
-        return;
-    }
-    let thread = bpf_get_current_pid_tgid();
-    // SAFETY: only this thread writes the entry.
-    let from = unsafe { RECEIVING.get(thread) }.copied();
-    if from.is_some() {
-        let _ = RECEIVING.remove(thread);
-    }
-    // After a shutdown, reading gives 0 without a datagram.
-    let shut = result == 0 && sk.get::<u8>(Field::Shutdown) & RCV_SHUTDOWN != 0;
-    if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {
-        return;
-    }
-    // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
-    let mut datagrams = addresses(sk);
-    datagrams.direction = Direction::Received;
-    datagrams.bytes = result as u64;
-    datagrams.packets = 1;
-    if let Some(from) = from {
-        if from.family != datagrams.peer.family {
-            datagrams.local = local6(sk, from.family);
-        }
-        datagrams.peer = from;
-    }
-    let key = key_of(sk);
-    if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
-        if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
-            tracked.approximate = 1;
-        }
-        count(key, tracked, &datagrams);
-    }
-}
-
 #[inline(always)]
 fn is_udp(sk: Sock) -> bool {
     sk.get::<u16>(Field::Protocol) == u16::from(IPPROTO_UDP)
@@ -519,116 +423,4 @@ pub(crate) fn peer6(address: [u32; 4], port: u16) -> Peer {
             family: AF_INET6,
         },
     }
-}
-
-#[repr(C)]
-struct Ipv4Header {
-    version_and_length: u8,
-    _service: u8,
-    _length_id_fragment: [u16; 3],
-    _ttl: u8,
-    protocol: u8,
-    _checksum: u16,
-    source: u32,
-    destination: u32,
-}
-
-#[repr(C)]
-struct Ipv6Header {
-    _version: u32,
-    _length: u16,
-    next: u8,
-    _hops: u8,
-    source: [u32; 4],
-    destination: [u32; 4],
-}
-
-#[repr(C)]
-struct UdpHeader {
-    source: u16,
-    destination: u16,
-    length: u16,
-    _checksum: u16,
-}
-
-/// A packet leaves a socket: past netfilter, so it was not refused, and before it is cut up, so it is one datagram or one batch
-/// of equal ones.
-#[inline(always)]
-pub(crate) fn sent(ctx: &SkBuffContext) {
-    // SAFETY: the verifier knows the context and turns each access into one to the kernel's skb.
-    let (protocol, segments, sk) = unsafe {
-        let skb = &*ctx.skb.skb;
-        (skb.protocol as u16, skb.gso_segs, skb.__bindgen_anon_2.sk)
-    };
-    let (source, destination, family, offset) = match protocol {
-        ETH_P_IP => {
-            let Ok(ip) = ctx.load::<Ipv4Header>(0) else {
-                return;
-            };
-            if ip.protocol != IPPROTO_UDP {
-                return;
-            }
-            let offset = usize::from(ip.version_and_length & 0xf) * 4;
-            (
-                [ip.source, 0, 0, 0],
-                [ip.destination, 0, 0, 0],
-                AF_INET,
-                offset,
-            )
-        }
-        ETH_P_IPV6 => {
-            let Ok(ip) = ctx.load::<Ipv6Header>(0) else {
-                return;
-            };
-            let Some(offset) = skip_extensions(ctx, ip.next) else {
-                return;
-            };
-            (ip.source, ip.destination, AF_INET6, offset)
-        }
-        _ => return,
-    };
-    let Ok(udp) = ctx.load::<UdpHeader>(offset) else {
-        return;
-    };
-    if sk.is_null() {
-        return;
-    }
-    let datagrams = Datagrams {
-        direction: Direction::Sent,
-        bytes: u64::from(u16::from_be(udp.length)).saturating_sub(size_of::<UdpHeader>() as u64),
-        packets: if segments > 1 { segments.into() } else { 1 },
-        peer: Peer {
-            address: destination,
-            port: u16::from_be(udp.destination),
-            family,
-        },
-        local: source,
-        local_port: u16::from_be(udp.source),
-    };
-    // SAFETY: the context is an skb with a socket.
-    let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if let Some(tracked) = seen(key, sk.cast()) {
-        count(key, tracked, &datagrams);
-    }
-}
-
-/// Where the UDP header is, behind IPv6's own and its extensions.
-#[inline(always)]
-fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Option<usize> {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const DESTINATION: u8 = 60;
-    let mut offset = size_of::<Ipv6Header>();
-    for _ in 0..MAX_EXTENSIONS {
-        match next {
-            IPPROTO_UDP => return Some(offset),
-            HOP_BY_HOP | ROUTING | DESTINATION => {
-                let [following, length] = ctx.load::<[u8; 2]>(offset).ok()?;
-                next = following;
-                offset += (usize::from(length) + 1) * 8;
-            }
-            _ => return None,
-        }
-    }
-    None
 }

@@ -45,6 +45,7 @@ const WAKE_SHARE: u32 = 8;
 /// would keep the kernel from running others.
 const ASK_ARM: &str = "ask_arm";
 const ASK_FLOW: &str = "ask_flow";
+const QUESTIONS: [&str; 2] = [ASK_ARM, ASK_FLOW];
 
 /// Programs and maps in the kernel, and what they are attached to. Dropping it removes everything.
 pub(crate) struct Kernel {
@@ -159,6 +160,7 @@ impl Kernel {
         let loaded = self
             .ebpf
             .programs()
+            .filter(|(name, _)| !QUESTIONS.contains(name))
             .filter_map(|(_, program)| {
                 let fd = program.fd().ok()?.as_fd().as_raw_fd();
                 let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
@@ -184,7 +186,7 @@ impl Kernel {
         self.recursion_misses = self.recursion_misses();
         thread::scope(|scope| {
             for (name, program) in self.ebpf.programs_mut() {
-                if program.fd().is_err() || [ASK_ARM, ASK_FLOW].contains(&name) {
+                if program.fd().is_err() || QUESTIONS.contains(&name) {
                     continue;
                 }
                 // Where no thread can be had, dropping `ebpf` does it, one after the other.

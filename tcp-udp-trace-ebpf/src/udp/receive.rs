@@ -1,0 +1,107 @@
+//! A process receives.
+//!
+//! Where the kernel has kprobes, at the one place where a datagram is handed over, with its headers. Where it has
+//! none, from what the system call returns, and from whom the kernel says it was.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid, macros::map, maps::LruHashMap,
+};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
+
+use super::{Datagrams, Direction, ETH_P_IP, addresses, count, is_udp, key_of, local6, used};
+use crate::sock::{Sock, read, read_at};
+
+/// Threads that are in a receive, and from which peer.
+#[map]
+static RECEIVING: LruHashMap<u64, Peer> = LruHashMap::with_max_entries(4096, 0);
+
+/// Bit of `sk_shutdown`.
+const RCV_SHUTDOWN: u8 = 1;
+/// Bit of `udp_sock.udp_flags`, since 6.7.
+const UDP_FLAGS_GRO_ENABLED: u64 = 1 << 3;
+const MSG_PEEK: i32 = 2;
+const MSG_ERRQUEUE: i32 = 0x2000;
+
+/// `skb_consume_udp(sk, skb, len)`: the socket gave a datagram to the application, or lent it one for a peek.
+#[inline(always)]
+pub(crate) fn consumed(sk: Sock, skb: u64, len: i32) {
+    // The kernel says "peek" by a negative length. That cannot be told from 0; but what is only peeked at stays in its queue.
+    let peeked = len < 0 || len == 0 && read::<u64>(skb, Field::SkbNext) != 0;
+    if peeked || !is_udp(sk) {
+        return;
+    }
+    let head = read::<u64>(skb, Field::SkbHead);
+    let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
+    let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
+    let [source, destination] = read_at::<[u16; 2]>(transport);
+    let v4 = read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP;
+    let (address, local) = if v4 {
+        let [source, destination] = read_at::<[u32; 2]>(network + 12);
+        ([source, 0, 0, 0], [destination, 0, 0, 0])
+    } else {
+        (read_at(network + 8), read_at(network + 24))
+    };
+    let shared = head + u64::from(read::<u32>(skb, Field::SkbEnd));
+    let segments = read::<u16>(shared, Field::SkbSegments);
+    let datagrams = Datagrams {
+        direction: Direction::Received,
+        bytes: len as u64,
+        packets: if segments > 1 { segments.into() } else { 1 },
+        peer: Peer {
+            address,
+            port: u16::from_be(source),
+            family: if v4 { AF_INET } else { AF_INET6 },
+        },
+        local,
+        local_port: u16::from_be(destination),
+    };
+    let key = key_of(sk);
+    if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
+        count(key, tracked, &datagrams);
+    }
+}
+
+/// The current thread receives from this peer (`user_ip`, `user_port` of the hook).
+#[inline(always)]
+pub(crate) fn receiving(peer: Peer) {
+    let _ = RECEIVING.insert(bpf_get_current_pid_tgid(), peer, u64::from(BPF_ANY));
+}
+
+/// `sock_recv_length(sk, ret, flags)`: a receive of the current thread has ended.
+#[inline(always)]
+pub(crate) fn received(sk: Sock, result: i32, flags: i32) {
+    if !is_udp(sk) {
+        return;
+    }
+    let thread = bpf_get_current_pid_tgid();
+    // SAFETY: only this thread writes the entry.
+    let from = unsafe { RECEIVING.get(thread) }.copied();
+    if from.is_some() {
+        let _ = RECEIVING.remove(thread);
+    }
+    // After a shutdown, reading gives 0 without a datagram.
+    let shut = result == 0 && sk.get::<u8>(Field::Shutdown) & RCV_SHUTDOWN != 0;
+    if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {
+        return;
+    }
+    // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
+    let mut datagrams = addresses(sk);
+    datagrams.direction = Direction::Received;
+    datagrams.bytes = result as u64;
+    datagrams.packets = 1;
+    if let Some(from) = from {
+        if from.family != datagrams.peer.family {
+            datagrams.local = local6(sk, from.family);
+        }
+        datagrams.peer = from;
+    }
+    let key = key_of(sk);
+    if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
+        if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
+            tracked.approximate = 1;
+        }
+        count(key, tracked, &datagrams);
+    }
+}

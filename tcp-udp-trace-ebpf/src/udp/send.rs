@@ -1,0 +1,125 @@
+//! A datagram is sent.
+
+use aya_ebpf::{
+    EbpfContext as _, helpers::generated::bpf_get_socket_cookie, programs::SkBuffContext,
+};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Peer};
+
+use super::{Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, count, seen};
+
+/// `skb->protocol` of IPv6, network byte order.
+const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
+/// How many extension headers of IPv6 may stand before the UDP header.
+const MAX_EXTENSIONS: u32 = 4;
+
+#[repr(C)]
+struct Ipv4Header {
+    version_and_length: u8,
+    _service: u8,
+    _length_id_fragment: [u16; 3],
+    _ttl: u8,
+    protocol: u8,
+    _checksum: u16,
+    source: u32,
+    destination: u32,
+}
+
+#[repr(C)]
+struct Ipv6Header {
+    _version: u32,
+    _length: u16,
+    next: u8,
+    _hops: u8,
+    source: [u32; 4],
+    destination: [u32; 4],
+}
+
+#[repr(C)]
+struct UdpHeader {
+    source: u16,
+    destination: u16,
+    length: u16,
+    _checksum: u16,
+}
+
+/// A packet leaves a socket: past netfilter, so it was not refused, and before it is cut up, so it is one datagram or one batch
+/// of equal ones.
+#[inline(always)]
+pub(crate) fn sent(ctx: &SkBuffContext) {
+    // SAFETY: the verifier knows the context and turns each access into one to the kernel's skb.
+    let (protocol, segments, sk) = unsafe {
+        let skb = &*ctx.skb.skb;
+        (skb.protocol as u16, skb.gso_segs, skb.__bindgen_anon_2.sk)
+    };
+    let (source, destination, family, offset) = match protocol {
+        ETH_P_IP => {
+            let Ok(ip) = ctx.load::<Ipv4Header>(0) else {
+                return;
+            };
+            if ip.protocol != IPPROTO_UDP {
+                return;
+            }
+            let offset = usize::from(ip.version_and_length & 0xf) * 4;
+            (
+                [ip.source, 0, 0, 0],
+                [ip.destination, 0, 0, 0],
+                AF_INET,
+                offset,
+            )
+        }
+        ETH_P_IPV6 => {
+            let Ok(ip) = ctx.load::<Ipv6Header>(0) else {
+                return;
+            };
+            let Some(offset) = skip_extensions(ctx, ip.next) else {
+                return;
+            };
+            (ip.source, ip.destination, AF_INET6, offset)
+        }
+        _ => return,
+    };
+    let Ok(udp) = ctx.load::<UdpHeader>(offset) else {
+        return;
+    };
+    if sk.is_null() {
+        return;
+    }
+    let datagrams = Datagrams {
+        direction: Direction::Sent,
+        bytes: u64::from(u16::from_be(udp.length)).saturating_sub(size_of::<UdpHeader>() as u64),
+        packets: if segments > 1 { segments.into() } else { 1 },
+        peer: Peer {
+            address: destination,
+            port: u16::from_be(udp.destination),
+            family,
+        },
+        local: source,
+        local_port: u16::from_be(udp.source),
+    };
+    // SAFETY: the context is an skb with a socket.
+    let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if let Some(tracked) = seen(key, sk.cast()) {
+        count(key, tracked, &datagrams);
+    }
+}
+
+/// Where the UDP header is, behind IPv6's own and its extensions.
+#[inline(always)]
+fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Option<usize> {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const DESTINATION: u8 = 60;
+    let mut offset = size_of::<Ipv6Header>();
+    for _ in 0..MAX_EXTENSIONS {
+        match next {
+            IPPROTO_UDP => return Some(offset),
+            HOP_BY_HOP | ROUTING | DESTINATION => {
+                let [following, length] = ctx.load::<[u8; 2]>(offset).ok()?;
+                next = following;
+                offset += (usize::from(length) + 1) * 8;
+            }
+            _ => return None,
+        }
+    }
+    None
+}
