@@ -30,6 +30,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             churn_of_ten_thousand_connections_under_load,
             churn_across_namespaces_under_load,
             queue_overflow_sheds_the_oldest,
+            ring_overflow_is_counted_where_it_happened,
             clock_steps_do_no_harm,
         ],
     ]
@@ -172,6 +173,65 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
         "{} events more",
         second.len() - first.len()
     );
+    Ok(())
+}
+
+/// The reader is a task of a runtime that does not run while events are made: nobody empties the ring. What it had room for
+/// is delivered, then the gap is told, and nothing is missing from the sum.
+fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
+    const RING_BYTES: u32 = 4096;
+    /// At least so many fit: no record is longer, its header included.
+    const ROOM: usize = RING_BYTES as usize / 176;
+    let mut scene = Scene::new()?;
+    let here = Netns::current()?.inode()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let builder = TcpTracer::builder().ring_bytes(RING_BYTES).queue(1 << 20);
+    let mut tracer = runtime.block_on(builder.start())?;
+    let reference = Trace::start()?;
+    for _ in 0..20 {
+        let connection = scene.connect()?;
+        scene.close(&connection)?;
+    }
+    let reference = reference.finish_in_order(40)?;
+    tracer.handle().stop();
+    let (events, stats) = runtime.block_on(async {
+        let mut events = Vec::new();
+        while let Some(event) = tracer.next().await {
+            events.push(event);
+        }
+        anyhow::Ok((events, tracer.close().await?))
+    })?;
+    check_conservation(&stats)?;
+    let lost = |event: &Event| match event.kind {
+        EventKind::Lost {
+            count,
+            stage: LossStage::Ring,
+        } => count,
+        _ => 0,
+    };
+    let told: u64 = events.iter().map(lost).sum();
+    ensure!(
+        told > 0 && told == stats.ring_lost,
+        "told {told}: {stats:?}"
+    );
+    ensure!(
+        stats.emitted >= reference.len() as u64,
+        "of {}: {stats:?}",
+        reference.len()
+    );
+    let before = events.iter().take_while(|event| lost(event) == 0).count();
+    ensure!(before >= ROOM, "a gap after {before} events");
+    let ours = events[..before]
+        .iter()
+        .filter(|event| event.socket.netns == here);
+    for (event, reference) in ours.zip(&reference) {
+        ensure!(
+            event.kind == reference.kind,
+            "{event} instead of {reference}"
+        );
+    }
     Ok(())
 }
 
