@@ -87,8 +87,20 @@ impl Lives {
     }
 
     /// Checks that every event has been looked at.
+    ///
+    /// Under load the kernel now and then makes a second child of one handshake and gives it up before anybody could have
+    /// it (seen on 5.10 and 6.1, about one in a thousand connections). No application knows of those, so they are let pass, if they
+    /// are what they should be, and few.
     pub fn nothing_else(self) -> anyhow::Result<()> {
-        let rest = self.rest();
+        const MOST_STILLBORN: usize = 10;
+        let (stillborn, rest): (Vec<_>, Vec<_>) =
+            self.rest().into_iter().partition(|life| is_stillborn(life));
+        ensure!(
+            stillborn.len() <= MOST_STILLBORN,
+            "{} stillborn children:{}",
+            stillborn.len(),
+            show(&stillborn.concat())
+        );
         ensure!(
             rest.is_empty(),
             "more than expected:{}",
@@ -102,6 +114,25 @@ impl Lives {
     pub fn rest(&self) -> Vec<Vec<Event>> {
         self.lives.values().flatten().cloned().collect()
     }
+}
+
+/// A child that was never established: it carried nothing, and belongs to whoever listens.
+fn is_stillborn(life: &[Event]) -> bool {
+    let step = |event: &Event, from, to| {
+        let is_listeners = event
+            .process
+            .is_some_and(|process| process.origin == Origin::Creator);
+        let Traffic {
+            tx_bytes, rx_bytes, ..
+        } = event.traffic;
+        let kind = EventKind::StateChange {
+            from,
+            to,
+            error: None,
+        };
+        event.kind == kind && is_listeners && tx_bytes == 0 && rx_bytes == 0
+    };
+    matches!(life, [born, dead] if step(born, Listen, SynRecv) && step(dead, SynRecv, Close))
 }
 
 /// A process as an event must name it.
