@@ -10,7 +10,7 @@ use std::{
 use anyhow::{bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{
-    Error, Event, EventKind, Stats, TcpTracer, TracerHandle, UdpTracer, UdpTracerBuilder,
+    Error, Event, EventKind, Stats, TcpState, TcpTracer, TracerHandle, UdpTracer, UdpTracerBuilder,
 };
 
 use crate::{life::Lives, netns::Netns, udp_life::UdpLives};
@@ -64,7 +64,16 @@ impl Shared {
         }
         collected.delivered += 1;
         if collected.namespaces.contains(&event.socket.netns) {
-            collected.closes += usize::from(event.is_close());
+            // Nobody waits for the end of a child that was never established: see `Lives::nothing_else`.
+            let is_stillborn = matches!(
+                event.kind,
+                EventKind::StateChange {
+                    from: TcpState::SynRecv,
+                    to: TcpState::Close,
+                    ..
+                }
+            );
+            collected.closes += usize::from(event.is_close() && !is_stillborn);
             collected.events.push(event);
             self.changed.notify_all();
         }
