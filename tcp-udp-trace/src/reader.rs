@@ -248,6 +248,8 @@ impl Attached {
             decoded,
             ..
         } = self;
+        // No clock is read where no flow waits for its date, which for TCP is always.
+        flows.next_due()?;
         let (now, before) = (boottime(), batch.len());
         let stamp = stamp(clock().wall(now), now);
         flows.report(now, BATCH, kernel, stamp, |event| batch.push(event));
