@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub mod kind {
     /// A [`StateChange`](super::StateChange).
     pub const STATE_CHANGE: u32 = 1;
-    /// An [`Accept`](super::Accept).
+    /// A [`Tcp`](super::Tcp): a process accepted the connection.
     pub const ACCEPT: u32 = 2;
     /// A [`Udp`](super::Udp): the socket got a peer.
     pub const CONNECT: u32 = 3;
@@ -27,6 +27,10 @@ pub mod kind {
     pub const RECEIVE: u32 = 6;
     /// A [`Udp`](super::Udp): the socket is gone.
     pub const CLOSE: u32 = 7;
+    /// A [`Tcp`](super::Tcp): the socket is alive, and this is how it is.
+    pub const SAMPLE_TCP: u32 = 8;
+    /// A [`Udp`](super::Udp): the same.
+    pub const SAMPLE_UDP: u32 = 9;
 }
 
 /// How an owner is known, in [`Owner::origin`].
@@ -39,6 +43,8 @@ pub mod origin {
     pub const ACCEPTOR: u32 = 2;
     /// It was the first seen sending or receiving.
     pub const USER: u32 = 3;
+    /// It held a descriptor of the socket when the tracer started.
+    pub const SNAPSHOT: u32 = 4;
 }
 
 /// Whether the socket's own SYN is part of `tcp_sock.bytes_acked`, in [`Tracked::syn`].
@@ -82,6 +88,8 @@ pub struct Owner {
     pub origin: u32,
     /// The main thread's `comm`, byte by byte in memory.
     pub comm: [u64; 2],
+    /// When the process was made: `CLOCK_BOOTTIME`, nanoseconds. With the pid, names it for good.
+    pub started: u64,
 }
 
 /// A TCP socket as a record shows it.
@@ -142,13 +150,13 @@ pub struct StateChange {
     pub error: u32,
 }
 
-/// A process accepted a TCP connection.
+/// Something about a TCP socket that its state and traffic tell.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct Accept {
-    /// The head, of [`kind::ACCEPT`].
+pub struct Tcp {
+    /// The head.
     pub head: Head,
-    /// The socket, its owner already the acceptor.
+    /// The socket; in a [`kind::ACCEPT`] its owner is already the acceptor.
     pub socket: TcpSocket,
 }
 
@@ -181,10 +189,12 @@ pub struct Peer {
 }
 
 /// A flow: a UDP socket and a peer.
+///
+/// The socket is named by its id and not by its key, which may change once (see [`Udp::key`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FlowKey {
-    /// The socket, see [`Udp::key`].
+    /// The socket, see [`Udp::id`].
     pub socket: u64,
     /// The peer.
     pub peer: Peer,
@@ -223,7 +233,7 @@ pub struct Udp {
     /// The head.
     pub head: Head,
     /// The socket's cookie. A socket that has none (it is older than the tracer and was never asked for it) is named by its address,
-    /// which has the highest bit set.
+    /// which has the highest bit set, until it gets one.
     pub key: u64,
     /// Names this socket in the tracer.
     pub id: u64,
@@ -291,8 +301,11 @@ pub struct Tracked {
     pub syn: u8,
     /// Padding.
     pub _pad: [u8; 2],
-    /// The owner.
-    pub owner: Owner,
+    /// Who called `connect` or `listen`, or had the socket open when the tracer started; of a listener's child, the listener's owner.
+    pub creator: Owner,
+    /// Who called `accept`, the owner from then on. In a place of its own, because another CPU may read the first while this is written:
+    /// its origin, written last, tells whether it is there.
+    pub acceptor: Owner,
 }
 
 /// What went wrong in the kernel, counted there.
@@ -312,13 +325,13 @@ pub struct Counters {
 // The layouts are the contract: a change here is a change of both sides.
 const _: () = {
     assert!(size_of::<Head>() == 16);
-    assert!(size_of::<Owner>() == 32);
-    assert!(size_of::<TcpSocket>() == 136);
-    assert!(size_of::<StateChange>() == 160);
-    assert!(size_of::<Accept>() == 152);
-    assert!(size_of::<Tracked>() == 64);
-    assert!(size_of::<Udp>() == 168);
-    assert!(size_of::<UdpTracked>() == 104);
+    assert!(size_of::<Owner>() == 40);
+    assert!(size_of::<TcpSocket>() == 144);
+    assert!(size_of::<StateChange>() == 168);
+    assert!(size_of::<Tcp>() == 160);
+    assert!(size_of::<Tracked>() == 112);
+    assert!(size_of::<Udp>() == 176);
+    assert!(size_of::<UdpTracked>() == 112);
     assert!(size_of::<FlowKey>() == 32);
     assert!(size_of::<Flow>() == 40);
     assert!(size_of::<FlowQuery>() == 88);

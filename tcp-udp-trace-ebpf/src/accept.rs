@@ -1,6 +1,6 @@
 //! A process accepts a connection.
 
-use tcp_udp_trace_common::{AF_INET, AF_INET6, Accept, Field, kind, origin, syn};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Tcp, kind, origin, syn};
 
 use crate::{
     emit, owner,
@@ -31,16 +31,19 @@ pub(crate) fn accepted(sk: Sock) {
     }
     let owner = owner::current(origin::ACCEPTOR);
     let fresh;
-    let tracked = if let Some(tracked) = track::get(sk) {
-        tracked.owner = owner;
+    let tracked = if let Some(tracked) = track::adopt(sk, state) {
+        if tracked.syn == syn::UNKNOWN {
+            // Its handshake is older than the tracer, but it is one that this side has not begun.
+            tracked.syn = syn::NOT_COUNTED;
+        }
+        owner::settle(&mut tracked.acceptor, owner);
         &*tracked
     } else {
-        // Its handshake is older than the tracer.
+        // There is no room to remember it.
         fresh = track::fresh(sk, state, syn::NOT_COUNTED, owner);
-        track::remember(sk, &fresh);
         &fresh
     };
-    emit::record(kind::ACCEPT, |record: &mut Accept| {
+    emit::record(kind::ACCEPT, |record: &mut Tcp| {
         sk.describe(
             tracked,
             family,
@@ -87,12 +90,5 @@ fn socket_of(fd: i64) -> Option<Sock> {
         return None;
     }
     let array = read::<u64>(table, Field::FdArray);
-    let file = read_at::<u64>(array + (fd as u64) * 8);
-    let socket = read::<u64>(file, Field::FilePrivate);
-    // Another thread may have put another file there by now: a socket and its file know each other.
-    if file == 0 || read::<u64>(socket, Field::SocketFile) != file {
-        return None;
-    }
-    let sk = Sock::new(read(socket, Field::SocketSock));
-    (sk.0 != 0 && sk.get::<u64>(Field::SkSocket) == socket).then_some(sk)
+    Sock::of_file(read_at(array + (fd as u64) * 8))
 }

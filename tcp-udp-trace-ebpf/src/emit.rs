@@ -41,18 +41,18 @@ impl Record for tcp_udp_trace_common::Udp {
     }
 }
 
-impl Record for tcp_udp_trace_common::Accept {
+impl Record for tcp_udp_trace_common::Tcp {
     fn head(&mut self) -> &mut Head {
         &mut self.head
     }
 }
 
-/// Writes a record; `fill` sets every byte but the head's. A full ring is counted.
+/// Writes a record; `fill` sets every byte but the head's. A full ring is counted, and then this is false.
 #[inline(always)]
-pub(crate) fn record<R: Record>(kind: u32, fill: impl FnOnce(&mut R)) {
+pub(crate) fn record<R: Record>(kind: u32, fill: impl FnOnce(&mut R)) -> bool {
     let Some(mut entry) = EVENTS.reserve::<R>(0) else {
         anomaly::lost();
-        return;
+        return false;
     };
     // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes
     // only, and all of it is written before it is read or submitted.
@@ -65,6 +65,13 @@ pub(crate) fn record<R: Record>(kind: u32, fill: impl FnOnce(&mut R)) {
     };
     fill(record);
     entry.submit(wake(size_of::<R>() as u64));
+    true
+}
+
+/// Whether the ring has no room to spare for records that could come later just as well.
+#[inline(always)]
+pub(crate) fn is_crowded() -> bool {
+    EVENTS.query(u64::from(BPF_RB_AVAIL_DATA)) >> WAKE_SHIFT.load() != 0
 }
 
 /// Lets the next record wake the reader.

@@ -21,6 +21,9 @@ mod sock;
 mod tcp;
 mod track;
 mod udp;
+mod walk;
+
+use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -36,7 +39,7 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{AF_INET, Peer, origin};
 
-use crate::{sock::Sock, tcp::Program};
+use crate::{sock::Sock, tcp::Program, walk::Step};
 
 // ---- signal `state`: inet_sock_set_state(sk, old, new) ------------------------------------------------------
 //
@@ -255,6 +258,34 @@ fn udp_recv_length_tp(ctx: TracePointContext) -> u32 {
 fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
     udp::receive::received(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
     0
+}
+
+// ---- walks ------------------------------------------------------------------------------------------------------
+//
+// Iterators, which user space starts. aya-ebpf has no macro for them.
+
+#[unsafe(link_section = "iter/task_file")]
+#[unsafe(no_mangle)]
+fn walk_files_tcp(ctx: *mut c_void) -> i32 {
+    walk::file_of_tcp(Step::new(ctx))
+}
+
+#[unsafe(link_section = "iter/task_file")]
+#[unsafe(no_mangle)]
+fn walk_files_udp(ctx: *mut c_void) -> i32 {
+    walk::file_of_udp(Step::new(ctx))
+}
+
+#[unsafe(link_section = "iter/tcp")]
+#[unsafe(no_mangle)]
+fn walk_tcp(ctx: *mut c_void) -> i32 {
+    walk::tcp_socket(Step::new(ctx))
+}
+
+#[unsafe(link_section = "iter/udp")]
+#[unsafe(no_mangle)]
+fn walk_udp(ctx: *mut c_void) -> i32 {
+    walk::udp_socket(Step::new(ctx))
 }
 
 // ---- questions of user space -----------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-//! The current task as the owner of a socket. Only hooks that run in the owner's own system call may ask.
+//! A task as the owner of a socket. Only hooks that run in the owner's own system call may ask for the current one.
 
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_current_uid_gid, generated::bpf_get_current_task,
 };
+use core::sync::atomic::{Ordering, compiler_fence};
 use tcp_udp_trace_common::{Field, Owner, origin};
 
-use crate::sock;
+use crate::sock::read;
 
 /// An owner that is not known.
 pub(crate) const UNKNOWN: Owner = Owner {
@@ -14,26 +15,58 @@ pub(crate) const UNKNOWN: Owner = Owner {
     uid: 0,
     origin: origin::NONE,
     comm: [0; 2],
+    started: 0,
 };
 
 /// The current process.
 #[inline(always)]
 pub(crate) fn current(origin: u32) -> Owner {
     let pid_tgid = bpf_get_current_pid_tgid();
+    let leader = leader(current_task());
     Owner {
         pid: (pid_tgid >> 32) as u32,
         tid: pid_tgid as u32,
         uid: bpf_get_current_uid_gid() as u32,
         origin,
-        comm: comm(),
+        comm: read(leader, Field::Comm),
+        started: read(leader, Field::Started),
     }
 }
 
-/// The name of the process: its main thread's, because threads are named for what they do in it.
+/// The process of another task. Which of its threads, is not known.
 #[inline(always)]
-fn comm() -> [u64; 2] {
-    let leader = sock::read::<u64>(current_task(), Field::GroupLeader);
-    sock::read(leader, Field::Comm)
+pub(crate) fn of_task(task: u64, origin: u32) -> Owner {
+    let leader = leader(task);
+    let pid = read(task, Field::Tgid);
+    Owner {
+        pid,
+        tid: pid,
+        uid: read(read(task, Field::Cred), Field::CredUid),
+        origin,
+        comm: read(leader, Field::Comm),
+        started: read(leader, Field::Started),
+    }
+}
+
+/// Lets somebody be the owner of what nobody owned. Others may read it meanwhile: its origin, which tells that it is known, comes last.
+#[inline(always)]
+pub(crate) fn settle(place: &mut Owner, owner: Owner) {
+    place.pid = owner.pid;
+    place.tid = owner.tid;
+    place.uid = owner.uid;
+    place.comm = owner.comm;
+    place.started = owner.started;
+    // SAFETY: a valid pointer. Volatile after a fence, for the compiler to keep the order.
+    unsafe {
+        compiler_fence(Ordering::Release);
+        (&raw mut place.origin).write_volatile(owner.origin);
+    }
+}
+
+/// The main thread: the process has its name, because threads are named for what they do in it.
+#[inline(always)]
+fn leader(task: u64) -> u64 {
+    read(task, Field::GroupLeader)
 }
 
 /// The address of the current `task_struct`.

@@ -4,12 +4,15 @@ use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use core::mem::MaybeUninit;
 use tcp_udp_trace_common::{ABSENT, AF_INET, FIELDS, Field, Offsets, TcpSocket, Tracked, syn};
 
+use crate::track;
+
 /// Where the fields are on the running kernel; user space fills it in before the programs are loaded, so
 /// the verifier knows each offset and drops the code for fields that this kernel lacks.
 #[unsafe(no_mangle)]
 static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
 
 const IPPROTO_TCP: u16 = 6;
+const IPPROTO_UDP: u16 = 17;
 const TCP_FIN_WAIT1: u8 = 4;
 const TCP_FIN_WAIT2: u8 = 5;
 const TCP_LAST_ACK: u8 = 9;
@@ -118,6 +121,23 @@ impl Sock {
     }
 
     #[inline(always)]
+    pub(crate) fn is_udp(self) -> bool {
+        self.get::<u16>(Field::Protocol) == IPPROTO_UDP
+    }
+
+    /// The socket behind an open file, if it is one.
+    #[inline(always)]
+    pub(crate) fn of_file(file: u64) -> Option<Self> {
+        let socket = read::<u64>(file, Field::FilePrivate);
+        // Only a socket and its file know each other; and the file may just have been replaced.
+        if file == 0 || read::<u64>(socket, Field::SocketFile) != file {
+            return None;
+        }
+        let sk = Self::new(read(socket, Field::SocketSock));
+        (sk.0 != 0 && sk.get::<u64>(Field::SkSocket) == socket).then_some(sk)
+    }
+
+    #[inline(always)]
     pub(crate) fn family(self) -> u16 {
         self.get(Field::Family)
     }
@@ -220,7 +240,7 @@ impl Sock {
         self.get_into(&mut to.rx_packets, Field::SegsIn);
         self.get_into(&mut to.uid, Field::SkUid);
         to.netns = tracked.netns;
-        to.owner = tracked.owner;
+        to.owner = *track::owner(tracked);
         if family == AF_INET {
             to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
             to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];

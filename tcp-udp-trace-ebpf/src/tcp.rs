@@ -1,15 +1,17 @@
 //! What happens to a TCP socket.
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Field, Owner, StateChange, Tracked, kind, origin, syn,
+    AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, kind, origin, syn,
 };
 
 use crate::{anomaly, emit, owner, sock::Sock, track};
 
 const SYN_SENT: u8 = 2;
 const SYN_RECV: u8 = 3;
+const TIME_WAIT: u8 = 6;
 const CLOSE: u8 = 7;
 const LISTEN: u8 = 10;
+const NEW_SYN_RECV: u8 = 12;
 
 /// Which of the two programs on a tracepoint is asking.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,7 +46,8 @@ pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
         (CLOSE, LISTEN) => (syn::NOT_COUNTED, owner::current(origin::CREATOR)),
         (LISTEN, SYN_RECV) => (syn::NOT_COUNTED, owner_of_listener(sk)),
         _ => {
-            if let Some(tracked) = tracked {
+            // One that is not known is older than the tracer.
+            if let Some(tracked) = track::adopt(sk, from) {
                 if tracked.state != from {
                     anomaly::missed();
                 }
@@ -52,15 +55,38 @@ pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
                 report(sk, family, tracked, from, to);
                 return;
             }
-            // Older than the tracer.
             (syn::UNKNOWN, owner::UNKNOWN)
         }
     };
     let tracked = track::fresh(sk, to, syn, owner);
     // Where there is no room to remember the socket, only the first program reports, or both would.
-    if track::remember(sk, &tracked) || program == Program::First {
+    let begins = from == CLOSE || to == SYN_RECV;
+    if begins && track::remember(sk, &tracked) || program == Program::First {
         report(sk, family, &tracked, from, to);
     }
+}
+
+/// What is known of a socket that is alive, from now on at least.
+#[inline(always)]
+pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
+    let state = sk.get::<u8>(Field::State);
+    // TIME_WAIT and NEW_SYN_RECV are not of a whole socket. What the null pointer points to has no family.
+    let is_alive = !matches!(state, TIME_WAIT | NEW_SYN_RECV | CLOSE);
+    let family = sk.family();
+    if is_alive && (family == AF_INET || family == AF_INET6) && sk.is_tcp() {
+        track::adopt(sk, state)
+    } else {
+        None
+    }
+}
+
+/// Reports the socket as it is; false if that did not fit into the ring.
+#[inline(always)]
+pub(crate) fn sample(sk: Sock, tracked: &Tracked) -> bool {
+    emit::record(kind::SAMPLE_TCP, |record: &mut Tcp| {
+        let (state, port) = (sk.get(Field::State), sk.connected_port());
+        sk.describe(tracked, sk.family(), state, port, &mut record.socket);
+    })
 }
 
 /// The owner of a listener's child: until somebody accepts it, it is the listener's.
@@ -70,7 +96,7 @@ fn owner_of_listener(child: Sock) -> Owner {
         if let Some(found) = track::get(listener) {
             // Proves that the address is a listener's, and on the child's port.
             if found.state == LISTEN && listener.bound_port() == child.bound_port() {
-                return found.owner;
+                return found.creator;
             }
         }
     }

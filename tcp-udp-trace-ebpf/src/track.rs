@@ -2,15 +2,15 @@
 
 use aya_ebpf::{
     Global,
-    bindings::BPF_ANY,
+    bindings::{BPF_ANY, BPF_NOEXIST},
     helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns},
     macros::map,
     maps::{HashMap, PerCpuArray},
 };
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
-use tcp_udp_trace_common::{Owner, Tracked};
+use tcp_udp_trace_common::{Owner, Tracked, origin, syn};
 
-use crate::{anomaly, sock::Sock};
+use crate::{anomaly, owner, sock::Sock};
 
 /// The sockets by address. Preallocated: a map that allocates makes Linux 5.10 warn under a raw tracepoint.
 /// Not LRU: that evicts live sockets long before it is full.
@@ -32,7 +32,8 @@ static CPUS: Global<u64> = Global::new(1);
 /// What is known of a socket.
 ///
 /// The reference lives as long as the program: the map is preallocated, so its memory stays, and the
-/// socket's lock, which every hook runs under, keeps other hooks of the same socket away.
+/// socket's lock, which nearly every hook runs under, keeps other hooks of the same socket away. Those that run without it (an
+/// accept seen at its system call's exit, a walk) write only what no other one writes at that time.
 #[inline(always)]
 pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {
     // SAFETY: the map gives a valid pointer or null; for aliasing see above.
@@ -43,7 +44,7 @@ pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {
 
 /// A new life of the socket at this address.
 #[inline(always)]
-pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, owner: Owner) -> Tracked {
+pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
     Tracked {
         id: ticket(),
         // SAFETY: the helper takes nothing and cannot fail.
@@ -53,7 +54,18 @@ pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, owner: Owner) -> Tracked {
         state,
         syn,
         _pad: [0; 2],
-        owner,
+        creator,
+        acceptor: owner::UNKNOWN,
+    }
+}
+
+/// Whose the socket is.
+#[inline(always)]
+pub(crate) fn owner(tracked: &Tracked) -> &Owner {
+    if tracked.acceptor.origin == origin::NONE {
+        &tracked.creator
+    } else {
+        &tracked.acceptor
     }
 }
 
@@ -65,6 +77,23 @@ pub(crate) fn remember(sk: Sock, tracked: &Tracked) -> bool {
         anomaly::untracked();
     }
     remembered
+}
+
+/// What is known of a socket in this state; one that is older than the tracer is remembered from now on, unless there is no room,
+/// which is counted.
+#[inline(always)]
+pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
+    if let Some(tracked) = get(sk) {
+        return Some(tracked);
+    }
+    let fresh = fresh(sk, state, syn::UNKNOWN, owner::UNKNOWN);
+    // Two hooks may find it at the same time: the first makes its name.
+    let is_new = SOCKETS.insert(sk.0, fresh, u64::from(BPF_NOEXIST)).is_ok();
+    let tracked = get(sk);
+    if !is_new && tracked.is_none() {
+        anomaly::untracked();
+    }
+    tracked
 }
 
 /// Forgets the socket.

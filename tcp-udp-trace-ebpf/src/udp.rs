@@ -6,6 +6,7 @@ pub(crate) mod send;
 use core::{
     intrinsics::{AtomicOrdering, atomic_xadd},
     mem::offset_of,
+    ptr,
 };
 
 use aya_ebpf::{
@@ -76,6 +77,7 @@ pub(crate) struct Datagrams {
     pub(crate) local_port: u16,
 }
 
+/// What is known of the socket of this key.
 #[inline(always)]
 fn get(key: u64) -> Option<&'static mut UdpTracked> {
     // SAFETY: the map is preallocated, so its memory stays. Other CPUs write to the same entry: the totals are added to
@@ -132,7 +134,37 @@ pub(crate) fn begin(
     }
     tracked.cgroup = sk.cgroup();
     tracked.netns = sk.netns();
+    if key != sk.0 {
+        rename(sk, tracked);
+    }
     Some(tracked)
+}
+
+/// The socket has got its cookie: what was known of it by its address is known by its cookie from now on.
+#[inline(always)]
+fn rename(sk: Sock, tracked: &mut UdpTracked) {
+    let Some(old) = get(sk.0) else { return };
+    tracked.id = old.id;
+    tracked.born = old.born;
+    tracked.approximate = old.approximate;
+    if old.owner.origin != origin::NONE {
+        owner::settle(&mut tracked.owner, old.owner);
+    }
+    let Traffic {
+        tx_bytes,
+        rx_bytes,
+        tx_packets,
+        rx_packets,
+    } = old.traffic;
+    let sum = &mut tracked.traffic;
+    // SAFETY: pointers into a map's value; other CPUs may add to them already, so it is atomic.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.tx_bytes, tx_bytes);
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.rx_bytes, rx_bytes);
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.tx_packets, tx_packets);
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.rx_packets, rx_packets);
+    }
+    let _ = UDP_SOCKETS.remove(sk.0);
 }
 
 /// The name of a socket where no helper tells its cookie.
@@ -151,7 +183,7 @@ pub(crate) fn used(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mu
         return begin(key, sk, owner::current(origin::USER));
     };
     if tracked.owner.origin == origin::NONE {
-        tracked.owner = owner::current(origin::USER);
+        owner::settle(&mut tracked.owner, owner::current(origin::USER));
     }
     Some(tracked)
 }
@@ -165,12 +197,22 @@ pub(crate) fn seen(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mu
     }
 }
 
+/// What is known of the socket, if anything is. By its address too: it may just have got its cookie.
+#[inline(always)]
+pub(crate) fn known(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
+    if let Some(tracked) = get(key) {
+        return Some(tracked);
+    }
+    get(sk.0)?;
+    begin(key, ptr::without_provenance(sk.0 as usize), owner::UNKNOWN)
+}
+
 /// Datagrams went through the socket.
 #[inline(always)]
 pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
     add(&mut tracked.traffic, datagrams);
     let flow_key = FlowKey {
-        socket: key,
+        socket: tracked.id,
         peer: datagrams.peer,
         _pad: 0,
     };
@@ -239,7 +281,7 @@ fn record(
     at: &Datagrams,
     traffic: &Traffic,
     amount: u64,
-) {
+) -> bool {
     emit::record(kind, |record: &mut Udp| {
         record.key = key;
         record.id = tracked.id;
@@ -254,7 +296,20 @@ fn record(
         record.local = at.local;
         record.local_port = at.local_port;
         record.approximate = tracked.approximate as u16;
-    });
+    })
+}
+
+/// Reports the socket as it is; false if that did not fit into the ring.
+#[inline(always)]
+pub(crate) fn sample(key: u64, sk: Sock, tracked: &UdpTracked) -> bool {
+    record(
+        kind::SAMPLE_UDP,
+        key,
+        tracked,
+        &addresses(sk),
+        &tracked.traffic,
+        0,
+    )
 }
 
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.
@@ -401,11 +456,6 @@ fn drops(sk: Sock) -> u64 {
     }
     u64::from(read::<u32>(counters, Field::Drops0))
         + u64::from(read::<u32>(counters, Field::Drops1))
-}
-
-#[inline(always)]
-fn is_udp(sk: Sock) -> bool {
-    sk.get::<u16>(Field::Protocol) == u16::from(IPPROTO_UDP)
 }
 
 /// An IPv6 address and port as a peer; an IPv4-mapped address is the IPv4 address that it is.

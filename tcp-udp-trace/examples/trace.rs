@@ -46,9 +46,9 @@ struct Args {
     /// Print one JSON object per line.
     #[arg(long)]
     json: bool,
-    /// Print a sample of each live socket every so many seconds. Not there yet: only `off` is.
-    #[arg(long, value_name = "SECS|off", default_value = "off")]
-    sample: String,
+    /// Print a sample of each live socket every so many seconds.
+    #[arg(long, value_name = "SECS|off", value_parser = seconds_or_off, default_value = "6.2")]
+    sample: Sample,
     /// End after so many seconds.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     duration: Option<Duration>,
@@ -63,6 +63,10 @@ struct Args {
     port: Option<u16>,
 }
 
+/// How often each live socket is sampled, if at all.
+#[derive(Clone, Copy)]
+struct Sample(Option<Duration>);
+
 impl Args {
     /// Whether to print an event. A gap concerns everybody.
     fn wants(&self, event: &Event) -> bool {
@@ -72,7 +76,7 @@ impl Args {
             socket,
             ..
         } = event;
-        let pid = |pid| process.is_some_and(|process| process.pid == pid);
+        let pid = |pid| process.as_ref().is_some_and(|process| process.pid == pid);
         let port = |port| socket.local.port() == port || socket.remote.port() == port;
         matches!(kind, EventKind::Lost { .. })
             || self.pid.is_none_or(pid) && self.port.is_none_or(port)
@@ -84,6 +88,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .parse()
         .map_err(|_| "not a number of seconds".to_owned())?;
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+fn seconds_or_off(text: &str) -> Result<Sample, String> {
+    match text {
+        "off" => Ok(Sample(None)),
+        text => seconds(text).map(|every| Sample(Some(every))),
+    }
 }
 
 #[tokio::main]
@@ -123,13 +134,6 @@ fn is_broken_pipe(error: &io::Error) -> bool {
 }
 
 async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
-    if args.sample != "off" {
-        writeln!(
-            io::stderr(),
-            "warning: --sample {} is ignored: there are no samples yet",
-            args.sample
-        )?;
-    }
     // Before Linux 5.11, maps count against this limit. A library must not change it; a program may.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 
@@ -137,12 +141,14 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut tcp = None;
     if args.tcp || !args.udp {
-        tcp = Some(TcpTracer::builder().queue(args.queue).start().await?);
+        let builder = TcpTracer::builder().queue(args.queue);
+        tcp = Some(builder.sample_interval(args.sample.0).start().await?);
     }
     let mut udp = None;
     if args.udp || !args.tcp {
         let builder = UdpTracer::builder().queue(args.queue);
         let builder = builder
+            .sample_interval(args.sample.0)
             .interval(args.interval)
             .per_datagram(args.per_datagram);
         udp = Some(builder.start().await?);

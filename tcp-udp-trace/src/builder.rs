@@ -14,6 +14,8 @@ pub const DEFAULT_MAX_SOCKETS: u32 = 65_536;
 pub const DEFAULT_LATENCY: Duration = Duration::from_millis(20);
 /// How often the totals of a UDP flow are reported at most.
 pub const DEFAULT_INTERVAL: Duration = Duration::from_secs(1);
+/// How often each live socket is sampled.
+pub const DEFAULT_SAMPLE_INTERVAL: Duration = Duration::from_millis(6200);
 /// How many UDP flows are remembered at a time.
 pub const DEFAULT_MAX_FLOWS: u32 = 65_536;
 
@@ -28,6 +30,10 @@ const LATENCY: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(1
 /// The range of [`interval`](UdpTracerBuilder::interval).
 const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3600);
 
+/// The range of `sample_interval`.
+const SAMPLE_INTERVAL: RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_secs(86_400);
+
 /// All settings, of either protocol.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
@@ -36,6 +42,7 @@ pub(crate) struct Config {
     pub(crate) ring_bytes: u32,
     pub(crate) max_sockets: u32,
     pub(crate) latency: Duration,
+    pub(crate) sample_interval: Option<Duration>,
     pub(crate) interval: Duration,
     pub(crate) per_datagram: bool,
     pub(crate) max_flows: u32,
@@ -49,6 +56,7 @@ impl Config {
             ring_bytes: DEFAULT_RING_BYTES,
             max_sockets: DEFAULT_MAX_SOCKETS,
             latency: DEFAULT_LATENCY,
+            sample_interval: Some(DEFAULT_SAMPLE_INTERVAL),
             interval: DEFAULT_INTERVAL,
             per_datagram: false,
             max_flows: DEFAULT_MAX_FLOWS,
@@ -60,6 +68,9 @@ impl Config {
         check("ring_bytes", self.ring_bytes, &RING_BYTES)?;
         check("max_sockets", self.max_sockets, &ENTRIES)?;
         check("latency", self.latency, &LATENCY)?;
+        if let Some(every) = self.sample_interval {
+            check("sample_interval", every, &SAMPLE_INTERVAL)?;
+        }
         check("interval", self.interval, &INTERVAL)?;
         check("max_flows", self.max_flows, &ENTRIES)?;
         Ok(self)
@@ -103,14 +114,14 @@ macro_rules! builder {
                 self
             }
 
-            /// The size of the buffer between kernel and reader; one event takes at most 176 bytes. 4,096 to
+            /// The size of the buffer between kernel and reader; one event takes at most 184 bytes. 4,096 to
             /// 1,073,741,824, rounded up to a power of two, default [`DEFAULT_RING_BYTES`].
             pub fn ring_bytes(mut self, bytes: u32) -> Self {
                 self.config.ring_bytes = bytes;
                 self
             }
 
-            /// How many sockets are remembered at a time, from the beginning of their life to its end; at most 170 bytes of
+            /// How many sockets are remembered at a time, from the beginning of their life to its end; at most 190 bytes of
             /// kernel memory each, taken at the start. 1 to 16,777,216, default [`DEFAULT_MAX_SOCKETS`].
             pub fn max_sockets(mut self, sockets: u32) -> Self {
                 self.config.max_sockets = sockets;
@@ -122,6 +133,14 @@ macro_rules! builder {
             /// at once, at the price of a wake-up each. At most 1 s, default [`DEFAULT_LATENCY`].
             pub fn latency(mut self, latency: Duration) -> Self {
                 self.config.latency = latency;
+                self
+            }
+
+            /// How often each live socket is looked at and reported as a [`Sample`](crate::EventKind::Sample), the first time when the
+            /// tracer starts; `None` for never. A round that takes longer, because there are many sockets or the consumer is slow, puts off
+            /// the next one. 100 ms to 1 day, default [`DEFAULT_SAMPLE_INTERVAL`].
+            pub fn sample_interval(mut self, every: impl Into<Option<Duration>>) -> Self {
+                self.config.sample_interval = every.into();
                 self
             }
 
@@ -203,6 +222,10 @@ mod tests {
         check(
             TcpTracer::builder().latency(Duration::from_secs(2)).config,
             "latency is 2s",
+        );
+        check(
+            TcpTracer::builder().sample_interval(Duration::ZERO).config,
+            "sample_interval is 0ns",
         );
         check(
             UdpTracer::builder().interval(Duration::ZERO).config,

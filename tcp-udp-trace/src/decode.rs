@@ -6,12 +6,13 @@ use std::{
 };
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Accept, FlowKey, Head, Owner, StateChange, TcpSocket, Udp, kind, origin,
+    AF_INET, AF_INET6, FlowKey, Head, Owner, StateChange, Tcp, TcpSocket, Udp, kind, origin,
 };
 use zerocopy::{FromBytes, IntoBytes as _};
 
 use crate::{
-    Comm, Event, EventKind, Origin, Process, Protocol, Socket, TcpState, Traffic, time::BootClock,
+    Comm, Event, EventKind, Origin, Process, Protocol, SampleInfo, Socket, TcpState, Traffic,
+    time::BootClock,
 };
 
 /// A record that makes no sense.
@@ -24,12 +25,17 @@ pub(crate) struct Decoded {
     pub(crate) event: Event,
     /// How many records the kernel had lost before this one, since the tracer started, modulo 2³².
     pub(crate) lost_before: u32,
-    /// UDP: the kernel's name of the flow.
+    /// UDP: the kernel's name of the flow with this peer.
     pub(crate) flow: Option<FlowKey>,
 }
 
-/// Decodes one record.
-pub(crate) fn decode(bytes: &[u8], clock: BootClock) -> Result<Decoded, Malformed> {
+/// Decodes one record. Of a sample, `info` tells by the cookie what else is known of the socket: nothing, and there is no event.
+pub(crate) fn decode(
+    bytes: &[u8],
+    clock: BootClock,
+    info: impl FnOnce(u64) -> Option<SampleInfo>,
+) -> Result<Option<Decoded>, Malformed> {
+    let sample = |cookie| info(cookie).map(|info| EventKind::Sample { info });
     match u32::read_from_prefix(bytes).map_err(|_| Malformed)?.0 {
         kind::STATE_CHANGE => {
             let record: StateChange = read(bytes)?;
@@ -40,13 +46,39 @@ pub(crate) fn decode(bytes: &[u8], clock: BootClock) -> Result<Decoded, Malforme
                 to: state(record.to)?,
                 error: (error != 0).then_some(error),
             };
-            tcp(&record.head, &record.socket, kind, clock)
+            tcp(&record.head, &record.socket, kind, clock).map(Some)
         }
         kind::ACCEPT => {
-            let record: Accept = read(bytes)?;
-            tcp(&record.head, &record.socket, EventKind::Accept, clock)
+            let record: Tcp = read(bytes)?;
+            tcp(&record.head, &record.socket, EventKind::Accept, clock).map(Some)
         }
-        kind::CONNECT..=kind::CLOSE => udp(&read(bytes)?, clock),
+        kind::SAMPLE_TCP => {
+            let record: Tcp = read(bytes)?;
+            sample(record.socket.cookie)
+                .map(|kind| tcp(&record.head, &record.socket, kind, clock))
+                .transpose()
+        }
+        kind::SAMPLE_UDP => {
+            let record: Udp = read(bytes)?;
+            sample(record.key)
+                .map(|kind| udp(&record, kind, clock))
+                .transpose()
+        }
+        kind @ kind::CONNECT..=kind::CLOSE => {
+            let record: Udp = read(bytes)?;
+            let (bytes, approximate) = (record.amount, record.approximate != 0);
+            let kind = match kind {
+                kind::CONNECT => EventKind::Connect,
+                kind::FLOW => EventKind::Flow { approximate },
+                kind::SEND => EventKind::Send { bytes },
+                kind::RECEIVE => EventKind::Receive { bytes },
+                _ => EventKind::Close {
+                    drops: record.amount,
+                    approximate,
+                },
+            };
+            udp(&record, kind, clock).map(Some)
+        }
         _ => Err(Malformed),
     }
 }
@@ -82,30 +114,18 @@ fn tcp(
     })
 }
 
-fn udp(record: &Udp, clock: BootClock) -> Result<Decoded, Malformed> {
+fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malformed> {
     let Udp {
         head,
         key,
-        amount,
+        id,
         peer,
         ..
     } = *record;
     let uptime = Duration::from_nanos(head.time);
-    let approximate = record.approximate != 0;
-    let kind = match head.kind {
-        kind::CONNECT => EventKind::Connect,
-        kind::FLOW => EventKind::Flow { approximate },
-        kind::SEND => EventKind::Send { bytes: amount },
-        kind::RECEIVE => EventKind::Receive { bytes: amount },
-        kind::CLOSE => EventKind::Close {
-            drops: amount,
-            approximate,
-        },
-        _ => return Err(Malformed),
-    };
     let socket = Socket {
         protocol: Protocol::Udp,
-        id: record.id,
+        id,
         // The address of a kernel structure is not a cookie.
         cookie: (key >> 63 == 0).then_some(key),
         local: address(peer.family, record.local, record.local_port)?,
@@ -127,7 +147,7 @@ fn udp(record: &Udp, clock: BootClock) -> Result<Decoded, Malformed> {
         event,
         lost_before: head.lost,
         flow: Some(FlowKey {
-            socket: key,
+            socket: id,
             peer,
             _pad: 0,
         }),
@@ -157,6 +177,7 @@ fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
         origin::CREATOR => Origin::Creator,
         origin::ACCEPTOR => Origin::Acceptor,
         origin::USER => Origin::User,
+        origin::SNAPSHOT => Origin::Snapshot,
         _ => return Err(Malformed),
     };
     let &Owner {
@@ -219,6 +240,12 @@ mod tests {
         )
     }
 
+    /// Decodes a record of something that needs no more to be known.
+    fn decode(bytes: &[u8]) -> Result<Decoded, Malformed> {
+        let decoded = super::decode(bytes, clock(), |_| None)?;
+        Ok(decoded.expect("not a sample"))
+    }
+
     fn record() -> StateChange {
         let mut record = StateChange::new_zeroed();
         record.head = Head {
@@ -253,7 +280,7 @@ mod tests {
             event,
             lost_before,
             flow,
-        } = decode(record().as_bytes(), clock()).expect("a well-formed record");
+        } = decode(record().as_bytes()).expect("a well-formed record");
         assert_eq!((lost_before, flow), (3, None));
         assert_eq!(event.time, UNIX_EPOCH + Duration::from_secs(1_001));
         assert_eq!(
@@ -264,6 +291,22 @@ mod tests {
         assert_eq!(event.socket.age, Duration::from_nanos(1));
         assert_eq!(event.socket.cookie, None);
         assert!(event.is_close());
+    }
+
+    #[test]
+    fn a_sample_is_joined_with_what_is_known_by_its_cookie() {
+        let mut record = Tcp::new_zeroed();
+        record.head.kind = kind::SAMPLE_TCP;
+        record.socket = self::record().socket;
+        record.socket.cookie = 77;
+        let info = SampleInfo::Tcp(Box::default());
+        let known = |cookie| (cookie == 77).then(|| info.clone());
+        let decoded = super::decode(record.as_bytes(), clock(), known);
+        let decoded = decoded.expect("well-formed").expect("known");
+        assert_eq!(decoded.event.kind, EventKind::Sample { info: info.clone() });
+        assert_eq!(decoded.event.socket.cookie, Some(77));
+        record.socket.cookie = 78;
+        assert_eq!(super::decode(record.as_bytes(), clock(), known), Ok(None));
     }
 
     #[test]
@@ -281,7 +324,7 @@ mod tests {
         let check = |break_it: fn(&mut StateChange)| {
             let mut record = record();
             break_it(&mut record);
-            assert_eq!(decode(record.as_bytes(), clock()), Err(Malformed));
+            assert_eq!(decode(record.as_bytes()), Err(Malformed));
         };
         check(|r| r.head.kind = 0);
         check(|r| r.head.kind = kind::ACCEPT);
@@ -297,13 +340,13 @@ mod tests {
         let good = record();
         let good = good.as_bytes();
         for len in 0..good.len() {
-            assert_eq!(decode(&good[..len], clock()), Err(Malformed));
+            assert_eq!(decode(&good[..len]), Err(Malformed));
         }
         for position in 0..good.len() {
             for value in [0, 1, 0x7f, 0x80, 0xff] {
                 let mut bytes = good.to_vec();
                 bytes[position] = value;
-                if let Ok(decoded) = decode(&bytes, clock()) {
+                if let Ok(Some(decoded)) = super::decode(&bytes, clock(), |_| None) {
                     let _ = decoded.event.to_string();
                 }
             }

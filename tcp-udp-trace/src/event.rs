@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::{comm::Comm, tcp_state::TcpState};
+use crate::{comm::Comm, info::SampleInfo, tcp_state::TcpState};
 
 /// Something that happened to a socket of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub struct Event {
 }
 
 /// What happened to a socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(tag = "type", rename_all = "snake_case"))]
 #[non_exhaustive]
@@ -77,6 +77,15 @@ pub enum EventKind {
         drops: u64,
         /// As in [`Flow`](Self::Flow).
         approximate: bool,
+    },
+    /// The socket is alive, and this is how it is: once per [`sample_interval`](crate::TcpTracerBuilder::sample_interval). TCP: every socket
+    /// but those in `TIME_WAIT` and in the first half of a handshake, listeners too. UDP: every socket that is bound to a port.
+    ///
+    /// [`Event::traffic`] is of the event's time, as in every other event, and `info` of up to the duration of a
+    /// [round](crate::Stats::sample_last_round) earlier.
+    Sample {
+        /// What the kernel tells of it.
+        info: SampleInfo,
     },
     /// A gap: events that were produced and could not be delivered would stand here.
     Lost {
@@ -129,6 +138,9 @@ pub enum Origin {
     Acceptor,
     /// It was the first seen sending or receiving.
     User,
+    /// It had the socket open when the tracer started; of several that had, it is the one with the lowest pid. For a connection that waits
+    /// to be accepted: it had the listener open.
+    Snapshot,
 }
 
 /// The socket that an event is about.
@@ -303,6 +315,7 @@ impl fmt::Display for EventKind {
             Self::Receive { bytes } => write!(f, "receive {bytes} B"),
             Self::Close { drops: 0, .. } => f.write_str("close"),
             Self::Close { drops, .. } => write!(f, "close ({drops} dropped)"),
+            Self::Sample { info } => write!(f, "sample ({info})"),
             Self::Lost { count, stage } => write!(f, "lost {count} in the {stage}"),
         }
     }

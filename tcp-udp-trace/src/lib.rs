@@ -54,18 +54,24 @@ mod builder;
 mod comm;
 #[cfg(target_os = "linux")]
 mod decode;
+#[cfg(target_os = "linux")]
+mod enrich;
 mod error;
 mod event;
 #[cfg(target_os = "linux")]
 mod flows;
 mod hook;
+mod info;
 #[cfg(feature = "serde")]
 mod json;
 #[cfg(target_os = "linux")]
 mod kernel;
+mod progress;
 mod queue;
 #[cfg_attr(not(target_os = "linux"), path = "unsupported.rs")]
 mod reader;
+#[cfg(target_os = "linux")]
+mod samples;
 mod stats;
 mod tcp_state;
 mod time;
@@ -74,12 +80,13 @@ mod tracer;
 pub use crate::{
     builder::{
         DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, DEFAULT_QUEUE,
-        DEFAULT_RING_BYTES, TcpTracerBuilder, UdpTracerBuilder,
+        DEFAULT_RING_BYTES, DEFAULT_SAMPLE_INTERVAL, TcpTracerBuilder, UdpTracerBuilder,
     },
     comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},
     event::{Event, EventKind, LossStage, Origin, Process, Protocol, Socket, Traffic},
     hook::Hook,
+    info::{SampleInfo, TcpInfo, UdpInfo},
     stats::Stats,
     tcp_state::TcpState,
     tracer::{TcpTracer, TracerHandle, UdpTracer},

@@ -10,11 +10,13 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use crate::{Error, Event, EventKind, LossStage};
+use crate::{Error, Event, EventKind, LossStage, progress::Progress};
 
 #[derive(Debug)]
 pub(crate) struct Queue {
     state: Mutex<State>,
+    /// Told when the queue gets room to spare, and at its end.
+    pub(crate) progress: Progress,
 }
 
 #[derive(Debug)]
@@ -58,6 +60,7 @@ impl Queue {
                 consumer: None,
                 end: None,
             }),
+            progress: Progress::default(),
         }
     }
 
@@ -89,6 +92,11 @@ impl Queue {
     pub(crate) fn poll_pop(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         let mut state = self.lock();
         if let Some(event) = state.pop() {
+            let has_room_now = state.events.len() == state.room_to_spare();
+            drop(state);
+            if has_room_now {
+                self.progress.made();
+            }
             return Poll::Ready(Some(event));
         }
         if state.end.is_some() {
@@ -110,9 +118,21 @@ impl Queue {
         state.end.get_or_insert(result);
         let consumer = state.consumer.take();
         drop(state);
+        self.progress.made();
         if let Some(consumer) = consumer {
             consumer.wake();
         }
+    }
+
+    /// Whether events that could come later just as well may come now: the queue is at most half full.
+    pub(crate) fn has_room_to_spare(&self) -> bool {
+        let state = self.lock();
+        state.events.len() <= state.room_to_spare()
+    }
+
+    /// Whether no more events will come.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.lock().end.is_some()
     }
 
     /// Whether nothing is left and no more will come.
@@ -137,6 +157,11 @@ impl Queue {
 }
 
 impl State {
+    /// How many events may be in the queue for it to have room to spare.
+    fn room_to_spare(&self) -> usize {
+        self.capacity / 2
+    }
+
     fn shed_oldest(&mut self) {
         let Some(event) = self.events.pop_front() else {
             return;

@@ -5,6 +5,7 @@
 //! for the latency that the user allows, takes them all, and asks again only when a round brought nothing.
 
 use std::{
+    fs::File,
     future::{Future, poll_fn},
     io,
     panic::{AssertUnwindSafe, catch_unwind},
@@ -14,6 +15,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
+    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -22,7 +24,7 @@ use tcp_udp_trace_common::Counters;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     runtime::Handle,
-    sync::Notify,
+    sync::{Notify, oneshot},
     task::{self, JoinHandle},
     time::sleep,
 };
@@ -30,10 +32,12 @@ use tokio::{
 use crate::{
     Error, ErrorKind, Event, EventKind, Hook, LossStage, Protocol, Stats,
     builder::Config,
-    decode::{Decoded, decode},
+    decode::{Decoded, Malformed, decode},
+    enrich,
     flows::Flows,
     kernel::{Kernel, Ring},
     queue::Queue,
+    samples::Samples,
     time::BootClock,
 };
 
@@ -44,17 +48,45 @@ const BATCH: usize = 256;
 const FIRST_NAP: Duration = Duration::from_millis(50);
 const NAP: Duration = Duration::from_secs(1);
 
-/// What the reader task, the stream and the handles share.
+/// What the tasks, the stream and the handles share.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    pub(crate) protocol: Protocol,
     pub(crate) queue: Queue,
+    pub(crate) samples: Arc<Samples>,
+    pub(crate) limits: Limits,
+    /// Whether samples can be taken of other network namespaces than the process's own.
+    pub(crate) samples_everywhere: bool,
     /// `None` once everything of ours has left the kernel.
     attached: Mutex<Option<Attached>>,
     hooks: Vec<Hook>,
     /// The counts when everything left the kernel.
     last: Mutex<Stats>,
     stopping: AtomicBool,
-    stop: Notify,
+    /// There is something for the reader to do, though no record has woken it.
+    pub(crate) wake: Notify,
+    /// The thread of the round of samples that was begun last.
+    round: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+/// What the settings mean for a round of samples.
+#[derive(Debug)]
+pub(crate) struct Limits {
+    /// How many sockets of a namespace may be known at a time.
+    pub(crate) sockets: usize,
+    /// How many may be written into the ring in one go: neither that nor the queue shall be filled by them.
+    pub(crate) step: usize,
+}
+
+impl Limits {
+    fn new(config: &Config) -> Self {
+        const RECORD: usize = 184;
+        let (ring, queue) = (config.ring_bytes as usize, config.queue);
+        Self {
+            sockets: config.max_sockets as usize,
+            step: (ring / RECORD / 8).min(queue / 4).clamp(1, BATCH),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -67,13 +99,21 @@ struct Attached {
     lost: u64,
     protocol: Protocol,
     flows: Flows,
+    samples: Arc<Samples>,
+}
+
+/// The tasks of a tracer.
+#[derive(Debug)]
+pub(crate) struct Tasks {
+    pub(crate) reader: JoinHandle<()>,
+    pub(crate) enrichment: Option<JoinHandle<()>>,
 }
 
 /// Everything of ours has left the kernel.
 struct Gone;
 
 /// Loads, attaches and starts to read.
-pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, JoinHandle<()>), Error> {
+pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error> {
     let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
     let runtime = Handle::try_current().map_err(|source| {
         no_runtime("no Tokio runtime here: call `start` from within one").with_source(source)
@@ -83,9 +123,11 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, JoinHandle<()>
         queue,
         latency,
         interval,
+        sample_interval,
         max_flows,
         ..
     } = config;
+    let limits = Limits::new(&config);
     let (kernel, ring) = runtime
         .spawn_blocking(move || Kernel::start(&config))
         .await
@@ -108,8 +150,13 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, JoinHandle<()>
         Error::new(ErrorKind::Read, "cannot wait for the ring buffer").with_source(source)
     })?;
 
+    let samples = Arc::new(Samples::default());
     let shared = Arc::new(Shared {
+        protocol,
         queue: Queue::new(queue),
+        samples: Arc::clone(&samples),
+        limits,
+        samples_everywhere: kernel.samples_everywhere(),
         hooks: kernel.hooks().to_vec(),
         attached: Mutex::new(Some(Attached {
             kernel,
@@ -119,17 +166,24 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, JoinHandle<()>
             lost: 0,
             protocol,
             flows: Flows::new(interval, max_flows as usize),
+            samples,
         })),
         last: Mutex::new(Stats::default()),
         stopping: AtomicBool::new(false),
-        stop: Notify::new(),
+        wake: Notify::new(),
+        round: Mutex::new(None),
     });
     let reader = Reader {
         shared: Arc::clone(&shared),
         latency,
         batch: Vec::with_capacity(BATCH),
     };
-    Ok((shared, runtime.spawn(reader.run())))
+    let tasks = Tasks {
+        reader: runtime.spawn(reader.run()),
+        enrichment: sample_interval
+            .map(|every| runtime.spawn(enrich::run(Arc::clone(&shared), every))),
+    };
+    Ok((shared, tasks))
 }
 
 impl Shared {
@@ -151,22 +205,78 @@ impl Shared {
         stats.delivered = counts.delivered;
         stats.queue_shed = counts.shed;
         stats.discarded = counts.discarded;
+        let samples = self.samples.counts();
+        stats.sample_rounds = samples.rounds;
+        stats.sample_last_round = samples.last_round;
+        stats.sample_faults = samples.faults;
+        stats.sample_malformed = samples.malformed;
         stats
     }
 
     /// Lets the reader detach, take what was already produced, and end the stream.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
-        self.stop.notify_one();
+        self.wake.notify_one();
+        self.queue.progress.made();
+    }
+
+    /// Whether the tracer is at its end, and nothing new should begin.
+    pub(crate) fn is_over(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed) || self.queue.is_ended()
     }
 
     /// Takes everything of ours out of the kernel, now.
     pub(crate) fn release(&self) {
-        let Some(attached) = self.attached().take() else {
-            return;
-        };
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = attached.stats();
-        drop(attached);
+        self.stop();
+        if let Some(attached) = self.attached().take() {
+            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = attached.stats();
+        }
+        // What it had open, too.
+        if let Some(round) = self.round().take() {
+            // A panic there has been reported, and there is nothing to be done about it.
+            let _ = round.join();
+        }
+    }
+
+    fn round(&self) -> MutexGuard<'_, Option<thread::JoinHandle<()>>> {
+        // No invariant spans a panic here.
+        self.round.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins a round of samples, unless the tracer is over; the receiver hears of its end.
+    pub(crate) fn begin_round(self: &Arc<Self>) -> Option<oneshot::Receiver<()>> {
+        let mut round = self.round();
+        if self.is_over() {
+            return None;
+        }
+        let (end, ended) = oneshot::channel();
+        let shared = Arc::clone(self);
+        let thread = thread::Builder::new()
+            .name("samples".into())
+            .spawn(move || {
+                enrich::round(&shared);
+                // Before the other end hears of it: the last owner of all this must not be this thread.
+                drop(shared);
+                // Nobody listens any more if the task was ended.
+                let _ = end.send(());
+            });
+        match thread {
+            Ok(thread) => *round = Some(thread),
+            Err(error) => {
+                self.samples.count(|counts| counts.faults += 1);
+                log::warn!("no thread for a round of samples: {error}");
+            }
+        }
+        Some(ended)
+    }
+
+    /// Opens a walk through the sockets of the calling thread's network namespace: each that is known is written into the ring when
+    /// the file is read, and is a byte there.
+    pub(crate) fn walk(&self) -> io::Result<File> {
+        match &mut *self.attached() {
+            Some(attached) => attached.kernel.walk(),
+            None => Err(io::Error::other("the tracer is over")),
+        }
     }
 }
 
@@ -191,8 +301,8 @@ impl Attached {
         }
     }
 
-    /// Moves up to [`BATCH`] records to `batch`. Fewer means that the ring is empty.
-    fn read(&mut self, batch: &mut Vec<Event>) -> usize {
+    /// Moves up to [`BATCH`] records to `batch`: how many, and how many of them are samples. Fewer means that the ring is empty.
+    fn read(&mut self, batch: &mut Vec<Event>) -> (usize, u64) {
         let clock = clock();
         let Self {
             kernel,
@@ -201,26 +311,38 @@ impl Attached {
             malformed,
             lost,
             flows,
+            samples,
             ..
         } = self;
+        let mut sampled = 0;
         let ring = ring.get_mut();
         for taken in 0..BATCH {
             let record = |bytes: &[u8]| {
-                let Ok(Decoded {
+                let info = |cookie| {
+                    sampled += 1;
+                    samples.take(cookie)
+                };
+                let Decoded {
                     event,
                     lost_before,
                     flow,
-                }) = decode(bytes, clock)
-                else {
-                    *malformed += 1;
-                    return;
+                } = match decode(bytes, clock, info) {
+                    Ok(Some(decoded)) => decoded,
+                    Ok(None) => return,
+                    Err(Malformed) => {
+                        *malformed += 1;
+                        return;
+                    }
                 };
                 let gap = new_losses(lost, lost_before);
                 if gap > 0 {
                     batch.push(Event::lost(gap, LossStage::Ring, &event));
                 }
+                if event.is_close() {
+                    samples.forget(event.socket.cookie);
+                }
                 let before = batch.len();
-                match (event.kind, flow) {
+                match (&event.kind, flow) {
                     (EventKind::Flow { .. }, Some(flow)) => {
                         flows.seen(flow, event, kernel, |event| batch.push(event));
                     }
@@ -234,10 +356,10 @@ impl Attached {
                 *decoded += (batch.len() - before) as u64;
             };
             if !ring.next(record) {
-                return taken;
+                return (taken, sampled);
             }
         }
-        BATCH
+        (BATCH, sampled)
     }
 
     /// Reports up to [`BATCH`] flows whose date has come, and says how long it is to the next date.
@@ -376,7 +498,11 @@ impl Reader {
     async fn drain(&mut self) -> Result<usize, Gone> {
         let mut total = 0;
         loop {
-            let taken = self.with_attached(|attached, batch| attached.read(batch))?;
+            let (taken, sampled) = self.with_attached(Attached::read)?;
+            if sampled > 0 {
+                self.shared.samples.taken_in(sampled);
+                self.shared.queue.progress.made();
+            }
             total += taken;
             if taken < BATCH {
                 return Ok(total);
@@ -408,12 +534,12 @@ impl Reader {
         armed.map_err(Some)
     }
 
-    /// Waits until the programs wake us, a stop is asked for, or the time is over.
+    /// Waits until somebody wakes us, or the time is over.
     async fn wait(&self, time: Duration) -> Result<(), Option<io::Error>> {
         let mut timer = pin!(sleep(time));
-        let mut stop = pin!(self.shared.stop.notified());
+        let mut wake = pin!(self.shared.wake.notified());
         poll_fn(|cx| {
-            if timer.as_mut().poll(cx).is_ready() || stop.as_mut().poll(cx).is_ready() {
+            if timer.as_mut().poll(cx).is_ready() || wake.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Ok(()));
             }
             self.poll_woken(cx)

@@ -1,5 +1,7 @@
 //! What a tracer counts about itself.
 
+use std::time::Duration;
+
 /// What has become of every event, and what the kernel could not do; all counts since the start.
 ///
 /// Once a tracer is closed,
@@ -33,13 +35,27 @@ pub struct Stats {
     ///
     /// [`max_flows`]: crate::UdpTracerBuilder::max_flows
     pub flows_evicted: u64,
+    /// Rounds of samples that came to their end.
+    pub sample_rounds: u64,
+    /// How long the last of them took, from its beginning until the last sample was taken from the kernel. It goes no faster than the
+    /// consumer.
+    #[cfg_attr(
+        feature = "serde",
+        serde(rename = "sample_last_round_ns", with = "crate::json::nanos")
+    )]
+    pub sample_last_round: Duration,
+    /// Times that a network namespace could not be sampled: netlink failed, or it may not be entered. It is tried again in the next
+    /// round; the reason is logged.
+    pub sample_faults: u64,
+    /// Answers of netlink that could not be decoded.
+    pub sample_malformed: u64,
     /// How often the kernel skipped one of the programs because it was already active on that CPU (`recursion_misses`
     /// of `/proc/self/fdinfo`); `None` where it does not tell (before 5.12). Signals with two programs lose nothing by it,
     /// because the other one was run.
     pub recursion_misses: Option<u64>,
 }
 
-/// The counts of two tracers together.
+/// The counts of two tracers together; of their last rounds of samples the longer one.
 impl std::ops::AddAssign for Stats {
     fn add_assign(&mut self, other: Self) {
         let Self {
@@ -53,6 +69,10 @@ impl std::ops::AddAssign for Stats {
             missed,
             unknown_family,
             flows_evicted,
+            sample_rounds,
+            sample_last_round,
+            sample_faults,
+            sample_malformed,
             recursion_misses,
         } = other;
         self.emitted += emitted;
@@ -65,6 +85,10 @@ impl std::ops::AddAssign for Stats {
         self.missed += missed;
         self.unknown_family += unknown_family;
         self.flows_evicted += flows_evicted;
+        self.sample_rounds += sample_rounds;
+        self.sample_last_round = self.sample_last_round.max(sample_last_round);
+        self.sample_faults += sample_faults;
+        self.sample_malformed += sample_malformed;
         if let Some(misses) = recursion_misses {
             *self.recursion_misses.get_or_insert(0) += misses;
         }

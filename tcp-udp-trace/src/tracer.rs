@@ -7,30 +7,29 @@ use std::{
 };
 
 use futures_core::{FusedStream, Stream};
-use tokio::task::JoinHandle;
 
 use crate::{
     Error, ErrorKind, Event, Hook, Stats, TcpTracerBuilder, UdpTracerBuilder,
     builder::Config,
-    reader::{self, Shared},
+    reader::{self, Shared, Tasks},
 };
 
 /// What both tracers are.
 #[derive(Debug)]
 pub(crate) struct Tracer {
     shared: Arc<Shared>,
-    reader: JoinHandle<()>,
+    tasks: Tasks,
 }
 
 impl Tracer {
     pub(crate) async fn start(config: Config) -> Result<Self, Error> {
-        let (shared, reader) = reader::start(config).await?;
-        Ok(Self { shared, reader })
+        let (shared, tasks) = reader::start(config).await?;
+        Ok(Self { shared, tasks })
     }
 
     async fn close(mut self) -> Result<Stats, Error> {
         self.shared.stop();
-        if let Err(source) = (&mut self.reader).await {
+        if let Err(source) = (&mut self.tasks.reader).await {
             let error = Error::new(ErrorKind::NoRuntime, "the reader did not come to its end");
             return Err(error.with_source(source));
         }
@@ -42,7 +41,10 @@ impl Tracer {
 impl Drop for Tracer {
     fn drop(&mut self) {
         self.shared.release();
-        self.reader.abort();
+        self.tasks.reader.abort();
+        if let Some(enrichment) = &self.tasks.enrichment {
+            enrichment.abort();
+        }
         self.shared.queue.finish(Ok(()));
     }
 }

@@ -31,7 +31,14 @@ impl Shared {
     }
 }
 
-pub(crate) async fn start(_: Config) -> Result<(Arc<Shared>, JoinHandle<()>), Error> {
+/// Never made either.
+#[derive(Debug)]
+pub(crate) struct Tasks {
+    pub(crate) reader: JoinHandle<()>,
+    pub(crate) enrichment: Option<JoinHandle<()>>,
+}
+
+pub(crate) async fn start(_: Config) -> Result<(Arc<Shared>, Tasks), Error> {
     Err(Error::new(
         ErrorKind::Unsupported,
         "eBPF is Linux: this library traces only there, on x86_64, from kernel 5.10 on",

@@ -146,7 +146,7 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
         let socket = event.socket;
         let addresses = (socket.local, socket.remote);
         (
-            event.kind,
+            event.kind.clone(),
             event.process,
             addresses,
             socket.cookie,
@@ -298,7 +298,7 @@ fn queue_overflow_sheds_the_oldest() -> anyhow::Result<()> {
     );
     // Others of this machine may be among them.
     let netns = reference[0].socket.netns;
-    let what = |event: &&Event| (event.kind, event.socket.local, event.socket.remote);
+    let what = |event: &&Event| (event.kind.clone(), event.socket.local, event.socket.remote);
     let kept: Vec<_> = kept
         .iter()
         .filter(|event| event.socket.netns == netns)

@@ -362,12 +362,12 @@ fn listener_older_than_the_tracer() -> anyhow::Result<()> {
     lives.check(
         &Life::of_child(&who, &connected, PASSIVE_SERVER)
             .accepted(&who, &accepted)
-            .without_creator(),
+            .older_than_the_tracer(),
     )?;
     lives.nothing_else()
 }
 
-/// Only its end is seen: its bytes are exact all the same, its owner is not known.
+/// Only its end is seen: its bytes are exact all the same, and its owner had it open when the tracer started.
 fn connection_older_than_the_tracer() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;
@@ -387,12 +387,12 @@ fn connection_older_than_the_tracer() -> anyhow::Result<()> {
         &connected,
         &[Established, FinWait1, FinWait2, Close],
     );
-    lives.check(&client.bytes(10_000, 20_000).without_creator())?;
+    lives.check(&client.bytes(10_000, 20_000).older_than_the_tracer())?;
     let server = Life::of(
         &server.who()?,
         &accepted,
         &[Established, CloseWait, LastAck, Close],
     );
-    lives.check(&server.bytes(20_000, 10_000).without_creator())?;
+    lives.check(&server.bytes(20_000, 10_000).older_than_the_tracer())?;
     lives.nothing_else()
 }

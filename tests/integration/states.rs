@@ -321,7 +321,7 @@ fn simultaneous_close() -> anyhow::Result<()> {
     ensure!(scene.client.receive_all(&connection.client)? == 0);
     ensure!(scene.server.receive_all(&connection.server)? == 0);
 
-    let is_closing = |kind| matches!(kind, EventKind::StateChange { to: Closing, .. });
+    let is_closing = |kind: &_| matches!(kind, EventKind::StateChange { to: Closing, .. });
     let third = |is_closing| if is_closing { Closing } else { FinWait2 };
     let client = |closing| {
         scene.client_life(
@@ -357,7 +357,7 @@ fn simultaneous_close() -> anyhow::Result<()> {
                 .iter()
                 .flatten()
                 .filter(|event| event.socket.local == socket.local);
-            events.any(|event| is_closing(event.kind))
+            events.any(|event| is_closing(&event.kind))
         };
         let (client, server) = (closing(&connection.client), closing(&connection.server));
         ensure!(

@@ -31,7 +31,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             another_user,
             many_sockets_one_after_the_other,
             socket_older_than_the_tracer,
-            socket_older_than_the_tracer_first_used_by_an_heir,
+            socket_older_than_the_tracer_with_an_heir,
             tracers_of_both_protocols_merge,
             every_signal_has_a_hook,
         ],
@@ -150,7 +150,7 @@ fn many_sockets_one_after_the_other() -> anyhow::Result<()> {
     traces.finish(&lives)
 }
 
-/// Only what happens from now on is seen, and nobody saw who made it.
+/// Only what happens from now on is seen, and nobody saw who made it; but it was seen who had it open.
 fn socket_older_than_the_tracer() -> anyhow::Result<()> {
     let mut sites = Vec::new();
     for family in Family::ALL {
@@ -177,11 +177,12 @@ fn socket_older_than_the_tracer() -> anyhow::Result<()> {
     traces.finish(&lives)
 }
 
-fn socket_older_than_the_tracer_first_used_by_an_heir() -> anyhow::Result<()> {
+/// It belongs to the older of the two processes, whoever uses it.
+fn socket_older_than_the_tracer_with_an_heir() -> anyhow::Result<()> {
     let mut site = Site::new(Family::V4, false)?;
     let mut heir = site.sender.passed_to("heir")?;
     let traces = UdpTraces::start()?;
-    heir.life.older_than_the_tracer(&heir.who()?);
+    heir.life.older_than_the_tracer(&site.sender.who()?);
     let receiver_is = site.receiver.who()?;
     site.receiver.life.older_than_the_tracer(&receiver_is);
     heir.send(SendCall::SendTo, Some(site.receiver.local()), &[20, 0])?;

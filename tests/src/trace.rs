@@ -85,7 +85,7 @@ impl Trace {
     pub fn start() -> anyhow::Result<Self> {
         Self::spawn(async || {
             let builder = TcpTracer::builder().queue(QUEUE).ring_bytes(RING);
-            builder.start().await
+            builder.sample_interval(None).start().await
         })
     }
 
@@ -100,7 +100,7 @@ impl Trace {
     ) -> anyhow::Result<Self> {
         Self::spawn(async || {
             let builder = UdpTracer::builder().queue(QUEUE).ring_bytes(RING);
-            settings(builder).start().await
+            settings(builder.sample_interval(None)).start().await
         })
     }
 

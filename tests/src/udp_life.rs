@@ -102,19 +102,10 @@ impl UdpLives {
     }
 }
 
-/// Who an event must name.
-#[derive(Debug, Clone)]
-enum Owned {
-    /// This process.
-    By(Owner),
-    /// This process, as one that was seen using the socket; or none.
-    ByUserOrNobody(Owner),
-}
-
 /// What one life of a UDP socket must have shown. Made from what the applications know.
 #[derive(Debug, Clone)]
 pub struct UdpLife {
-    owned: Owned,
+    owner: Owner,
     /// Every address the socket has had, the last one at the end.
     locals: Vec<SocketAddr>,
     remote: Option<SocketAddr>,
@@ -170,7 +161,7 @@ impl UdpLife {
     #[must_use]
     pub fn of(who: &Who, socket: &Endpoint) -> Self {
         Self {
-            owned: Owned::By(Owner::new(who, Origin::Creator)),
+            owner: Owner::new(who, Origin::Creator),
             locals: vec![canonical(socket.local)],
             remote: None,
             cookie: socket.cookie,
@@ -186,10 +177,9 @@ impl UdpLife {
         }
     }
 
-    /// The socket is older than the tracer: nobody saw who made it, or what happened to it until now. `user` is the
-    /// first that uses it from now on.
-    pub fn older_than_the_tracer(&mut self, user: &Who) {
-        self.owned = Owned::ByUserOrNobody(Owner::new(user, Origin::User));
+    /// The socket is older than the tracer: nobody saw who made it, or what happened to it until now, but `holder` had it open.
+    pub fn older_than_the_tracer(&mut self, holder: &Who) {
+        self.owner = Owner::new(holder, Origin::Snapshot);
         self.connects.clear();
         self.transfers.0.clear();
     }
@@ -279,11 +269,10 @@ impl UdpLife {
 
     fn compare_socket(&self, event: &Event) -> anyhow::Result<()> {
         let socket = &event.socket;
-        let is_owned = match (&self.owned, &event.process) {
-            (Owned::By(owner) | Owned::ByUserOrNobody(owner), Some(process)) => owner.is(process),
-            (Owned::By(_), None) => false,
-            (Owned::ByUserOrNobody(_), None) => true,
-        };
+        let is_owned = event
+            .process
+            .as_ref()
+            .is_some_and(|process| self.owner.is(process));
         ensure!(is_owned, "wrong owner: {event}");
         ensure!(socket.protocol == Protocol::Udp, "wrong protocol: {event}");
         ensure!(

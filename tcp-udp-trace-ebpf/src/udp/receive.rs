@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
-use super::{Datagrams, Direction, ETH_P_IP, addresses, count, is_udp, key_of, local6, used};
+use super::{Datagrams, Direction, ETH_P_IP, addresses, count, key_of, local6, used};
 use crate::sock::{Sock, read, read_at};
 
 /// Threads that are in a receive, and from which peer.
@@ -29,7 +29,7 @@ const MSG_ERRQUEUE: i32 = 0x2000;
 pub(crate) fn consumed(sk: Sock, skb: u64, len: i32) {
     // The kernel says "peek" by a negative length. That cannot be told from 0; but what is only peeked at stays in its queue.
     let peeked = len < 0 || len == 0 && read::<u64>(skb, Field::SkbNext) != 0;
-    if peeked || !is_udp(sk) {
+    if peeked || !sk.is_udp() {
         return;
     }
     let head = read::<u64>(skb, Field::SkbHead);
@@ -72,7 +72,7 @@ pub(crate) fn receiving(peer: Peer) {
 /// `sock_recv_length(sk, ret, flags)`: a receive of the current thread has ended.
 #[inline(always)]
 pub(crate) fn received(sk: Sock, result: i32, flags: i32) {
-    if !is_udp(sk) {
+    if !sk.is_udp() {
         return;
     }
     let thread = bpf_get_current_pid_tgid();

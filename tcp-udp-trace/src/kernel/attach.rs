@@ -148,12 +148,13 @@ pub(super) fn unload(program: &mut Program) {
         Program::CgroupSock(program) => program.unload(),
         Program::CgroupSockAddr(program) => program.unload(),
         Program::CgroupSkb(program) => program.unload(),
+        Program::Iter(program) => program.unload(),
         _ => Ok(()),
     };
 }
 
 /// An error and its sources, in one line.
-fn chain(error: &dyn StdError) -> String {
+pub(super) fn chain(error: &dyn StdError) -> String {
     let mut line = error
         .to_string()
         .lines()

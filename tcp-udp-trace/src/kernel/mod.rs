@@ -8,9 +8,11 @@ mod offsets;
 mod plan;
 mod refusal;
 mod tracefs;
+mod walk;
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     os::fd::{AsFd as _, AsRawFd, RawFd},
     thread,
 };
@@ -51,6 +53,7 @@ const QUESTIONS: [&str; 2] = [ASK_ARM, ASK_FLOW];
 pub(crate) struct Kernel {
     ebpf: Ebpf,
     hooks: Vec<Hook>,
+    samples_everywhere: bool,
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
     log: EbpfLogger<&'static dyn Log>,
     /// The last answer of the kernel, which it gives only while the programs are loaded.
@@ -100,15 +103,19 @@ impl Kernel {
         })?;
         let ring = Ring(take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?);
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
-        let hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
+        let mut hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
         load_questions(&mut ebpf, config.protocol).map_err(|source| {
             let what = "the kernel refused a program that the reader asks";
             Error::new(ErrorKind::Load, what).with_source(source)
         })?;
+        // Only now: a socket made meanwhile has met the hooks.
+        let walks = walk::start(&mut ebpf, config);
+        hooks.extend(walks.hooks);
         Ok((
             Self {
                 ebpf,
                 hooks,
+                samples_everywhere: walks.everywhere,
                 counters,
                 log,
                 recursion_misses: None,
@@ -119,6 +126,16 @@ impl Kernel {
 
     pub(crate) fn hooks(&self) -> &[Hook] {
         &self.hooks
+    }
+
+    /// Whether samples can be taken of other network namespaces than the process's own.
+    pub(crate) fn samples_everywhere(&self) -> bool {
+        self.samples_everywhere
+    }
+
+    /// See [`Shared::walk`](crate::reader::Shared::walk).
+    pub(crate) fn walk(&mut self) -> io::Result<File> {
+        walk::open(&mut self.ebpf).map_err(io::Error::other)
     }
 
     /// Asks to be woken by the next record; gives how many records the ring has refused so far, modulo 2³².

@@ -92,6 +92,25 @@ mod tests {
     }
 
     #[test]
+    fn tcp_info_is_what_the_running_kernel_says() {
+        let Ok(btf) = read_btf() else {
+            println!("skipped: this kernel has no BTF");
+            return;
+        };
+        let btf = Btf::parse(&btf).expect("the running kernel's BTF");
+        for (name, offset, size) in crate::TcpInfo::FIELDS {
+            // What this kernel lacks is another one's.
+            if let Some(field) = btf.field(&format!("tcp_info.tcpi_{name}")) {
+                assert_eq!(
+                    (field.offset, field.size as usize),
+                    (*offset, *size),
+                    "{name}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn bytes_that_are_no_btf_are_an_unsupported_kernel() {
         let error = resolve(b"not BTF").expect_err("not BTF");
         assert_eq!(error.kind(), ErrorKind::Unsupported);

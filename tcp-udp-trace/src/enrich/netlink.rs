@@ -1,0 +1,293 @@
+//! The rim to sock_diag, and the only place that names netlink: asks for every socket of the calling thread's network namespace.
+
+use std::{
+    cell::Cell,
+    convert::Infallible,
+    io,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::BufMut;
+use futures_util::StreamExt as _;
+use netlink_packet_core::{
+    Emitable as _, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable, NlasIterator,
+    Parseable as _,
+};
+use netlink_packet_sock_diag::{
+    AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP, SOCK_DIAG_BY_FAMILY,
+    inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags},
+};
+use netlink_proto::{
+    Connection, ConnectionHandle, NetlinkCodec, from_socket_with_codec,
+    sys::{AsyncSocket, SocketAddr, TokioSocket, protocols::NETLINK_SOCK_DIAG},
+};
+use netlink_sys::Socket;
+use tokio::time::timeout;
+
+use crate::{Protocol, SampleInfo, TcpInfo, UdpInfo};
+
+/// How often an inconsistent dump is tried.
+const ATTEMPTS: usize = 3;
+/// How long the kernel may take from one part of a dump to the next.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// `struct inet_diag_msg`, up to its attributes.
+const HEADER_LEN: usize = 72;
+/// `enum` of `inet_diag.h`.
+const INET_DIAG_INFO: u16 = 2;
+const INET_DIAG_SKMEMINFO: u16 = 7;
+
+/// What the kernel said of a socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Told {
+    pub(super) cookie: u64,
+    pub(super) info: SampleInfo,
+}
+
+/// An answer that makes no sense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Malformed;
+
+/// Hands every socket of the calling thread's namespace to `take`, until that says `false`. Those of TCP that are no whole socket
+/// (a handshake's first half, TIME_WAIT) are not asked for.
+///
+/// # Errors
+///
+/// The kernel has no sock_diag for this protocol, or did not answer, or every attempt was interrupted.
+pub(super) async fn dump(
+    protocol: Protocol,
+    mut take: impl FnMut(Result<Told, Malformed>) -> bool,
+) -> io::Result<()> {
+    let socket = Paced::new(NETLINK_SOCK_DIAG)?;
+    let (mut connection, handle, _unsolicited): (
+        Connection<Message, Paced, NetlinkCodec>,
+        ConnectionHandle<Message>,
+        _,
+    ) = from_socket_with_codec(socket);
+    connection.set_forward_done(true);
+    let connection = tokio::spawn(connection);
+    let mut result = Ok(());
+    for family in [AF_INET, AF_INET6] {
+        result = dump_family(&handle, family, protocol, &mut take).await;
+        if result.is_err() {
+            break;
+        }
+    }
+    // It does not end by itself while the receiver of unsolicited messages is there.
+    connection.abort();
+    result
+}
+
+async fn dump_family(
+    handle: &ConnectionHandle<Message>,
+    family: u8,
+    protocol: Protocol,
+    take: &mut impl FnMut(Result<Told, Malformed>) -> bool,
+) -> io::Result<()> {
+    for _ in 0..ATTEMPTS {
+        let request = NetlinkMessage::new(
+            request_header(),
+            NetlinkPayload::InnerMessage(Message::Request(request(family, protocol))),
+        );
+        let mut answers = handle
+            .request(request, SocketAddr::new(0, 0))
+            .map_err(io::Error::other)?;
+        let mut is_consistent = true;
+        loop {
+            let Some(answer) = timeout(PATIENCE, answers.next()).await? else {
+                return Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the netlink connection has ended in the middle of a dump",
+                ));
+            };
+            is_consistent &= answer.header.flags & NLM_F_DUMP_INTR == 0;
+            match answer.payload {
+                NetlinkPayload::InnerMessage(Message::Told(told)) => {
+                    if !take(told) {
+                        return Ok(());
+                    }
+                }
+                NetlinkPayload::Done(done) if done.code == 0 => break,
+                NetlinkPayload::Done(done) => {
+                    return Err(io::Error::from_raw_os_error(done.code.wrapping_neg()));
+                }
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                _ => is_consistent = false,
+            }
+        }
+        if is_consistent {
+            return Ok(());
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::Interrupted,
+        "each dump was interrupted by changes",
+    ))
+}
+
+fn request_header() -> NetlinkHeader {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    header
+}
+
+fn request(family: u8, protocol: Protocol) -> InetRequest {
+    let (protocol, extensions, states) = match protocol {
+        Protocol::Tcp => (
+            IPPROTO_TCP,
+            ExtensionFlags::INFO,
+            // SYN_RECV would bring those that are only asking.
+            StateFlags::all() - StateFlags::SYN_RECV - StateFlags::TIME_WAIT - StateFlags::CLOSE,
+        ),
+        Protocol::Udp => (
+            IPPROTO_UDP,
+            ExtensionFlags::SKMEMINFO,
+            // Connected, and not connected.
+            StateFlags::ESTABLISHED | StateFlags::CLOSE,
+        ),
+    };
+    let socket_id = if family == AF_INET {
+        SocketId::new_v4()
+    } else {
+        SocketId::new_v6()
+    };
+    InetRequest {
+        family,
+        protocol,
+        extensions,
+        states,
+        socket_id,
+    }
+}
+
+/// What passes through the connection. A type of our own: the crate's refuses a socket for one attribute that it does not
+/// know, and its form depends on a feature that anybody may turn on.
+#[derive(Debug)]
+enum Message {
+    Request(InetRequest),
+    Told(Result<Told, Malformed>),
+}
+
+impl NetlinkSerializable for Message {
+    fn message_type(&self) -> u16 {
+        SOCK_DIAG_BY_FAMILY
+    }
+
+    fn buffer_len(&self) -> usize {
+        match self {
+            Self::Request(request) => request.buffer_len(),
+            Self::Told(_) => 0,
+        }
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        if let Self::Request(request) = self {
+            request.emit(buffer);
+        }
+    }
+}
+
+impl NetlinkDeserializable for Message {
+    type Error = Infallible;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, Infallible> {
+        Ok(Self::Told(if header.message_type == SOCK_DIAG_BY_FAMILY {
+            parse(payload)
+        } else {
+            Err(Malformed)
+        }))
+    }
+}
+
+/// One socket of an answer.
+fn parse(payload: &[u8]) -> Result<Told, Malformed> {
+    let (header, attributes) = payload.split_at_checked(HEADER_LEN).ok_or(Malformed)?;
+    let header = InetResponseHeader::parse(header).map_err(|_| Malformed)?;
+    let mut info = None;
+    for attribute in NlasIterator::new(attributes) {
+        let attribute = attribute.map_err(|_| Malformed)?;
+        info = match attribute.kind() {
+            INET_DIAG_INFO => {
+                TcpInfo::decode(attribute.value()).map(|info| SampleInfo::Tcp(info.into()))
+            }
+            INET_DIAG_SKMEMINFO => {
+                let (rx_queue, tx_queue) = (header.recv_queue, header.send_queue);
+                UdpInfo::decode(rx_queue, tx_queue, attribute.value())
+                    .map(|info| SampleInfo::Udp(info.into()))
+            }
+            _ => continue,
+        };
+    }
+    Ok(Told {
+        cookie: u64::from_ne_bytes(header.socket_id.cookie),
+        info: info.ok_or(Malformed)?,
+    })
+}
+
+/// A socket that lets others run after each datagram. The connection reads until there is nothing, and for a dump the kernel writes
+/// the next part when one is read: so it would take all of it into memory before anybody could look at the first socket.
+struct Paced {
+    socket: TokioSocket,
+    has_read: Cell<bool>,
+}
+
+impl Paced {
+    fn poll_turn(&self, cx: &Context<'_>) -> Poll<()> {
+        if self.has_read.take() {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        Poll::Ready(())
+    }
+}
+
+impl AsyncSocket for Paced {
+    fn socket_ref(&self) -> &Socket {
+        self.socket.socket_ref()
+    }
+
+    fn socket_mut(&mut self) -> &mut Socket {
+        self.socket.socket_mut()
+    }
+
+    fn new(protocol: isize) -> io::Result<Self> {
+        Ok(Self {
+            socket: TokioSocket::new(protocol)?,
+            has_read: Cell::new(false),
+        })
+    }
+
+    fn poll_send(&self, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.socket.poll_send(cx, buf)
+    }
+
+    fn poll_send_to(
+        &self,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+        addr: &SocketAddr,
+    ) -> Poll<io::Result<usize>> {
+        self.socket.poll_send_to(cx, buf, addr)
+    }
+
+    fn poll_recv<B: BufMut>(&self, cx: &mut Context<'_>, buf: &mut B) -> Poll<io::Result<()>> {
+        self.socket.poll_recv(cx, buf)
+    }
+
+    fn poll_recv_from<B: BufMut>(
+        &self,
+        cx: &mut Context<'_>,
+        buf: &mut B,
+    ) -> Poll<io::Result<SocketAddr>> {
+        ready!(self.poll_turn(cx));
+        let received = ready!(self.socket.poll_recv_from(cx, buf));
+        self.has_read.set(true);
+        Poll::Ready(received)
+    }
+
+    fn poll_recv_from_full(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Vec<u8>, SocketAddr)>> {
+        self.socket.poll_recv_from_full(cx)
+    }
+}

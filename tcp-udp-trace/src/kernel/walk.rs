@@ -1,0 +1,159 @@
+//! Iterators: the kernel walks through what there is, and runs a program of ours for each.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    thread,
+};
+
+use aya::{
+    Btf, BtfError, Ebpf,
+    programs::{Iter, ProgramError},
+};
+
+use super::attach::{chain, unload};
+use crate::{Hook, Protocol, builder::Config, enrich};
+
+/// A program, and the kernel's iterator (`bpf_iter_…`) that runs it.
+#[derive(Debug, Clone, Copy)]
+struct Walk {
+    program: &'static str,
+    iterator: &'static str,
+}
+
+/// Through every file that a process has open: the sockets that are older than the tracer, and whose they are.
+const fn files(protocol: Protocol) -> Walk {
+    Walk {
+        program: match protocol {
+            Protocol::Tcp => "walk_files_tcp",
+            Protocol::Udp => "walk_files_udp",
+        },
+        iterator: "task_file",
+    }
+}
+
+/// Through the sockets of a network namespace.
+const SOCKETS: [Walk; 2] = [
+    Walk {
+        program: "walk_tcp",
+        iterator: "tcp",
+    },
+    Walk {
+        program: "walk_udp",
+        iterator: "udp",
+    },
+];
+
+const NO_SNAPSHOT: &str = "sockets older than the tracer have no owner until they are used";
+const NO_SAMPLES: &str = "no samples";
+const OWN_NAMESPACE: &str = "no CAP_SYS_ADMIN: only this process's network namespace";
+
+/// What became of the walks at the start.
+pub(super) struct Walks {
+    pub(super) hooks: Vec<Hook>,
+    pub(super) everywhere: bool,
+}
+
+/// Takes the snapshot of what is there already, and prepares the samples if they are wanted. What the kernel refuses of this is missing, and
+/// told in the hooks' notes.
+pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Walks {
+    let Config {
+        protocol,
+        sample_interval,
+        ..
+    } = *config;
+    let btf = Btf::from_sys_fs();
+    let mut hooks = Vec::new();
+    let files = files(protocol);
+    let snapshot = load(ebpf, files, &btf)
+        .and_then(|()| open_walk(ebpf, files))
+        .and_then(|file| walk_through(file).map_err(|error| error.to_string()));
+    if let Some(program) = ebpf.program_mut(files.program) {
+        unload(program);
+    }
+    hooks.push(hook("snapshot", &[files.iterator], snapshot, NO_SNAPSHOT));
+    let mut everywhere = false;
+    if sample_interval.is_some() {
+        let sockets = sockets(protocol);
+        let loaded = load(ebpf, sockets, &btf);
+        let mut hook = hook("sample", &[sockets.iterator], loaded, NO_SAMPLES);
+        if hook.note.is_none() {
+            // On a thread of its own: it takes that.
+            everywhere = thread::spawn(enrich::may_enter).join().unwrap_or(false);
+            hook.programs.insert(0, "netlink:sock_diag".into());
+            hook.note = (!everywhere).then(|| OWN_NAMESPACE.into());
+        }
+        hooks.push(hook);
+    }
+    Walks { hooks, everywhere }
+}
+
+/// Opens a walk through the sockets of the calling thread's network namespace. It begins when it is read.
+pub(super) fn open(ebpf: &mut Ebpf) -> Result<File, String> {
+    // Only one of them is loaded.
+    let loaded = SOCKETS
+        .into_iter()
+        .find(|walk| ebpf.program(walk.program).is_some_and(|p| p.fd().is_ok()));
+    open_walk(ebpf, loaded.ok_or("its program is not loaded")?)
+}
+
+fn sockets(protocol: Protocol) -> Walk {
+    match protocol {
+        Protocol::Tcp => SOCKETS[0],
+        Protocol::Udp => SOCKETS[1],
+    }
+}
+
+fn load(ebpf: &mut Ebpf, walk: Walk, btf: &Result<Btf, BtfError>) -> Result<(), String> {
+    let btf = btf.as_ref().map_err(|error| chain(error))?;
+    let program = program(ebpf, walk).map_err(|error| chain(&error))?;
+    program
+        .load(walk.iterator, btf)
+        .map_err(|error| chain(&error))
+}
+
+fn open_walk(ebpf: &mut Ebpf, walk: Walk) -> Result<File, String> {
+    let program = program(ebpf, walk).map_err(|error| chain(&error))?;
+    let link = program
+        .attach()
+        .and_then(|link| program.take_link(link))
+        .map_err(|error| chain(&error))?;
+    link.into_file().map_err(|error| chain(&error))
+}
+
+fn program(ebpf: &mut Ebpf, walk: Walk) -> Result<&mut Iter, ProgramError> {
+    ebpf.program_mut(walk.program)
+        .ok_or(ProgramError::NotLoaded)?
+        .try_into()
+}
+
+/// Reads a walk that has nothing to say to its end.
+fn walk_through(mut file: File) -> io::Result<()> {
+    loop {
+        match file.read(&mut [0; 64]) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            // The kernel pauses after a million things.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn hook(signal: &str, iterators: &[&str], result: Result<(), String>, cost: &str) -> Hook {
+    let mut hook = Hook {
+        signal: signal.into(),
+        programs: Vec::new(),
+        note: None,
+    };
+    match result {
+        Ok(()) => {
+            hook.programs = iterators
+                .iter()
+                .map(|name| format!("iter:{name}"))
+                .collect()
+        }
+        Err(error) => hook.note = Some(format!("{cost}: {error}")),
+    }
+    hook
+}

@@ -1,0 +1,122 @@
+//! Between enrichment and reader: what sock_diag told of sockets, until the kernel's own record of each comes by.
+//!
+//! sock_diag and the programs name a socket by the same cookie, so what they say of it is joined exactly. The record comes through the
+//! ring, in its place among the others: so a sample never stands behind the close of its socket.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use crate::SampleInfo;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Samples {
+    state: Mutex<State>,
+    /// Whether `state` has any infos: spares the reader the lock.
+    any: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// By cookie.
+    infos: HashMap<u64, SampleInfo>,
+    taken: u64,
+    counts: Counts,
+}
+
+/// What the enrichment has to report of itself.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) rounds: u64,
+    pub(crate) faults: u64,
+    pub(crate) malformed: u64,
+    pub(crate) last_round: Duration,
+}
+
+impl Samples {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No invariant spans a panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps what was told of a socket, if there are not `limit` others.
+    pub(crate) fn put(&self, cookie: u64, info: SampleInfo, limit: usize) {
+        let mut state = self.lock();
+        if state.infos.len() < limit {
+            state.infos.insert(cookie, info);
+            self.any.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The record of a socket has come: what was told of it.
+    pub(crate) fn take(&self, cookie: u64) -> Option<SampleInfo> {
+        self.lock().infos.remove(&cookie)
+    }
+
+    /// So many records have come, and what they have become is in the queue.
+    pub(crate) fn taken_in(&self, records: u64) {
+        self.lock().taken += records;
+    }
+
+    /// The socket is closed: no sample of it shall follow.
+    pub(crate) fn forget(&self, cookie: Option<u64>) {
+        if let Some(cookie) = cookie.filter(|_| self.any.load(Ordering::Relaxed)) {
+            self.lock().infos.remove(&cookie);
+        }
+    }
+
+    /// How many records have come so far.
+    pub(crate) fn taken(&self) -> u64 {
+        self.lock().taken
+    }
+
+    /// No more records will come for what is still there.
+    pub(crate) fn clear(&self) {
+        let mut state = self.lock();
+        state.infos = HashMap::new();
+        self.any.store(false, Ordering::Relaxed);
+    }
+
+    pub(crate) fn counts(&self) -> Counts {
+        self.lock().counts
+    }
+
+    /// Adds to the counts.
+    pub(crate) fn count(&self, add: impl FnOnce(&mut Counts)) {
+        add(&mut self.lock().counts);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::UdpInfo;
+
+    fn info(drops: u32) -> SampleInfo {
+        SampleInfo::Udp(Box::new(UdpInfo {
+            drops,
+            ..UdpInfo::default()
+        }))
+    }
+
+    #[test]
+    fn each_socket_is_sampled_once_and_not_after_its_close() {
+        let samples = Samples::default();
+        for cookie in 1..=4 {
+            samples.put(cookie, info(cookie as u32), 3);
+        }
+        assert_eq!(samples.take(1), Some(info(1)));
+        assert_eq!(samples.take(1), None, "a second record in one round");
+        samples.forget(Some(2));
+        assert_eq!(samples.take(2), None, "after its close");
+        assert_eq!(samples.take(4), None, "beyond the limit");
+        samples.clear();
+        assert_eq!(samples.take(3), None, "of an earlier round");
+    }
+}
