@@ -21,7 +21,7 @@ const IORING_OP_ACCEPT: u8 = 13;
 #[inline(always)]
 pub(crate) fn accepted(sk: Sock) {
     let family = sk.family();
-    if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() {
+    if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || track::is_stopping() {
         return;
     }
     let state = sk.get::<u8>(Field::State);

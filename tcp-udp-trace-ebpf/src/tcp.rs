@@ -73,7 +73,8 @@ pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
     // TIME_WAIT and NEW_SYN_RECV are not of a whole socket. What the null pointer points to has no family.
     let is_alive = !matches!(state, TIME_WAIT | NEW_SYN_RECV | CLOSE);
     let family = sk.family();
-    if is_alive && (family == AF_INET || family == AF_INET6) && sk.is_tcp() {
+    if is_alive && !track::is_stopping() && (family == AF_INET || family == AF_INET6) && sk.is_tcp()
+    {
         track::adopt(sk, state)
     } else {
         None
@@ -127,7 +128,7 @@ fn report(sk: Sock, family: u16, tracked: &Tracked, from: u8, to: u8) {
 #[inline(always)]
 pub(crate) fn ended(sk: Sock) {
     if let Some(tracked) = track::get(sk) {
-        if tracked.state != CLOSE {
+        if tracked.state != CLOSE && !track::is_stopping() {
             // Its close escaped both programs.
             anomaly::missed();
             report(sk, sk.family(), tracked, tracked.state, CLOSE);

@@ -5,7 +5,7 @@ use aya_ebpf::{
     bindings::{BPF_ANY, BPF_NOEXIST},
     helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns},
     macros::map,
-    maps::{HashMap, PerCpuArray},
+    maps::{Array, HashMap, PerCpuArray},
 };
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use tcp_udp_trace_common::{Owner, Tracked, origin, syn};
@@ -16,6 +16,11 @@ use crate::{anomaly, owner, sock::Sock};
 /// Not LRU: that evicts live sockets long before it is full.
 #[map]
 static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, 0);
+
+/// Not 0 while the programs are being detached, one after the other: then what is remembered may be of a socket whose end, and another
+/// one's beginning at that address, no program has seen.
+#[map]
+static STOPPING: Array<u32> = Array::with_max_entries(1, 0);
 
 /// The last ticket drawn on each CPU.
 #[map]
@@ -40,6 +45,12 @@ pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {
     SOCKETS
         .get_ptr_mut(sk.0)
         .and_then(|tracked| unsafe { tracked.as_mut() })
+}
+
+/// Whether what is remembered is not to be relied on any more. Transitions need not ask: each is compared with the state remembered.
+#[inline(always)]
+pub(crate) fn is_stopping() -> bool {
+    STOPPING.get(0).is_none_or(|stopping| *stopping != 0)
 }
 
 /// A new life of the socket at this address.

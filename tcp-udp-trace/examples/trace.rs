@@ -43,6 +43,9 @@ struct Args {
     /// How often the totals of a UDP flow are printed at most.
     #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "1")]
     interval: Duration,
+    /// Look up what each process runs; only JSON shows it.
+    #[arg(long)]
+    process_details: bool,
     /// Print one JSON object per line.
     #[arg(long)]
     json: bool,
@@ -142,13 +145,17 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let mut tcp = None;
     if args.tcp || !args.udp {
         let builder = TcpTracer::builder().queue(args.queue);
-        tcp = Some(builder.sample_interval(args.sample.0).start().await?);
+        let builder = builder
+            .sample_interval(args.sample.0)
+            .process_details(args.process_details);
+        tcp = Some(builder.start().await?);
     }
     let mut udp = None;
     if args.udp || !args.tcp {
         let builder = UdpTracer::builder().queue(args.queue);
         let builder = builder
             .sample_interval(args.sample.0)
+            .process_details(args.process_details)
             .interval(args.interval)
             .per_datagram(args.per_datagram);
         udp = Some(builder.start().await?);

@@ -43,6 +43,7 @@ pub(crate) struct Config {
     pub(crate) max_sockets: u32,
     pub(crate) latency: Duration,
     pub(crate) sample_interval: Option<Duration>,
+    pub(crate) process_details: bool,
     pub(crate) interval: Duration,
     pub(crate) per_datagram: bool,
     pub(crate) max_flows: u32,
@@ -57,6 +58,7 @@ impl Config {
             max_sockets: DEFAULT_MAX_SOCKETS,
             latency: DEFAULT_LATENCY,
             sample_interval: Some(DEFAULT_SAMPLE_INTERVAL),
+            process_details: false,
             interval: DEFAULT_INTERVAL,
             per_datagram: false,
             max_flows: DEFAULT_MAX_FLOWS,
@@ -141,6 +143,14 @@ macro_rules! builder {
             /// the next one. 100 ms to 1 day, default [`DEFAULT_SAMPLE_INTERVAL`].
             pub fn sample_interval(mut self, every: impl Into<Option<Duration>>) -> Self {
                 self.config.sample_interval = every.into();
+                self
+            }
+
+            /// Whether to look up what each process runs ([`ProcessDetails`](crate::ProcessDetails)), when it is first seen. The events of a
+            /// new process wait for that, at most 50 ms; a process that has ended by then has none. The last 4,096 processes are
+            /// remembered. For other users' processes it takes `CAP_SYS_PTRACE`. Default no.
+            pub fn process_details(mut self, process_details: bool) -> Self {
+                self.config.process_details = process_details;
                 self
             }
 

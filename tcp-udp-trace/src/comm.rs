@@ -2,6 +2,8 @@
 
 use std::{fmt, str::FromStr};
 
+use crate::escape::{Escaped, unescape};
+
 /// A process name (`comm`): at most 15 bytes, chosen by the process itself and therefore untrusted.
 ///
 /// The bytes are kept as they are. `Display` and the JSON form keep printable UTF-8 and write everything
@@ -37,27 +39,9 @@ impl Comm {
     }
 }
 
-/// Invisible or direction-changing characters that can make a line of text lie.
-fn is_deceptive(c: char) -> bool {
-    matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
-}
-
 impl fmt::Display for Comm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let escape = |f: &mut fmt::Formatter<'_>, bytes: &[u8]| {
-            bytes.iter().try_for_each(|b| write!(f, "\\x{b:02x}"))
-        };
-        for chunk in self.as_bytes().utf8_chunks() {
-            for c in chunk.valid().chars() {
-                if c.is_control() || is_deceptive(c) || c == '\\' {
-                    escape(f, c.encode_utf8(&mut [0; 4]).as_bytes())?;
-                } else {
-                    write!(f, "{c}")?;
-                }
-            }
-            escape(f, chunk.invalid())?;
-        }
-        Ok(())
+        Escaped(self.as_bytes()).fmt(f)
     }
 }
 
@@ -78,23 +62,9 @@ impl FromStr for Comm {
     type Err = ParseCommError;
 
     fn from_str(s: &str) -> Result<Self, ParseCommError> {
-        let mut name = Vec::with_capacity(Self::LEN);
-        let mut rest = s.as_bytes();
-        while let [first, tail @ ..] = rest {
-            let (byte, tail) = match (first, tail) {
-                (b'\\', [b'x', high, low, tail @ ..]) => {
-                    let digit = |d: &u8| char::from(*d).to_digit(16).ok_or(ParseCommError);
-                    let byte = digit(high)? << 4 | digit(low)?;
-                    (u8::try_from(byte).map_err(|_| ParseCommError)?, tail)
-                }
-                (b'\\', _) => return Err(ParseCommError),
-                _ => (*first, tail),
-            };
-            if byte == 0 || name.len() == Self::LEN - 1 {
-                return Err(ParseCommError);
-            }
-            name.push(byte);
-            rest = tail;
+        let name = unescape(s).ok_or(ParseCommError)?;
+        if name.len() >= Self::LEN || name.contains(&0) {
+            return Err(ParseCommError);
         }
         Ok(Self::from_bytes(&name))
     }

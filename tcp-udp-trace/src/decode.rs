@@ -185,6 +185,7 @@ fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
         tid,
         uid,
         ref comm,
+        started,
         ..
     } = owner;
     Ok(Some(Process {
@@ -193,6 +194,8 @@ fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
         uid,
         comm: Comm::from_bytes(comm.as_bytes()),
         origin,
+        started: Duration::from_nanos(started),
+        details: None,
     }))
 }
 

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::{comm::Comm, info::SampleInfo, tcp_state::TcpState};
+use crate::{info::SampleInfo, process::Process, tcp_state::TcpState};
 
 /// Something that happened to a socket of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,41 +106,6 @@ pub enum LossStage {
     Ring,
     /// The queue between reader and consumer was full: the consumer was too slow.
     Queue,
-}
-
-/// The process that owns a socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[non_exhaustive]
-pub struct Process {
-    /// Process id (the kernel's `tgid`), as the initial pid namespace numbers it.
-    pub pid: u32,
-    /// The thread that made the socket this process's own.
-    pub tid: u32,
-    /// The user that the process ran as then.
-    pub uid: u32,
-    /// The process's name then.
-    pub comm: Comm,
-    /// How the owner is known.
-    pub origin: Origin,
-}
-
-/// How the owner of a socket is known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
-#[non_exhaustive]
-pub enum Origin {
-    /// TCP: it called `connect` or `listen`; for a connection that waits to be accepted, it called `listen` on the listener.
-    /// UDP: it made the socket.
-    Creator,
-    /// It accepted the connection.
-    Acceptor,
-    /// It was the first seen sending or receiving.
-    User,
-    /// It had the socket open when the tracer started; of several that had, it is the one with the lowest pid. For a connection that waits
-    /// to be accepted: it had the listener open.
-    Snapshot,
 }
 
 /// The socket that an event is about.

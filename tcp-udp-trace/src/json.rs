@@ -1,5 +1,6 @@
 //! How `serde` writes the fields that have no form of their own.
 
+use crate::escape::{Escaped, unescape};
 use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
 /// A `SystemTime` as RFC 3339 in UTC with nanoseconds.
@@ -30,6 +31,64 @@ pub(crate) mod nanos {
         u64::deserialize(d).map(Duration::from_nanos)
     }
 }
+
+/// Words that strangers have chosen, as strings that can be shown.
+pub(crate) mod words {
+    use super::*;
+    use std::{
+        ffi::OsString,
+        os::unix::ffi::{OsStrExt as _, OsStringExt as _},
+    };
+
+    pub(crate) fn serialize<S: Serializer>(words: &[OsString], s: S) -> Result<S::Ok, S::Error> {
+        s.collect_seq(
+            words
+                .iter()
+                .map(|word| Escaped(word.as_bytes()).to_string()),
+        )
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<OsString>, D::Error> {
+        let words = Vec::<std::borrow::Cow<'de, str>>::deserialize(d)?;
+        let plain = |word: &std::borrow::Cow<'de, str>| {
+            let bytes = unescape(word).ok_or_else(|| D::Error::custom(NOT_ESCAPED))?;
+            Ok(OsString::from_vec(bytes))
+        };
+        words.iter().map(plain).collect()
+    }
+}
+
+/// A path that strangers have chosen, in the same way.
+pub(crate) mod path {
+    use super::*;
+    use std::{
+        ffi::OsString,
+        os::unix::ffi::{OsStrExt as _, OsStringExt as _},
+        path::PathBuf,
+    };
+
+    pub(crate) fn serialize<S: Serializer>(
+        path: &Option<PathBuf>,
+        s: S,
+    ) -> Result<S::Ok, S::Error> {
+        match path {
+            Some(path) => s.collect_str(&Escaped(path.as_os_str().as_bytes())),
+            None => s.serialize_none(),
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        d: D,
+    ) -> Result<Option<PathBuf>, D::Error> {
+        let Some(text) = Option::<std::borrow::Cow<'de, str>>::deserialize(d)? else {
+            return Ok(None);
+        };
+        let bytes = unescape(&text).ok_or_else(|| D::Error::custom(NOT_ESCAPED))?;
+        Ok(Some(OsString::from_vec(bytes).into()))
+    }
+}
+
+const NOT_ESCAPED: &str = "a backslash that is not part of \\xNN";
 
 impl serde::Serialize for crate::Comm {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
@@ -66,6 +125,8 @@ mod tests {
                 uid: 1000,
                 comm: "curl".parse().expect("a name"),
                 origin: Origin::Creator,
+                started: Duration::from_nanos(99),
+                details: None,
             }),
             socket: Socket {
                 protocol: Protocol::Tcp,
@@ -109,7 +170,7 @@ mod tests {
             json!({
                 "time": "2026-01-31T12:00:00.123456789Z", "uptime_ns": 81_234_567_890_u64,
                 "kind": {"type": "state_change", "from": "SYN_SENT", "to": "ESTABLISHED", "error": null},
-                "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator"},
+                "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator", "started_ns": 99},
                 "socket": {
                     "protocol": "tcp", "id": 12, "cookie": 77, "local": "127.0.0.1:40000", "remote": "[::1]:443",
                     "uid": 1000, "netns": 4_026_531_840_u32, "cgroup": 1, "age_ns": 1234

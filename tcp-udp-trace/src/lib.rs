@@ -55,8 +55,11 @@ mod comm;
 #[cfg(target_os = "linux")]
 mod decode;
 #[cfg(target_os = "linux")]
+mod details;
+#[cfg(target_os = "linux")]
 mod enrich;
 mod error;
+mod escape;
 mod event;
 #[cfg(target_os = "linux")]
 mod flows;
@@ -66,6 +69,7 @@ mod info;
 mod json;
 #[cfg(target_os = "linux")]
 mod kernel;
+mod process;
 mod progress;
 mod queue;
 #[cfg_attr(not(target_os = "linux"), path = "unsupported.rs")]
@@ -84,9 +88,10 @@ pub use crate::{
     },
     comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},
-    event::{Event, EventKind, LossStage, Origin, Process, Protocol, Socket, Traffic},
+    event::{Event, EventKind, LossStage, Protocol, Socket, Traffic},
     hook::Hook,
     info::{SampleInfo, TcpInfo, UdpInfo},
+    process::{Origin, Process, ProcessDetails},
     stats::Stats,
     tcp_state::TcpState,
     tracer::{TcpTracer, TracerHandle, UdpTracer},

@@ -33,6 +33,7 @@ use crate::{
     Error, ErrorKind, Event, EventKind, Hook, LossStage, Protocol, Stats,
     builder::Config,
     decode::{Decoded, Malformed, decode},
+    details::Details,
     enrich,
     flows::Flows,
     kernel::{Kernel, Ring},
@@ -124,6 +125,7 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
         latency,
         interval,
         sample_interval,
+        process_details,
         max_flows,
         ..
     } = config;
@@ -176,6 +178,7 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
     let reader = Reader {
         shared: Arc::clone(&shared),
         latency,
+        details: process_details.then(Details::default),
         batch: Vec::with_capacity(BATCH),
     };
     let tasks = Tasks {
@@ -431,6 +434,7 @@ fn stamp(time: SystemTime, uptime: Duration) -> impl FnMut(&mut Event) {
 struct Reader {
     shared: Arc<Shared>,
     latency: Duration,
+    details: Option<Details>,
     batch: Vec<Event>,
 }
 
@@ -462,6 +466,7 @@ impl Reader {
         if self.drain().await.is_ok() {
             self.with_attached(Attached::report_last)
                 .unwrap_or_default();
+            self.hand_over().await;
         }
         self.blocking(Shared::release).await;
         self.shared.queue.finish(result);
@@ -475,6 +480,7 @@ impl Reader {
             let mut pause = self.latency;
             if taken == 0 {
                 self.arm()?;
+                self.hand_over().await;
                 // A record may have come just before the programs knew that we want to be woken.
                 taken = self.drain().await?;
                 pause = nap;
@@ -487,7 +493,9 @@ impl Reader {
             if self.shared.stopping.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            if let Some(due) = self.with_attached(Attached::report_flows)? {
+            let due = self.with_attached(Attached::report_flows)?;
+            self.hand_over().await;
+            if let Some(due) = due {
                 pause = pause.min(due);
             }
             self.wait(pause).await?;
@@ -499,6 +507,7 @@ impl Reader {
         let mut total = 0;
         loop {
             let (taken, sampled) = self.with_attached(Attached::read)?;
+            self.hand_over().await;
             if sampled > 0 {
                 self.shared.samples.taken_in(sampled);
                 self.shared.queue.progress.made();
@@ -511,17 +520,23 @@ impl Reader {
         }
     }
 
-    /// Runs `f` and hands over what it put into the batch.
+    /// Hands over what is in the batch.
+    async fn hand_over(&mut self) {
+        if let Some(details) = &mut self.details {
+            details.fill(&mut self.batch).await;
+        }
+        self.shared.queue.push(&mut self.batch);
+    }
+
+    /// Runs `f`, which may put events into the batch.
     fn with_attached<T>(
         &mut self,
         f: impl FnOnce(&mut Attached, &mut Vec<Event>) -> T,
     ) -> Result<T, Gone> {
-        let result = match &mut *self.shared.attached() {
+        match &mut *self.shared.attached() {
             Some(attached) => Ok(f(attached, &mut self.batch)),
             None => Err(Gone),
-        };
-        self.shared.queue.push(&mut self.batch);
-        result
+        }
     }
 
     fn arm(&mut self) -> Result<(), Option<io::Error>> {

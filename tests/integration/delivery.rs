@@ -147,7 +147,7 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
         let addresses = (socket.local, socket.remote);
         (
             event.kind.clone(),
-            event.process,
+            event.process.clone(),
             addresses,
             socket.cookie,
             socket.uid,
@@ -181,13 +181,16 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
 fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
     /// At least so many fit: no record is longer, its header included.
-    const ROOM: usize = RING_BYTES as usize / 176;
+    const ROOM: usize = RING_BYTES as usize / 184;
     let mut scene = Scene::new()?;
     let here = Netns::current()?.inode()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = TcpTracer::builder().ring_bytes(RING_BYTES).queue(1 << 20);
+    let builder = TcpTracer::builder()
+        .ring_bytes(RING_BYTES)
+        .queue(1 << 20)
+        .sample_interval(None);
     let mut tracer = runtime.block_on(builder.start())?;
     let reference = Trace::start()?;
     for _ in 0..20 {
@@ -242,7 +245,12 @@ fn queue_overflow_sheds_the_oldest() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let mut tracer = runtime.block_on(TcpTracer::builder().queue(QUEUE).start())?;
+    let mut tracer = runtime.block_on(
+        TcpTracer::builder()
+            .queue(QUEUE)
+            .sample_interval(None)
+            .start(),
+    )?;
     let reference = Trace::start()?;
     for _ in 0..20 {
         let connection = scene.connect()?;

@@ -22,6 +22,8 @@ mod bytes;
 mod delivery;
 mod lifecycle;
 mod owner;
+mod samples;
+mod snapshot;
 mod states;
 mod udp_lifecycle;
 mod udp_numbers;
@@ -38,6 +40,8 @@ fn main() -> ExitCode {
         bytes::trials(),
         delivery::trials(),
         lifecycle::trials(),
+        samples::trials(),
+        snapshot::trials(),
         udp_numbers::trials(),
         udp_peers::trials(),
         udp_lifecycle::trials(),

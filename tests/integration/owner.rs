@@ -13,7 +13,10 @@ use integration_tests::{
 };
 use libtest_mimic::Trial;
 use nix::errno::Errno;
-use tcp_udp_trace::TcpState::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck};
+use tcp_udp_trace::{
+    Event,
+    TcpState::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck},
+};
 
 pub(crate) fn trials() -> Vec<Trial> {
     trials![
@@ -29,6 +32,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             another_cgroup,
             thread_of_a_process,
             hostile_name,
+            process_details,
             address_reuse_by_two_thousand_sockets,
             listener_older_than_the_tracer,
             connection_older_than_the_tracer,
@@ -365,6 +369,59 @@ fn listener_older_than_the_tracer() -> anyhow::Result<()> {
             .older_than_the_tracer(),
     )?;
     lives.nothing_else()
+}
+
+/// On request: what a process runs, also after its end if it was seen before.
+fn process_details() -> anyhow::Result<()> {
+    let trace = Trace::start_with(|builder| builder.process_details(true))?;
+    let mut server = Actor::spawn("server")?;
+    let mut client = Actor::spawn("client")?;
+    let listener = server.listen(loopback(false))?;
+    let connected = client.connect(listener.local)?;
+    let accepted = server.accept(&listener)?;
+    let pids = [client.pid(), server.pid()];
+    let owner = |event: &Event| event.process.as_ref().map(|process| process.pid);
+    let has_details = |event: &Event| {
+        event
+            .process
+            .as_ref()
+            .is_some_and(|process| process.details.is_some())
+    };
+    for pid in pids {
+        trace.wait_for("details", |event| {
+            owner(event) == Some(pid) && has_details(event)
+        })?;
+    }
+    client.kill()?;
+    ensure!(server.receive_all(&accepted)? == 0);
+    server.close(&accepted)?;
+    server.close(&listener)?;
+    let events = trace.finish_in_order(3)?;
+    let exe = std::env::current_exe()?;
+    for (pid, name) in pids.into_iter().zip(["client", "server"]) {
+        let last = events
+            .iter()
+            .rfind(|event| owner(event) == Some(pid) && event.is_close());
+        let last = last.expect("it was waited for");
+        let details = last
+            .process
+            .as_ref()
+            .and_then(|process| process.details.as_ref());
+        let Some(details) = details else {
+            bail!("no details: {last}")
+        };
+        ensure!(details.exe.as_ref() == Some(&exe), "{details:?}");
+        ensure!(
+            details.cmdline == ["/proc/self/exe", "--actor", name],
+            "{details:?}"
+        );
+    }
+    ensure!(
+        events
+            .iter()
+            .any(|event| event.socket.local == connected.local)
+    );
+    Ok(())
 }
 
 /// Only its end is seen: its bytes are exact all the same, and its owner had it open when the tracer started.

@@ -465,7 +465,7 @@ fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
         );
         let pids = events
             .iter()
-            .filter_map(|event| event.process)
+            .filter_map(|event| event.process.as_ref())
             .map(|process| process.pid);
         ensure!(
             pids.into_iter().all(|owner| owner == pid),

@@ -7,9 +7,11 @@
 //! what one socket must have shown, from its first event to its last. A [`scene`] is the usual
 //! beginning: a tracer, a server that listens, a client.
 //!
+//! A tracer of these tests also samples, and whatever a test is about, its samples must fit in with the rest of their sockets' lives.
+//!
 //! For UDP, a [`udp_life`] takes the place of the life. A [`talker`] is an actor with one socket, which keeps the book
 //! of what passes through it, and a [`udp_scene`] is two of them.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -27,6 +29,7 @@ pub mod netns;
 pub mod scene;
 pub mod suite;
 pub mod talker;
+pub mod tcp_info;
 pub mod trace;
 pub mod udp_life;
 pub mod udp_scene;

@@ -121,6 +121,7 @@ fn is_stillborn(life: &[Event]) -> bool {
     let step = |event: &Event, from, to| {
         let is_listeners = event
             .process
+            .as_ref()
             .is_some_and(|process| process.origin == Origin::Creator);
         let Traffic {
             tx_bytes, rx_bytes, ..

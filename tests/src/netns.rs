@@ -39,6 +39,13 @@ impl Netns {
         })
     }
 
+    /// The namespace that `ip netns` has given this name.
+    pub fn named(name: &str) -> anyhow::Result<Self> {
+        Ok(Self {
+            file: File::open(format!("/run/netns/{name}"))?,
+        })
+    }
+
     /// The inode number, by which events name it.
     pub fn inode(&self) -> anyhow::Result<u32> {
         Ok(u32::try_from(self.file.metadata()?.ino())?)

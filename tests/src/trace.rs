@@ -1,16 +1,18 @@
 //! A tracer that collects the events of a test.
 
 use std::{
+    collections::HashMap,
     fmt::Write as _,
     sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread::{self, JoinHandle},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{
-    Error, Event, EventKind, Stats, TcpState, TcpTracer, TracerHandle, UdpTracer, UdpTracerBuilder,
+    Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle, Traffic,
+    UdpTracer, UdpTracerBuilder,
 };
 
 use crate::{life::Lives, netns::Netns, udp_life::UdpLives};
@@ -22,6 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Room for all the events of the machine while a test runs: what a test counts must not be shed.
 const QUEUE: usize = 1 << 20;
 const RING: u32 = 16 << 20;
+/// Often, so that samples come into everything.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A running tracer. It collects the events of some network namespaces, at first that of the thread that started it.
 #[derive(Debug)]
@@ -31,6 +35,7 @@ pub struct Trace {
     /// `None` once it has been joined.
     thread: Option<JoinHandle<anyhow::Result<Stats>>>,
     began: SystemTime,
+    ready: SystemTime,
 }
 
 #[derive(Debug, Default)]
@@ -42,13 +47,22 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Collected {
     namespaces: Vec<u32>,
+    /// But for the samples.
     events: Vec<Event>,
+    samples: Vec<Sample>,
     /// How many of `events` are the end of a socket.
     closes: usize,
     /// How many events of the whole machine came, gaps not counted.
     delivered: u64,
     /// How many events the gaps stand for.
     lost: u64,
+}
+
+/// A sample, and how many other events had come before it.
+#[derive(Debug, Clone)]
+struct Sample {
+    event: Event,
+    position: usize,
 }
 
 impl Shared {
@@ -64,6 +78,12 @@ impl Shared {
         }
         collected.delivered += 1;
         if collected.namespaces.contains(&event.socket.netns) {
+            if matches!(event.kind, EventKind::Sample { .. }) {
+                let position = collected.events.len();
+                collected.samples.push(Sample { event, position });
+                self.changed.notify_all();
+                return;
+            }
             // Nobody waits for the end of a child that was never established: see `Lives::nothing_else`.
             let is_stillborn = matches!(
                 event.kind,
@@ -83,9 +103,18 @@ impl Shared {
 impl Trace {
     /// Starts a tracer that sees everything of TCP from now on.
     pub fn start() -> anyhow::Result<Self> {
+        Self::start_with(|builder| builder)
+    }
+
+    /// [`start`](Self::start) with other settings.
+    pub fn start_with(
+        settings: impl FnOnce(TcpTracerBuilder) -> TcpTracerBuilder + Send + 'static,
+    ) -> anyhow::Result<Self> {
         Self::spawn(async || {
             let builder = TcpTracer::builder().queue(QUEUE).ring_bytes(RING);
-            builder.sample_interval(None).start().await
+            settings(builder.sample_interval(SAMPLE_INTERVAL))
+                .start()
+                .await
         })
     }
 
@@ -100,7 +129,9 @@ impl Trace {
     ) -> anyhow::Result<Self> {
         Self::spawn(async || {
             let builder = UdpTracer::builder().queue(QUEUE).ring_bytes(RING);
-            settings(builder.sample_interval(None)).start().await
+            settings(builder.sample_interval(SAMPLE_INTERVAL))
+                .start()
+                .await
         })
     }
 
@@ -127,6 +158,7 @@ impl Trace {
                 handle,
                 thread: Some(thread),
                 began,
+                ready: SystemTime::now(),
             }),
             Err(_) => match thread.join().unwrap() {
                 Ok(stats) => bail!("the tracer ended at once: {stats:?}"),
@@ -140,6 +172,12 @@ impl Trace {
         self.shared.lock().namespaces.push(netns);
     }
 
+    /// When the tracer said that it was ready, or a little later.
+    #[must_use]
+    pub fn ready(&self) -> SystemTime {
+        self.ready
+    }
+
     /// The handle of the tracer.
     #[must_use]
     pub fn handle(&self) -> &TracerHandle {
@@ -149,6 +187,39 @@ impl Trace {
     /// Waits until an event shows.
     pub fn wait_for(&self, what: &str, is_it: impl Fn(&Event) -> bool) -> anyhow::Result<()> {
         self.wait(what, |collected| collected.events.iter().any(&is_it))
+    }
+
+    /// Waits for a sample that is like this, and all of it younger than the call: what the kernel told of the first that comes may be
+    /// older than its time.
+    pub fn wait_for_sample(
+        &self,
+        what: &str,
+        is_it: impl Fn(&Event) -> bool,
+    ) -> anyhow::Result<Event> {
+        let now = SystemTime::now();
+        let find = |collected: &Collected| {
+            let events = collected.samples.iter().map(|sample| &sample.event);
+            let mut found = events.filter(|event| event.time > now && is_it(event));
+            let first = found.next()?;
+            found
+                .find(|event| event.socket.id == first.socket.id)
+                .cloned()
+        };
+        self.wait(&format!("sample of {what}"), |collected| {
+            find(collected).is_some()
+        })?;
+        Ok(find(&self.shared.lock()).expect("it was waited for"))
+    }
+
+    /// The samples so far.
+    #[must_use]
+    pub fn samples(&self) -> Vec<Event> {
+        let collected = self.shared.lock();
+        collected
+            .samples
+            .iter()
+            .map(|sample| sample.event.clone())
+            .collect()
     }
 
     /// Waits until so many sockets are closed, ends the tracer, and hands over all the lives it has seen.
@@ -196,6 +267,7 @@ impl Trace {
         let stats = self.stop().expect("it runs").unwrap()?;
         let collected = std::mem::take(&mut *self.shared.lock());
         check(&stats, &collected)?;
+        check_samples(&collected)?;
         Ok(collected.events)
     }
 
@@ -208,14 +280,15 @@ impl Trace {
 
     fn wait(&self, what: &str, is_done: impl Fn(&Collected) -> bool) -> anyhow::Result<()> {
         let mut collected = self.shared.lock();
+        let mut seen = (collected.events.len(), Instant::now());
         while !is_done(&collected) {
-            let (next, timeout) = self
-                .shared
-                .changed
-                .wait_timeout(collected, PATIENCE)
-                .unwrap();
-            collected = next;
-            if timeout.timed_out() && !is_done(&collected) {
+            let changed = self.shared.changed.wait_timeout(collected, PATIENCE);
+            collected = changed.unwrap().0;
+            // Samples come all the time.
+            if collected.events.len() > seen.0 {
+                seen = (collected.events.len(), Instant::now());
+            }
+            if seen.1.elapsed() > PATIENCE && !is_done(&collected) {
                 let hooks = self
                     .handle
                     .hooks()
@@ -301,6 +374,84 @@ fn check(stats: &Stats, collected: &Collected) -> anyhow::Result<()> {
         collected.delivered
     );
     Ok(())
+}
+
+/// Whether each sample fits in with what was reported of its socket before and after it.
+fn check_samples(collected: &Collected) -> anyhow::Result<()> {
+    let mut lives = HashMap::<u64, Vec<(usize, &Event)>>::new();
+    for (position, event) in collected.events.iter().enumerate() {
+        lives
+            .entry(event.socket.id)
+            .or_default()
+            .push((position, event));
+    }
+    for Sample { event, position } in &collected.samples {
+        let life = lives.get(&event.socket.id).map_or(&[][..], Vec::as_slice);
+        let (before, after) = life.split_at(life.partition_point(|(at, _)| at < position));
+        // A flow has totals of its own.
+        let is_of_socket = |event: &&Event| !matches!(event.kind, EventKind::Flow { .. });
+        let before = before
+            .iter()
+            .rev()
+            .map(|(_, event)| *event)
+            .find(is_of_socket);
+        let after = after.iter().map(|(_, event)| *event).find(is_of_socket);
+        let fits = || {
+            for other in [before, after].into_iter().flatten() {
+                let (socket, as_of) = (&event.socket, &other.socket);
+                ensure!(socket.netns == as_of.netns && socket.uid == as_of.uid);
+                ensure!(
+                    as_of.cookie.is_none() || socket.cookie == as_of.cookie,
+                    "another cookie"
+                );
+            }
+            let owners = [before, after]
+                .into_iter()
+                .flatten()
+                .map(|other| &other.process);
+            let is_accepted_now = after.is_some_and(|after| after.kind == EventKind::Accept);
+            let is_known = before.is_none() && (after.is_none() || is_accepted_now)
+                || owners.into_iter().any(|owner| *owner == event.process);
+            ensure!(is_known, "another owner");
+            if let Some(before) = before {
+                ensure!(!before.is_close(), "a sample after the close");
+                ensure!(before.uptime <= event.uptime, "time went back");
+                ensure!(grows(before, event), "the traffic shrank");
+            }
+            if let Some(after) = after {
+                ensure!(event.uptime <= after.uptime, "time went back behind it");
+                ensure!(grows(event, after), "the traffic shrank behind it");
+            }
+            Ok(())
+        };
+        if let Err(error) = fits() {
+            let life: Vec<_> = life.iter().map(|(_, event)| (*event).clone()).collect();
+            bail!(
+                "{error:#}: {event} {:?} between {before:?} and {after:?} of{}",
+                event.socket,
+                show(&life)
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Whether no counter of the first is higher than that of the second.
+fn grows(first: &Event, second: &Event) -> bool {
+    let counters = |event: &Event| {
+        let Traffic {
+            tx_bytes,
+            rx_bytes,
+            tx_packets,
+            rx_packets,
+            ..
+        } = event.traffic;
+        [tx_bytes, rx_bytes, tx_packets, rx_packets]
+    };
+    counters(first)
+        .iter()
+        .zip(counters(second))
+        .all(|(first, second)| *first <= second)
 }
 
 /// Whether the final counters of a tracer account for every event.

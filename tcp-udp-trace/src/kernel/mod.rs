@@ -201,6 +201,11 @@ impl Kernel {
     /// to 0.1 s; so they go in parallel.
     pub(crate) fn detach(&mut self) {
         self.recursion_misses = self.recursion_misses();
+        let stopping = self.ebpf.map_mut("STOPPING").map(Array::try_from);
+        if let Some(Ok(mut stopping)) = stopping {
+            // It cannot fail for an array; and if it did, some closes would be said to have been missed.
+            let _ = stopping.set(0, 1_u32, 0);
+        }
         thread::scope(|scope| {
             for (name, program) in self.ebpf.programs_mut() {
                 if program.fd().is_err() || QUESTIONS.contains(&name) {

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     ffi::{CString, OsStr},
     io::{self, BufRead as _, Read as _, Write as _},
-    net::{self, Shutdown},
+    net::{self, Shutdown, SocketAddr},
     os::{
         fd::{AsRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
@@ -13,10 +13,18 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nix::{sys::prctl, unistd::gettid};
+use caps::{CapSet, Capability};
+use futures_util::StreamExt as _;
+use nix::{
+    sys::{
+        prctl,
+        resource::{RLIM_INFINITY, Resource, setrlimit},
+    },
+    unistd::gettid,
+};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use socket2::{Domain, Protocol, Socket, Type};
-use tcp_udp_trace::TcpTracer;
+use tcp_udp_trace::{EventKind, TcpTracer};
 
 use super::{
     batch,
@@ -31,6 +39,8 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Default)]
 struct Interpreter {
     sockets: HashMap<RawFd, Socket>,
+    /// Those that nobody asks for.
+    held: Vec<OwnedFd>,
 }
 
 /// Is an actor of that name until standard input ends.
@@ -125,6 +135,8 @@ impl Interpreter {
             } => {
                 return Ok(Outcome::Exchanges(batch::churn(to, connections, seed)?));
             }
+            Command::Hold { address, tcp, udp } => self.hold(address, tcp, udp)?,
+            Command::SampleWithFewCapabilities => return sample_with_few_capabilities(),
             Command::StartTracer => return Ok(Outcome::Tracer(start_tracer()?)),
         }
         Ok(Outcome::Done)
@@ -149,6 +161,18 @@ impl Interpreter {
             io::ErrorKind::WouldBlock => Ok(Outcome::Sockets(endpoints)),
             _ => Err(end),
         }
+    }
+
+    fn hold(&mut self, mut address: SocketAddr, tcp: u32, udp: u32) -> io::Result<()> {
+        for _ in 0..tcp {
+            self.held.push(net::TcpListener::bind(address)?.into());
+            address.set_port(address.port() + 1);
+        }
+        address.set_port(0);
+        for _ in 0..udp {
+            self.held.push(net::UdpSocket::bind(address)?.into());
+        }
+        Ok(())
     }
 
     fn keep(&mut self, socket: Socket) -> io::Result<Outcome> {
@@ -241,7 +265,7 @@ pub(super) fn receive_all(mut socket: &Socket) -> io::Result<u64> {
     }
 }
 
-fn take(pid: u32, fd: RawFd) -> io::Result<OwnedFd> {
+pub(super) fn take(pid: u32, fd: RawFd) -> io::Result<OwnedFd> {
     let pid = i32::try_from(pid)
         .ok()
         .and_then(Pid::from_raw)
@@ -267,4 +291,33 @@ fn start_tracer() -> io::Result<Option<(String, String)>> {
     Ok(started
         .err()
         .map(|error| (format!("{:?}", error.kind()), error.to_string())))
+}
+
+fn sample_with_few_capabilities() -> io::Result<Outcome> {
+    // Before 5.11, maps count against it; afterwards it does not matter that it cannot be raised.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    let few = [Capability::CAP_BPF, Capability::CAP_PERFMON].into();
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        caps::set(None, set, &few).map_err(io::Error::other)?;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let builder = TcpTracer::builder().sample_interval(Duration::from_millis(100));
+        let mut tracer = builder.start().await.map_err(io::Error::other)?;
+        let handle = tracer.handle();
+        let hooks = handle.hooks();
+        let hook = hooks.iter().find(|hook| hook.signal == "sample");
+        let hook = hook.map(ToString::to_string).unwrap_or_default();
+        let mut cookies = Vec::new();
+        while handle.stats().sample_rounds < 2 {
+            let next = tokio::time::timeout(TIMEOUT, tracer.next()).await?;
+            let event = next.ok_or(io::ErrorKind::UnexpectedEof)?;
+            if matches!(event.kind, EventKind::Sample { .. }) {
+                cookies.extend(event.socket.cookie);
+            }
+        }
+        Ok(Outcome::Sampled { hook, cookies })
+    })
 }

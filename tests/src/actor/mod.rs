@@ -15,7 +15,10 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
     net::SocketAddr,
-    os::{fd::RawFd, unix::process::CommandExt as _},
+    os::{
+        fd::{OwnedFd, RawFd},
+        unix::process::CommandExt as _,
+    },
     process::{Child, ChildStdin, ChildStdout, ExitCode, Stdio},
 };
 
@@ -256,6 +259,11 @@ impl Actor {
             pid: from.pid(),
             fd,
         })
+    }
+
+    /// A descriptor of one of its sockets for the calling process.
+    pub fn lend(&self, socket: &Endpoint) -> anyhow::Result<OwnedFd> {
+        Ok(interpreter::take(self.pid(), socket.fd)?)
     }
 
     /// Does a command that gives one socket.

@@ -74,8 +74,19 @@ pub enum Command {
         /// Decides the sizes.
         seed: u64,
     },
+    /// Makes so many sockets, and keeps them. The listeners are at this port and those that follow it.
+    Hold {
+        /// Where the first listens.
+        address: SocketAddr,
+        /// TCP listeners.
+        tcp: u32,
+        /// Bound UDP sockets.
+        udp: u32,
+    },
     /// Starts a tracer and drops it: [`Outcome::Tracer`].
     StartTracer,
+    /// Gives up every capability but `CAP_BPF` and `CAP_PERFMON`, and samples the TCP sockets twice: [`Outcome::Sampled`].
+    SampleWithFewCapabilities,
 }
 
 /// What came of a command.
@@ -95,6 +106,13 @@ pub enum Outcome {
     Transfers(Vec<Transfer>),
     /// One for each connection.
     Exchanges(Vec<Exchange>),
+    /// How it was sampled, and the cookies of what was.
+    Sampled {
+        /// The hook for samples.
+        hook: String,
+        /// The cookies.
+        cookies: Vec<u64>,
+    },
     /// The kind and message of the error, if the tracer did not start.
     Tracer(Option<(String, String)>),
 }

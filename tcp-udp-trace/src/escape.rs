@@ -1,0 +1,54 @@
+//! Bytes that strangers have chosen, as text that can be shown and read back.
+//!
+//! Printable UTF-8 stays as it is; everything else (control characters, invisible and direction-changing characters, invalid UTF-8, the
+//! backslash) becomes `\xNN`, so that it cannot reach a terminal or break a log line.
+
+use std::fmt;
+
+/// Shows bytes.
+pub(crate) struct Escaped<'a>(pub(crate) &'a [u8]);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let escape = |f: &mut fmt::Formatter<'_>, bytes: &[u8]| {
+            bytes.iter().try_for_each(|b| write!(f, "\\x{b:02x}"))
+        };
+        for chunk in self.0.utf8_chunks() {
+            for c in chunk.valid().chars() {
+                if c.is_control() || is_deceptive(c) || c == '\\' {
+                    escape(f, c.encode_utf8(&mut [0; 4]).as_bytes())?;
+                } else {
+                    write!(f, "{c}")?;
+                }
+            }
+            escape(f, chunk.invalid())?;
+        }
+        Ok(())
+    }
+}
+
+/// Invisible or direction-changing characters that can make a line of text lie.
+fn is_deceptive(c: char) -> bool {
+    matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+}
+
+/// The bytes that were shown so; `None` if a backslash is not part of `\xNN`.
+pub(crate) fn unescape(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        rest = match (first, tail) {
+            (b'\\', [b'x', high, low, tail @ ..]) => {
+                let digit = |d: &u8| char::from(*d).to_digit(16);
+                bytes.push(u8::try_from(digit(high)? << 4 | digit(low)?).ok()?);
+                tail
+            }
+            (b'\\', _) => return None,
+            _ => {
+                bytes.push(*first);
+                tail
+            }
+        };
+    }
+    Some(bytes)
+}

@@ -1,0 +1,67 @@
+//! Whose a socket is.
+
+use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
+
+use crate::comm::Comm;
+
+/// The process that owns a socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Process {
+    /// Process id (the kernel's `tgid`), as the initial pid namespace numbers it.
+    pub pid: u32,
+    /// The thread that made the socket this process's own.
+    pub tid: u32,
+    /// The user that the process ran as then.
+    pub uid: u32,
+    /// The process's name then.
+    pub comm: Comm,
+    /// How the owner is known.
+    pub origin: Origin,
+    /// When the process was made, on `CLOCK_BOOTTIME`. Its pid may be another's one day; pid and this together never are.
+    #[cfg_attr(
+        feature = "serde",
+        serde(rename = "started_ns", with = "crate::json::nanos", default)
+    )]
+    pub started: Duration,
+    /// What else is known of it, if [asked for](crate::TcpTracerBuilder::process_details). Absent too if the process had ended before it
+    /// could be looked at.
+    #[cfg_attr(
+        feature = "serde",
+        serde(default, skip_serializing_if = "Option::is_none")
+    )]
+    pub details: Option<Arc<ProcessDetails>>,
+}
+
+/// What a process runs, as it was when the process was first seen under its present name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct ProcessDetails {
+    /// The path of its executable (`/proc/PID/exe`), as the process itself would name it; ` (deleted)` is at its end if it is not there any
+    /// more. None for a kernel thread.
+    #[cfg_attr(feature = "serde", serde(with = "crate::json::path"))]
+    pub exe: Option<PathBuf>,
+    /// Its command line (`/proc/PID/cmdline`), which it can change at will: at most the first 4096 bytes.
+    #[cfg_attr(feature = "serde", serde(with = "crate::json::words"))]
+    pub cmdline: Vec<OsString>,
+}
+
+/// How the owner of a socket is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Origin {
+    /// TCP: it called `connect` or `listen`; for a connection that waits to be accepted, it called `listen` on the listener.
+    /// UDP: it made the socket.
+    Creator,
+    /// It accepted the connection.
+    Acceptor,
+    /// It was the first seen sending or receiving.
+    User,
+    /// It had the socket open when the tracer started; of several that had, it is the one with the lowest pid. For a connection that waits
+    /// to be accepted: it had the listener open.
+    Snapshot,
+}

@@ -1,0 +1,335 @@
+//! What is older than the tracer: known from the start, and exact from then on.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{SocketAddr, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::SystemTime,
+};
+
+use anyhow::{Context as _, ensure};
+use integration_tests::{
+    actor::{Actor, Command, Exchange},
+    life::{Life, Lives},
+    netns::Netns,
+    scene::loopback,
+    trace::{Trace, show},
+};
+use libtest_mimic::Trial;
+use tcp_udp_trace::{
+    Event, EventKind, Origin,
+    TcpState::{Close, CloseWait, Established, LastAck, Listen},
+    Traffic,
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        Nothing: [
+            connection_in_another_namespace,
+            connection_that_waits_to_be_accepted,
+            udp_socket_that_has_no_cookie,
+            udp_socket_that_gets_its_cookie_by_a_sample,
+        ],
+        Solitude: [
+            tracers_that_start_and_stop_during_churn,
+        ],
+    ]
+}
+
+/// Known by its sample, with owner and traffic; and its end carries the same.
+fn connection_in_another_namespace() -> anyhow::Result<()> {
+    let netns = Netns::new()?;
+    let (mut server, mut client) =
+        netns.run(|| Ok((Actor::spawn("server")?, Actor::spawn("client")?)))?;
+    let listener = server.listen(loopback(true))?;
+    let connected = client.connect(listener.local)?;
+    let accepted = server.accept(&listener)?;
+    client.send(&connected, 5_000)?;
+    server.receive(&accepted, 5_000)?;
+    let trace = Trace::start()?;
+    trace.also(netns.inode()?);
+    let is_client = |event: &Event| event.socket.cookie == Some(connected.cookie);
+    let sample = trace.wait_for_sample("the client", is_client)?;
+    let process = sample.process.as_ref().context("no owner")?;
+    ensure!(
+        (process.pid, process.origin) == (client.pid(), Origin::Snapshot),
+        "{sample}"
+    );
+    ensure!(
+        sample.traffic.tx_bytes == 5_000 && sample.traffic.rx_bytes == 0,
+        "{sample}"
+    );
+    server.send(&accepted, 70)?;
+    client.receive(&connected, 70)?;
+    server.close(&accepted)?;
+    ensure!(client.receive_all(&connected)? == 0);
+    client.close(&connected)?;
+    server.close(&listener)?;
+    let events = trace.finish_in_order(3)?;
+    let of_client: Vec<_> = events.iter().filter(|event| is_client(event)).collect();
+    ensure!(
+        of_client
+            .iter()
+            .all(|event| event.socket.id == sample.socket.id)
+    );
+    let mut lives = Lives::new(events.clone(), sample.time - sample.socket.age);
+    let states = [Established, CloseWait, LastAck, Close];
+    let client_is = Life::of(&client.who()?, &connected, &states);
+    lives.check(&client_is.bytes(5_000, 70).older_than_the_tracer())?;
+    lives.check(&Life::of(&server.who()?, &listener, &[Listen, Close]).older_than_the_tracer())?;
+    Ok(())
+}
+
+/// Nobody has it open yet, so nobody is known to own it; and it is the same socket when somebody accepts it.
+fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
+    let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
+    let listener = server.listen(loopback(false))?;
+    let connected = client.connect(listener.local)?;
+    client.send(&connected, 300)?;
+    let trace = Trace::start()?;
+    let is_it = |event: &Event| event.socket.remote == connected.local;
+    let sample = trace.wait_for_sample("the connection", is_it)?;
+    ensure!(
+        sample.process.is_none() && sample.traffic.rx_bytes == 300,
+        "{sample}"
+    );
+    let accepted = server.accept(&listener)?;
+    trace.wait_for("the accept", |event| {
+        is_it(event) && event.kind == EventKind::Accept
+    })?;
+    let sample_of_accepted = trace.wait_for_sample("the connection", is_it)?;
+    let process = sample_of_accepted.process.as_ref().context("no owner")?;
+    ensure!((process.pid, process.origin) == (server.pid(), Origin::Acceptor));
+    ensure!(sample_of_accepted.socket.cookie == Some(accepted.cookie));
+    server.receive(&accepted, 300)?;
+    server.send(&accepted, 40)?;
+    client.receive(&connected, 40)?;
+    client.close(&connected)?;
+    ensure!(server.receive_all(&accepted)? == 0);
+    server.close(&accepted)?;
+    let events = trace.finish_in_order(2)?;
+    let of_child: Vec<_> = events.iter().filter(|event| is_it(event)).collect();
+    for event in &of_child {
+        ensure!(
+            event.socket.id == sample.socket.id,
+            "another id:{}",
+            show(&events)
+        );
+    }
+    let last = of_child.last().context("no events")?;
+    let Traffic {
+        tx_bytes, rx_bytes, ..
+    } = last.traffic;
+    ensure!(
+        last.is_close() && (tx_bytes, rx_bytes) == (40, 300),
+        "{last}"
+    );
+    Ok(())
+}
+
+/// It is first known by its address, and by its cookie when something has given it one: the same socket all the time, and the same flow.
+fn udp_socket_that_has_no_cookie() -> anyhow::Result<()> {
+    old_udp_socket(false)
+}
+
+fn udp_socket_that_gets_its_cookie_by_a_sample() -> anyhow::Result<()> {
+    old_udp_socket(true)
+}
+
+fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
+    let (old, peer) = (
+        UdpSocket::bind("127.0.0.1:0")?,
+        UdpSocket::bind("127.0.0.1:0")?,
+    );
+    let (old_is, peer_is) = (old.local_addr()?, peer.local_addr()?);
+    let trace = Trace::start_udp_with(move |builder| {
+        if sampled {
+            builder
+        } else {
+            builder.sample_interval(None)
+        }
+    })?;
+    let receive = |count: usize| {
+        for _ in 0..count {
+            peer.send_to(b"hello", old_is)?;
+            old.recv_from(&mut [0; 16])?;
+        }
+        anyhow::Ok(())
+    };
+    receive(3)?;
+    if sampled {
+        trace.wait_for_sample("the socket", |event| event.socket.local == old_is)?;
+    }
+    receive(2)?;
+    // Sending gives it a cookie, if nothing else has.
+    old.send_to(b"hi", peer_is)?;
+    receive(1)?;
+    drop(old);
+    drop(peer);
+    let events = trace.finish_in_order(2)?;
+    let of_old: Vec<_> = events
+        .iter()
+        .filter(|event| event.socket.local.port() == old_is.port())
+        .collect();
+    let ids: BTreeSet<_> = of_old.iter().map(|event| event.socket.id).collect();
+    ensure!(ids.len() == 1, "ids {ids:?}:{}", show(&events));
+    for event in &of_old {
+        let process = event.process.as_ref().context("no owner")?;
+        let owner = (process.pid, process.origin);
+        ensure!(owner == (std::process::id(), Origin::Snapshot), "{event}");
+    }
+    let all = of_old[of_old.len() - 1].traffic;
+    let Traffic {
+        tx_bytes,
+        rx_bytes,
+        tx_packets,
+        rx_packets,
+        ..
+    } = all;
+    ensure!(
+        (tx_bytes, tx_packets, rx_bytes, rx_packets) == (2, 1, 30, 6),
+        "{}",
+        show(&events)
+    );
+    let is_flow = |event: &&&Event| matches!(event.kind, EventKind::Flow { .. });
+    let flow = of_old.iter().rfind(is_flow).context("no flow")?;
+    ensure!(
+        flow.socket.remote == peer_is && flow.traffic == all,
+        "{flow}"
+    );
+    Ok(())
+}
+
+/// Tracers start and stop while connections come and go as fast as they can. From the first connection that one has seen to the last, it has
+/// missed none and doubled none; each end is exact, and each owner right: absent only where the socket was made before the hooks were there, and
+/// was gone before the tracer was ready.
+fn tracers_that_start_and_stop_during_churn() -> anyhow::Result<()> {
+    const TRACERS: usize = 5;
+    const BATCH: u32 = 500;
+    let mut server = Actor::spawn("server")?;
+    let mut client = Actor::spawn("client")?;
+    let listener = server.listen("0.0.0.0:0".parse()?)?;
+    let port = listener.local.port();
+    let pids = [client.pid(), server.pid()];
+    let enough = AtomicBool::new(false);
+    let churn = || {
+        let (mut clients, mut servers) = (Vec::new(), Vec::new());
+        let mut turn = 0_u8;
+        while !enough.load(Ordering::Relaxed) {
+            server.begin(&Command::Serve(listener.fd, BATCH))?;
+            client.begin(&Command::Churn {
+                // Each time another one, or there would be no free ports some day.
+                to: SocketAddr::from(([127, 0, 0, 1 + turn % 250], port)),
+                connections: BATCH,
+                seed: turn.into(),
+            })?;
+            clients.extend(client.finish_exchanges()?);
+            servers.extend(server.finish_exchanges()?);
+            turn = turn.checked_add(1).context("it takes too long")?;
+        }
+        anyhow::Ok([clients, servers])
+    };
+    let (traced, ends) = thread::scope(|scope| {
+        let churn = scope.spawn(churn);
+        let traced = (0..TRACERS)
+            .map(|_| {
+                let trace = Trace::start()?;
+                Ok((trace.ready(), trace.finish_in_order(200)?))
+            })
+            .collect::<anyhow::Result<Vec<_>>>();
+        enough.store(true, Ordering::Relaxed);
+        anyhow::Ok((traced?, churn.join().unwrap()?))
+    })?;
+    let connections = ends[0].len();
+    eprintln!(
+        "{connections} connections, {:?} events",
+        traced
+            .iter()
+            .map(|(_, events)| events.len())
+            .collect::<Vec<_>>()
+    );
+    for (ready, events) in &traced {
+        for (ends, pid) in ends.iter().zip(pids) {
+            judge(events, *ready, ends, pid).with_context(|| format!("of process {pid}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Compares the events of a tracer with the connections of one process, which had one at a time.
+fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> anyhow::Result<()> {
+    let mut indices = BTreeMap::new();
+    for (index, end) in ends.iter().enumerate() {
+        let before = indices.insert((end.local, end.remote), index);
+        ensure!(
+            before.is_none(),
+            "{end:?} is not the only one of its addresses"
+        );
+    }
+    let mut lives = BTreeMap::<u64, Vec<&Event>>::new();
+    for event in events {
+        lives.entry(event.socket.id).or_default().push(event);
+    }
+    let mut seen = BTreeMap::new();
+    for life in lives.values() {
+        let last = life[life.len() - 1];
+        let Some(&index) = indices.get(&(last.socket.local, last.socket.remote)) else {
+            continue;
+        };
+        if life.iter().all(|event| event.kind == EventKind::Accept) {
+            // Accepted when the tracer had begun to stop.
+            continue;
+        }
+        let doubled = seen.insert(index, last.is_close());
+        ensure!(doubled.is_none(), "two sockets for one: {last}");
+        let known = life.iter().filter(|event| event.socket.local.port() != 0);
+        let addresses: BTreeSet<_> = known
+            .map(|event| (event.socket.local.port(), event.socket.remote))
+            .collect();
+        let all: Vec<_> = life.iter().map(|event| (*event).clone()).collect();
+        ensure!(
+            addresses.len() <= 1,
+            "one id for {addresses:?}:{}",
+            show(&all)
+        );
+        let is_born_here = matches!(life[0].kind, EventKind::StateChange { from: Close, .. });
+        let may_be_absent = !is_born_here && life[0].time <= ready;
+        for event in life {
+            match &event.process {
+                Some(process) => ensure!(process.pid == pid, "wrong owner: {event}"),
+                None => ensure!(may_be_absent, "no owner: {event}"),
+            }
+        }
+        if last.is_close() {
+            let Traffic {
+                tx_bytes, rx_bytes, ..
+            } = last.traffic;
+            let end = &ends[index];
+            ensure!(
+                (tx_bytes, rx_bytes) == (end.sent, end.received),
+                "{end:?}: {last}"
+            );
+            let closes = life.iter().filter(|event| event.is_close()).count();
+            ensure!(closes == 1, "{closes} closes: {last}");
+        }
+    }
+    let (Some((&first, _)), Some((&last, _))) = (seen.first_key_value(), seen.last_key_value())
+    else {
+        return Ok(());
+    };
+    // When the tracer was stopped, the last ones were not over.
+    const UNDER_WAY: usize = 2;
+    for (index, end) in ends.iter().enumerate().take(last + 1).skip(first) {
+        let place = || format!("{end:?}, {index} of {first} to {last}");
+        let is_closed = seen
+            .get(&index)
+            .with_context(|| format!("not seen: {}", place()))?;
+        ensure!(
+            *is_closed || index + UNDER_WAY >= last,
+            "not closed: {}",
+            place()
+        );
+    }
+    Ok(())
+}
