@@ -56,8 +56,26 @@ impl Scene {
     }
 
     /// With these two, the server listening at `address`.
-    pub fn between(mut server: Actor, address: SocketAddr, client: Actor) -> anyhow::Result<Self> {
-        let trace = Trace::start()?;
+    pub fn between(server: Actor, address: SocketAddr, client: Actor) -> anyhow::Result<Self> {
+        Self::of(Trace::start()?, server, address, client)
+    }
+
+    /// With this tracer.
+    pub fn traced_by(trace: Trace, address: SocketAddr) -> anyhow::Result<Self> {
+        Self::of(
+            trace,
+            Actor::spawn("server")?,
+            address,
+            Actor::spawn("client")?,
+        )
+    }
+
+    fn of(
+        trace: Trace,
+        mut server: Actor,
+        address: SocketAddr,
+        client: Actor,
+    ) -> anyhow::Result<Self> {
         trace.also(server.netns());
         trace.also(client.netns());
         let listener = server.listen(address)?;

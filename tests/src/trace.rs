@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const QUEUE: usize = 1 << 20;
 const RING: u32 = 16 << 20;
 /// Often, so that samples come into everything.
-const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(500);
 
 /// A running tracer. It collects the events of some network namespaces, at first that of the thread that started it.
 #[derive(Debug)]

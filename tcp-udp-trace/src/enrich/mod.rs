@@ -98,9 +98,10 @@ impl Round<'_> {
             samples, limits, ..
         } = self.shared;
         samples.clear();
-        let take = |told| {
-            match told {
-                Ok(Told { cookie, info }) => samples.put(cookie, info, limits.sockets),
+        let take = |answer| {
+            match answer {
+                Ok(None) => {}
+                Ok(Some(Told { cookie, info })) => samples.put(cookie, info, limits.sockets),
                 Err(netlink::Malformed) => samples.count(|counts| counts.malformed += 1),
             }
             !self.shared.is_over()

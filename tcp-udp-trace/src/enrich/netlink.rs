@@ -50,6 +50,9 @@ pub(super) struct Told {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Malformed;
 
+/// An answer; `None` is one of what is no whole socket: TIME_WAIT passes for the state before it.
+pub(super) type Answer = Result<Option<Told>, Malformed>;
+
 /// Hands every socket of the calling thread's namespace to `take`, until that says `false`. Those of TCP that are no whole socket
 /// (a handshake's first half, TIME_WAIT) are not asked for.
 ///
@@ -58,7 +61,7 @@ pub(super) struct Malformed;
 /// The kernel has no sock_diag for this protocol, or did not answer, or every attempt was interrupted.
 pub(super) async fn dump(
     protocol: Protocol,
-    mut take: impl FnMut(Result<Told, Malformed>) -> bool,
+    mut take: impl FnMut(Answer) -> bool,
 ) -> io::Result<()> {
     let socket = Paced::new(NETLINK_SOCK_DIAG)?;
     let (mut connection, handle, _unsolicited): (
@@ -84,7 +87,7 @@ async fn dump_family(
     handle: &ConnectionHandle<Message>,
     family: u8,
     protocol: Protocol,
-    take: &mut impl FnMut(Result<Told, Malformed>) -> bool,
+    take: &mut impl FnMut(Answer) -> bool,
 ) -> io::Result<()> {
     for _ in 0..ATTEMPTS {
         let request = NetlinkMessage::new(
@@ -104,8 +107,8 @@ async fn dump_family(
             };
             is_consistent &= answer.header.flags & NLM_F_DUMP_INTR == 0;
             match answer.payload {
-                NetlinkPayload::InnerMessage(Message::Told(told)) => {
-                    if !take(told) {
+                NetlinkPayload::InnerMessage(Message::Answer(answer)) => {
+                    if !take(answer) {
                         return Ok(());
                     }
                 }
@@ -167,7 +170,7 @@ fn request(family: u8, protocol: Protocol) -> InetRequest {
 #[derive(Debug)]
 enum Message {
     Request(InetRequest),
-    Told(Result<Told, Malformed>),
+    Answer(Answer),
 }
 
 impl NetlinkSerializable for Message {
@@ -178,7 +181,7 @@ impl NetlinkSerializable for Message {
     fn buffer_len(&self) -> usize {
         match self {
             Self::Request(request) => request.buffer_len(),
-            Self::Told(_) => 0,
+            Self::Answer(_) => 0,
         }
     }
 
@@ -193,22 +196,24 @@ impl NetlinkDeserializable for Message {
     type Error = Infallible;
 
     fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, Infallible> {
-        Ok(Self::Told(if header.message_type == SOCK_DIAG_BY_FAMILY {
-            parse(payload)
-        } else {
-            Err(Malformed)
-        }))
+        Ok(Self::Answer(
+            if header.message_type == SOCK_DIAG_BY_FAMILY {
+                parse(payload)
+            } else {
+                Err(Malformed)
+            },
+        ))
     }
 }
 
 /// One socket of an answer.
-fn parse(payload: &[u8]) -> Result<Told, Malformed> {
+fn parse(payload: &[u8]) -> Answer {
     let (header, attributes) = payload.split_at_checked(HEADER_LEN).ok_or(Malformed)?;
     let header = InetResponseHeader::parse(header).map_err(|_| Malformed)?;
     let mut info = None;
     for attribute in NlasIterator::new(attributes) {
         let attribute = attribute.map_err(|_| Malformed)?;
-        info = match attribute.kind() {
+        let decoded = match attribute.kind() {
             INET_DIAG_INFO => {
                 TcpInfo::decode(attribute.value()).map(|info| SampleInfo::Tcp(info.into()))
             }
@@ -219,11 +224,10 @@ fn parse(payload: &[u8]) -> Result<Told, Malformed> {
             }
             _ => continue,
         };
+        info = Some(decoded.ok_or(Malformed)?);
     }
-    Ok(Told {
-        cookie: u64::from_ne_bytes(header.socket_id.cookie),
-        info: info.ok_or(Malformed)?,
-    })
+    let cookie = u64::from_ne_bytes(header.socket_id.cookie);
+    Ok(info.map(|info| Told { cookie, info }))
 }
 
 /// A socket that lets others run after each datagram. The connection reads until there is nothing, and for a dump the kernel writes
@@ -289,5 +293,130 @@ impl AsyncSocket for Paced {
 
     fn poll_recv_from_full(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Vec<u8>, SocketAddr)>> {
         self.socket.poll_recv_from_full(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+    use netlink_proto::NetlinkMessageCodec as _;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// `struct inet_diag_msg` of a socket with this cookie.
+    fn header(family: u8, cookie: u64) -> Vec<u8> {
+        let mut bytes = vec![family, 1, 0, 0]; // family, state, timer, retransmits
+        bytes.extend(8080_u16.to_be_bytes()); // source port
+        bytes.extend(40_000_u16.to_be_bytes()); // destination port
+        bytes.extend([0; 32]); // addresses
+        bytes.extend([0; 4]); // interface
+        bytes.extend(cookie.to_ne_bytes());
+        bytes.extend(0_u32.to_ne_bytes()); // expires
+        bytes.extend(3_u32.to_ne_bytes()); // rqueue
+        bytes.extend(4_u32.to_ne_bytes()); // wqueue
+        bytes.extend([0; 8]); // uid, inode
+        assert_eq!(bytes.len(), HEADER_LEN);
+        bytes
+    }
+
+    fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+        let len = u16::try_from(4 + value.len()).expect("a short value");
+        let mut bytes = [len.to_ne_bytes(), kind.to_ne_bytes()].concat();
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    }
+
+    /// An answer of a new kernel: an attribute that nobody knows, one of an odd length, and the one that we want.
+    fn answer() -> Vec<u8> {
+        let unknown = attribute(4_000, &[1, 2, 3]);
+        let shutdown = attribute(8, &[0]);
+        let info = attribute(INET_DIAG_INFO, &[7; 280]);
+        [header(AF_INET6, 77), unknown, shutdown, info].concat()
+    }
+
+    #[test]
+    fn attributes_that_are_not_known_do_no_harm() {
+        let info = TcpInfo::decode(&[7; 280]).expect("long enough");
+        let told = Told {
+            cookie: 77,
+            info: SampleInfo::Tcp(info.into()),
+        };
+        assert_eq!(parse(&answer()), Ok(Some(told)));
+    }
+
+    #[test]
+    fn udp_has_its_queues_in_the_header() {
+        let memory = attribute(INET_DIAG_SKMEMINFO, &[1; 36]);
+        let info = UdpInfo::decode(3, 4, &[1; 36]).expect("long enough");
+        let told = Told {
+            cookie: 5,
+            info: SampleInfo::Udp(info.into()),
+        };
+        assert_eq!(
+            parse(&[header(AF_INET, 5), memory].concat()),
+            Ok(Some(told))
+        );
+    }
+
+    #[test]
+    fn what_is_cut_short_is_malformed() {
+        assert_eq!(parse(&header(1, 1)), Err(Malformed), "another family");
+        let short = attribute(INET_DIAG_INFO, &[7; 100]);
+        assert_eq!(parse(&[header(AF_INET, 1), short].concat()), Err(Malformed));
+        // Between two attributes, or in their padding, it is only less that is said.
+        let whole = [72, 79, 80, 85, 86, 87, 88];
+        for len in 0..answer().len() {
+            let expected = if whole.contains(&len) {
+                Ok(None)
+            } else {
+                Err(Malformed)
+            };
+            assert_eq!(parse(&answer()[..len]), expected, "{len} bytes");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            let _ = parse(&bytes);
+        }
+
+        /// Near what the kernel sends, where a decoder is led further astray.
+        #[test]
+        fn damaged_answers_are_survived(
+            damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..6),
+            len in any::<proptest::sample::Index>(),
+        ) {
+            let mut bytes = answer();
+            for (place, byte) in damage {
+                *place.get_mut(&mut bytes) = byte;
+            }
+            bytes.truncate(len.index(bytes.len()) + 1);
+            let _ = parse(&bytes);
+        }
+
+        /// The same through the crates that cut a datagram into messages.
+        #[test]
+        fn damaged_datagrams_are_survived(
+            damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..6),
+        ) {
+            let mut bytes = Vec::new();
+            for _ in 0..2 {
+                let len = u32::try_from(16 + answer().len()).expect("short");
+                bytes.extend(len.to_ne_bytes());
+                bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+                bytes.extend([0; 10]); // flags, sequence number, port
+                bytes.extend(answer());
+            }
+            for (place, byte) in damage {
+                *place.get_mut(&mut bytes) = byte;
+            }
+            let mut datagram = BytesMut::from(&bytes[..]);
+            while let Ok(Some(_)) = NetlinkCodec::decode::<Message>(&mut datagram) {}
+        }
     }
 }
