@@ -19,6 +19,9 @@
 //! - [`UdpTracer`]: every UDP socket's connects, its end and its totals, and the totals of each of its flows; each datagram
 //!   on request.
 //!
+//! - Both: what was there before the tracer, and a sample of every live socket at the start and every 6.2 seconds
+//!   ([`EventKind::Sample`]): `tcp_info`, queues, buffers.
+//!
 //! In every network namespace, with the process that owns the socket, its addresses, and the payload it has carried
 //! ([`Event`]). Both are streams of the same event, so they merge with `futures::stream::select`.
 //!
@@ -27,6 +30,7 @@
 //! - A pid is right or absent: never the process that an interrupt happened to hit.
 //! - Bytes are payload to the byte: no SYN, FIN or retransmission; no peek, no failed send. Datagrams are counted one by one.
 //! - Nothing is lost without being counted ([`Stats`]) and standing in the stream ([`EventKind::Lost`]).
+//! - A sample never delays or sheds another event, and never comes after the close of its socket.
 //! - After `close` or a drop, the kernel holds nothing of ours.
 //! - Memory is bounded by what the builder was told.
 //!
@@ -38,8 +42,8 @@
 //! runtime with I/O and time. It finds out by itself which hooks the kernel allows, and says so: [`TracerHandle::hooks`]. To
 //! build: stable Rust and nothing else; the eBPF object is part of the crate.
 //!
-//! With `CAP_SYS_ADMIN` (or with tracefs mounted) it can use classic tracepoints too; what is lost without them, the hooks'
-//! notes say. Before Linux 5.11 the limit on locked memory must be raised (`ulimit -l unlimited`).
+//! With `CAP_SYS_ADMIN` (or with tracefs mounted) it can use classic tracepoints too, and with `CAP_SYS_ADMIN` it samples other network
+//! namespaces than its own; what is lost without, the hooks' notes say. Before Linux 5.11 the limit on locked memory must be raised (`ulimit -l unlimited`).
 //!
 //! # Features
 //!

@@ -119,13 +119,14 @@ macro_rules! tracer {
 }
 
 tracer! {
-    /// The TCP events of the whole machine, as a stream: each state change and each accept.
+    /// The TCP events of the whole machine, as a stream: each state change and each accept, and now and then a sample of each live
+    /// socket.
     TcpTracer, TcpTracerBuilder
 }
 
 tracer! {
     /// The UDP events of the whole machine, as a stream: the totals of each flow now and then, connects, and the end of each
-    /// socket with its totals; each datagram on request.
+    /// socket with its totals; each datagram on request; and now and then a sample of each live socket.
     UdpTracer, UdpTracerBuilder
 }
 
