@@ -3,7 +3,8 @@
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Tcp, kind, origin, syn};
 
 use crate::{
-    emit, owner,
+    emit::{self, Weight},
+    owner,
     sock::{Sock, read, read_at},
     track,
 };
@@ -43,7 +44,7 @@ pub(crate) fn accepted(sk: Sock) {
         fresh = track::fresh(sk, state, syn::NOT_COUNTED, owner);
         &fresh
     };
-    emit::record(kind::ACCEPT, |record: &mut Tcp| {
+    emit::record(kind::ACCEPT, Weight::Vital, |record: &mut Tcp| {
         sk.describe(
             tracked,
             family,

@@ -19,10 +19,13 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
 #[map]
 static ARMED: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Each time the ring has filled by this power of two, in bytes, a record wakes the reader though it did not ask; user space
-/// sets a part of the ring's size.
+/// An eighth of the ring's size is this power of two, in bytes; user space sets it. Each time the ring has filled by that much, a record
+/// wakes the reader though it did not ask.
 #[unsafe(no_mangle)]
 static WAKE_SHIFT: Global<u32> = Global::new(16);
+
+/// What the kernel puts before each record, in bytes (`BPF_RINGBUF_HDR_SZ`).
+const RECORD_HEADER: u64 = 8;
 
 /// Something that begins with a [`Head`].
 pub(crate) trait Record: 'static {
@@ -47,9 +50,23 @@ impl Record for tcp_udp_trace_common::Tcp {
     }
 }
 
+/// Whether a record tells the beginning or the end of something (the last eighth of the ring is kept for those), or could be
+/// missed without giving a wrong picture for good.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Weight {
+    Vital,
+    Other,
+}
+
 /// Writes a record; `fill` sets every byte but the head's. A full ring is counted, and then this is false.
 #[inline(always)]
-pub(crate) fn record<R: Record>(kind: u32, fill: impl FnOnce(&mut R)) -> bool {
+pub(crate) fn record<R: Record>(kind: u32, weight: Weight, fill: impl FnOnce(&mut R)) -> bool {
+    let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
+    let after = before + size_of::<R>() as u64 + RECORD_HEADER;
+    if weight == Weight::Other && after >> WAKE_SHIFT.load() >= 7 {
+        anomaly::lost();
+        return false;
+    }
     let Some(mut entry) = EVENTS.reserve::<R>(0) else {
         anomaly::lost();
         return false;
@@ -64,7 +81,7 @@ pub(crate) fn record<R: Record>(kind: u32, fill: impl FnOnce(&mut R)) -> bool {
         time: unsafe { bpf_ktime_get_boot_ns() },
     };
     fill(record);
-    entry.submit(wake(size_of::<R>() as u64));
+    entry.submit(wake(before, after));
     true
 }
 
@@ -83,10 +100,10 @@ pub(crate) fn arm() {
     }
 }
 
-/// How to submit a record of `bytes`: it wakes the reader if that asked for it, or if the ring fills up. Waking is the most expensive thing that an event
+/// How to submit a record that fills the ring from `before` to `after`: it wakes the reader if that asked for it, or if the ring fills up. Waking is the most expensive thing that an event
 /// can do (about 1.7 of 1.9 µs when every record does it), so records gather meanwhile.
 #[inline(always)]
-fn wake(bytes: u64) -> u64 {
+fn wake(before: u64, after: u64) -> u64 {
     if let Some(armed) = ARMED.get_ptr_mut(0) {
         // SAFETY: a valid pointer to the map's only value. Two CPUs may both find it armed: one wake-up too many.
         unsafe {
@@ -98,9 +115,7 @@ fn wake(bytes: u64) -> u64 {
     }
     // Only the record that crosses the line wakes: past it, each one would. Two CPUs may cross it together and both
     // believe that the other did; the next line, or the reader's timer, makes up for that.
-    let filled = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
-    let before = filled.saturating_sub(bytes);
-    if filled >> WAKE_SHIFT.load() == before >> WAKE_SHIFT.load() {
+    if after >> WAKE_SHIFT.load() == before >> WAKE_SHIFT.load() {
         u64::from(BPF_RB_NO_WAKEUP)
     } else {
         u64::from(BPF_RB_FORCE_WAKEUP)

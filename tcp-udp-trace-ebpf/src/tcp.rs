@@ -4,8 +4,15 @@ use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, kind, origin, syn,
 };
 
-use crate::{anomaly, emit, owner, sock::Sock, track};
+use crate::{
+    anomaly,
+    emit::{self, Weight},
+    owner,
+    sock::Sock,
+    track,
+};
 
+const ESTABLISHED: u8 = 1;
 const SYN_SENT: u8 = 2;
 const SYN_RECV: u8 = 3;
 const TIME_WAIT: u8 = 6;
@@ -84,7 +91,7 @@ pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
 /// Reports the socket as it is; false if that did not fit into the ring.
 #[inline(always)]
 pub(crate) fn sample(sk: Sock, tracked: &Tracked) -> bool {
-    emit::record(kind::SAMPLE_TCP, |record: &mut Tcp| {
+    emit::record(kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
         let (state, port) = (sk.get(Field::State), sk.connected_port());
         sk.describe(tracked, sk.family(), state, port, &mut record.socket);
     })
@@ -106,7 +113,13 @@ fn owner_of_listener(child: Sock) -> Owner {
 
 #[inline(always)]
 fn report(sk: Sock, family: u16, tracked: &Tracked, from: u8, to: u8) {
-    emit::record(kind::STATE_CHANGE, |record: &mut StateChange| {
+    let is_vital = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
+    let weight = if is_vital(from) || is_vital(to) {
+        Weight::Vital
+    } else {
+        Weight::Other
+    };
+    emit::record(kind::STATE_CHANGE, weight, |record: &mut StateChange| {
         let port = if from == CLOSE {
             sk.bound_port()
         } else {

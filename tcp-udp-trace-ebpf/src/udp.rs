@@ -23,7 +23,9 @@ use tcp_udp_trace_common::{
 };
 
 use crate::{
-    anomaly, emit, owner,
+    anomaly,
+    emit::{self, Weight},
+    owner,
     sock::{Sock, read},
     track,
 };
@@ -282,7 +284,12 @@ fn record(
     traffic: &Traffic,
     amount: u64,
 ) -> bool {
-    emit::record(kind, |record: &mut Udp| {
+    let weight = if kind == kind::CLOSE {
+        Weight::Vital
+    } else {
+        Weight::Other
+    };
+    emit::record(kind, weight, |record: &mut Udp| {
         record.key = key;
         record.id = tracked.id;
         record.born = tracked.born;

@@ -34,11 +34,26 @@ const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration:
 const SAMPLE_INTERVAL: RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_secs(86_400);
 
+/// Which events are shed when the queue is full.
+///
+/// Either way, events that tell the beginning or the end of something go last: state changes to or from `CLOSE`, `LISTEN` and
+/// `ESTABLISHED`, accepts, and the closes of UDP sockets. They are shed only if the queue is full of nothing else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum OverflowPolicy {
+    /// The oldest: the consumer finds what happened last.
+    #[default]
+    ShedOldest,
+    /// The newest: the consumer finds what happened first.
+    ShedNewest,
+}
+
 /// All settings, of either protocol.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) protocol: Protocol,
     pub(crate) queue: usize,
+    pub(crate) overflow: OverflowPolicy,
     pub(crate) ring_bytes: u32,
     pub(crate) max_sockets: u32,
     pub(crate) latency: Duration,
@@ -54,6 +69,7 @@ impl Config {
         Self {
             protocol,
             queue: DEFAULT_QUEUE,
+            overflow: OverflowPolicy::default(),
             ring_bytes: DEFAULT_RING_BYTES,
             max_sockets: DEFAULT_MAX_SOCKETS,
             latency: DEFAULT_LATENCY,
@@ -109,10 +125,16 @@ macro_rules! builder {
                 Self { config: Config::new($protocol) }
             }
 
-            /// How many events may wait for the consumer; beyond that the oldest are shed, and a
-            /// [`Lost`](crate::EventKind::Lost) stands in their place. 1 to 16,777,216, default [`DEFAULT_QUEUE`].
+            /// How many events may wait for the consumer; beyond that some are shed ([`overflow`](Self::overflow)), and a
+            /// [`Lost`](crate::EventKind::Lost) stands in their place. It is logged, at most every 10 s. 1 to 16,777,216, default [`DEFAULT_QUEUE`].
             pub fn queue(mut self, events: usize) -> Self {
                 self.config.queue = events;
+                self
+            }
+
+            /// Which events are shed when the queue is full. Default the oldest.
+            pub fn overflow(mut self, policy: OverflowPolicy) -> Self {
+                self.config.overflow = policy;
                 self
             }
 

@@ -205,6 +205,18 @@ impl Event {
         Self::gap(count, stage, last.socket.protocol, last.time, last.uptime)
     }
 
+    /// Whether it tells the beginning or the end of something, so that whoever misses it has a wrong picture from then on.
+    pub(crate) fn is_vital(&self) -> bool {
+        use TcpState::{Close, Established, Listen};
+        match &self.kind {
+            EventKind::StateChange { from, to, .. } => [from, to]
+                .into_iter()
+                .any(|state| matches!(state, Close | Established | Listen)),
+            EventKind::Accept | EventKind::Close { .. } => true,
+            _ => false,
+        }
+    }
+
     /// Whether this is the moment a connection was established (TCP) or a socket got a peer (UDP).
     #[must_use]
     pub fn is_open(&self) -> bool {

@@ -1,16 +1,20 @@
 //! The bounded queue between the reader and the consumer.
 //!
-//! When it is full it sheds the oldest event, as the system that this crate re-implements did; unlike there,
-//! what was shed is counted and stands in the stream as [`EventKind::Lost`], where it is missing.
+//! When it is full it sheds the oldest event, as the system that this crate re-implements did, or the newest if so told; but first what
+//! tells neither the beginning nor the end of anything. What was shed is counted, and stands in the stream as [`EventKind::Lost`] where it
+//! is missing.
 
 use std::{
     collections::VecDeque,
-    mem,
     sync::{Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
+    time::{Duration, Instant, SystemTime},
 };
 
-use crate::{Error, Event, EventKind, LossStage, progress::Progress};
+use crate::{Error, Event, EventKind, LossStage, OverflowPolicy, Protocol, progress::Progress};
+
+/// How often the log is told at most that events are shed.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(crate) struct Queue {
@@ -21,24 +25,39 @@ pub(crate) struct Queue {
 
 #[derive(Debug)]
 struct State {
-    events: VecDeque<Event>,
+    /// The events in their order, in two lanes: those that outlive floods of the others, and the others.
+    vital: Lane,
+    other: Lane,
+    /// What is missing between them, in its order too. Two gaps have an event between them, so they are never more than the events.
+    gaps: VecDeque<Gap>,
+    /// The place of the next event.
+    next: u64,
     capacity: usize,
-    /// What was shed from the front and not yet reported.
-    gap: Gap,
+    policy: OverflowPolicy,
     counts: Counts,
+    logged: Option<Instant>,
     consumer: Option<Waker>,
     /// Set when no more events will come.
     end: Option<Result<(), Error>>,
 }
 
-/// Events that are missing at the front of the queue.
-#[derive(Debug, Default)]
+/// Events with their places, which grow.
+type Lane = VecDeque<(u64, Event)>;
+
+/// Events that are missing.
+#[derive(Debug)]
 struct Gap {
+    /// The places of the first and the last of them.
+    first: u64,
+    last: u64,
+    /// How many the queue has shed.
     queue: u64,
-    /// Losses before the queue, whose own `Lost` was shed.
+    /// How many were lost before they came to the queue.
     ring: u64,
-    /// The youngest event missing.
-    last: Option<Event>,
+    /// When the last of them was, and what it was about.
+    time: SystemTime,
+    uptime: Duration,
+    protocol: Protocol,
 }
 
 /// What has become of the events so far.
@@ -50,13 +69,17 @@ pub(crate) struct Counts {
 }
 
 impl Queue {
-    pub(crate) fn new(capacity: usize) -> Self {
+    pub(crate) fn new(capacity: usize, policy: OverflowPolicy) -> Self {
         Self {
             state: Mutex::new(State {
-                events: VecDeque::new(),
+                vital: Lane::new(),
+                other: Lane::new(),
+                gaps: VecDeque::new(),
+                next: 0,
                 capacity,
-                gap: Gap::default(),
+                policy,
                 counts: Counts::default(),
+                logged: None,
                 consumer: None,
                 end: None,
             }),
@@ -69,20 +92,24 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Appends a batch, shedding the oldest events beyond the capacity, and wakes the consumer.
+    /// Appends a batch, shedding what is beyond the capacity, and wakes the consumer.
     pub(crate) fn push(&self, batch: &mut Vec<Event>) {
         if batch.is_empty() {
             return;
         }
         let mut state = self.lock();
+        let shed_before = state.counts.shed;
         for event in batch.drain(..) {
-            if state.events.len() == state.capacity {
-                state.shed_oldest();
-            }
-            state.events.push_back(event);
+            state.push(event);
         }
+        let shed = (state.counts.shed > shed_before)
+            .then(|| state.shed_to_log())
+            .flatten();
         let consumer = state.consumer.take();
         drop(state);
+        if let Some(shed) = shed {
+            log::warn!("the consumer is too slow: {shed} events shed so far");
+        }
         if let Some(consumer) = consumer {
             consumer.wake();
         }
@@ -92,7 +119,7 @@ impl Queue {
     pub(crate) fn poll_pop(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         let mut state = self.lock();
         if let Some(event) = state.pop() {
-            let has_room_now = state.events.len() == state.room_to_spare();
+            let has_room_now = state.len() == state.room_to_spare();
             drop(state);
             if has_room_now {
                 self.progress.made();
@@ -127,7 +154,7 @@ impl Queue {
     /// Whether events that could come later just as well may come now: the queue is at most half full.
     pub(crate) fn has_room_to_spare(&self) -> bool {
         let state = self.lock();
-        state.events.len() <= state.room_to_spare()
+        state.len() <= state.room_to_spare()
     }
 
     /// Whether no more events will come.
@@ -138,16 +165,16 @@ impl Queue {
     /// Whether nothing is left and no more will come.
     pub(crate) fn is_finished(&self) -> bool {
         let state = self.lock();
-        state.end.is_some() && state.events.is_empty() && state.gap.last.is_none()
+        state.end.is_some() && state.len() == 0 && state.gaps.is_empty()
     }
 
     /// Throws away what nobody will take, and gives the error that ended the stream, if one did.
     pub(crate) fn discard(&self) -> Result<(), Error> {
         let mut state = self.lock();
-        while let Some(event) = state.events.pop_front() {
-            state.counts.discarded += u64::from(!is_lost(&event));
-        }
-        state.gap = Gap::default();
+        state.counts.discarded += state.len() as u64;
+        state.vital.clear();
+        state.other.clear();
+        state.gaps.clear();
         state.end.replace(Ok(())).unwrap_or(Ok(()))
     }
 
@@ -157,45 +184,134 @@ impl Queue {
 }
 
 impl State {
+    fn len(&self) -> usize {
+        self.vital.len() + self.other.len()
+    }
+
     /// How many events may be in the queue for it to have room to spare.
     fn room_to_spare(&self) -> usize {
         self.capacity / 2
     }
 
-    fn shed_oldest(&mut self) {
-        let Some(event) = self.events.pop_front() else {
+    fn push(&mut self, event: Event) {
+        let place = self.next;
+        self.next += 1;
+        if let EventKind::Lost { count, .. } = event.kind {
+            self.miss(place, &event, 0, count);
+            return;
+        }
+        let is_vital = event.is_vital();
+        if self.len() == self.capacity {
+            let victim = match (self.policy, is_vital) {
+                (OverflowPolicy::ShedOldest, true) => {
+                    self.other.pop_front().or_else(|| self.vital.pop_front())
+                }
+                (OverflowPolicy::ShedOldest, false) => self.other.pop_front(),
+                (OverflowPolicy::ShedNewest, true) => self.other.pop_back(),
+                (OverflowPolicy::ShedNewest, false) => None,
+            };
+            self.counts.shed += 1;
+            match victim {
+                Some((place, victim)) => self.miss(place, &victim, 1, 0),
+                None => return self.miss(place, &event, 1, 0),
+            }
+        }
+        let lane = if is_vital {
+            &mut self.vital
+        } else {
+            &mut self.other
+        };
+        lane.push_back((place, event));
+    }
+
+    /// Notes that so many events are missing at this place.
+    fn miss(&mut self, place: u64, event: &Event, queue: u64, ring: u64) {
+        let (time, uptime) = (event.time, event.uptime);
+        let at = self.gaps.partition_point(|gap| gap.last < place);
+        let gap = Gap {
+            first: place,
+            last: place,
+            queue,
+            ring,
+            time,
+            uptime,
+            protocol: event.socket.protocol,
+        };
+        self.gaps.insert(at, gap);
+        // The later one first: it has another index afterwards.
+        self.join(at);
+        if let Some(before) = at.checked_sub(1) {
+            self.join(before);
+        }
+    }
+
+    /// Makes one gap of this one and the next, if no event stands between them.
+    fn join(&mut self, at: usize) {
+        let (Some(gap), Some(next)) = (self.gaps.get(at), self.gaps.get(at + 1)) else {
             return;
         };
-        if let EventKind::Lost { count, .. } = event.kind {
-            self.gap.ring += count;
-        } else {
-            self.gap.queue += 1;
-            self.counts.shed += 1;
+        let (after, before) = (gap.last, next.first);
+        let is_between = |lane: &Lane| {
+            let next = lane.partition_point(|(place, _)| *place < after);
+            lane.get(next).is_some_and(|(place, _)| *place < before)
+        };
+        if is_between(&self.vital) || is_between(&self.other) {
+            return;
         }
-        self.gap.last = Some(event);
+        let Some(next) = self.gaps.remove(at + 1) else {
+            return;
+        };
+        let gap = &mut self.gaps[at];
+        *gap = Gap {
+            first: gap.first,
+            queue: gap.queue + next.queue,
+            ring: gap.ring + next.ring,
+            ..next
+        };
     }
 
     fn pop(&mut self) -> Option<Event> {
-        if let Some(last) = &self.gap.last {
-            let lost = |count, stage| Event::lost(count, stage, last);
-            if self.gap.ring > 0 {
-                let count = mem::take(&mut self.gap.ring);
-                return Some(lost(count, LossStage::Ring));
+        let place = |lane: &Lane| lane.front().map_or(u64::MAX, |(place, _)| *place);
+        let (vital, other) = (place(&self.vital), place(&self.other));
+        if let Some(gap) = self
+            .gaps
+            .front_mut()
+            .filter(|gap| gap.first < vital.min(other))
+        {
+            let (stage, count) = match gap.ring {
+                0 => (LossStage::Queue, gap.queue),
+                ring => (LossStage::Ring, ring),
+            };
+            let event = Event::gap(count, stage, gap.protocol, gap.time, gap.uptime);
+            if gap.ring > 0 && gap.queue > 0 {
+                gap.ring = 0;
+            } else {
+                self.gaps.pop_front();
             }
-            let event = lost(self.gap.queue, LossStage::Queue);
-            self.gap = Gap::default();
-            if !matches!(event.kind, EventKind::Lost { count: 0, .. }) {
-                return Some(event);
-            }
+            return Some(event);
         }
-        let event = self.events.pop_front()?;
-        self.counts.delivered += u64::from(!is_lost(&event));
+        let lane = if vital < other {
+            &mut self.vital
+        } else {
+            &mut self.other
+        };
+        let (_, event) = lane.pop_front()?;
+        self.counts.delivered += 1;
         Some(event)
     }
-}
 
-fn is_lost(event: &Event) -> bool {
-    matches!(event.kind, EventKind::Lost { .. })
+    /// How many were shed, if it is time to say so again.
+    fn shed_to_log(&mut self) -> Option<u64> {
+        let now = Instant::now();
+        if self
+            .logged
+            .is_some_and(|logged| now - logged < LOG_INTERVAL)
+        {
+            return None;
+        }
+        self.logged = Some(now);
+        Some(self.counts.shed)
+    }
 }
 
 #[cfg(test)]
@@ -206,11 +322,10 @@ mod tests {
             atomic::{AtomicUsize, Ordering},
         },
         task::Wake,
-        time::{Duration, SystemTime},
     };
 
     use super::*;
-    use crate::{ErrorKind, Protocol};
+    use crate::ErrorKind;
 
     fn event(id: u64) -> Event {
         let mut event = Event::gap(
@@ -220,9 +335,19 @@ mod tests {
             SystemTime::UNIX_EPOCH,
             Duration::from_nanos(id),
         );
-        event.kind = EventKind::Accept;
+        event.kind = EventKind::Connect;
         event.socket.id = id;
         event
+    }
+
+    fn vital(id: u64) -> Event {
+        let mut event = event(id);
+        event.kind = EventKind::Accept;
+        event
+    }
+
+    fn queue(capacity: usize) -> Queue {
+        Queue::new(capacity, OverflowPolicy::ShedOldest)
     }
 
     fn lost_in_ring(count: u64) -> Event {
@@ -250,7 +375,7 @@ mod tests {
 
     #[test]
     fn sheds_the_oldest_and_says_so_where_they_are_missing() {
-        let queue = Queue::new(3);
+        let queue = queue(3);
         queue.push(&mut (1..=5).map(event).collect());
         assert_eq!(drain(&queue), [-2, 3, 4, 5]);
         queue.push(&mut vec![event(6)]);
@@ -267,7 +392,7 @@ mod tests {
 
     #[test]
     fn a_shed_gap_stays_a_gap() {
-        let queue = Queue::new(2);
+        let queue = queue(2);
         queue.push(&mut vec![lost_in_ring(10), event(1), event(2), event(3)]);
         assert_eq!(drain(&queue), [-10, -1, 2, 3]);
         queue.push(&mut vec![lost_in_ring(7), event(4), event(5)]);
@@ -283,8 +408,75 @@ mod tests {
     }
 
     #[test]
+    fn what_is_vital_outlives_a_flood() {
+        let queue = queue(4);
+        queue.push(&mut vec![event(1), vital(2), event(3), vital(4)]);
+        queue.push(&mut (5..100).map(event).collect());
+        queue.push(&mut vec![vital(100)]);
+        // Missing: 1 before 2, 3 before 4, and all of the flood but its last one.
+        assert_eq!(drain(&queue), [-1, 2, -1, 4, -94, 99, 100]);
+        queue.push(&mut (1..=6).map(vital).collect());
+        queue.push(&mut vec![event(7)]);
+        // Nothing but vital ones: then the oldest of them, but none for what is not.
+        assert_eq!(drain(&queue), [-2, 3, 4, 5, 6, -1]);
+        assert_eq!(queue.counts().shed, 96 + 3);
+    }
+
+    #[test]
+    fn sheds_the_newest_if_so_told() {
+        let queue = Queue::new(3, OverflowPolicy::ShedNewest);
+        queue.push(&mut (1..=5).map(event).collect());
+        assert_eq!(drain(&queue), [1, 2, 3, -2]);
+        queue.push(&mut vec![event(1), event(2), event(3), vital(4), event(5)]);
+        assert_eq!(drain(&queue), [1, 2, -1, 4, -1]);
+        queue.push(&mut (1..=5).map(vital).collect());
+        assert_eq!(drain(&queue), [1, 2, 3, -2]);
+    }
+
+    #[test]
+    fn gaps_join_where_nothing_stands_between_them() {
+        let queue = queue(2);
+        queue.push(&mut vec![
+            event(1),
+            lost_in_ring(10),
+            vital(2),
+            event(3),
+            event(4),
+        ]);
+        // 1 and the ring's ten are one place; 3 is another, behind 2.
+        assert_eq!(drain(&queue), [-10, -1, 2, -1, 4]);
+    }
+
+    #[test]
+    fn there_are_never_more_gaps_than_events() {
+        let queue = queue(8);
+        let mixed = |n: u64| match n % 7 {
+            0 => vital(n),
+            3 => lost_in_ring(1),
+            _ => event(n),
+        };
+        for n in 0..10_000 {
+            queue.push(&mut vec![mixed(n)]);
+            let state = queue.lock();
+            assert!(state.gaps.len() <= state.len() + 1, "{}", state.gaps.len());
+        }
+        let counts = queue.counts();
+        let mut sum = 0_u64;
+        let mut cx = Context::from_waker(Waker::noop());
+        while let Poll::Ready(Some(event)) = queue.poll_pop(&mut cx) {
+            sum += match event.kind {
+                EventKind::Lost { count, .. } => count,
+                _ => 1,
+            };
+        }
+        assert_eq!(sum, 10_000);
+        let lost_in_ring = 10_000_u64.div_ceil(7);
+        assert_eq!(counts.shed + 8 + lost_in_ring, 10_000);
+    }
+
+    #[test]
     fn ends_after_the_last_event_and_keeps_the_error() {
-        let queue = Queue::new(2);
+        let queue = queue(2);
         queue.push(&mut vec![event(1)]);
         queue.finish(Err(Error::new(ErrorKind::Read, "broken")));
         queue.finish(Ok(()));
@@ -296,7 +488,7 @@ mod tests {
 
     #[test]
     fn counts_what_is_thrown_away() {
-        let queue = Queue::new(2);
+        let queue = queue(2);
         queue.push(&mut vec![event(1), event(2), event(3)]);
         assert!(queue.discard().is_ok());
         assert_eq!(
@@ -319,7 +511,7 @@ mod tests {
         }
         let count = Arc::new(Count(AtomicUsize::new(0)));
         let waker = Waker::from(Arc::clone(&count));
-        let queue = Queue::new(8);
+        let queue = queue(8);
         assert!(
             queue
                 .poll_pop(&mut Context::from_waker(&waker))

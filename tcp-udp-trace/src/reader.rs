@@ -122,6 +122,7 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
     let Config {
         protocol,
         queue,
+        overflow,
         latency,
         interval,
         sample_interval,
@@ -155,7 +156,7 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
     let samples = Arc::new(Samples::default());
     let shared = Arc::new(Shared {
         protocol,
-        queue: Queue::new(queue),
+        queue: Queue::new(queue, overflow),
         samples: Arc::clone(&samples),
         limits,
         samples_everywhere: kernel.samples_everywhere(),

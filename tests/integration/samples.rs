@@ -15,7 +15,7 @@ use integration_tests::{
     scene::{Scene, loopback},
     talker::Talker,
     tcp_info,
-    trace::{Trace, check_conservation},
+    trace::{SAMPLE_INTERVAL, Trace, check_conservation},
 };
 use libtest_mimic::Trial;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -59,7 +59,7 @@ fn is_of(event: &Event, cookie: u64) -> bool {
 /// after.
 fn tcp_sample_is_what_the_socket_itself_is_told() -> anyhow::Result<()> {
     for v6 in [false, true] {
-        let mut scene = Scene::at(loopback(v6))?;
+        let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(v6))?;
         let connection = scene.connect()?;
         scene.upload(&connection, 1_000_000)?;
         scene.download(&connection, 300_000)?;
@@ -130,7 +130,7 @@ fn tcp_sample_is_what_the_socket_itself_is_told() -> anyhow::Result<()> {
 
 /// Same id, owner, cookie and birth. (`Trace` compares each sample with the events before and after it; here, that there are such.)
 fn tcp_sample_is_of_the_socket_of_the_state_changes() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(false))?;
     let connection = scene.connect()?;
     let mut samples = Vec::new();
     for cookie in [
@@ -180,7 +180,7 @@ fn tcp_sample_is_of_the_socket_of_the_state_changes() -> anyhow::Result<()> {
 
 /// A listener has no traffic, and says how many wait for it.
 fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(false))?;
     let waiting: Vec<_> = (0..3)
         .map(|_| scene.client.connect(scene.listener.local))
         .collect::<anyhow::Result<_>>()?;
@@ -220,7 +220,7 @@ fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
 
 fn udp_sample_has_queues_buffers_and_drops() -> anyhow::Result<()> {
     const SENT: usize = 100;
-    let trace = Trace::start_udp()?;
+    let trace = Trace::start_udp_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
     for v6 in [false, true] {
         let mut receiver = Talker::bind("receiver", loopback(v6))?;
         let mut sender = Talker::open("sender", loopback(v6))?;
@@ -305,7 +305,7 @@ fn same_addresses_in_two_namespaces() -> anyhow::Result<()> {
     };
     let old = Netns::new()?;
     let older = site(&old)?;
-    let trace = Trace::start()?;
+    let trace = Trace::start_sampling()?;
     trace.also(old.inode()?);
     let new = Netns::new()?;
     trace.also(new.inode()?);
@@ -347,7 +347,7 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     })?;
     let (inode, address) = (netns.inode()?, listener.local_addr()?);
     drop(netns);
-    let trace = Trace::start()?;
+    let trace = Trace::start_sampling()?;
     trace.also(inode);
     let sample = trace.wait_for_sample("the listener", |event| event.socket.local == address)?;
     let process = sample.process.as_ref().context("no owner")?;
@@ -393,7 +393,7 @@ fn samples_can_be_switched_off() -> anyhow::Result<()> {
         hooks.iter().all(|hook| hook.signal != "sample"),
         "{hooks:?}"
     );
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(false))?;
     let connection = scene.connect()?;
     // The other tracer has sampled it, twice.
     for _ in 0..2 {
@@ -517,7 +517,7 @@ fn listen(count: usize) -> anyhow::Result<Vec<TcpListener>> {
 
 /// No descriptor is to be had, so no netlink socket: a fault, which is counted. The events go on, and so do the samples afterwards.
 fn failing_netlink_is_counted_and_tried_again() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
+    let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(false))?;
     let connection = scene.connect()?;
     let client = connection.client.cookie;
     scene

@@ -114,3 +114,13 @@ pub fn open_files() -> anyhow::Result<BTreeSet<String>> {
     }
     Ok(files)
 }
+
+/// Whether the running kernel is of this version or a newer one.
+pub fn is_at_least(major: u32, minor: u32) -> anyhow::Result<bool> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release.split(['.', '-']).map(str::parse);
+    let (Some(Ok(is_major)), Some(Ok(is_minor))) = (numbers.next(), numbers.next()) else {
+        bail!("what release is {release}?");
+    };
+    Ok((is_major, is_minor) >= (major, minor))
+}

@@ -40,8 +40,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.x86_
 #[cfg(not(target_arch = "x86_64"))]
 static OBJECT: &[u8] = &[];
 
-/// The share of the ring that may fill before the reader is woken though it did not ask.
-const WAKE_SHARE: u32 = 8;
+/// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
+/// matter most.
+const SHARE: u32 = 8;
 
 /// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
 /// would keep the kernel from running others.
@@ -85,14 +86,16 @@ impl Kernel {
             Protocol::Udp => (plan::UDP, 1, config.max_sockets, config.max_flows),
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
-        let wake_shift = (config.ring_bytes / WAKE_SHARE).ilog2();
+        // As the loader rounds it.
+        let ring_bytes = config.ring_bytes.next_power_of_two();
+        let wake_shift = (ring_bytes / SHARE).ilog2();
         let mut ebpf = EbpfLoader::new()
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
             .override_global("WAKE_SHIFT", &wake_shift, true)
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
-            .map_max_entries("EVENTS", config.ring_bytes)
+            .map_max_entries("EVENTS", ring_bytes)
             .map_max_entries("SOCKETS", tcp_sockets)
             .map_max_entries("UDP_SOCKETS", udp_sockets)
             .map_max_entries("FLOWS", flows)
