@@ -21,8 +21,10 @@ macro_rules! trials {
 mod bytes;
 mod delivery;
 mod lifecycle;
+mod namespaces;
 mod owner;
 mod samples;
+mod sampling;
 mod snapshot;
 mod states;
 mod udp_lifecycle;
@@ -41,6 +43,8 @@ fn main() -> ExitCode {
         delivery::trials(),
         lifecycle::trials(),
         samples::trials(),
+        sampling::trials(),
+        namespaces::trials(),
         snapshot::trials(),
         udp_numbers::trials(),
         udp_peers::trials(),

@@ -124,3 +124,8 @@ pub fn is_at_least(major: u32, minor: u32) -> anyhow::Result<bool> {
     };
     Ok((is_major, is_minor) >= (major, minor))
 }
+
+/// Whether this is a guest of the test matrix, which is emulated.
+pub fn is_emulated() -> anyhow::Result<bool> {
+    Ok(fs::read_to_string("/proc/cmdline")?.contains("tut_vm"))
+}

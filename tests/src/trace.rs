@@ -1,7 +1,6 @@
 //! A tracer that collects the events of a test.
 
 use std::{
-    collections::HashMap,
     fmt::Write as _,
     sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread::{self, JoinHandle},
@@ -11,11 +10,16 @@ use std::{
 use anyhow::{bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{
-    Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle, Traffic,
-    UdpTracer, UdpTracerBuilder,
+    Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle, UdpTracer,
+    UdpTracerBuilder,
 };
 
-use crate::{kernel, life::Lives, netns::Netns, udp_life::UdpLives};
+use crate::{
+    life::Lives,
+    netns::Netns,
+    sampled::{self, Sampled},
+    udp_life::UdpLives,
+};
 
 /// How long a test waits for the next event of its own. Emulated machines are slow, and some of these events come
 /// from timers of the kernel.
@@ -51,20 +55,13 @@ struct Collected {
     namespaces: Vec<u32>,
     /// But for the samples.
     events: Vec<Event>,
-    samples: Vec<Sample>,
+    samples: Vec<Sampled>,
     /// How many of `events` are the end of a socket.
     closes: usize,
     /// How many events of the whole machine came, gaps not counted.
     delivered: u64,
     /// How many events the gaps stand for.
     lost: u64,
-}
-
-/// A sample, and how many other events had come before it.
-#[derive(Debug, Clone)]
-struct Sample {
-    event: Event,
-    position: usize,
 }
 
 impl Shared {
@@ -82,7 +79,7 @@ impl Shared {
         if collected.namespaces.contains(&event.socket.netns) {
             if matches!(event.kind, EventKind::Sample { .. }) {
                 let position = collected.events.len();
-                collected.samples.push(Sample { event, position });
+                collected.samples.push(Sampled { event, position });
                 self.changed.notify_all();
                 return;
             }
@@ -274,7 +271,7 @@ impl Trace {
         let stats = self.stop().expect("it runs").unwrap()?;
         let collected = std::mem::take(&mut *self.shared.lock());
         check(&stats, &collected)?;
-        check_samples(&collected)?;
+        sampled::check(&collected.samples, &collected.events)?;
         Ok(collected.events)
     }
 
@@ -381,89 +378,6 @@ fn check(stats: &Stats, collected: &Collected) -> anyhow::Result<()> {
         collected.delivered
     );
     Ok(())
-}
-
-/// Whether each sample fits in with what was reported of its socket before and after it.
-fn check_samples(collected: &Collected) -> anyhow::Result<()> {
-    let mut lives = HashMap::<u64, Vec<(usize, &Event)>>::new();
-    for (position, event) in collected.events.iter().enumerate() {
-        lives
-            .entry(event.socket.id)
-            .or_default()
-            .push((position, event));
-    }
-    // Before that, the numbers of a sample may be of a moment later than its place.
-    let holds_lock = kernel::is_at_least(5, 15)?;
-    for Sample { event, position } in &collected.samples {
-        let life = lives.get(&event.socket.id).map_or(&[][..], Vec::as_slice);
-        let (before, after) = life.split_at(life.partition_point(|(at, _)| at < position));
-        // A flow has totals of its own.
-        let is_of_socket = |event: &&Event| !matches!(event.kind, EventKind::Flow { .. });
-        let before = before
-            .iter()
-            .rev()
-            .map(|(_, event)| *event)
-            .find(is_of_socket);
-        let after = after.iter().map(|(_, event)| *event).find(is_of_socket);
-        let fits = || {
-            for other in [before, after].into_iter().flatten() {
-                let (socket, as_of) = (&event.socket, &other.socket);
-                ensure!(socket.netns == as_of.netns && socket.uid == as_of.uid);
-                ensure!(
-                    as_of.cookie.is_none() || socket.cookie == as_of.cookie,
-                    "another cookie"
-                );
-            }
-            let owners = [before, after]
-                .into_iter()
-                .flatten()
-                .map(|other| &other.process);
-            let is_accepted_now = after.is_some_and(|after| after.kind == EventKind::Accept);
-            let is_known = before.is_none() && (after.is_none() || is_accepted_now)
-                || owners.into_iter().any(|owner| *owner == event.process);
-            ensure!(is_known, "another owner");
-            if let Some(before) = before {
-                ensure!(!before.is_close(), "a sample after the close");
-                ensure!(before.uptime <= event.uptime, "time went back");
-                ensure!(grows(before, event), "the traffic shrank");
-            }
-            if let Some(after) = after {
-                ensure!(event.uptime <= after.uptime, "time went back behind it");
-                ensure!(
-                    !holds_lock || grows(event, after),
-                    "the traffic shrank behind it"
-                );
-            }
-            Ok(())
-        };
-        if let Err(error) = fits() {
-            let life: Vec<_> = life.iter().map(|(_, event)| (*event).clone()).collect();
-            bail!(
-                "{error:#}: {event} {:?} between {before:?} and {after:?} of{}",
-                event.socket,
-                show(&life)
-            );
-        }
-    }
-    Ok(())
-}
-
-/// Whether no counter of the first is higher than that of the second.
-fn grows(first: &Event, second: &Event) -> bool {
-    let counters = |event: &Event| {
-        let Traffic {
-            tx_bytes,
-            rx_bytes,
-            tx_packets,
-            rx_packets,
-            ..
-        } = event.traffic;
-        [tx_bytes, rx_bytes, tx_packets, rx_packets]
-    };
-    counters(first)
-        .iter()
-        .zip(counters(second))
-        .all(|(first, second)| *first <= second)
 }
 
 /// Whether the final counters of a tracer account for every event.

@@ -24,7 +24,7 @@ use tokio::{
 
 pub(crate) use self::namespaces::may_enter;
 use self::netlink::{Told, dump};
-use crate::reader::Shared;
+use crate::{kernel::SampleScope, reader::Shared};
 
 /// How long the reader may take for the records of a step.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -74,7 +74,7 @@ impl Round<'_> {
             Err(error) => return self.fault("a round of samples", &error),
         };
         self.here(&runtime, "its own network namespace")?;
-        if !self.shared.samples_everywhere {
+        if self.shared.sample_scope != SampleScope::EveryNamespace {
             return Ok(());
         }
         let namespaces = match namespaces::others() {

@@ -19,26 +19,26 @@
 use thiserror::Error;
 
 /// `BTF_KIND_*`.
-mod kind {
-    pub(super) const INT: u32 = 1;
-    pub(super) const PTR: u32 = 2;
-    pub(super) const ARRAY: u32 = 3;
-    pub(super) const STRUCT: u32 = 4;
-    pub(super) const UNION: u32 = 5;
-    pub(super) const ENUM: u32 = 6;
-    pub(super) const FWD: u32 = 7;
-    pub(super) const TYPEDEF: u32 = 8;
-    pub(super) const VOLATILE: u32 = 9;
-    pub(super) const CONST: u32 = 10;
-    pub(super) const RESTRICT: u32 = 11;
-    pub(super) const FUNC: u32 = 12;
-    pub(super) const FUNC_PROTO: u32 = 13;
-    pub(super) const VAR: u32 = 14;
-    pub(super) const DATASEC: u32 = 15;
-    pub(super) const FLOAT: u32 = 16;
-    pub(super) const DECL_TAG: u32 = 17;
-    pub(super) const TYPE_TAG: u32 = 18;
-    pub(super) const ENUM64: u32 = 19;
+pub(super) mod kind {
+    pub(in crate::kernel) const INT: u32 = 1;
+    pub(in crate::kernel) const PTR: u32 = 2;
+    pub(in crate::kernel) const ARRAY: u32 = 3;
+    pub(in crate::kernel) const STRUCT: u32 = 4;
+    pub(in crate::kernel) const UNION: u32 = 5;
+    pub(in crate::kernel) const ENUM: u32 = 6;
+    pub(in crate::kernel) const FWD: u32 = 7;
+    pub(in crate::kernel) const TYPEDEF: u32 = 8;
+    pub(in crate::kernel) const VOLATILE: u32 = 9;
+    pub(in crate::kernel) const CONST: u32 = 10;
+    pub(in crate::kernel) const RESTRICT: u32 = 11;
+    pub(in crate::kernel) const FUNC: u32 = 12;
+    pub(in crate::kernel) const FUNC_PROTO: u32 = 13;
+    pub(in crate::kernel) const VAR: u32 = 14;
+    pub(in crate::kernel) const DATASEC: u32 = 15;
+    pub(in crate::kernel) const FLOAT: u32 = 16;
+    pub(in crate::kernel) const DECL_TAG: u32 = 17;
+    pub(in crate::kernel) const TYPE_TAG: u32 = 18;
+    pub(in crate::kernel) const ENUM64: u32 = 19;
 }
 
 /// Why the bytes are not BTF that we can read.
@@ -139,6 +139,17 @@ impl<'a> Btf<'a> {
         let mut budget = MAX_MEMBERS;
         self.named(&self.aggregates, name)
             .find_map(|aggregate| self.walk(aggregate, members, &mut budget))
+    }
+
+    /// The id of a function.
+    pub(crate) fn function(&self, name: &str) -> Option<u32> {
+        let is_it = |offset: &u32| {
+            Type::read(self.types, *offset, 0)
+                .is_ok_and(|ty| ty.kind == kind::FUNC && self.is_name(ty.name, name))
+        };
+        let index = self.offsets.iter().position(is_it)?;
+        // Id 0 is `void`.
+        u32::try_from(index + 1).ok()
     }
 
     fn index(&mut self) -> Result<(), BtfError> {
@@ -365,9 +376,9 @@ fn whole_bytes(bits: u32) -> Option<u32> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-const MAGIC: u32 = 0xeb9f;
+pub(super) const MAGIC: u32 = 0xeb9f;
 const MAGIC_BIG_ENDIAN: u32 = 0x9feb;
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// Length of the header, in bytes, up to the last field that we read. A newer one may be longer.
 const HEADER_LEN: u32 = 24;

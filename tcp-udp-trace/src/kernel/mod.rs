@@ -3,6 +3,7 @@
 
 mod attach;
 mod btf;
+mod btf_ids;
 mod cgroup;
 mod offsets;
 mod plan;
@@ -17,6 +18,7 @@ use std::{
     thread,
 };
 
+pub(crate) use self::walk::SampleScope;
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, MapData, MapError, RingBuf},
@@ -54,7 +56,7 @@ const QUESTIONS: [&str; 2] = [ASK_ARM, ASK_FLOW];
 pub(crate) struct Kernel {
     ebpf: Ebpf,
     hooks: Vec<Hook>,
-    samples_everywhere: bool,
+    sample_scope: SampleScope,
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
     log: EbpfLogger<&'static dyn Log>,
     /// The last answer of the kernel, which it gives only while the programs are loaded.
@@ -71,7 +73,8 @@ impl Kernel {
             let what = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
-        let btf = offsets::read_btf()?;
+        let vmlinux = offsets::read_btf()?;
+        let btf = offsets::parse(&vmlinux)?;
         let offsets = offsets::resolve(&btf)?;
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
@@ -112,13 +115,13 @@ impl Kernel {
             Error::new(ErrorKind::Load, what).with_source(source)
         })?;
         // Only now: a socket made meanwhile has met the hooks.
-        let walks = walk::start(&mut ebpf, config);
+        let walks = walk::start(&mut ebpf, config, &btf);
         hooks.extend(walks.hooks);
         Ok((
             Self {
                 ebpf,
                 hooks,
-                samples_everywhere: walks.everywhere,
+                sample_scope: walks.samples,
                 counters,
                 log,
                 recursion_misses: None,
@@ -131,9 +134,8 @@ impl Kernel {
         &self.hooks
     }
 
-    /// Whether samples can be taken of other network namespaces than the process's own.
-    pub(crate) fn samples_everywhere(&self) -> bool {
-        self.samples_everywhere
+    pub(crate) fn sample_scope(&self) -> SampleScope {
+        self.sample_scope
     }
 
     /// See [`Shared::walk`](crate::reader::Shared::walk).

@@ -32,15 +32,19 @@ pub(super) fn read_btf() -> Result<Vec<u8>, Error> {
     })
 }
 
-/// Looks up every field.
-pub(super) fn resolve(btf: &[u8]) -> Result<Offsets, Error> {
-    let btf = Btf::parse(btf).map_err(|source| {
+/// Makes sense of it.
+pub(super) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
+    Btf::parse(btf).map_err(|source| {
         Error::new(
             ErrorKind::Unsupported,
             format!("{VMLINUX} is not readable: {source}"),
         )
         .with_source(source)
-    })?;
+    })
+}
+
+/// Looks up every field.
+pub(super) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
     let offsets = std::array::from_fn(|index| {
         let wanted = &FIELDS[index];
         let found = wanted.path.split(" | ").find_map(|path| btf.field(path));
@@ -81,6 +85,7 @@ mod tests {
             println!("skipped: this kernel has no BTF");
             return;
         };
+        let btf = parse(&btf).expect("the running kernel's BTF");
         let offsets = resolve(&btf).expect("the fields of the running kernel");
         let missing: Vec<_> = offsets
             .iter()
@@ -112,7 +117,7 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_btf_are_an_unsupported_kernel() {
-        let error = resolve(b"not BTF").expect_err("not BTF");
+        let error = parse(b"not BTF").err().expect("not BTF");
         assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 }

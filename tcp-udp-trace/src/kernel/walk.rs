@@ -7,11 +7,15 @@ use std::{
 };
 
 use aya::{
-    Btf, BtfError, Ebpf,
+    BtfError, Ebpf,
     programs::{Iter, ProgramError},
 };
 
-use super::attach::{chain, unload};
+use super::{
+    attach::{chain, unload},
+    btf::Btf,
+    btf_ids,
+};
 use crate::{Hook, Protocol, builder::Config, enrich};
 
 /// A program, and the kernel's iterator (`bpf_iter_…`) that runs it.
@@ -48,21 +52,34 @@ const NO_SNAPSHOT: &str = "sockets older than the tracer have no owner until the
 const NO_SAMPLES: &str = "no samples";
 const OWN_NAMESPACE: &str = "no CAP_SYS_ADMIN: only this process's network namespace";
 
+/// Of what samples can be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SampleScope {
+    /// They are not wanted, or the kernel does not allow them.
+    Nothing,
+    /// Of the process's own network namespace.
+    OwnNamespace,
+    /// Of every one.
+    EveryNamespace,
+}
+
 /// What became of the walks at the start.
 pub(super) struct Walks {
     pub(super) hooks: Vec<Hook>,
-    pub(super) everywhere: bool,
+    pub(super) samples: SampleScope,
 }
 
 /// Takes the snapshot of what is there already, and prepares the samples if they are wanted. What the kernel refuses of this is missing, and
 /// told in the hooks' notes.
-pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Walks {
+pub(super) fn start(ebpf: &mut Ebpf, config: &Config, btf: &Btf<'_>) -> Walks {
     let Config {
         protocol,
         sample_interval,
         ..
     } = *config;
-    let btf = Btf::from_sys_fs();
+    let names =
+        [files(protocol), sockets(protocol)].map(|walk| format!("bpf_iter_{}", walk.iterator));
+    let btf = btf_ids::of_functions(btf, &names.each_ref().map(String::as_str));
     let mut hooks = Vec::new();
     let files = files(protocol);
     let snapshot = load(ebpf, files, &btf)
@@ -71,21 +88,25 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Walks {
     if let Some(program) = ebpf.program_mut(files.program) {
         unload(program);
     }
-    hooks.push(hook("snapshot", &[files.iterator], snapshot, NO_SNAPSHOT));
-    let mut everywhere = false;
+    hooks.push(hook("snapshot", files, snapshot, NO_SNAPSHOT));
+    let mut samples = SampleScope::Nothing;
     if sample_interval.is_some() {
         let sockets = sockets(protocol);
         let loaded = load(ebpf, sockets, &btf);
-        let mut hook = hook("sample", &[sockets.iterator], loaded, NO_SAMPLES);
+        let mut hook = hook("sample", sockets, loaded, NO_SAMPLES);
         if hook.note.is_none() {
-            // On a thread of its own: it takes that.
-            everywhere = thread::spawn(enrich::may_enter).join().unwrap_or(false);
             hook.programs.insert(0, "netlink:sock_diag".into());
-            hook.note = (!everywhere).then(|| OWN_NAMESPACE.into());
+            // Trying it takes a thread of its own.
+            if thread::spawn(enrich::may_enter).join().unwrap_or(false) {
+                samples = SampleScope::EveryNamespace;
+            } else {
+                samples = SampleScope::OwnNamespace;
+                hook.note = Some(OWN_NAMESPACE.into());
+            }
         }
         hooks.push(hook);
     }
-    Walks { hooks, everywhere }
+    Walks { hooks, samples }
 }
 
 /// Opens a walk through the sockets of the calling thread's network namespace. It begins when it is read.
@@ -104,7 +125,7 @@ fn sockets(protocol: Protocol) -> Walk {
     }
 }
 
-fn load(ebpf: &mut Ebpf, walk: Walk, btf: &Result<Btf, BtfError>) -> Result<(), String> {
+fn load(ebpf: &mut Ebpf, walk: Walk, btf: &Result<aya::Btf, BtfError>) -> Result<(), String> {
     let btf = btf.as_ref().map_err(|error| chain(error))?;
     let program = program(ebpf, walk).map_err(|error| chain(&error))?;
     program
@@ -140,19 +161,14 @@ fn walk_through(mut file: File) -> io::Result<()> {
     }
 }
 
-fn hook(signal: &str, iterators: &[&str], result: Result<(), String>, cost: &str) -> Hook {
+fn hook(signal: &str, walk: Walk, result: Result<(), String>, cost: &str) -> Hook {
     let mut hook = Hook {
         signal: signal.into(),
         programs: Vec::new(),
         note: None,
     };
     match result {
-        Ok(()) => {
-            hook.programs = iterators
-                .iter()
-                .map(|name| format!("iter:{name}"))
-                .collect()
-        }
+        Ok(()) => hook.programs.push(format!("iter:{}", walk.iterator)),
         Err(error) => hook.note = Some(format!("{cost}: {error}")),
     }
     hook

@@ -1,0 +1,272 @@
+//! The reader task: from the ring to the queue.
+//!
+//! Waking up is the most expensive thing about an event, so the programs wake the reader only when it asks.
+//! After a pause it asks for the next record and sleeps; the first one wakes it at once; from then on it lets records gather
+//! for the latency that the user allows, takes them all, and asks again only when a round brought nothing.
+
+mod attached;
+mod shared;
+
+use std::{
+    future::{Future, poll_fn},
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    runtime::Handle,
+    task::{self, JoinHandle},
+    time::sleep,
+};
+
+pub(crate) use self::shared::Shared;
+use self::{
+    attached::{Attached, BATCH},
+    shared::Limits,
+};
+use crate::{
+    Error, ErrorKind, Event,
+    builder::Config,
+    details::Details,
+    enrich,
+    flows::Flows,
+    kernel::{Kernel, SampleScope},
+    queue::Queue,
+    samples::Samples,
+};
+
+/// How long the reader sleeps when nothing happens. It does not have to wake at all, but for a record that was
+/// being written just while it asked to be woken; so it looks once soon, and then rarely.
+const FIRST_NAP: Duration = Duration::from_millis(50);
+const NAP: Duration = Duration::from_secs(1);
+
+/// The tasks of a tracer.
+#[derive(Debug)]
+pub(crate) struct Tasks {
+    pub(crate) reader: JoinHandle<()>,
+    pub(crate) enrichment: Option<JoinHandle<()>>,
+}
+
+/// Everything of ours has left the kernel.
+struct Gone;
+
+/// Loads, attaches and starts to read.
+pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error> {
+    let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
+    let runtime = Handle::try_current().map_err(|source| {
+        no_runtime("no Tokio runtime here: call `start` from within one").with_source(source)
+    })?;
+    let Config {
+        protocol,
+        queue,
+        overflow,
+        latency,
+        interval,
+        sample_interval,
+        process_details,
+        max_flows,
+        ..
+    } = config;
+    let limits = Limits::new(&config);
+    let (kernel, ring) = runtime
+        .spawn_blocking(move || Kernel::start(&config))
+        .await
+        .map_err(|source| {
+            no_runtime("the runtime was shut down during the start").with_source(source)
+        })??;
+    // Tokio panics when its drivers are off, and offers no way to ask.
+    let ring = catch_unwind(AssertUnwindSafe(|| {
+        drop(sleep(Duration::ZERO));
+        #[allow(
+            deprecated,
+            reason = "its successor is unsafe; the ring owns its descriptor and keeps it open"
+        )]
+        AsyncFd::with_interest(ring, Interest::READABLE)
+    }))
+    .map_err(|_| {
+        no_runtime("this Tokio runtime has I/O or time disabled: build it with `enable_all`")
+    })?
+    .map_err(|source| {
+        Error::new(ErrorKind::Read, "cannot wait for the ring buffer").with_source(source)
+    })?;
+
+    let samples = Arc::new(Samples::default());
+    let flows = Flows::new(interval, max_flows as usize);
+    let attached = Attached::new(kernel, ring, protocol, flows, Arc::clone(&samples));
+    let queue = Queue::new(queue, overflow);
+    let shared = Arc::new(Shared::new(queue, limits, samples, attached));
+    let reader = Reader {
+        shared: Arc::clone(&shared),
+        latency,
+        details: process_details.then(Details::default),
+        batch: Vec::with_capacity(BATCH),
+    };
+    let tasks = Tasks {
+        reader: runtime.spawn(reader.run()),
+        enrichment: sample_interval
+            .filter(|_| shared.sample_scope != SampleScope::Nothing)
+            .map(|every| runtime.spawn(enrich::run(Arc::clone(&shared), every))),
+    };
+    Ok((shared, tasks))
+}
+
+struct Reader {
+    shared: Arc<Shared>,
+    latency: Duration,
+    details: Option<Details>,
+    batch: Vec<Event>,
+}
+
+/// However the task ends, nobody must wait for events that will not come.
+impl Drop for Reader {
+    fn drop(&mut self) {
+        let ended = Error::new(
+            ErrorKind::NoRuntime,
+            "the runtime was shut down while the tracer was in use",
+        );
+        self.shared.queue.finish(Err(ended));
+    }
+}
+
+impl Reader {
+    async fn run(mut self) {
+        let result = match self.read_until_stopped().await {
+            Ok(()) | Err(None) => Ok(()),
+            Err(Some(source)) => Err(
+                Error::new(ErrorKind::Read, "reading the ring buffer failed").with_source(source),
+            ),
+        };
+        self.blocking(|shared| {
+            if let Some(attached) = &mut *shared.attached() {
+                attached.kernel.detach();
+            }
+        })
+        .await;
+        if self.drain().await.is_ok() {
+            self.with_attached(Attached::report_last)
+                .unwrap_or_default();
+            self.hand_over().await;
+        }
+        self.blocking(Shared::release).await;
+        self.shared.queue.finish(result);
+    }
+
+    /// Reads until told to stop. `Err(None)`: the tracer was dropped.
+    async fn read_until_stopped(&mut self) -> Result<(), Option<io::Error>> {
+        let mut nap = FIRST_NAP;
+        loop {
+            let mut taken = self.drain().await?;
+            let mut pause = self.latency;
+            if taken == 0 {
+                self.arm()?;
+                self.hand_over().await;
+                // A record may have come just before the programs knew that we want to be woken.
+                taken = self.drain().await?;
+                pause = nap;
+                nap = NAP;
+            }
+            if taken > 0 {
+                nap = FIRST_NAP;
+                pause = self.latency;
+            }
+            if self.shared.is_stopping() {
+                return Ok(());
+            }
+            let due = self.with_attached(Attached::report_flows)?;
+            self.hand_over().await;
+            if let Some(due) = due {
+                pause = pause.min(due);
+            }
+            self.wait(pause).await?;
+        }
+    }
+
+    /// Takes all records that are in the ring, and says how many.
+    async fn drain(&mut self) -> Result<usize, Gone> {
+        let mut total = 0;
+        loop {
+            let (taken, sampled) = self.with_attached(Attached::read)?;
+            self.hand_over().await;
+            if sampled > 0 {
+                self.shared.samples.taken_in(sampled);
+                self.shared.queue.progress.made();
+            }
+            total += taken;
+            if taken < BATCH {
+                return Ok(total);
+            }
+            task::yield_now().await;
+        }
+    }
+
+    /// Hands over what is in the batch.
+    async fn hand_over(&mut self) {
+        if let Some(details) = &mut self.details {
+            details.fill(&mut self.batch).await;
+        }
+        self.shared.queue.push(&mut self.batch);
+    }
+
+    /// Runs `f`, which may put events into the batch.
+    fn with_attached<T>(
+        &mut self,
+        f: impl FnOnce(&mut Attached, &mut Vec<Event>) -> T,
+    ) -> Result<T, Gone> {
+        match &mut *self.shared.attached() {
+            Some(attached) => Ok(f(attached, &mut self.batch)),
+            None => Err(Gone),
+        }
+    }
+
+    fn arm(&mut self) -> Result<(), Option<io::Error>> {
+        let armed: io::Result<()> = self.with_attached(|attached, batch| {
+            attached.kernel.flush_log();
+            let lost = attached.kernel.arm()?;
+            attached.report_losses(lost, batch);
+            Ok(())
+        })?;
+        armed.map_err(Some)
+    }
+
+    /// Waits until somebody wakes us, or the time is over.
+    async fn wait(&self, time: Duration) -> Result<(), Option<io::Error>> {
+        let mut timer = pin!(sleep(time));
+        let mut wake = pin!(self.shared.wake.notified());
+        poll_fn(|cx| {
+            if timer.as_mut().poll(cx).is_ready() || wake.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            self.poll_woken(cx)
+        })
+        .await
+    }
+
+    fn poll_woken(&self, cx: &mut Context<'_>) -> Poll<Result<(), Option<io::Error>>> {
+        match &*self.shared.attached() {
+            Some(attached) => attached.ring.poll_read_ready(cx).map(|ready| {
+                // Cleared before the ring is read: a wake-up after this is a new one.
+                ready.map_err(Some)?.clear_ready();
+                Ok(())
+            }),
+            None => Poll::Ready(Err(None)),
+        }
+    }
+
+    /// Does what blocks on a thread that may.
+    async fn blocking(&self, f: impl FnOnce(&Shared) + Send + 'static) {
+        let shared = Arc::clone(&self.shared);
+        // It fails only if the runtime is being shut down; then the tracer's drop does the work.
+        let _ = task::spawn_blocking(move || f(&shared)).await;
+    }
+}
+
+impl From<Gone> for Option<io::Error> {
+    fn from(_: Gone) -> Self {
+        None
+    }
+}

@@ -1,0 +1,179 @@
+//! What the tasks of a tracer, its stream and its handles share.
+
+use std::{
+    fs::File,
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use tokio::sync::{Notify, oneshot};
+
+use super::attached::{Attached, BATCH};
+use crate::{
+    Hook, Protocol, Stats, builder::Config, enrich, kernel::SampleScope, queue::Queue,
+    samples::Samples,
+};
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) protocol: Protocol,
+    pub(crate) queue: Queue,
+    pub(crate) samples: Arc<Samples>,
+    pub(crate) limits: Limits,
+    pub(crate) sample_scope: SampleScope,
+    /// `None` once everything of ours has left the kernel.
+    attached: Mutex<Option<Attached>>,
+    hooks: Vec<Hook>,
+    /// The counts when everything left the kernel.
+    last: Mutex<Stats>,
+    stopping: AtomicBool,
+    /// There is something for the reader to do, though no record has woken it.
+    pub(crate) wake: Notify,
+    /// The thread of the round of samples that was begun last.
+    round: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+/// What the settings mean for a round of samples.
+#[derive(Debug)]
+pub(crate) struct Limits {
+    /// How many sockets of a namespace may be known at a time.
+    pub(crate) sockets: usize,
+    /// How many may be written into the ring in one go: neither that nor the queue shall be filled by them.
+    pub(crate) step: usize,
+}
+
+impl Limits {
+    pub(super) fn new(config: &Config) -> Self {
+        const RECORD: usize = 184;
+        let (ring, queue) = (config.ring_bytes as usize, config.queue);
+        Self {
+            sockets: config.max_sockets as usize,
+            step: (ring / RECORD / 8).min(queue / 4).clamp(1, BATCH),
+        }
+    }
+}
+
+impl Shared {
+    pub(super) fn new(
+        queue: Queue,
+        limits: Limits,
+        samples: Arc<Samples>,
+        attached: Attached,
+    ) -> Self {
+        Self {
+            protocol: attached.protocol,
+            queue,
+            samples,
+            limits,
+            sample_scope: attached.kernel.sample_scope(),
+            hooks: attached.kernel.hooks().to_vec(),
+            attached: Mutex::new(Some(attached)),
+            last: Mutex::new(Stats::default()),
+            stopping: AtomicBool::new(false),
+            wake: Notify::new(),
+            round: Mutex::new(None),
+        }
+    }
+
+    /// Whether it was told to come to its end.
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn attached(&self) -> MutexGuard<'_, Option<Attached>> {
+        // No invariant spans a panic here.
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn hooks(&self) -> &[Hook] {
+        &self.hooks
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let mut stats = match &*self.attached() {
+            Some(attached) => attached.stats(),
+            None => *self.last.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        let counts = self.queue.counts();
+        stats.delivered = counts.delivered;
+        stats.queue_shed = counts.shed;
+        stats.discarded = counts.discarded;
+        let samples = self.samples.counts();
+        stats.sample_rounds = samples.rounds;
+        stats.sample_last_round = samples.last_round;
+        stats.sample_faults = samples.faults;
+        stats.sample_malformed = samples.malformed;
+        stats
+    }
+
+    /// Lets the reader detach, take what was already produced, and end the stream.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.wake.notify_one();
+        self.queue.progress.made();
+    }
+
+    /// Whether the tracer is at its end, and nothing new should begin.
+    pub(crate) fn is_over(&self) -> bool {
+        self.is_stopping() || self.queue.is_ended()
+    }
+
+    /// Takes everything of ours out of the kernel, now.
+    pub(crate) fn release(&self) {
+        self.stop();
+        if let Some(attached) = self.attached().take() {
+            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = attached.stats();
+        }
+        // What it had open, too.
+        if let Some(round) = self.round().take() {
+            // A panic there has been reported, and there is nothing to be done about it.
+            let _ = round.join();
+        }
+    }
+
+    fn round(&self) -> MutexGuard<'_, Option<thread::JoinHandle<()>>> {
+        // No invariant spans a panic here.
+        self.round.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins a round of samples, unless the tracer is over; the receiver hears of its end.
+    pub(crate) fn begin_round(self: &Arc<Self>) -> Option<oneshot::Receiver<()>> {
+        let mut round = self.round();
+        if self.is_over() {
+            return None;
+        }
+        let (end, ended) = oneshot::channel();
+        let shared = Arc::clone(self);
+        let thread = thread::Builder::new()
+            .name("samples".into())
+            .spawn(move || {
+                enrich::round(&shared);
+                // Before the other end hears of it: the last owner of all this must not be this thread.
+                drop(shared);
+                // Nobody listens any more if the task was ended.
+                let _ = end.send(());
+            });
+        match thread {
+            Ok(thread) => *round = Some(thread),
+            Err(error) => {
+                self.samples.count(|counts| counts.faults += 1);
+                log::warn!("no thread for a round of samples: {error}");
+            }
+        }
+        Some(ended)
+    }
+
+    /// Opens a walk through the sockets of the calling thread's network namespace: each that is known is written into the ring when
+    /// the file is read, and is a byte there.
+    pub(crate) fn walk(&self) -> io::Result<File> {
+        match &mut *self.attached() {
+            Some(attached) => attached.kernel.walk(),
+            None => Err(io::Error::other("the tracer is over")),
+        }
+    }
+}

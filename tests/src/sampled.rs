@@ -1,0 +1,98 @@
+//! How samples fit in with the other events of their sockets.
+
+use std::collections::HashMap;
+
+use anyhow::{bail, ensure};
+use tcp_udp_trace::{Event, EventKind, Traffic};
+
+use crate::{kernel, trace::show};
+
+/// A sample, and how many other events had come before it.
+#[derive(Debug, Clone)]
+pub(crate) struct Sampled {
+    pub(crate) event: Event,
+    pub(crate) position: usize,
+}
+
+/// Whether each sample fits in with what was reported of its socket before and after it.
+pub(crate) fn check(samples: &[Sampled], events: &[Event]) -> anyhow::Result<()> {
+    let mut lives = HashMap::<u64, Vec<(usize, &Event)>>::new();
+    for (position, event) in events.iter().enumerate() {
+        lives
+            .entry(event.socket.id)
+            .or_default()
+            .push((position, event));
+    }
+    // Before that, the numbers of a sample may be of a moment later than its place.
+    let holds_lock = kernel::is_at_least(5, 15)?;
+    for Sampled { event, position } in samples {
+        let life = lives.get(&event.socket.id).map_or(&[][..], Vec::as_slice);
+        let (before, after) = life.split_at(life.partition_point(|(at, _)| at < position));
+        // A flow has totals of its own.
+        let is_of_socket = |event: &&Event| !matches!(event.kind, EventKind::Flow { .. });
+        let before = before
+            .iter()
+            .rev()
+            .map(|(_, event)| *event)
+            .find(is_of_socket);
+        let after = after.iter().map(|(_, event)| *event).find(is_of_socket);
+        let fits = || {
+            for other in [before, after].into_iter().flatten() {
+                let (socket, as_of) = (&event.socket, &other.socket);
+                ensure!(socket.netns == as_of.netns && socket.uid == as_of.uid);
+                ensure!(
+                    as_of.cookie.is_none() || socket.cookie == as_of.cookie,
+                    "another cookie"
+                );
+            }
+            let owners = [before, after]
+                .into_iter()
+                .flatten()
+                .map(|other| &other.process);
+            let is_accepted_now = after.is_some_and(|after| after.kind == EventKind::Accept);
+            let is_known = before.is_none() && (after.is_none() || is_accepted_now)
+                || owners.into_iter().any(|owner| *owner == event.process);
+            ensure!(is_known, "another owner");
+            if let Some(before) = before {
+                ensure!(!before.is_close(), "a sample after the close");
+                ensure!(before.uptime <= event.uptime, "time went back");
+                ensure!(grows(before, event), "the traffic shrank");
+            }
+            if let Some(after) = after {
+                ensure!(event.uptime <= after.uptime, "time went back behind it");
+                ensure!(
+                    !holds_lock || grows(event, after),
+                    "the traffic shrank behind it"
+                );
+            }
+            Ok(())
+        };
+        if let Err(error) = fits() {
+            let life: Vec<_> = life.iter().map(|(_, event)| (*event).clone()).collect();
+            bail!(
+                "{error:#}: {event} {:?} between {before:?} and {after:?} of{}",
+                event.socket,
+                show(&life)
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Whether no counter of the first is higher than that of the second.
+fn grows(first: &Event, second: &Event) -> bool {
+    let counters = |event: &Event| {
+        let Traffic {
+            tx_bytes,
+            rx_bytes,
+            tx_packets,
+            rx_packets,
+            ..
+        } = event.traffic;
+        [tx_bytes, rx_bytes, tx_packets, rx_packets]
+    };
+    counters(first)
+        .iter()
+        .zip(counters(second))
+        .all(|(first, second)| *first <= second)
+}
