@@ -198,8 +198,8 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tracers start and stop while connections come and go as fast as they can. From the first connection that one has seen to the last, it has
-/// missed none and doubled none; each end is exact, and each owner right: absent only where the socket was made before the hooks were there, and
+/// Tracers start and stop while connections come and go as fast as they can. From the first connection whose beginning one has seen to the
+/// last, it has missed none and doubled none; each end is exact, and each owner right: absent only where the socket was made before the hooks were there, and
 /// was gone before the tracer was ready.
 fn tracers_that_start_and_stop_during_churn() -> anyhow::Result<()> {
     const TRACERS: usize = 5;
@@ -276,6 +276,8 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
         lives.entry(event.socket.id).or_default().push(event);
     }
     let mut seen = BTreeMap::new();
+    // The first of which the beginning was seen. Of those before it, some may have put off their end until the tracer was there.
+    let mut first = usize::MAX;
     for life in lives.values() {
         let last = life[life.len() - 1];
         let Some(&[index]) = indices
@@ -288,6 +290,16 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
         if life.iter().all(|event| event.kind == EventKind::Accept) {
             // Accepted when the tracer had begun to stop.
             continue;
+        }
+        let is_whole = matches!(
+            life[0].kind,
+            EventKind::StateChange {
+                from: Close | Listen,
+                ..
+            }
+        );
+        if is_whole {
+            first = first.min(index);
         }
         let doubled = seen.insert(index, last.is_close());
         ensure!(doubled.is_none(), "two sockets for one: {last}");
@@ -320,10 +332,8 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
             ensure!(closes == 1, "{closes} closes: {last}");
         }
     }
-    let (Some((&first, _)), Some((&last, _))) = (seen.first_key_value(), seen.last_key_value())
-    else {
-        return Ok(());
-    };
+    let last = seen.last_key_value().map_or(0, |(index, _)| *index);
+    ensure!(first < last, "{first} to {last} is nothing");
     // When the tracer was stopped, the last ones were not over; nor some whose last packet a busy machine has put off.
     const UNDER_WAY: usize = 5;
     let mut open = Vec::new();
