@@ -144,8 +144,10 @@ impl<'a> Btf<'a> {
     /// The id of a function.
     pub(crate) fn function(&self, name: &str) -> Option<u32> {
         let is_it = |offset: &u32| {
-            Type::read(self.types, *offset, 0)
-                .is_ok_and(|ty| ty.kind == kind::FUNC && self.is_name(ty.name, name))
+            let header = self.types.get(*offset as usize..).and_then(words);
+            header.is_some_and(|[string, info]| {
+                (info >> 24) & 0x7f == kind::FUNC && self.is_name(string, name)
+            })
         };
         let index = self.offsets.iter().position(is_it)?;
         // Id 0 is `void`.

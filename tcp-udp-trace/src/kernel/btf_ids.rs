@@ -23,17 +23,15 @@ pub(super) fn of_functions(btf: &Btf<'_>, names: &[&str]) -> Result<aya::Btf, Bt
         }
     }
     let last = wanted.iter().map(|(id, _)| *id).max().unwrap_or(0);
-    let types: Vec<u8> = (1..=last)
-        .flat_map(|id| {
-            let name = wanted.iter().find(|(wanted, _)| *wanted == id);
-            // The name, the kind, and what neither of the two kinds uses.
-            match name {
-                Some((_, name)) => [*name, kind::FUNC << 24, 0],
-                None => [0, kind::FWD << 24, 0],
-            }
-        })
-        .flat_map(u32::to_le_bytes)
-        .collect();
+    // The name, the kind, and what neither of the two kinds uses.
+    let record = |name, kind: u32| [name, kind << 24, 0].map(u32::to_le_bytes).concat();
+    let filler = record(0, kind::FWD);
+    let mut types = filler.repeat(last as usize);
+    for (id, name) in wanted {
+        // The first type has id 1.
+        let at = (id as usize - 1) * filler.len();
+        types[at..at + filler.len()].copy_from_slice(&record(name, kind::FUNC));
+    }
     let header = [
         MAGIC | VERSION << 16,
         24,
