@@ -598,6 +598,22 @@ mod tests {
     }
 
     #[test]
+    fn a_function_has_the_id_of_its_type() {
+        let mut b = Builder::new();
+        let int = b.int(4);
+        // Not everything of that name is one.
+        b.structure("bpf_iter_tcp", 4, &[("a", int, 0)]);
+        let prototype = b.add("", kind::FUNC_PROTO << 24, 0, &[]);
+        let longer = b.add("bpf_iter_tcp_seq", kind::FUNC << 24, prototype, &[]);
+        let wanted = b.add("bpf_iter_tcp", kind::FUNC << 24, prototype, &[]);
+        let data = b.build();
+        let btf = Btf::parse(&data).expect("well-formed BTF");
+        assert_eq!(btf.function("bpf_iter_tcp"), Some(wanted));
+        assert_eq!(btf.function("bpf_iter_tcp_seq"), Some(longer));
+        assert_eq!(btf.function("bpf_iter"), None);
+    }
+
+    #[test]
     fn arrays_of_arrays() {
         let mut b = Builder::new();
         let int = b.int(4);
