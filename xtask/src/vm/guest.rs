@@ -55,7 +55,7 @@ const QEMU_ARGS: &[&str] = &[
     "none",
     "-no-reboot",
     "-append",
-    "console=ttyS0 quiet oops=panic panic=-1 tut_vm",
+    "console=ttyS0 quiet oops=panic softlockup_panic=1 panic=-1 tut_vm",
 ];
 
 /// How a boot ended.
