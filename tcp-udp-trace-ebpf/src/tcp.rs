@@ -54,7 +54,11 @@ pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
         (LISTEN, SYN_RECV) => (syn::NOT_COUNTED, owner_of_listener(sk)),
         _ => {
             // One that is not known is older than the tracer.
-            if let Some(tracked) = track::adopt(sk, from) {
+            let tracked = match tracked {
+                Some(tracked) => Some(tracked),
+                None => track::adopt(sk, from),
+            };
+            if let Some(tracked) = tracked {
                 if tracked.state != from {
                     anomaly::missed();
                 }

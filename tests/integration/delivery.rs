@@ -206,10 +206,7 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     let reference = reference.finish_in_order(40)?;
     tracer.handle().stop();
     let (events, stats) = runtime.block_on(async {
-        let mut events = Vec::new();
-        while let Some(event) = tracer.next().await {
-            events.push(event);
-        }
+        let events: Vec<Event> = tracer.by_ref().collect().await;
         anyhow::Ok((events, tracer.close().await?))
     })?;
     check_conservation(&stats)?;
@@ -319,10 +316,7 @@ fn overflow(policy: OverflowPolicy) -> anyhow::Result<(Vec<What>, Vec<Event>)> {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         handle.stop();
-        let mut events = Vec::new();
-        while let Some(event) = tracer.next().await {
-            events.push(event);
-        }
+        let events: Vec<Event> = tracer.by_ref().collect().await;
         Ok((events, tracer.close().await?))
     })?;
     check_conservation(&stats)?;
@@ -392,10 +386,7 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     drop(sockets);
     tracer.handle().stop();
     let (events, stats) = runtime.block_on(async {
-        let mut events = Vec::new();
-        while let Some(event) = tracer.next().await {
-            events.push(event);
-        }
+        let events: Vec<Event> = tracer.by_ref().collect().await;
         anyhow::Ok((events, tracer.close().await?))
     })?;
     check_conservation(&stats)?;

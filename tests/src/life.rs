@@ -464,14 +464,6 @@ fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
             event.socket.age
         );
     }
-    let counters = |traffic: Traffic| {
-        [
-            traffic.tx_bytes,
-            traffic.rx_bytes,
-            traffic.tx_packets,
-            traffic.rx_packets,
-        ]
-    };
     for (before, after) in events.iter().zip(&events[1..]) {
         // Where the hook of an accept does not hold the socket's lock, another CPU may write the record of a transition at the
         // same moment: then the clock was not read in the order of the records.
@@ -491,13 +483,27 @@ fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
             // Nor were the counters.
             continue;
         }
-        let grows = counters(before.traffic)
-            .iter()
-            .zip(counters(after.traffic))
-            .all(|(before, after)| *before <= after);
-        ensure!(grows, "the traffic shrank: {after}");
+        ensure!(grows(before, after), "the traffic shrank: {after}");
     }
     Ok(())
+}
+
+/// Whether no counter of the first is higher than that of the second.
+pub(crate) fn grows(first: &Event, second: &Event) -> bool {
+    let counters = |event: &Event| {
+        let Traffic {
+            tx_bytes,
+            rx_bytes,
+            tx_packets,
+            rx_packets,
+            ..
+        } = event.traffic;
+        [tx_bytes, rx_bytes, tx_packets, rx_packets]
+    };
+    counters(first)
+        .iter()
+        .zip(counters(second))
+        .all(|(first, second)| *first <= second)
 }
 
 /// IPv4-mapped addresses are shown as what they are; the scope of an IPv6 address is not shown.

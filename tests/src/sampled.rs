@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use anyhow::{bail, ensure};
-use tcp_udp_trace::{Event, EventKind, Traffic};
+use tcp_udp_trace::{Event, EventKind};
 
-use crate::{kernel, trace::show};
+use crate::{kernel, life::grows, trace::show};
 
 /// A sample, and how many other events had come before it.
 #[derive(Debug, Clone)]
@@ -77,22 +77,4 @@ pub(crate) fn check(samples: &[Sampled], events: &[Event]) -> anyhow::Result<()>
         }
     }
     Ok(())
-}
-
-/// Whether no counter of the first is higher than that of the second.
-fn grows(first: &Event, second: &Event) -> bool {
-    let counters = |event: &Event| {
-        let Traffic {
-            tx_bytes,
-            rx_bytes,
-            tx_packets,
-            rx_packets,
-            ..
-        } = event.traffic;
-        [tx_bytes, rx_bytes, tx_packets, rx_packets]
-    };
-    counters(first)
-        .iter()
-        .zip(counters(second))
-        .all(|(first, second)| *first <= second)
 }

@@ -77,11 +77,10 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config, btf: &Btf<'_>) -> Walks {
         sample_interval,
         ..
     } = *config;
-    let names =
-        [files(protocol), sockets(protocol)].map(|walk| format!("bpf_iter_{}", walk.iterator));
+    let (files, sockets) = (files(protocol), sockets(protocol));
+    let names = [files, sockets].map(|walk| format!("bpf_iter_{}", walk.iterator));
     let btf = btf_ids::of_functions(btf, &names.each_ref().map(String::as_str));
     let mut hooks = Vec::new();
-    let files = files(protocol);
     let snapshot = load(ebpf, files, &btf)
         .and_then(|()| open_walk(ebpf, files))
         .and_then(|file| walk_through(file).map_err(|error| error.to_string()));
@@ -91,7 +90,6 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config, btf: &Btf<'_>) -> Walks {
     hooks.push(hook("snapshot", files, snapshot, NO_SNAPSHOT));
     let mut samples = SampleScope::Nothing;
     if sample_interval.is_some() {
-        let sockets = sockets(protocol);
         let loaded = load(ebpf, sockets, &btf);
         let mut hook = hook("sample", sockets, loaded, NO_SAMPLES);
         if hook.note.is_none() {
