@@ -63,6 +63,7 @@ fields! {
     GroupLeader: 8 = "task_struct.group_leader",
     Comm: 16 = "task_struct.comm",
     Tgid: 4 = "task_struct.tgid",
+    RealParent: 8 = "task_struct.real_parent",
     Started: 8 = "task_struct.start_boottime",
     Cred: 8 = "task_struct.cred",
     CredUid: 4 = "cred.uid",

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod fields;
+pub mod filter;
 
 pub use fields::{ABSENT, FIELDS, Field, Offsets, WantedField};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -31,6 +32,8 @@ pub mod kind {
     pub const SAMPLE_TCP: u32 = 8;
     /// A [`Udp`](super::Udp): the same.
     pub const SAMPLE_UDP: u32 = 9;
+    /// One more than the last.
+    pub const COUNT: usize = 10;
 }
 
 /// How an owner is known, in [`Owner::origin`].
@@ -276,7 +279,11 @@ pub struct UdpTracked {
     /// Inode of the network namespace.
     pub netns: u32,
     /// See [`Udp::approximate`].
-    pub approximate: u32,
+    pub approximate: u8,
+    /// 1 once a flow of it has been reported: then its close must be, too, for user space to report its flows for the last time.
+    pub flows: u8,
+    /// See [`Tracked::kin`].
+    pub kin: u16,
     /// The owner.
     pub owner: Owner,
     /// The totals.
@@ -299,8 +306,8 @@ pub struct Tracked {
     pub state: u8,
     /// One of [`syn`].
     pub syn: u8,
-    /// Padding.
-    pub _pad: [u8; 2],
+    /// The [generation](filter::generation) of the filter whose process trees its owner was found to be in: it stays so when the process has ended.
+    pub kin: u16,
     /// Who called `connect` or `listen`, or had the socket open when the tracer started; of a listener's child, the listener's owner.
     pub creator: Owner,
     /// Who called `accept`, the owner from then on. In a place of its own, because another CPU may read the first while this is written:
@@ -314,12 +321,16 @@ pub struct Tracked {
 pub struct Counters {
     /// Records that found the ring full.
     pub lost: u64,
+    /// Of them, those of each [`kind`].
+    pub lost_of: [u64; kind::COUNT],
     /// Times that a socket could not be remembered because the map of sockets was full.
     pub untracked: u64,
     /// State changes that no hook saw, noticed at the socket's next one.
     pub missed: u64,
     /// Sockets of TCP that are neither IPv4 nor IPv6, left out.
     pub unknown_family: u64,
+    /// Processes of a filter's trees that could not be remembered because the map of them was full.
+    pub untracked_kin: u64,
 }
 
 // The layouts are the contract: a change here is a change of both sides.

@@ -1,10 +1,10 @@
 //! A process accepts a connection.
 
-use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Tcp, kind, origin, syn};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Tcp, filter::no_state, kind, origin, syn};
 
 use crate::{
     emit::{self, Weight},
-    owner,
+    filter, owner,
     sock::{Sock, read, read_at},
     track,
 };
@@ -31,19 +31,24 @@ pub(crate) fn accepted(sk: Sock) {
         return;
     }
     let owner = owner::current(origin::ACCEPTOR);
-    let fresh;
+    let mut fresh;
     let tracked = if let Some(tracked) = track::adopt(sk, state) {
         if tracked.syn == syn::UNKNOWN {
             // Its handshake is older than the tracer, but it is one that this side has not begun.
             tracked.syn = syn::NOT_COUNTED;
         }
         owner::settle(&mut tracked.acceptor, owner);
-        &*tracked
+        // The one before may have been of another tree.
+        tracked.kin = 0;
+        tracked
     } else {
         // There is no room to remember it.
         fresh = track::fresh(sk, state, syn::NOT_COUNTED, owner);
-        &fresh
+        &mut fresh
     };
+    if !filter::wants_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
+        return;
+    }
     emit::record(kind::ACCEPT, Weight::Vital, |record: &mut Tcp| {
         sk.describe(
             tracked,

@@ -4,7 +4,7 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{macros::map, maps::Array};
 use aya_log_ebpf::warn;
-use tcp_udp_trace_common::Counters;
+use tcp_udp_trace_common::{Counters, kind};
 
 /// The counts, and the counts that the log has been told.
 #[map]
@@ -20,10 +20,11 @@ pub(crate) fn lost_so_far() -> u32 {
         .map_or(0, |counters| counters.lost as u32)
 }
 
-/// A record found the ring full.
+/// A record of this kind found the ring full.
 #[inline(always)]
-pub(crate) fn lost() {
+pub(crate) fn lost(kind: u32) {
     count(|counters| &raw mut counters.lost);
+    count(|counters| &raw mut counters.lost_of[kind as usize % kind::COUNT]);
 }
 
 /// The map of sockets is full.
@@ -42,6 +43,12 @@ pub(crate) fn missed() {
 #[inline(always)]
 pub(crate) fn unknown_family() {
     count(|counters| &raw mut counters.unknown_family);
+}
+
+/// The map of a filter's processes is full.
+#[inline(always)]
+pub(crate) fn untracked_kin() {
+    count(|counters| &raw mut counters.untracked_kin);
 }
 
 #[inline(always)]

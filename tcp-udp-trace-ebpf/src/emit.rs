@@ -64,11 +64,11 @@ pub(crate) fn record<R: Record>(kind: u32, weight: Weight, fill: impl FnOnce(&mu
     let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
     let after = before + size_of::<R>() as u64 + RECORD_HEADER;
     if weight == Weight::Other && after >> WAKE_SHIFT.load() >= 7 {
-        anomaly::lost();
+        anomaly::lost(kind);
         return false;
     }
     let Some(mut entry) = EVENTS.reserve::<R>(0) else {
-        anomaly::lost();
+        anomaly::lost(kind);
         return false;
     };
     // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes

@@ -16,6 +16,7 @@
 mod accept;
 mod anomaly;
 mod emit;
+mod filter;
 mod owner;
 mod sock;
 mod tcp;
@@ -288,6 +289,27 @@ fn walk_udp(ctx: *mut c_void) -> i32 {
     walk::udp_socket(Step::new(ctx))
 }
 
+// ---- the trees of a filter: only where one has any ---------------------------------------------------------------
+
+#[raw_tracepoint(tracepoint = "sched_process_fork")]
+fn kin_fork(ctx: RawTracePointContext) -> i32 {
+    filter::forked(ctx.arg(0), ctx.arg(1));
+    0
+}
+
+#[raw_tracepoint(tracepoint = "sched_process_free")]
+fn kin_free(ctx: RawTracePointContext) -> i32 {
+    filter::freed(ctx.arg(0));
+    0
+}
+
+#[unsafe(link_section = "iter/task")]
+#[unsafe(no_mangle)]
+fn walk_tasks(ctx: *mut c_void) -> i32 {
+    filter::task(Step::new(ctx));
+    walk::NEXT
+}
+
 // ---- questions of user space -----------------------------------------------------------------------------------
 //
 // Attached nowhere; user space runs them (BPF_PROG_TEST_RUN) instead of reading and writing maps by system calls. While such a
@@ -299,6 +321,12 @@ fn walk_udp(ctx: *mut c_void) -> i32 {
 fn ask_arm(_ctx: RawTracePointContext) -> i32 {
     emit::arm();
     anomaly::lost_so_far().cast_signed()
+}
+
+/// The filter changes, or what it says is asked.
+#[raw_tracepoint]
+fn ask_filter(ctx: RawTracePointContext) -> i32 {
+    filter::asked(&ctx)
 }
 
 /// The totals of a flow.

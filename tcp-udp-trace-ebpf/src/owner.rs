@@ -65,7 +65,7 @@ pub(crate) fn settle(place: &mut Owner, owner: Owner) {
 
 /// The main thread: the process has its name, because threads are named for what they do in it.
 #[inline(always)]
-fn leader(task: u64) -> u64 {
+pub(crate) fn leader(task: u64) -> u64 {
     read(task, Field::GroupLeader)
 }
 

@@ -2,9 +2,11 @@
 
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use core::mem::MaybeUninit;
-use tcp_udp_trace_common::{ABSENT, AF_INET, FIELDS, Field, Offsets, TcpSocket, Tracked, syn};
+use tcp_udp_trace_common::{
+    ABSENT, AF_INET, FIELDS, Field, Offsets, Peer, TcpSocket, Tracked, syn,
+};
 
-use crate::track;
+use crate::{track, udp::peer6};
 
 /// Where the fields are on the running kernel; user space fills it in before the programs are loaded, so
 /// the verifier knows each offset and drops the code for fields that this kernel lacks.
@@ -217,6 +219,35 @@ impl Sock {
             counted
         } else {
             self.get::<u64>(Field::BytesReceived).saturating_sub(1)
+        }
+    }
+
+    /// The two ends of a connection, or of what may become one; an IPv4-mapped address is the IPv4 address that it is.
+    #[inline(always)]
+    pub(crate) fn ends(self) -> (Peer, Peer) {
+        // A listener, and a socket that is about to connect, has no other port than the one it is bound to.
+        let bound = self.bound_port();
+        let port = if bound == 0 {
+            self.connected_port()
+        } else {
+            bound
+        };
+        let remote_port = u16::from_be(self.get(Field::RemotePort));
+        if self.family() == AF_INET {
+            let end = |address, port| Peer {
+                address: [address, 0, 0, 0],
+                port,
+                family: AF_INET,
+            };
+            (
+                end(self.get(Field::LocalAddr4), port),
+                end(self.get(Field::RemoteAddr4), remote_port),
+            )
+        } else {
+            (
+                peer6(self.get(Field::LocalAddr6), port),
+                peer6(self.get(Field::RemoteAddr6), remote_port),
+            )
         }
     }
 

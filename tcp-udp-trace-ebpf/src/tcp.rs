@@ -1,13 +1,13 @@
 //! What happens to a TCP socket.
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, kind, origin, syn,
+    AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, filter::no_state, kind, origin, syn,
 };
 
 use crate::{
     anomaly,
     emit::{self, Weight},
-    owner,
+    filter, owner,
     sock::Sock,
     track,
 };
@@ -69,11 +69,11 @@ pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
             (syn::UNKNOWN, owner::UNKNOWN)
         }
     };
-    let tracked = track::fresh(sk, to, syn, owner);
+    let mut tracked = track::fresh(sk, to, syn, owner);
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if begins && track::remember(sk, &tracked) || program == Program::First {
-        report(sk, family, &tracked, from, to);
+        report(sk, family, &mut tracked, from, to);
     }
 }
 
@@ -92,13 +92,15 @@ pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
     }
 }
 
-/// Reports the socket as it is; false if that did not fit into the ring.
+/// Reports the socket as it is; false if that is not wanted, or did not fit into the ring.
 #[inline(always)]
-pub(crate) fn sample(sk: Sock, tracked: &Tracked) -> bool {
-    emit::record(kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
-        let (state, port) = (sk.get(Field::State), sk.connected_port());
-        sk.describe(tracked, sk.family(), state, port, &mut record.socket);
-    })
+pub(crate) fn sample(sk: Sock, tracked: &mut Tracked) -> bool {
+    let state = sk.get(Field::State);
+    filter::wants_tcp(kind::SAMPLE_TCP, no_state(state & 0xf), sk, tracked)
+        && emit::record(kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
+            let port = sk.connected_port();
+            sk.describe(tracked, sk.family(), state, port, &mut record.socket);
+        })
 }
 
 /// The owner of a listener's child: until somebody accepts it, it is the listener's.
@@ -116,7 +118,11 @@ fn owner_of_listener(child: Sock) -> Owner {
 }
 
 #[inline(always)]
-fn report(sk: Sock, family: u16, tracked: &Tracked, from: u8, to: u8) {
+fn report(sk: Sock, family: u16, tracked: &mut Tracked, from: u8, to: u8) {
+    let states = no_state(from & 0xf) | no_state(to & 0xf);
+    if !filter::wants_tcp(kind::STATE_CHANGE, states, sk, tracked) {
+        return;
+    }
     let is_vital = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
     let weight = if is_vital(from) || is_vital(to) {
         Weight::Vital
@@ -148,7 +154,8 @@ pub(crate) fn ended(sk: Sock) {
         if tracked.state != CLOSE && !track::is_stopping() {
             // Its close escaped both programs.
             anomaly::missed();
-            report(sk, sk.family(), tracked, tracked.state, CLOSE);
+            let state = tracked.state;
+            report(sk, sk.family(), tracked, state, CLOSE);
         }
         track::end(sk);
     }

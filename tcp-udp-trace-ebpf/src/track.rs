@@ -64,7 +64,7 @@ pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
         netns: sk.netns(),
         state,
         syn,
-        _pad: [0; 2],
+        kin: 0,
         creator,
         acceptor: owner::UNKNOWN,
     }

@@ -25,7 +25,7 @@ use tcp_udp_trace_common::{
 use crate::{
     anomaly,
     emit::{self, Weight},
-    owner,
+    filter, owner,
     sock::{Sock, read},
     track,
 };
@@ -105,6 +105,8 @@ pub(crate) fn begin(
         cgroup: 0,
         netns: 0,
         approximate: 0,
+        flows: 0,
+        kin: 0,
         owner,
         traffic: Traffic {
             tx_bytes: 0,
@@ -149,6 +151,8 @@ fn rename(sk: Sock, tracked: &mut UdpTracked) {
     tracked.id = old.id;
     tracked.born = old.born;
     tracked.approximate = old.approximate;
+    tracked.flows = old.flows;
+    tracked.kin = old.kin;
     if old.owner.origin != origin::NONE {
         owner::settle(&mut tracked.owner, old.owner);
     }
@@ -243,7 +247,10 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
         add(&mut flow.traffic, datagrams);
         if report || now.wrapping_sub(flow.reported) >= INTERVAL.load() {
             flow.reported = now;
-            record(kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
+            if filter::wants_udp(kind::FLOW, tracked, datagrams) {
+                tracked.flows = 1;
+                record(kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
+            }
         }
     }
     if PER_DATAGRAM.load() != 0 {
@@ -251,14 +258,16 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
             Direction::Sent => kind::SEND,
             Direction::Received => kind::RECEIVE,
         };
-        record(
-            kind,
-            key,
-            tracked,
-            datagrams,
-            &tracked.traffic,
-            datagrams.bytes,
-        );
+        if filter::wants_udp(kind, tracked, datagrams) {
+            record(
+                kind,
+                key,
+                tracked,
+                datagrams,
+                &tracked.traffic,
+                datagrams.bytes,
+            );
+        }
     }
 }
 
@@ -302,21 +311,22 @@ fn record(
         record.peer = at.peer;
         record.local = at.local;
         record.local_port = at.local_port;
-        record.approximate = tracked.approximate as u16;
+        record.approximate = tracked.approximate.into();
     })
 }
 
-/// Reports the socket as it is; false if that did not fit into the ring.
+/// Reports the socket as it is; false if that is not wanted, or did not fit into the ring.
 #[inline(always)]
-pub(crate) fn sample(key: u64, sk: Sock, tracked: &UdpTracked) -> bool {
-    record(
-        kind::SAMPLE_UDP,
-        key,
-        tracked,
-        &addresses(sk),
-        &tracked.traffic,
-        0,
-    )
+pub(crate) fn sample(key: u64, sk: Sock, tracked: &mut UdpTracked) -> bool {
+    report(kind::SAMPLE_UDP, key, tracked, sk, 0)
+}
+
+/// Reports something about the socket itself, if it is wanted; false if it is not, or did not fit into the ring.
+#[inline(always)]
+fn report(kind: u32, key: u64, tracked: &mut UdpTracked, sk: Sock, amount: u64) -> bool {
+    let addresses = addresses(sk);
+    filter::wants_udp(kind, tracked, &addresses)
+        && record(kind, key, tracked, &addresses, &tracked.traffic, amount)
 }
 
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.
@@ -409,14 +419,7 @@ pub(crate) fn connected(result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
     if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
-        record(
-            kind::CONNECT,
-            key,
-            tracked,
-            &addresses(sk),
-            &tracked.traffic,
-            0,
-        );
+        report(kind::CONNECT, key, tracked, sk, 0);
     }
 }
 
@@ -442,14 +445,7 @@ pub(crate) fn closed(key: u64, sk: *const core::ffi::c_void) {
     // One that is older than the tracer and was never used gets its only event here.
     let Some(tracked) = used(key, sk) else { return };
     let sk = Sock::new(tracked.sk);
-    record(
-        kind::CLOSE,
-        key,
-        tracked,
-        &addresses(sk),
-        &tracked.traffic,
-        drops(sk),
-    );
+    report(kind::CLOSE, key, tracked, sk, drops(sk));
     let _ = UDP_SOCKETS.remove(key);
 }
 

@@ -32,7 +32,7 @@ impl Step {
 
     /// A pointer of the context, which the verifier shall know nothing of; null in the last call, which is for no thing.
     #[inline(always)]
-    fn pointer(self, index: usize) -> u64 {
+    pub(crate) fn pointer(self, index: usize) -> u64 {
         let mut pointer = 0_u64;
         // SAFETY: the helper writes 8 bytes to `pointer` whatever the address; the context has as many pointers as its iterator's
         // programs ask for.
@@ -48,7 +48,7 @@ impl Step {
 
     /// Makes the reading call return a byte more.
     #[inline(always)]
-    fn count(self) {
+    pub(crate) fn count(self) {
         let byte = 1_u8;
         // SAFETY: the context begins with a pointer to `struct bpf_iter_meta`, and that with one to the `struct seq_file`. The
         // verifier knows both types, and refuses the program if it is otherwise.

@@ -25,7 +25,7 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
     sys::resource::{RLIM_INFINITY, Resource, setrlimit},
 };
-use tcp_udp_trace::{DEFAULT_QUEUE, Event, EventKind, Stats, TcpTracer, TracerHandle, UdpTracer};
+use tcp_udp_trace::{DEFAULT_QUEUE, Event, Filter, Stats, TcpTracer, TracerHandle, UdpTracer};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Print the socket events of the running machine. Needs root, or CAP_BPF and CAP_PERFMON.
@@ -59,11 +59,15 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = DEFAULT_QUEUE)]
     queue: usize,
     /// Print only the events of sockets that this process owns.
-    #[arg(long)]
-    pid: Option<u32>,
+    #[arg(long, value_name = "N")]
+    pid: Vec<u32>,
     /// Print only the events of sockets with this port on either side.
-    #[arg(long)]
-    port: Option<u16>,
+    #[arg(long, value_name = "N")]
+    port: Vec<u16>,
+    /// Print only what passes this filter, such as "pid_tree=1234 remote=10.0.0.0/8 kind=accept,close": any of pid, pid_tree, uid, comm,
+    /// port, local, remote, cgroup, netns, family, kind, state, exclude_self.
+    #[arg(long, value_name = "FILTER", default_value = "")]
+    filter: Filter,
 }
 
 /// How often each live socket is sampled, if at all.
@@ -71,18 +75,12 @@ struct Args {
 struct Sample(Option<Duration>);
 
 impl Args {
-    /// Whether to print an event. A gap concerns everybody.
-    fn wants(&self, event: &Event) -> bool {
-        let Event {
-            kind,
-            process,
-            socket,
-            ..
-        } = event;
-        let pid = |pid| process.as_ref().is_some_and(|process| process.pid == pid);
-        let port = |port| socket.local.port() == port || socket.remote.port() == port;
-        matches!(kind, EventKind::Lost { .. })
-            || self.pid.is_none_or(pid) && self.port.is_none_or(port)
+    fn filter(&self) -> Filter {
+        let filter = self
+            .pid
+            .iter()
+            .fold(self.filter.clone(), |f, &pid| f.pid(pid));
+        self.port.iter().fold(filter, |f, &port| f.port(port))
     }
 }
 
@@ -110,7 +108,8 @@ async fn main() -> ExitCode {
             eprint!("error: {error}");
             let mut source = error.source();
             while let Some(error) = source {
-                eprint!(": {error}");
+                // The verifier's log may stand in the lines after the first.
+                eprint!(": {}", error.to_string().lines().next().unwrap_or_default());
                 source = error.source();
             }
             eprintln!();
@@ -146,6 +145,7 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     if args.tcp || !args.udp {
         let builder = TcpTracer::builder().queue(args.queue);
         let builder = builder
+            .filter(args.filter())
             .sample_interval(args.sample.0)
             .process_details(args.process_details);
         tcp = Some(builder.start().await?);
@@ -154,6 +154,7 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     if args.udp || !args.tcp {
         let builder = UdpTracer::builder().queue(args.queue);
         let builder = builder
+            .filter(args.filter())
             .sample_interval(args.sample.0)
             .process_details(args.process_details)
             .interval(args.interval)
@@ -225,9 +226,6 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
             stop();
         }
         let Some(event) = event else { break };
-        if !args.wants(&event) {
-            continue;
-        }
         if args.json {
             serde_json::to_writer(&mut out, &event).map_err(io::Error::from)?;
             writeln!(out)?;

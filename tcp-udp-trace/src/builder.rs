@@ -2,7 +2,7 @@
 
 use std::{ops::RangeInclusive, time::Duration};
 
-use crate::{Error, ErrorKind, Protocol, TcpTracer, UdpTracer, tracer::Tracer};
+use crate::{Error, ErrorKind, Filter, Protocol, TcpTracer, UdpTracer, tracer::Tracer};
 
 /// How many events may wait for the consumer before the oldest are shed.
 pub const DEFAULT_QUEUE: usize = 1024;
@@ -62,6 +62,7 @@ pub(crate) struct Config {
     pub(crate) interval: Duration,
     pub(crate) per_datagram: bool,
     pub(crate) max_flows: u32,
+    pub(crate) filter: Filter,
 }
 
 impl Config {
@@ -78,6 +79,7 @@ impl Config {
             interval: DEFAULT_INTERVAL,
             per_datagram: false,
             max_flows: DEFAULT_MAX_FLOWS,
+            filter: Filter::new(),
         }
     }
 
@@ -91,6 +93,7 @@ impl Config {
         }
         check("interval", self.interval, &INTERVAL)?;
         check("max_flows", self.max_flows, &ENTRIES)?;
+        self.filter.compile()?;
         Ok(self)
     }
 }
@@ -176,6 +179,12 @@ macro_rules! builder {
                 self
             }
 
+            /// Which events to report; [`TracerHandle::set_filter`](crate::TracerHandle::set_filter) changes it later. Default all.
+            pub fn filter(mut self, filter: Filter) -> Self {
+                self.config.filter = filter;
+                self
+            }
+
             /// Loads and attaches the eBPF programs. When it returns, every hook is attached: there is nothing to wait
             /// for.
             ///
@@ -183,7 +192,7 @@ macro_rules! builder {
             ///
             /// # Errors
             ///
-            /// The [kind](ErrorKind) tells them apart: `InvalidConfig`, `NoRuntime`, `Permission` (`CAP_BPF` or another capability
+            /// The [kind](ErrorKind) tells them apart: `InvalidConfig`, `InvalidFilter`, `NoRuntime`, `Permission` (`CAP_BPF` or another capability
             /// is missing), `Unsupported` (not Linux, no BTF, kernel before 5.10), `Load`, `Attach`.
             ///
             /// # Cancel safety

@@ -24,6 +24,8 @@ pub enum ErrorKind {
     Unsupported,
     /// A setting of the builder is out of its range.
     InvalidConfig,
+    /// A [`Filter`](crate::Filter) makes no sense; the message names the setting.
+    InvalidFilter,
     /// There is no Tokio runtime, or it has I/O or time disabled.
     NoRuntime,
     /// The kernel refused a program or a map, for another reason than permission.
@@ -32,6 +34,8 @@ pub enum ErrorKind {
     Attach,
     /// Reading what the kernel produced failed.
     Read,
+    /// The tracer has ended, and cannot do what it was asked.
+    Ended,
 }
 
 impl Error {

@@ -65,6 +65,7 @@ mod enrich;
 mod error;
 mod escape;
 mod event;
+mod filter;
 #[cfg(target_os = "linux")]
 mod flows;
 mod hook;
@@ -73,6 +74,7 @@ mod info;
 mod json;
 #[cfg(target_os = "linux")]
 mod kernel;
+mod kind;
 mod process;
 mod progress;
 mod queue;
@@ -94,8 +96,10 @@ pub use crate::{
     comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},
     event::{Event, EventKind, LossStage, Protocol, Socket, Traffic},
+    filter::{Family, Filter},
     hook::Hook,
     info::{SampleInfo, TcpInfo, UdpInfo},
+    kind::{Fate, Fates, Kind, UnknownKind},
     process::{Origin, Process, ProcessDetails},
     stats::Stats,
     tcp_state::TcpState,

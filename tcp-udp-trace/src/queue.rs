@@ -11,7 +11,9 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use crate::{Error, Event, EventKind, LossStage, OverflowPolicy, Protocol, progress::Progress};
+use crate::{
+    Error, Event, EventKind, LossStage, OverflowPolicy, Protocol, kind, progress::Progress,
+};
 
 /// How often the log is told at most that events are shed.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -63,9 +65,9 @@ struct Gap {
 /// What has become of the events so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
-    pub(crate) delivered: u64,
-    pub(crate) shed: u64,
-    pub(crate) discarded: u64,
+    pub(crate) delivered: kind::Counts,
+    pub(crate) shed: kind::Counts,
+    pub(crate) discarded: kind::Counts,
 }
 
 impl Queue {
@@ -102,7 +104,7 @@ impl Queue {
         for event in batch.drain(..) {
             state.push(event);
         }
-        let shed = (state.counts.shed > shed_before)
+        let shed = (state.counts.shed != shed_before)
             .then(|| state.shed_to_log())
             .flatten();
         let consumer = state.consumer.take();
@@ -171,9 +173,15 @@ impl Queue {
     /// Throws away what nobody will take, and gives the error that ended the stream, if one did.
     pub(crate) fn discard(&self) -> Result<(), Error> {
         let mut state = self.lock();
-        state.counts.discarded += state.len() as u64;
-        state.vital.clear();
-        state.other.clear();
+        let State {
+            vital,
+            other,
+            counts,
+            ..
+        } = &mut *state;
+        for (_, event) in vital.drain(..).chain(other.drain(..)) {
+            counts.discarded.add(&event);
+        }
         state.gaps.clear();
         state.end.replace(Ok(())).unwrap_or(Ok(()))
     }
@@ -210,7 +218,9 @@ impl State {
                 (OverflowPolicy::ShedNewest, true) => self.other.pop_back(),
                 (OverflowPolicy::ShedNewest, false) => None,
             };
-            self.counts.shed += 1;
+            self.counts
+                .shed
+                .add(victim.as_ref().map_or(&event, |(_, victim)| victim));
             match victim {
                 Some((place, victim)) => self.miss(place, &victim, 1, 0),
                 None => return self.miss(place, &event, 1, 0),
@@ -296,7 +306,7 @@ impl State {
             &mut self.other
         };
         let (_, event) = lane.pop_front()?;
-        self.counts.delivered += 1;
+        self.counts.delivered.add(&event);
         Some(event)
     }
 
@@ -310,7 +320,7 @@ impl State {
             return None;
         }
         self.logged = Some(now);
-        Some(self.counts.shed)
+        Some(self.counts.shed.total())
     }
 }
 
@@ -344,6 +354,16 @@ mod tests {
         let mut event = event(id);
         event.kind = EventKind::Accept;
         event
+    }
+
+    /// Delivered, shed, discarded.
+    fn totals(queue: &Queue) -> [u64; 3] {
+        let Counts {
+            delivered,
+            shed,
+            discarded,
+        } = queue.counts();
+        [delivered, shed, discarded].map(|counts| counts.total())
     }
 
     fn queue(capacity: usize) -> Queue {
@@ -380,14 +400,7 @@ mod tests {
         assert_eq!(drain(&queue), [-2, 3, 4, 5]);
         queue.push(&mut vec![event(6)]);
         assert_eq!(drain(&queue), [6]);
-        assert_eq!(
-            queue.counts(),
-            Counts {
-                delivered: 4,
-                shed: 2,
-                discarded: 0
-            }
-        );
+        assert_eq!(totals(&queue), [4, 2, 0]);
     }
 
     #[test]
@@ -397,14 +410,7 @@ mod tests {
         assert_eq!(drain(&queue), [-10, -1, 2, 3]);
         queue.push(&mut vec![lost_in_ring(7), event(4), event(5)]);
         assert_eq!(drain(&queue), [-7, 4, 5]);
-        assert_eq!(
-            queue.counts(),
-            Counts {
-                delivered: 4,
-                shed: 1,
-                discarded: 0
-            }
-        );
+        assert_eq!(totals(&queue), [4, 1, 0]);
     }
 
     #[test]
@@ -419,7 +425,7 @@ mod tests {
         queue.push(&mut vec![event(7)]);
         // Nothing but vital ones: then the oldest of them, but none for what is not.
         assert_eq!(drain(&queue), [-2, 3, 4, 5, 6, -1]);
-        assert_eq!(queue.counts().shed, 96 + 3);
+        assert_eq!(totals(&queue)[1], 96 + 3);
     }
 
     #[test]
@@ -460,7 +466,7 @@ mod tests {
             let state = queue.lock();
             assert!(state.gaps.len() <= state.len() + 1, "{}", state.gaps.len());
         }
-        let counts = queue.counts();
+        let [_, shed, _] = totals(&queue);
         let mut sum = 0_u64;
         let mut cx = Context::from_waker(Waker::noop());
         while let Poll::Ready(Some(event)) = queue.poll_pop(&mut cx) {
@@ -471,7 +477,7 @@ mod tests {
         }
         assert_eq!(sum, 10_000);
         let lost_in_ring = 10_000_u64.div_ceil(7);
-        assert_eq!(counts.shed + 8 + lost_in_ring, 10_000);
+        assert_eq!(shed + 8 + lost_in_ring, 10_000);
     }
 
     #[test]
@@ -491,14 +497,7 @@ mod tests {
         let queue = queue(2);
         queue.push(&mut vec![event(1), event(2), event(3)]);
         assert!(queue.discard().is_ok());
-        assert_eq!(
-            queue.counts(),
-            Counts {
-                delivered: 0,
-                shed: 1,
-                discarded: 2
-            }
-        );
+        assert_eq!(totals(&queue), [0, 1, 2]);
     }
 
     #[test]

@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use crate::{Fate, Fates};
+
 /// What has become of every event, and what the kernel could not do; all counts since the start.
 ///
 /// Once a tracer is closed,
-/// `emitted == delivered + ring_lost + queue_shed + malformed + discarded`.
+/// `emitted == delivered + ring_lost + queue_shed + filtered + malformed + discarded`, and the same of each kind in [`kinds`](Self::kinds) (where
+/// a malformed record has none).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
@@ -18,10 +21,17 @@ pub struct Stats {
     pub ring_lost: u64,
     /// Events that the queue shed, the oldest first, because the consumer was too slow.
     pub queue_shed: u64,
+    /// Events that the [filter](crate::Filter) turned out after they had been produced: totals of UDP flows whose socket it does not want any more,
+    /// and closes of UDP sockets that were produced for the sake of their flows.
+    pub filtered: u64,
     /// Records that could not be decoded: an eBPF object and a library that do not belong together.
     pub malformed: u64,
     /// Events that waited in the queue when the tracer was closed.
     pub discarded: u64,
+    /// Not among `emitted`: events that the [filter](crate::Filter) kept from being produced.
+    pub rejected: u64,
+    /// The counts above, for each kind of event.
+    pub kinds: Fates,
     /// Times that a socket could not be remembered because [`max_sockets`] others were: its events have
     /// no owner, and each has an id of its own.
     ///
@@ -31,6 +41,9 @@ pub struct Stats {
     pub missed: u64,
     /// TCP sockets left out because they are neither IPv4 nor IPv6.
     pub unknown_family: u64,
+    /// Processes of a filter's [trees](crate::Filter::pid_tree) that could not be remembered, because too many others were: their events are not
+    /// reported, nor are their descendants'.
+    pub untracked_processes: u64,
     /// UDP flows that had to make room for others, because [`max_flows`] were remembered. Their sockets' totals are exact all the same.
     ///
     /// [`max_flows`]: crate::UdpTracerBuilder::max_flows
@@ -55,6 +68,27 @@ pub struct Stats {
     pub recursion_misses: Option<u64>,
 }
 
+impl Stats {
+    /// Lets the kinds say what has become of the events, and sums that up.
+    pub(crate) fn with_kinds(self, kinds: Fates) -> Self {
+        let mut sum = Fate::default();
+        for &kind in crate::Kind::ALL {
+            sum += kinds[kind];
+        }
+        Self {
+            emitted: sum.emitted + self.malformed,
+            delivered: sum.delivered,
+            ring_lost: sum.ring_lost,
+            queue_shed: sum.queue_shed,
+            filtered: sum.filtered,
+            discarded: sum.discarded,
+            rejected: sum.rejected,
+            kinds,
+            ..self
+        }
+    }
+}
+
 /// The counts of two tracers together; of their last rounds of samples the longer one.
 impl std::ops::AddAssign for Stats {
     fn add_assign(&mut self, other: Self) {
@@ -63,11 +97,15 @@ impl std::ops::AddAssign for Stats {
             delivered,
             ring_lost,
             queue_shed,
+            filtered,
             malformed,
             discarded,
+            rejected,
+            kinds,
             untracked,
             missed,
             unknown_family,
+            untracked_processes,
             flows_evicted,
             sample_rounds,
             sample_last_round,
@@ -79,11 +117,15 @@ impl std::ops::AddAssign for Stats {
         self.delivered += delivered;
         self.ring_lost += ring_lost;
         self.queue_shed += queue_shed;
+        self.filtered += filtered;
         self.malformed += malformed;
         self.discarded += discarded;
+        self.rejected += rejected;
+        self.kinds = self.kinds.each(|kind, fate| *fate += kinds[kind]);
         self.untracked += untracked;
         self.missed += missed;
         self.unknown_family += unknown_family;
+        self.untracked_processes += untracked_processes;
         self.flows_evicted += flows_evicted;
         self.sample_rounds += sample_rounds;
         self.sample_last_round = self.sample_last_round.max(sample_last_round);

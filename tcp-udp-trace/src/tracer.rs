@@ -7,9 +7,10 @@ use std::{
 };
 
 use futures_core::{FusedStream, Stream};
+use tokio::runtime::Handle;
 
 use crate::{
-    Error, ErrorKind, Event, Hook, Stats, TcpTracerBuilder, UdpTracerBuilder,
+    Error, ErrorKind, Event, Filter, Hook, Stats, TcpTracerBuilder, UdpTracerBuilder,
     builder::Config,
     reader::{self, Shared, Tasks},
 };
@@ -147,6 +148,39 @@ impl TracerHandle {
     #[must_use]
     pub fn hooks(&self) -> Vec<Hook> {
         self.shared.hooks().to_vec()
+    }
+
+    /// Which events are reported; `None` once the tracer has ended.
+    #[must_use = "a filter is only a description"]
+    pub fn filter(&self) -> Option<Filter> {
+        self.shared.filter()
+    }
+
+    /// Reports only what this filter lets pass, from now on: the programs change over between two events. What they have produced before is
+    /// still delivered; what is remembered of sockets, and their totals, are not touched.
+    ///
+    /// The work that blocks is done on a thread of the runtime's blocking pool.
+    ///
+    /// # Errors
+    ///
+    /// Then the filter of before stays. `InvalidFilter` names the setting that makes no sense, also a [`pid_tree`](Filter::pid_tree) of a
+    /// process that is not there; `Permission`, `Attach` if the kernel refuses what a `pid_tree` needs; `Ended` if the tracer has ended;
+    /// `NoRuntime` outside of a Tokio runtime.
+    ///
+    /// # Cancel safety
+    ///
+    /// If the future is dropped, the filter may be changed or not.
+    pub async fn set_filter(&self, filter: Filter) -> Result<(), Error> {
+        let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
+        let runtime = Handle::try_current().map_err(|source| {
+            no_runtime("no Tokio runtime here: call `set_filter` from within one")
+                .with_source(source)
+        })?;
+        let shared = Arc::clone(&self.shared);
+        let changed = runtime.spawn_blocking(move || shared.set_filter(filter));
+        changed.await.map_err(|source| {
+            no_runtime("the runtime was shut down during the change").with_source(source)
+        })?
     }
 
     /// Detaches. The stream yields what had already been produced, and then ends.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
-use crate::{Error, ErrorKind, Hook, Stats, builder::Config, queue::Queue};
+use crate::{Error, ErrorKind, Filter, Hook, Stats, builder::Config, queue::Queue};
 
 /// Never made.
 #[derive(Debug)]
@@ -19,6 +19,14 @@ impl Shared {
     }
 
     pub(crate) fn stats(&self) -> Stats {
+        match self.never {}
+    }
+
+    pub(crate) fn set_filter(&self, _: Filter) -> Result<(), Error> {
+        match self.never {}
+    }
+
+    pub(crate) fn filter(&self) -> Option<Filter> {
         match self.never {}
     }
 

@@ -20,6 +20,7 @@ macro_rules! trials {
 
 mod bytes;
 mod delivery;
+mod filters;
 mod lifecycle;
 mod namespaces;
 mod owner;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         owner::trials(),
         bytes::trials(),
         delivery::trials(),
+        filters::trials(),
         lifecycle::trials(),
         samples::trials(),
         sampling::trials(),

@@ -10,8 +10,8 @@ use std::{
 use anyhow::{bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{
-    Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle, UdpTracer,
-    UdpTracerBuilder,
+    Error, Event, EventKind, Filter, Kind, Stats, TcpState, TcpTracer, TcpTracerBuilder,
+    TracerHandle, UdpTracer, UdpTracerBuilder,
 };
 
 use crate::{
@@ -215,6 +215,18 @@ impl Trace {
         Ok(find(&self.shared.lock()).expect("it was waited for"))
     }
 
+    /// The events so far, but for the samples.
+    #[must_use]
+    pub fn events(&self) -> Vec<Event> {
+        self.shared.lock().events.clone()
+    }
+
+    /// Lets the tracer report only what this filter lets pass, from now on.
+    pub fn set_filter(&self, filter: Filter) -> anyhow::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        Ok(runtime.block_on(self.handle.set_filter(filter))?)
+    }
+
     /// The samples so far.
     #[must_use]
     pub fn samples(&self) -> Vec<Event> {
@@ -224,6 +236,26 @@ impl Trace {
             .iter()
             .map(|sample| sample.event.clone())
             .collect()
+    }
+
+    /// Waits until so many sockets are closed.
+    pub fn wait_closed(&self, closes: usize) -> anyhow::Result<()> {
+        self.wait(&format!("{closes} closed sockets"), |collected| {
+            collected.closes >= closes
+        })
+    }
+
+    /// Waits until so many events have come, and gives all that have.
+    pub fn wait_count(&self, events: usize) -> anyhow::Result<Vec<Event>> {
+        self.wait(&format!("{events} events"), |collected| {
+            collected.events.len() >= events
+        })?;
+        Ok(self.events())
+    }
+
+    /// Ends the tracer, and hands over all that it has seen; what it counted must add up, with nothing lost.
+    pub fn finish_all(self) -> anyhow::Result<Vec<Event>> {
+        self.finish_in_order(0)
     }
 
     /// Waits until so many sockets are closed, ends the tracer, and hands over all the lives it has seen.
@@ -265,9 +297,7 @@ impl Trace {
 
     /// [`finish`](Self::finish), but the events as they came.
     pub fn finish_in_order(mut self, closes: usize) -> anyhow::Result<Vec<Event>> {
-        self.wait(&format!("{closes} closed sockets"), |collected| {
-            collected.closes >= closes
-        })?;
+        self.wait_closed(closes)?;
         let stats = self.stop().expect("it runs").unwrap()?;
         let collected = std::mem::take(&mut *self.shared.lock());
         check(&stats, &collected)?;
@@ -387,13 +417,32 @@ pub fn check_conservation(stats: &Stats) -> anyhow::Result<()> {
         delivered,
         ring_lost,
         queue_shed,
+        filtered,
         malformed,
         discarded,
         ..
     } = stats;
     ensure!(
-        *emitted == delivered + ring_lost + queue_shed + malformed + discarded,
+        *emitted == delivered + ring_lost + queue_shed + filtered + malformed + discarded,
         "{stats:?} do not add up"
+    );
+    let mut sum = 0;
+    for &kind in Kind::ALL {
+        let fate = stats.kinds[kind];
+        sum += fate.emitted;
+        ensure!(
+            fate.emitted
+                == fate.delivered
+                    + fate.ring_lost
+                    + fate.queue_shed
+                    + fate.filtered
+                    + fate.discarded,
+            "{kind} does not add up: {stats:?}"
+        );
+    }
+    ensure!(
+        *emitted == sum + malformed,
+        "the kinds do not add up: {stats:?}"
     );
     Ok(())
 }

@@ -90,14 +90,11 @@ fn run_one(kernel: &'static Kernel, program: &Path, args: &[OsString]) -> Row {
     };
     let name = format!("{} ({})", kernel.name, installed.release);
     let started = Instant::now();
-    let (outcome, note) = boot_with_retry(kernel, &installed, program, args)
-        .unwrap_or_else(|error| (Outcome::Broken(format!("{error:#}")), None));
-    Row {
-        name,
-        outcome,
-        elapsed: started.elapsed(),
-        note,
-    }
+    let mut row = boot_with_retry(kernel, &installed, program, args)
+        .unwrap_or_else(|error| Row::new("", Outcome::Broken(format!("{error:#}"))));
+    row.name = name;
+    row.elapsed = started.elapsed();
+    row
 }
 
 /// Boots the guest; once more if the guest itself crashed, which emulation makes it do now and then. The note tells of
@@ -107,7 +104,7 @@ fn boot_with_retry(
     installed: &kernel::Installed,
     program: &Path,
     args: &[OsString],
-) -> Result<(Outcome, Option<String>)> {
+) -> Result<Row> {
     let logs = workspace::cache_dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let initrd = logs.join(format!("{}.initramfs", kernel.name));
@@ -129,9 +126,13 @@ fn boot_with_retry(
     fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
 
     let log = log.display();
+    let mut failures = Vec::new();
     let outcome = match ended {
-        Ended::Finished { code: 0, counts } => Outcome::Passed(counts),
-        Ended::Finished { counts, .. } => Outcome::Failed(counts),
+        Ended::Finished { code: 0, output } => Outcome::Passed(output.counts),
+        Ended::Finished { output, .. } => {
+            failures = output.failures;
+            Outcome::Failed(output.counts)
+        }
         Ended::Crashed(cause) => {
             Outcome::Broken(format!("the guest crashed ({cause}); log: {log}"))
         }
@@ -139,5 +140,9 @@ fn boot_with_retry(
             Outcome::Broken(format!("the tests hung after {last_line:?}; log: {log}"))
         }
     };
-    Ok((outcome, note))
+    Ok(Row {
+        note,
+        failures,
+        ..Row::new("", outcome)
+    })
 }

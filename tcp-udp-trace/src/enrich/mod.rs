@@ -68,6 +68,10 @@ struct Round<'a> {
 
 impl Round<'_> {
     fn everywhere(&self) -> Result<(), Over> {
+        let filter = self.shared.filter().ok_or(Over)?;
+        if !filter.wants_samples() {
+            return Ok(());
+        }
         let runtime = runtime::Builder::new_current_thread().enable_all().build();
         let runtime = match runtime {
             Ok(runtime) => runtime,
@@ -82,6 +86,9 @@ impl Round<'_> {
             Err(error) => return self.fault("listing the network namespaces", &error),
         };
         for namespace in namespaces {
+            if !filter.wants_netns(namespace.inode()) {
+                continue;
+            }
             let name = format!("network namespace {}", namespace.inode());
             match namespace.enter() {
                 Ok(true) => self.here(&runtime, &name)?,

@@ -90,7 +90,7 @@ fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Vec<String>, Progra
     Ok(programs)
 }
 
-fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
+pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
     let loaded = program.fd().is_ok();
     match (program, point) {
         (Program::RawTracePoint(program), HookPoint::RawTracepoint(name)) => {

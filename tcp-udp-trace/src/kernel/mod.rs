@@ -5,6 +5,7 @@ mod attach;
 mod btf;
 mod btf_ids;
 mod cgroup;
+mod filter;
 mod offsets;
 mod plan;
 mod refusal;
@@ -21,7 +22,7 @@ use std::{
 pub(crate) use self::walk::SampleScope;
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData, MapError, RingBuf},
+    maps::{Array, MapData, MapError, PerCpuArray, RingBuf},
     programs::{
         ProgramError, RawTracePoint, RawTracePointRunOptions, SchedClassifier, TestRun as _,
         TestRunOptions,
@@ -29,10 +30,16 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery};
+use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, kind};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-use crate::{Error, ErrorKind, Hook, Protocol, Traffic, builder::Config, flows::FlowMap};
+use self::filter::{ASK_FILTER, Filters};
+use crate::{
+    Error, ErrorKind, Hook, Process, Protocol, Traffic,
+    builder::Config,
+    filter::{Compiled, Standing},
+    flows::FlowMap,
+};
 
 /// The eBPF object of this architecture, as `cargo xtask ebpf` made it.
 #[cfg(target_arch = "x86_64")]
@@ -50,7 +57,7 @@ const SHARE: u32 = 8;
 /// would keep the kernel from running others.
 const ASK_ARM: &str = "ask_arm";
 const ASK_FLOW: &str = "ask_flow";
-const QUESTIONS: [&str; 2] = [ASK_ARM, ASK_FLOW];
+const QUESTIONS: [&str; 3] = [ASK_ARM, ASK_FLOW, ASK_FILTER];
 
 /// Programs and maps in the kernel, and what they are attached to. Dropping it removes everything.
 pub(crate) struct Kernel {
@@ -58,6 +65,9 @@ pub(crate) struct Kernel {
     hooks: Vec<Hook>,
     sample_scope: SampleScope,
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
+    rejected: PerCpuArray<MapData, u64>,
+    protocol: Protocol,
+    filters: Filters,
     log: EbpfLogger<&'static dyn Log>,
     /// The last answer of the kernel, which it gives only while the programs are loaded.
     recursion_misses: Option<u64>,
@@ -109,11 +119,15 @@ impl Kernel {
         })?;
         let ring = Ring(take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?);
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
-        let mut hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
+        let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
         load_questions(&mut ebpf, config.protocol).map_err(|source| {
-            let what = "the kernel refused a program that the reader asks";
-            Error::new(ErrorKind::Load, what).with_source(source)
+            refusal::of_program(&source, "a program that the reader asks", config.protocol)
+                .with_source(source)
         })?;
+        // Before the first event.
+        let mut filters = Filters::default();
+        filters.install(&mut ebpf, &config.filter.compile()?, config.protocol)?;
+        let mut hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
         // Only now: a socket made meanwhile has met the hooks.
         let walks = walk::start(&mut ebpf, config, &btf);
         hooks.extend(walks.hooks);
@@ -123,6 +137,9 @@ impl Kernel {
                 hooks,
                 sample_scope: walks.samples,
                 counters,
+                rejected,
+                protocol: config.protocol,
+                filters,
                 log,
                 recursion_misses: None,
             },
@@ -175,6 +192,31 @@ impl Kernel {
             |_| Counters::default(),
             |counts| zerocopy::transmute!(counts),
         )
+    }
+
+    /// How many records of each kind the filters have kept from being made.
+    pub(crate) fn rejected(&self) -> [u64; kind::COUNT] {
+        std::array::from_fn(|kind| {
+            // While there was no filter, no map need be read.
+            let counts = self
+                .filters
+                .were_used()
+                .then(|| self.rejected.get(&(kind as u32), 0));
+            // As for the counters.
+            counts
+                .and_then(Result::ok)
+                .map_or(0, |cpus| cpus.iter().sum())
+        })
+    }
+
+    /// See [`TracerHandle::set_filter`](crate::TracerHandle::set_filter).
+    pub(crate) fn set_filter(&mut self, filter: &Compiled) -> Result<(), Error> {
+        self.filters.install(&mut self.ebpf, filter, self.protocol)
+    }
+
+    /// What a process is to the filter.
+    pub(crate) fn standing(&self, process: &Process) -> Standing {
+        filter::standing(&self.ebpf, process)
     }
 
     /// How often the kernel skipped a program that was already active on the CPU, where it tells.
@@ -260,8 +302,10 @@ impl AsRawFd for Ring {
 
 /// Loads the programs that are run by us.
 fn load_questions(ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), ProgramError> {
-    let program = ebpf.program_mut(ASK_ARM).ok_or(ProgramError::NotLoaded)?;
-    <&mut RawTracePoint>::try_from(program)?.load()?;
+    for name in [ASK_ARM, ASK_FILTER] {
+        let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
+        <&mut RawTracePoint>::try_from(program)?.load()?;
+    }
     if protocol == Protocol::Udp {
         let program = ebpf.program_mut(ASK_FLOW).ok_or(ProgramError::NotLoaded)?;
         <&mut SchedClassifier>::try_from(program)?.load()?;

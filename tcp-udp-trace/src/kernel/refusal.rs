@@ -33,6 +33,15 @@ pub(super) fn of_map(error: &EbpfError, protocol: Protocol) -> Error {
     refusal(errno, "a map", protocol, ErrorKind::Load)
 }
 
+/// A program could not be loaded.
+pub(super) fn of_program(
+    error: &(dyn StdError + 'static),
+    what: &str,
+    protocol: Protocol,
+) -> Error {
+    refusal(errno(error), what, protocol, ErrorKind::Load)
+}
+
 /// No hook of a signal could be attached that there is no tracing without.
 pub(super) fn of_signal(
     error: &(dyn StdError + 'static),

@@ -14,7 +14,7 @@ use aya::{
 use super::{
     attach::{chain, unload},
     btf::Btf,
-    btf_ids,
+    btf_ids, offsets,
 };
 use crate::{Hook, Protocol, builder::Config, enrich};
 
@@ -48,6 +48,12 @@ const SOCKETS: [Walk; 2] = [
     },
 ];
 
+/// Through every task: the trees of a filter.
+const TASKS: Walk = Walk {
+    program: "walk_tasks",
+    iterator: "task",
+};
+
 const NO_SNAPSHOT: &str = "sockets older than the tracer have no owner until they are used";
 const NO_SAMPLES: &str = "no samples";
 const OWN_NAMESPACE: &str = "no CAP_SYS_ADMIN: only this process's network namespace";
@@ -78,12 +84,12 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config, btf: &Btf<'_>) -> Walks {
         ..
     } = *config;
     let (files, sockets) = (files(protocol), sockets(protocol));
-    let names = [files, sockets].map(|walk| format!("bpf_iter_{}", walk.iterator));
-    let btf = btf_ids::of_functions(btf, &names.each_ref().map(String::as_str));
+    let btf = ids(btf, [files, sockets]);
     let mut hooks = Vec::new();
     let snapshot = load(ebpf, files, &btf)
         .and_then(|()| open_walk(ebpf, files))
-        .and_then(|file| walk_through(file).map_err(|error| error.to_string()));
+        .and_then(walk_through)
+        .map(drop);
     if let Some(program) = ebpf.program_mut(files.program) {
         unload(program);
     }
@@ -116,6 +122,28 @@ pub(super) fn open(ebpf: &mut Ebpf) -> Result<File, String> {
     open_walk(ebpf, loaded.ok_or("its program is not loaded")?)
 }
 
+/// Loads what [`through_tasks`] runs.
+pub(super) fn load_tasks(ebpf: &mut Ebpf) -> Result<(), String> {
+    let vmlinux = offsets::read_btf().map_err(|error| chain(&error))?;
+    let btf = offsets::parse(&vmlinux).map_err(|error| chain(&error))?;
+    load(ebpf, TASKS, &ids(&btf, [TASKS]))
+}
+
+/// Walks through all tasks, and says how many the program counted.
+pub(super) fn through_tasks(ebpf: &mut Ebpf) -> Result<usize, String> {
+    open_walk(ebpf, TASKS).and_then(walk_through)
+}
+
+pub(super) fn unload_tasks(ebpf: &mut Ebpf) {
+    ebpf.program_mut(TASKS.program).map(unload);
+}
+
+/// What aya needs to know of the kernel's BTF to load these.
+fn ids<const N: usize>(btf: &Btf<'_>, walks: [Walk; N]) -> Result<aya::Btf, BtfError> {
+    let names = walks.map(|walk| format!("bpf_iter_{}", walk.iterator));
+    btf_ids::of_functions(btf, &names.each_ref().map(String::as_str))
+}
+
 fn sockets(protocol: Protocol) -> Walk {
     match protocol {
         Protocol::Tcp => SOCKETS[0],
@@ -146,15 +174,16 @@ fn program(ebpf: &mut Ebpf, walk: Walk) -> Result<&mut Iter, ProgramError> {
         .try_into()
 }
 
-/// Reads a walk that has nothing to say to its end.
-fn walk_through(mut file: File) -> io::Result<()> {
+/// Reads a walk to its end, and says how many bytes it gave.
+fn walk_through(mut file: File) -> Result<usize, String> {
+    let mut bytes = 0;
     loop {
         match file.read(&mut [0; 64]) {
-            Ok(0) => return Ok(()),
-            Ok(_) => {}
+            Ok(0) => return Ok(bytes),
+            Ok(read) => bytes += read,
             // The kernel pauses after a million things.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.to_string()),
         }
     }
 }

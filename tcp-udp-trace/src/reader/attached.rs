@@ -6,14 +6,15 @@ use std::{
 };
 
 use nix::time::{ClockId, clock_gettime};
-use tcp_udp_trace_common::Counters;
+use tcp_udp_trace_common::{Counters, kind as record};
 use tokio::io::unix::AsyncFd;
 
 use crate::{
-    Event, EventKind, LossStage, Protocol, Stats,
+    Error, Event, EventKind, Fates, Filter, Kind, LossStage, Protocol, Stats,
     decode::{Decoded, Malformed, decode},
     flows::Flows,
     kernel::{Kernel, Ring},
+    kind::Counts,
     samples::Samples,
     time::BootClock,
 };
@@ -25,13 +26,15 @@ pub(super) const BATCH: usize = 256;
 pub(super) struct Attached {
     pub(super) kernel: Kernel,
     pub(super) ring: AsyncFd<Ring>,
-    decoded: u64,
+    emitted: Counts,
+    filtered: Counts,
     malformed: u64,
     /// Losses in the ring that the stream has been told of.
     lost: u64,
     pub(super) protocol: Protocol,
     flows: Flows,
     samples: Arc<Samples>,
+    filter: Filter,
 }
 
 impl Attached {
@@ -41,37 +44,67 @@ impl Attached {
         protocol: Protocol,
         flows: Flows,
         samples: Arc<Samples>,
+        filter: Filter,
     ) -> Self {
         Self {
             kernel,
             ring,
-            decoded: 0,
+            emitted: Counts::default(),
+            filtered: Counts::default(),
             malformed: 0,
             lost: 0,
             protocol,
             flows,
             samples,
+            filter,
         }
     }
 
+    /// All counts but those of the queue and the enrichment.
     pub(super) fn stats(&self) -> Stats {
         let Counters {
-            lost,
+            lost: _,
+            lost_of,
             untracked,
             missed,
             unknown_family,
+            untracked_kin,
         } = self.kernel.counters();
+        let rejected = self.kernel.rejected();
+        let of = |counts: &[u64; record::COUNT], kind: Kind| {
+            kind.records()
+                .iter()
+                .map(|&r| counts[r as usize])
+                .sum::<u64>()
+        };
+        let kinds = Fates::default().each(|kind, fate| {
+            fate.ring_lost = of(&lost_of, kind);
+            fate.emitted = self.emitted.of(kind) + fate.ring_lost;
+            fate.filtered = self.filtered.of(kind);
+            fate.rejected = of(&rejected, kind);
+        });
         Stats {
-            emitted: self.decoded + self.malformed + lost,
-            ring_lost: lost,
             malformed: self.malformed,
+            kinds,
             untracked,
             missed,
             unknown_family,
+            untracked_processes: untracked_kin,
             flows_evicted: self.flows.evicted(),
             recursion_misses: self.kernel.recursion_misses(),
             ..Stats::default()
         }
+    }
+
+    /// Only what this filter lets pass is reported from now on.
+    pub(super) fn set_filter(&mut self, filter: Filter) -> Result<(), Error> {
+        self.kernel.set_filter(&filter.compile()?)?;
+        self.filter = filter;
+        Ok(())
+    }
+
+    pub(super) fn filter(&self) -> &Filter {
+        &self.filter
     }
 
     /// Moves up to [`BATCH`] records to `batch`: how many, and how many of them are samples. Fewer means that the ring is empty.
@@ -80,11 +113,13 @@ impl Attached {
         let Self {
             kernel,
             ring,
-            decoded,
+            emitted,
+            filtered,
             malformed,
             lost,
             flows,
             samples,
+            filter,
             ..
         } = self;
         let mut sampled = 0;
@@ -126,7 +161,7 @@ impl Attached {
                     }
                     _ => batch.push(event),
                 }
-                *decoded += (batch.len() - before) as u64;
+                admit(before, batch, filter, kernel, emitted, filtered);
             };
             if !ring.next(record) {
                 return (taken, sampled);
@@ -140,7 +175,9 @@ impl Attached {
         let Self {
             kernel,
             flows,
-            decoded,
+            emitted,
+            filtered,
+            filter,
             ..
         } = self;
         // No clock is read where no flow waits for its date, which for TCP is always.
@@ -148,7 +185,7 @@ impl Attached {
         let (now, before) = (boottime(), batch.len());
         let stamp = stamp(clock().wall(now), now);
         flows.report(now, BATCH, kernel, stamp, |event| batch.push(event));
-        *decoded += (batch.len() - before) as u64;
+        admit(before, batch, filter, kernel, emitted, filtered);
         flows.next_due().map(|due| due.saturating_sub(now))
     }
 
@@ -157,14 +194,16 @@ impl Attached {
         let Self {
             kernel,
             flows,
-            decoded,
+            emitted,
+            filtered,
+            filter,
             ..
         } = self;
         let (now, before) = (boottime(), batch.len());
         flows.finish(kernel, stamp(clock().wall(now), now), |event| {
             batch.push(event)
         });
-        *decoded += (batch.len() - before) as u64;
+        admit(before, batch, filter, kernel, emitted, filtered);
         let lost = self.kernel.counters().lost;
         self.report_losses(lost as u32, batch);
     }
@@ -181,6 +220,28 @@ impl Attached {
                 clock().wall(uptime),
                 uptime,
             ));
+        }
+    }
+}
+
+/// Counts what stands in the batch from here on, and takes out again what the filter does not want: user space produces events of UDP that the
+/// programs did not decide about.
+fn admit(
+    from: usize,
+    batch: &mut Vec<Event>,
+    filter: &Filter,
+    kernel: &Kernel,
+    emitted: &mut Counts,
+    filtered: &mut Counts,
+) {
+    let mut at = from;
+    while let Some(event) = batch.get(at) {
+        emitted.add(event);
+        let is_decided = !matches!(event.kind, EventKind::Flow { .. } | EventKind::Close { .. });
+        if is_decided || filter.matches(event, |process| kernel.standing(process)) {
+            at += 1;
+        } else {
+            filtered.add(&batch.remove(at));
         }
     }
 }

@@ -70,8 +70,10 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
         sample_interval,
         process_details,
         max_flows,
+        ref filter,
         ..
     } = config;
+    let filter = filter.clone();
     let limits = Limits::new(&config);
     let (kernel, ring) = runtime
         .spawn_blocking(move || Kernel::start(&config))
@@ -97,7 +99,7 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
 
     let samples = Arc::new(Samples::default());
     let flows = Flows::new(interval, max_flows as usize);
-    let attached = Attached::new(kernel, ring, protocol, flows, Arc::clone(&samples));
+    let attached = Attached::new(kernel, ring, protocol, flows, Arc::clone(&samples), filter);
     let queue = Queue::new(queue, overflow);
     let shared = Arc::new(Shared::new(queue, limits, samples, attached));
     let reader = Reader {

@@ -14,8 +14,8 @@ use tokio::sync::{Notify, oneshot};
 
 use super::attached::{Attached, BATCH};
 use crate::{
-    Hook, Protocol, Stats, builder::Config, enrich, kernel::SampleScope, queue::Queue,
-    samples::Samples,
+    Error, ErrorKind, Filter, Hook, Protocol, Stats, builder::Config, enrich, kernel::SampleScope,
+    queue::Queue, samples::Samples,
 };
 
 /// See the module.
@@ -95,20 +95,38 @@ impl Shared {
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let mut stats = match &*self.attached() {
+        let stats = match &*self.attached() {
             Some(attached) => attached.stats(),
             None => *self.last.lock().unwrap_or_else(PoisonError::into_inner),
         };
         let counts = self.queue.counts();
-        stats.delivered = counts.delivered;
-        stats.queue_shed = counts.shed;
-        stats.discarded = counts.discarded;
+        let kinds = stats.kinds.each(|kind, fate| {
+            fate.delivered = counts.delivered.of(kind);
+            fate.queue_shed = counts.shed.of(kind);
+            fate.discarded = counts.discarded.of(kind);
+        });
+        let mut stats = stats.with_kinds(kinds);
         let samples = self.samples.counts();
         stats.sample_rounds = samples.rounds;
         stats.sample_last_round = samples.last_round;
         stats.sample_faults = samples.faults;
         stats.sample_malformed = samples.malformed;
         stats
+    }
+
+    /// Blocks for some milliseconds.
+    pub(crate) fn set_filter(&self, filter: Filter) -> Result<(), Error> {
+        match &mut *self.attached() {
+            Some(attached) => attached.set_filter(filter),
+            None => Err(Error::new(ErrorKind::Ended, "the tracer has ended")),
+        }
+    }
+
+    /// The filter, while the tracer runs.
+    pub(crate) fn filter(&self) -> Option<Filter> {
+        self.attached()
+            .as_ref()
+            .map(|attached| attached.filter().clone())
     }
 
     /// Lets the reader detach, take what was already produced, and end the stream.

@@ -35,6 +35,25 @@ use super::{
 /// No call blocks longer: an actor that waits for something that never comes must fail, not hang.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
 
+/// For a process that [`connect_and_leave`]s.
+pub(super) const CONNECT_FLAG: &str = "--connect";
+
+fn connect_in_child(to: SocketAddr) -> io::Result<()> {
+    let mut child = process::Command::new("/proc/self/exe");
+    let status = child.arg(CONNECT_FLAG).arg(to.to_string()).status()?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(io::Error::other(format!("a child: {status}")))
+    }
+}
+
+/// Connects, and lets the end of the process close the socket.
+pub(super) fn connect_and_leave(to: &str) -> io::Result<()> {
+    std::mem::forget(net::TcpStream::connect(to)?);
+    Ok(())
+}
+
 /// The sockets of an actor, by descriptor.
 #[derive(Default)]
 struct Interpreter {
@@ -99,6 +118,7 @@ impl Interpreter {
                 self.socket(fd)?.connect(&to.into())?;
                 return self.tell(fd);
             }
+            Command::ConnectInChild(to) => connect_in_child(to)?,
             Command::Accept(fd) => {
                 let (socket, _) = self.socket(fd)?.accept()?;
                 return self.keep(socket);

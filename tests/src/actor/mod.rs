@@ -13,7 +13,7 @@ use std::{
     env,
     ffi::OsStr,
     fs,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{self, BufRead as _, BufReader, Write as _},
     net::SocketAddr,
     os::{
         fd::{OwnedFd, RawFd},
@@ -33,6 +33,8 @@ pub use protocol::{Command, Endpoint, Failure, Moment, Outcome};
 use crate::{cgroup, netns::Netns};
 
 const FLAG: &str = "--actor";
+/// For the parent of an actor.
+const PARENT_FLAG: &str = "--parent-of-actor";
 
 /// Is an actor if this process was started as one; `main` begins with it.
 #[must_use]
@@ -41,6 +43,10 @@ pub fn run_if_asked() -> Option<ExitCode> {
     let flag = args.next()?;
     let done = if flag == FLAG {
         interpreter::run(&args.next()?)
+    } else if flag == PARENT_FLAG {
+        be_parent(&args.next()?)
+    } else if flag == interpreter::CONNECT_FLAG {
+        interpreter::connect_and_leave(args.next()?.to_str()?)
     } else if flag == udp::CHILD_FLAG {
         udp::send_through_stdin(args.next()?.to_str()?)
     } else {
@@ -53,6 +59,12 @@ pub fn run_if_asked() -> Option<ExitCode> {
             Some(ExitCode::FAILURE)
         }
     }
+}
+
+/// Starts an actor that has our input and output, and waits for its end.
+fn be_parent(name: &OsStr) -> io::Result<()> {
+    let mut actor = std::process::Command::new("/proc/self/exe");
+    actor.arg(FLAG).arg(name).spawn()?.wait().map(drop)
 }
 
 /// A process under the control of a test, in the network namespace of the thread that started it. It is killed when
@@ -89,9 +101,18 @@ impl Actor {
 
     /// Starts an actor of any name, as another user if one is named.
     pub fn spawn_as(name: &OsStr, uid: Option<u32>) -> anyhow::Result<Self> {
+        Self::spawn_by(FLAG, name, uid)
+    }
+
+    /// Starts an actor that is not our child but our grandchild: [`pid`](Self::pid) is its parent's, which does nothing but wait for it.
+    pub fn spawn_below_a_parent(name: &str) -> anyhow::Result<Self> {
+        Self::spawn_by(PARENT_FLAG, OsStr::new(name), None)
+    }
+
+    fn spawn_by(flag: &str, name: &OsStr, uid: Option<u32>) -> anyhow::Result<Self> {
         let mut command = std::process::Command::new("/proc/self/exe");
         command
-            .arg(FLAG)
+            .arg(flag)
             .arg(name)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped());
@@ -152,6 +173,13 @@ impl Actor {
 
     /// Kills it, as `kill -9` does, and waits for its end.
     pub fn kill(mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Ends the parent of one that was [started below one](Self::spawn_below_a_parent).
+    pub fn orphan(&mut self) -> anyhow::Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())

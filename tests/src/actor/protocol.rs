@@ -32,6 +32,8 @@ pub enum Command {
     Listen(RawFd),
     /// Connects a socket: [`Outcome::Socket`].
     Connect(RawFd, SocketAddr),
+    /// Lets a child process connect and end, and waits for that.
+    ConnectInChild(SocketAddr),
     /// Accepts one connection: [`Outcome::Socket`].
     Accept(RawFd),
     /// Accepts the connections that wait already: [`Outcome::Sockets`].

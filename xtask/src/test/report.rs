@@ -10,9 +10,35 @@ pub(crate) struct Counts {
     pub(crate) skipped: u64,
 }
 
+/// What the output of the tests tells, line by line.
+#[derive(Debug, Default)]
+pub(crate) struct Output {
+    pub(crate) counts: Counts,
+    /// What the tests that failed said, to be shown again where it is found.
+    pub(crate) failures: Vec<String>,
+    in_failures: bool,
+}
+
+/// How many lines of failures are shown again for each run.
+const MAX_FAILURE_LINES: usize = 40;
+
+impl Output {
+    pub(crate) fn line(&mut self, line: &str) {
+        self.counts.add_summary_line(line);
+        // The list of what failed begins and ends so, each once or twice.
+        if line.trim_end() == "failures:" {
+            self.in_failures = true;
+        } else if line.contains("test result: ") {
+            self.in_failures = false;
+        } else if self.in_failures && self.failures.len() < MAX_FAILURE_LINES && !line.is_empty() {
+            self.failures.push(line.chars().take(400).collect());
+        }
+    }
+}
+
 impl Counts {
     /// Adds what a line like `test result: ok. 3 passed; 0 failed; 1 ignored; …` says; other lines say nothing.
-    pub(crate) fn add_summary_line(&mut self, line: &str) {
+    fn add_summary_line(&mut self, line: &str) {
         let Some((_, summary)) = line.split_once("test result: ") else {
             return;
         };
@@ -57,6 +83,8 @@ pub(crate) struct Row {
     pub(crate) elapsed: Duration,
     /// What else one should know about the run.
     pub(crate) note: Option<String>,
+    /// See [`Output::failures`].
+    pub(crate) failures: Vec<String>,
 }
 
 impl Row {
@@ -67,6 +95,7 @@ impl Row {
             outcome,
             elapsed: Duration::ZERO,
             note: None,
+            failures: Vec::new(),
         }
     }
 
@@ -88,8 +117,11 @@ impl Row {
     }
 }
 
-/// Prints the table and, as the last line, the sum. Returns whether nothing failed.
+/// Prints what failed, the table and, as the last line, the sum. Returns whether nothing failed.
 pub(crate) fn print(rows: &[Row]) -> bool {
+    for row in rows.iter().filter(|row| !row.failures.is_empty()) {
+        println!("\nfailures of {}:\n{}", row.name, row.failures.join("\n"));
+    }
     let width = rows
         .iter()
         .map(|row| row.name.len())
@@ -131,7 +163,16 @@ pub(crate) fn print(rows: &[Row]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::Counts;
+    use super::{Counts, Output};
+
+    #[test]
+    fn failures_are_found_in_the_output() {
+        let mut output = Output::default();
+        let lines = "test a ... FAILED\n\nfailures:\n\n---- a ----\nwrong\n\nfailures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\nmore";
+        lines.lines().for_each(|line| output.line(line));
+        assert_eq!(output.failures, ["---- a ----", "wrong", "    a"]);
+        assert_eq!(output.counts.failed, 1);
+    }
 
     #[test]
     fn counts_come_from_the_summary_line() {

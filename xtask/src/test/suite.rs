@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::{
     TIMEOUT,
-    report::{Counts, Outcome, Row},
+    report::{Outcome, Output, Row},
 };
 use crate::{process, workspace};
 
@@ -94,12 +94,15 @@ fn counted(name: &str, command: &mut Command) -> Result<Row> {
     let Some(stdout) = child.stdout.take() else {
         bail!("the output of `{line}` is not piped");
     };
-    let mut counts = Counts::default();
+    let mut output = Output::default();
     for line in BufReader::new(stdout).lines() {
         let line = line.context("cannot read the output of the tests")?;
         println!("{line}");
-        counts.add_summary_line(&line);
+        output.line(&line);
     }
+    let Output {
+        counts, failures, ..
+    } = output;
     let status = child
         .wait()
         .with_context(|| format!("cannot wait for `{line}`"))?;
@@ -113,5 +116,6 @@ fn counted(name: &str, command: &mut Command) -> Result<Row> {
         outcome,
         elapsed: started.elapsed(),
         note: None,
+        failures,
     })
 }

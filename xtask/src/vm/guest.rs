@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::test::{self, report::Counts};
+use crate::test::{self, report::Output};
 
 /// How long a guest may take until the tests begin. It takes about three seconds on an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -61,7 +61,7 @@ const QEMU_ARGS: &[&str] = &[
 /// How a boot ended.
 pub(super) enum Ended {
     /// The test program ended, with this exit code.
-    Finished { code: i32, counts: Counts },
+    Finished { code: i32, output: Output },
     /// The guest did not get there by a fault of its own: the kernel crashed, or it never began the tests.
     Crashed(String),
     /// The tests began and did not end in time; the last line that they wrote.
@@ -102,7 +102,7 @@ pub(super) fn boot(name: &str, vmlinuz: &Path, initrd: &Path, log: &Path) -> Res
                     qemu.wait(POWEROFF_TIMEOUT);
                     return Ok(Ended::Finished {
                         code,
-                        counts: console.counts,
+                        output: console.output,
                     });
                 }
                 if console.begun && !had_begun {
@@ -136,7 +136,7 @@ pub(super) fn boot(name: &str, vmlinuz: &Path, initrd: &Path, log: &Path) -> Res
 #[derive(Default)]
 struct Console {
     begun: bool,
-    counts: Counts,
+    output: Output,
     /// The first sign of a crash.
     crash: Option<String>,
     last_line: String,
@@ -156,7 +156,7 @@ impl Console {
         if self.crash.is_none() && CRASH_SIGNS.iter().any(|sign| line.contains(sign)) {
             self.crash = Some(line.trim().to_owned());
         }
-        self.counts.add_summary_line(line);
+        self.output.line(line);
         if !line.trim().is_empty() {
             line.clone_into(&mut self.last_line);
         }

@@ -1,0 +1,147 @@
+//! A filter as the programs have it: a word, which is swapped as a whole, and sets of values, which carry its generation.
+//!
+//! The word is 0 if everything is wanted, so that a tracer without a filter asks one thing only.
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Events of this [kind](crate::kind) are not wanted.
+#[must_use]
+pub const fn no_kind(kind: u32) -> u64 {
+    1 << kind
+}
+
+/// This TCP state is not wanted.
+#[must_use]
+pub const fn no_state(state: u8) -> u64 {
+    1 << (16 + state)
+}
+
+/// Any state at all is not wanted.
+pub const STATES: u64 = 0xffff << 16;
+/// IPv4 is not wanted.
+pub const NO_IPV4: u64 = 1 << 32;
+/// IPv6 is not wanted.
+pub const NO_IPV6: u64 = 1 << 33;
+/// The owner must be a process in the set [`PID`], or of a tree.
+pub const PROCESS: u64 = 1 << 34;
+/// The owner must not be in the set [`OWN`].
+pub const NOT_OWN: u64 = 1 << 35;
+/// The owner's name must be in the set [`COMM`].
+pub const COMMS: u64 = 1 << 36;
+/// The socket's user must be in the set [`UID`].
+pub const UIDS: u64 = 1 << 37;
+/// The cgroup must be in the set [`CGROUP`].
+pub const CGROUPS: u64 = 1 << 38;
+/// The network namespace must be in the set [`NETNS`].
+pub const NAMESPACES: u64 = 1 << 39;
+/// One of the ports must be in the set [`PORT`].
+pub const PORTS: u64 = 1 << 40;
+/// The local address must be in one of the networks of this [side](Network::side).
+pub const LOCAL: u64 = 1 << 41;
+/// The remote address must be in one of the networks of this [side](Network::side).
+pub const REMOTE: u64 = 1 << 42;
+
+/// What tells one filter's values from another's; never 0.
+#[must_use]
+pub const fn generation(word: u64) -> u16 {
+    (word >> 48) as u16
+}
+
+/// A word of this generation.
+#[must_use]
+pub const fn of_generation(generation: u16) -> u64 {
+    (generation as u64) << 48
+}
+
+/// A value of [`Value::set`]: process ids.
+pub const PID: u16 = 0;
+/// Process ids that are the roots of trees.
+pub const ROOT: u16 = 1;
+/// The tracing process itself.
+pub const OWN: u16 = 2;
+/// Names of processes, all 16 bytes.
+pub const COMM: u16 = 3;
+/// User ids.
+pub const UID: u16 = 4;
+/// Ids of cgroups.
+pub const CGROUP: u16 = 5;
+/// Inodes of network namespaces.
+pub const NETNS: u16 = 6;
+/// Ports.
+pub const PORT: u16 = 7;
+
+/// A value that is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Value {
+    /// The value; what is shorter is in the first word.
+    pub value: [u64; 2],
+    /// The filter's.
+    pub generation: u16,
+    /// Which set it is in.
+    pub set: u16,
+    /// Padding.
+    pub _pad: u32,
+}
+
+/// A network that is wanted, as the key of a trie: what comes first must be equal as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Network {
+    /// The filter's.
+    pub generation: u16,
+    /// 0 for the local address, 1 for the remote one.
+    pub side: u8,
+    /// [`AF_INET`](crate::AF_INET) or [`AF_INET6`](crate::AF_INET6).
+    pub family: u8,
+    /// The address, network byte order; IPv4 in the first word.
+    pub address: [u32; 4],
+}
+
+/// How many values, and how many networks, a filter may have.
+pub const MAX_VALUES: u32 = 512;
+/// How many processes may be in the trees of a filter at a time.
+pub const MAX_KIN: u32 = 4096;
+
+/// How many bits of a [`Network`] stand before its address.
+pub const NETWORK_HEAD_BITS: u32 = 32;
+
+/// A process, named for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Kin {
+    /// When it was made: `CLOCK_BOOTTIME`, nanoseconds.
+    pub started: u64,
+    /// Process id (`tgid`).
+    pub pid: u32,
+    /// Padding.
+    pub _pad: u32,
+}
+
+/// What user space tells the programs about a filter, as the first argument of `ask_filter`.
+pub mod op {
+    /// The filter is this word from now on.
+    pub const SWITCH: u64 = 0;
+    /// A filter of this generation is being prepared.
+    pub const PREPARE: u64 = 1;
+    /// Add a value: generation, set, value.
+    pub const ADD: u64 = 2;
+    /// Remove a value.
+    pub const REMOVE: u64 = 3;
+    /// Add the calling process to a set: generation, set; the answer is its pid.
+    pub const ADD_CALLER: u64 = 4;
+    /// Add a network: generation, side, family, prefix length, address.
+    pub const ADD_NETWORK: u64 = 5;
+    /// Remove a network.
+    pub const REMOVE_NETWORK: u64 = 6;
+    /// What is this process to the filter? pid, start; the answer has the bits of [`standing`](super::standing).
+    pub const STANDING: u64 = 7;
+}
+
+/// What a process is to a filter.
+pub mod standing {
+    /// It is in one of its trees.
+    pub const KIN: i32 = 1;
+    /// It is the tracing process itself.
+    pub const OWN: i32 = 2;
+}

@@ -1,0 +1,250 @@
+//! Telling the programs which events are wanted.
+//!
+//! They look at one word, and at sets whose values carry the word's generation: so a new filter is built beside the old one, and one
+//! write changes over. All of it is asked of a program of ours ([`ASK_FILTER`]) and not written into maps from here, because a map system call
+//! would keep other programs from running meanwhile.
+
+use std::{error::Error as StdError, io};
+
+use aya::{
+    Ebpf,
+    programs::{ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
+};
+use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing};
+
+use super::{
+    attach::{attach_program, unload},
+    plan::HookPoint,
+    refusal, walk,
+};
+use crate::{
+    Error, ErrorKind, Process, Protocol,
+    filter::{Compiled, Standing},
+};
+
+pub(super) const ASK_FILTER: &str = "ask_filter";
+
+/// The programs that follow the trees of processes.
+const KIN: [(&str, HookPoint); 2] = [
+    ("kin_fork", HookPoint::RawTracepoint("sched_process_fork")),
+    ("kin_free", HookPoint::RawTracepoint("sched_process_free")),
+];
+
+/// The filter that the programs look at.
+#[derive(Debug, Default)]
+pub(super) struct Filters {
+    generation: u16,
+    installed: Installed,
+    follows_kin: bool,
+}
+
+/// What there is of a filter in the maps.
+#[derive(Debug, Default)]
+struct Installed {
+    values: Vec<Value>,
+    networks: Vec<(u8, Network)>,
+}
+
+impl Filters {
+    /// Whether there ever was one.
+    pub(super) fn were_used(&self) -> bool {
+        self.generation != 0
+    }
+
+    /// Lets this be the filter from now on. If that fails, the one of before stays.
+    pub(super) fn install(
+        &mut self,
+        ebpf: &mut Ebpf,
+        filter: &Compiled,
+        protocol: Protocol,
+    ) -> Result<(), Error> {
+        if filter.word == 0 && !self.were_used() {
+            return Ok(());
+        }
+        // Of two that follow each other, one is odd; 0 is none.
+        self.generation = self.generation.checked_add(1).unwrap_or(2);
+        let mut new = Installed::default();
+        let built = self.build(ebpf, filter, protocol, &mut new);
+        let word = match filter.word {
+            0 => 0,
+            word => word | wire::of_generation(self.generation),
+        };
+        let switched = built
+            .and_then(|()| ask(ebpf, &[op::SWITCH, word]).map_err(refused))
+            .and_then(|_| ask(ebpf, &[op::PREPARE, 0]).map_err(refused));
+        if let Err(error) = switched {
+            new.remove(ebpf);
+            return Err(error);
+        }
+        // A program that has begun with it will notice, and ask the new one.
+        std::mem::replace(&mut self.installed, new).remove(ebpf);
+        Ok(())
+    }
+
+    fn build(
+        &mut self,
+        ebpf: &mut Ebpf,
+        filter: &Compiled,
+        protocol: Protocol,
+        new: &mut Installed,
+    ) -> Result<(), Error> {
+        let generation = self.generation;
+        ask(ebpf, &[op::PREPARE, wire::of_generation(generation)]).map_err(refused)?;
+        for &value in &filter.values {
+            new.add(
+                ebpf,
+                Value {
+                    generation,
+                    ..value
+                },
+            )?;
+        }
+        for &(length, network) in &filter.networks {
+            let network = Network {
+                generation,
+                ..network
+            };
+            ask(ebpf, &network_args(op::ADD_NETWORK, length, &network)).map_err(refused)?;
+            new.networks.push((length, network));
+        }
+        if filter.exclude_self {
+            // Which one that is for the kernel, a PID namespace hides from us.
+            let args = [op::ADD_CALLER, generation.into(), wire::OWN.into()];
+            let pid = ask(ebpf, &args).map_err(refused)?;
+            new.values.push(Value {
+                value: [pid.cast_unsigned().into(), 0],
+                generation,
+                set: wire::OWN,
+                _pad: 0,
+            });
+        }
+        if filter.roots.is_empty() {
+            return Ok(());
+        }
+        self.follow_kin(ebpf, protocol)?;
+        walk::load_tasks(ebpf).map_err(no_walk)?;
+        let found = find_kin(ebpf, generation, &filter.roots, new);
+        walk::unload_tasks(ebpf);
+        found
+    }
+
+    /// Attaches what keeps the trees up to date, unless it is.
+    fn follow_kin(&mut self, ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), Error> {
+        if self.follows_kin {
+            return Ok(());
+        }
+        let attached = KIN.iter().try_for_each(|(name, point)| {
+            let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
+            attach_program(program, *point)
+        });
+        self.follows_kin = attached.is_ok();
+        attached.map_err(|error| {
+            for (name, _) in KIN {
+                ebpf.program_mut(name).map(unload);
+            }
+            refusal::of_signal(&error, "pid_tree", protocol).with_source(error)
+        })
+    }
+}
+
+/// Finds the members of the trees that are there already. Those that are made meanwhile, the programs find.
+fn find_kin(
+    ebpf: &mut Ebpf,
+    generation: u16,
+    roots: &[u32],
+    new: &mut Installed,
+) -> Result<(), Error> {
+    for (index, &root) in roots.iter().enumerate() {
+        let value = Value {
+            value: [root.into(), 0],
+            generation,
+            set: wire::ROOT,
+            _pad: 0,
+        };
+        new.add(ebpf, value)?;
+        // A byte stands for a root.
+        if walk::through_tasks(ebpf).map_err(no_walk)? <= index {
+            let what = format!("pid_tree is {root}: there is no such process");
+            return Err(Error::new(ErrorKind::InvalidFilter, what));
+        }
+    }
+    // A child whose number is lower than its parent's was met before it.
+    walk::through_tasks(ebpf).map_err(no_walk).map(drop)
+}
+
+impl Installed {
+    fn add(&mut self, ebpf: &Ebpf, value: Value) -> Result<(), Error> {
+        ask(ebpf, &value_args(op::ADD, &value)).map_err(refused)?;
+        self.values.push(value);
+        Ok(())
+    }
+
+    fn remove(self, ebpf: &Ebpf) {
+        // What cannot be removed takes room and is not looked at.
+        for value in &self.values {
+            let _ = ask(ebpf, &value_args(op::REMOVE, value));
+        }
+        for (length, network) in &self.networks {
+            let _ = ask(ebpf, &network_args(op::REMOVE_NETWORK, *length, network));
+        }
+    }
+}
+
+fn value_args(op: u64, value: &Value) -> [u64; 5] {
+    let &Value {
+        value: [first, second],
+        generation,
+        set,
+        ..
+    } = value;
+    [op, generation.into(), set.into(), first, second]
+}
+
+fn network_args(op: u64, length: u8, network: &Network) -> [u64; 7] {
+    let &Network {
+        generation,
+        side,
+        family,
+        address,
+    } = network;
+    let [first, second]: [u64; 2] = zerocopy::transmute!(address);
+    let head = [generation.into(), side.into(), family.into(), length.into()];
+    let [a, b, c, d] = head;
+    [op, a, b, c, d, first, second]
+}
+
+/// What a process is to the filter; nothing, if that cannot be asked.
+pub(super) fn standing(ebpf: &Ebpf, process: &Process) -> Standing {
+    let started = u64::try_from(process.started.as_nanos()).unwrap_or(u64::MAX);
+    let bits = ask(ebpf, &[op::STANDING, process.pid.into(), started]).unwrap_or(0);
+    Standing {
+        is_kin: bits & standing::KIN != 0,
+        is_own: bits & standing::OWN != 0,
+    }
+}
+
+/// Asks the program; what it answers is not negative.
+fn ask(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
+    let program: &RawTracePoint = ebpf
+        .program(ASK_FILTER)
+        .ok_or(ProgramError::NotLoaded)
+        .and_then(TryFrom::try_from)
+        .map_err(io::Error::other)?;
+    let mut options = RawTracePointRunOptions::new();
+    options.args[..args.len()].copy_from_slice(args);
+    let answer = program.test_run(options).map_err(io::Error::other)?;
+    match answer.return_value.cast_signed() {
+        error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
+        answer => Ok(answer),
+    }
+}
+
+fn refused(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
+    let what = "the kernel did not take the filter";
+    Error::new(ErrorKind::Load, what).with_source(source)
+}
+
+fn no_walk(source: String) -> Error {
+    let what = "pid_tree needs the kernel's iterator through all tasks, which it refuses";
+    Error::new(ErrorKind::Attach, what).with_source(source)
+}

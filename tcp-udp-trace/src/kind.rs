@@ -1,0 +1,219 @@
+//! The kinds of events, without what they carry; and what has become of the events of each.
+
+use std::{
+    fmt,
+    ops::{AddAssign, Index},
+    str::FromStr,
+};
+
+use tcp_udp_trace_common::kind as record;
+
+use crate::{Event, EventKind};
+
+macro_rules! kinds {
+    ($($(#[$doc:meta])* $kind:ident $field:ident $name:literal,)+) => {
+        /// The kind of an event: an [`EventKind`] without what it carries. A gap ([`EventKind::Lost`]) is none.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+        #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+        #[non_exhaustive]
+        pub enum Kind {
+            $($(#[$doc])* $kind,)+
+        }
+
+        impl Kind {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$kind,)+];
+
+            /// Its name, as in JSON: `state_change`, `accept`, …
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$kind => $name,)+ }
+            }
+        }
+
+        /// What has become of the events, by kind. In JSON, kinds of which there was nothing are left out.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+        #[non_exhaustive]
+        pub struct Fates {
+            $(
+                $(#[$doc])*
+                #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Fate::is_nothing"))]
+                pub $field: Fate,
+            )+
+        }
+
+        impl Index<Kind> for Fates {
+            type Output = Fate;
+
+            fn index(&self, kind: Kind) -> &Fate {
+                match kind { $(Kind::$kind => &self.$field,)+ }
+            }
+        }
+
+        impl Fates {
+            pub(crate) fn each(mut self, fate: impl Fn(Kind, &mut Fate)) -> Self {
+                $(fate(Kind::$kind, &mut self.$field);)+
+                self
+            }
+        }
+    };
+}
+
+kinds! {
+    /// [`EventKind::StateChange`].
+    StateChange state_change "state_change",
+    /// [`EventKind::Accept`].
+    Accept accept "accept",
+    /// [`EventKind::Connect`].
+    Connect connect "connect",
+    /// [`EventKind::Flow`].
+    Flow flow "flow",
+    /// [`EventKind::Send`].
+    Send send "send",
+    /// [`EventKind::Receive`].
+    Receive receive "receive",
+    /// [`EventKind::Close`].
+    Close close "close",
+    /// [`EventKind::Sample`].
+    Sample sample "sample",
+}
+
+/// What has become of events: of those that the hooks produced,
+/// `emitted == delivered + ring_lost + queue_shed + filtered + discarded` once the tracer is closed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Fate {
+    /// The hooks produced them.
+    pub emitted: u64,
+    /// The consumer took them from the stream.
+    pub delivered: u64,
+    /// They found the buffer between kernel and reader full.
+    pub ring_lost: u64,
+    /// The queue shed them, because the consumer was too slow.
+    pub queue_shed: u64,
+    /// The [filter](crate::Filter) turned them out after they had been produced.
+    pub filtered: u64,
+    /// They waited in the queue when the tracer was closed.
+    pub discarded: u64,
+    /// Not among `emitted`: the [filter](crate::Filter) kept them from being produced.
+    pub rejected: u64,
+}
+
+#[cfg(feature = "serde")]
+impl Fate {
+    fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl AddAssign for Fate {
+    fn add_assign(&mut self, other: Self) {
+        let Self {
+            emitted,
+            delivered,
+            ring_lost,
+            queue_shed,
+            filtered,
+            discarded,
+            rejected,
+        } = other;
+        self.emitted += emitted;
+        self.delivered += delivered;
+        self.ring_lost += ring_lost;
+        self.queue_shed += queue_shed;
+        self.filtered += filtered;
+        self.discarded += discarded;
+        self.rejected += rejected;
+    }
+}
+
+impl Kind {
+    /// The kind of an event; `None` of a gap.
+    #[must_use]
+    pub fn of(event: &Event) -> Option<Self> {
+        Some(match event.kind {
+            EventKind::StateChange { .. } => Self::StateChange,
+            EventKind::Accept => Self::Accept,
+            EventKind::Connect => Self::Connect,
+            EventKind::Flow { .. } => Self::Flow,
+            EventKind::Send { .. } => Self::Send,
+            EventKind::Receive { .. } => Self::Receive,
+            EventKind::Close { .. } => Self::Close,
+            EventKind::Sample { .. } => Self::Sample,
+            EventKind::Lost { .. } => return None,
+        })
+    }
+}
+
+impl Kind {
+    /// The records that its events come from.
+    pub(crate) const fn records(self) -> &'static [u32] {
+        match self {
+            Self::StateChange => &[record::STATE_CHANGE],
+            Self::Accept => &[record::ACCEPT],
+            Self::Connect => &[record::CONNECT],
+            Self::Flow => &[record::FLOW],
+            Self::Send => &[record::SEND],
+            Self::Receive => &[record::RECEIVE],
+            Self::Close => &[record::CLOSE],
+            Self::Sample => &[record::SAMPLE_TCP, record::SAMPLE_UDP],
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Kind {
+    type Err = UnknownKind;
+
+    fn from_str(name: &str) -> Result<Self, UnknownKind> {
+        let mut kinds = Self::ALL.iter().copied();
+        kinds.find(|kind| kind.name() == name).ok_or(UnknownKind)
+    }
+}
+
+/// A text that names no [`Kind`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("not a kind of event: state_change, accept, connect, flow, send, receive, close or sample")]
+pub struct UnknownKind;
+
+/// A number for each kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Counts([u64; Kind::ALL.len()]);
+
+impl Counts {
+    /// Counts an event, unless it is a gap.
+    pub(crate) fn add(&mut self, event: &Event) {
+        if let Some(kind) = Kind::of(event) {
+            self.0[kind as usize] += 1;
+        }
+    }
+
+    pub(crate) fn of(&self, kind: Kind) -> u64 {
+        self.0[kind as usize]
+    }
+
+    pub(crate) fn total(&self) -> u64 {
+        self.0.iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_parse_back() {
+        for kind in Kind::ALL {
+            assert_eq!(kind.name().parse(), Ok(*kind));
+        }
+        assert_eq!("lost".parse::<Kind>(), Err(UnknownKind));
+    }
+}

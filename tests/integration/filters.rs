@@ -1,0 +1,680 @@
+//! What a filter lets pass, and nothing else, is reported; what it does not costs no room.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    process,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use futures_util::StreamExt as _;
+use integration_tests::{
+    actor::{Actor, Command, Endpoint, Operation, ReceiveCall, SendCall},
+    cgroup::Cgroup,
+    life::{ACTIVE_CLIENT, Life, PASSIVE_SERVER},
+    netns::Netns,
+    scene::{Scene, loopback},
+    talker::ROOM,
+    trace::{SAMPLE_INTERVAL, Trace, check_conservation, show},
+};
+use libtest_mimic::Trial;
+use tcp_udp_trace::{
+    Comm, ErrorKind, Event, EventKind, Family, Filter, Kind, TcpState, TcpTracer, UdpTracer,
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        Nothing: [
+            each_setting_of_tcp,
+            each_setting_of_udp,
+            trees_of_processes,
+            filter_that_makes_no_sense_changes_nothing,
+            flows_that_are_not_wanted_any_more,
+            samples_are_filtered,
+        ],
+        Solitude: [
+            what_is_not_wanted_takes_no_room,
+            changes_under_load_miss_nothing,
+        ],
+    ]
+}
+
+/// Processes that differ in everything a filter can ask for.
+struct World {
+    server: Actor,
+    client: Actor,
+    /// Another user, in another namespace and, where there are any, in another cgroup.
+    other: Actor,
+    other_cgroup: Option<Cgroup>,
+    there: Netns,
+}
+
+impl World {
+    fn new(name: &str) -> anyhow::Result<Self> {
+        let there = Netns::new()?;
+        let other = there.run(|| Actor::spawn_as(OsStr::new("o t,her"), Some(1234)))?;
+        let other_cgroup = Cgroup::new(name)?;
+        if let Some(cgroup) = &other_cgroup {
+            cgroup.adopt(other.pid())?;
+        }
+        Ok(Self {
+            server: Actor::spawn("server")?,
+            client: Actor::spawn("client")?,
+            other,
+            other_cgroup,
+            there,
+        })
+    }
+
+    fn traces(&self, start: impl Fn() -> anyhow::Result<Trace>) -> anyhow::Result<[Trace; 2]> {
+        let traces = [start()?, start()?];
+        for trace in &traces {
+            trace.also(self.there.inode()?);
+        }
+        Ok(traces)
+    }
+
+    /// A filter for each setting, and whether an event passes it by what the documentation says.
+    fn cases(&self) -> anyhow::Result<Vec<Case>> {
+        let Self {
+            server,
+            client,
+            other,
+            other_cgroup,
+            there,
+        } = self;
+        let [server, client, other] = [server, client, other].map(Actor::pid);
+        let netns = there.inode()?;
+        let pid = |event: &Event| event.process.as_ref().map(|process| process.pid);
+        let comm = |event: &Event, name: &[u8]| {
+            let process = event.process.as_ref();
+            process.is_some_and(|process| process.comm.as_bytes() == name)
+        };
+        let local = |event: &Event| event.socket.local.ip();
+        let remote = |event: &Event| event.socket.remote.ip();
+        let ours = process::id();
+        let mut cases = vec![
+            Case::new(Filter::new(), |_| true),
+            Case::new(Filter::new().pid(client), move |e| pid(e) == Some(client)),
+            Case::new(Filter::new().pid(server).pid(other), move |e| {
+                [Some(server), Some(other)].contains(&pid(e))
+            }),
+            Case::new(Filter::new().comm(Comm::from_bytes(b"o t,her")), move |e| {
+                comm(e, b"o t,her")
+            }),
+            Case::new(Filter::new().uid(1234), |e| e.socket.uid == 1234),
+            Case::new(Filter::new().netns(netns), move |e| e.socket.netns == netns),
+            Case::new(Filter::new().family(Family::Ipv6), move |e| {
+                local(e).is_ipv6()
+            }),
+            Case::new(
+                Filter::new().local(Ipv4Addr::new(127, 0, 0, 0), 8),
+                move |e| local(e) == IpAddr::V4(Ipv4Addr::LOCALHOST),
+            ),
+            Case::new(Filter::new().remote(Ipv6Addr::LOCALHOST, 128), move |e| {
+                remote(e) == IpAddr::V6(Ipv6Addr::LOCALHOST)
+            }),
+            Case::new(
+                Filter::new().remote(Ipv4Addr::new(127, 0, 0, 0), 31),
+                move |e| remote(e) == IpAddr::V4(Ipv4Addr::LOCALHOST),
+            ),
+            Case::new(Filter::new().remote(Ipv4Addr::new(126, 0, 0, 0), 8), |_| {
+                false
+            }),
+            Case::new(Filter::new().exclude_self(), move |e| pid(e) != Some(ours)),
+            Case::new(Filter::new().pid(ours), move |e| pid(e) == Some(ours)),
+            // Two settings: both must hold.
+            Case::new(Filter::new().pid(client).family(Family::Ipv4), move |e| {
+                pid(e) == Some(client) && local(e).is_ipv4()
+            }),
+        ];
+        if let Some(cgroup) = other_cgroup {
+            let id = cgroup.id()?;
+            cases.push(Case::new(Filter::new().cgroup(id), move |e| {
+                e.socket.cgroup == id
+            }));
+        }
+        Ok(cases)
+    }
+}
+
+struct Case {
+    filter: Filter,
+    passes: Box<dyn Fn(&Event) -> bool>,
+}
+
+impl Case {
+    fn new(filter: Filter, passes: impl Fn(&Event) -> bool + 'static) -> Self {
+        Self {
+            filter,
+            passes: Box::new(passes),
+        }
+    }
+}
+
+/// Gives one tracer each filter in turn, lets something happen, and compares with what the other, which has none, reports: exactly the events
+/// that pass. `act` says how many sockets it has closed.
+fn compare(
+    traces: [Trace; 2],
+    cases: &[Case],
+    mut act: impl FnMut() -> anyhow::Result<usize>,
+) -> anyhow::Result<()> {
+    let [filtered, reference] = traces;
+    let mut before = [0, 0];
+    let mut sockets = 0;
+    for Case { filter, passes } in cases {
+        filtered.set_filter(filter.clone())?;
+        ensure!(filtered.handle().filter().as_ref() == Some(filter));
+        sockets += act()?;
+        reference.wait_closed(sockets)?;
+        let wanted: Vec<_> = reference.events()[before[1]..]
+            .iter()
+            .filter(|event| passes(event))
+            .cloned()
+            .collect();
+        let expected = before[0] + wanted.len();
+        let context = || format!("with the filter {:?}", filter.to_string());
+        let came = filtered.wait_count(expected).with_context(context)?;
+        let [came, wanted] = [&came[before[0]..], &wanted].map(described);
+        ensure!(came == wanted, "{}: {came:#?}\nnot\n{wanted:#?}", context());
+        before = [expected, reference.events().len()];
+    }
+    let stats = filtered.handle().stats();
+    ensure!(stats.rejected > 0, "{stats:?}");
+    // What came later than it should would be one too many now.
+    let came = filtered.finish_all()?;
+    ensure!(
+        came.len() == before[0],
+        "more than expected: {}",
+        show(&came[before[0]..])
+    );
+    reference.finish_all().map(drop)
+}
+
+/// What two tracers must agree about, in no order: on two CPUs, each may see another event first.
+fn described(events: &[Event]) -> BTreeMap<String, usize> {
+    let mut described = BTreeMap::new();
+    for event in events {
+        let Event {
+            kind,
+            process,
+            socket,
+            traffic,
+            ..
+        } = event;
+        let pid = process.as_ref().map(|process| process.pid);
+        let (local, remote) = (socket.local, socket.remote);
+        // Where accepts are seen without the socket's lock, the socket goes on meanwhile.
+        let traffic = (*kind != EventKind::Accept).then_some(traffic);
+        let line = format!("{kind:?} {pid:?} {local} {remote} {traffic:?}");
+        *described.entry(line).or_default() += 1;
+    }
+    described
+}
+
+fn each_setting_of_tcp() -> anyhow::Result<()> {
+    let mut world = World::new("filtered-tcp")?;
+    let traces = world.traces(|| Trace::start_with(|builder| builder.sample_interval(None)))?;
+    let [v4, v6] = [false, true].map(|v6| world.server.listen(loopback(v6)));
+    let (v4, v6) = (v4?, v6?);
+    let ours = TcpListener::bind(loopback(false))?;
+    let mut cases = world.cases()?;
+    let port = v6.local.port();
+    let state = |event: &Event, state| match event.kind {
+        EventKind::StateChange { from, to, .. } => [from, to].contains(&state),
+        // Of a connection that was just made.
+        _ => state == TcpState::Established,
+    };
+    cases.extend([
+        Case::new(Filter::new().port(port), move |e| {
+            [e.socket.local, e.socket.remote]
+                .map(|a| a.port())
+                .contains(&port)
+        }),
+        Case::new(Filter::new().kind(Kind::Accept).kind(Kind::Flow), |e| {
+            e.kind == EventKind::Accept
+        }),
+        Case::new(Filter::new().state(TcpState::Established), move |e| {
+            state(e, TcpState::Established)
+        }),
+        Case::new(
+            Filter::new()
+                .state(TcpState::FinWait2)
+                .state(TcpState::Listen),
+            move |e| state(e, TcpState::FinWait2) || state(e, TcpState::Listen),
+        ),
+        Case::new(Filter::new().kind(Kind::Close), |_| false),
+        Case::new(Filter::new(), |_| true),
+    ]);
+    compare(traces, &cases, || {
+        for listener in [&v4, &v6] {
+            connect(&mut world.client, listener, &mut world.server)?;
+        }
+        let listener = world.other.listen(loopback(true))?;
+        let to_itself = world.other.connect(listener.local)?;
+        let accepted = world.other.accept(&listener)?;
+        world.other.close(&to_itself)?;
+        ensure!(world.other.receive_all(&accepted)? == 0);
+        world.other.close(&accepted)?;
+        world.other.close(&listener)?;
+        let to_us = world.client.connect(ours.local_addr()?)?;
+        drop(ours.accept()?);
+        ensure!(world.client.receive_all(&to_us)? == 0);
+        world.client.close(&to_us)?;
+        Ok(9)
+    })
+}
+
+fn connect(client: &mut Actor, listener: &Endpoint, server: &mut Actor) -> anyhow::Result<()> {
+    let connected = client.connect(listener.local)?;
+    let accepted = server.accept(listener)?;
+    client.close(&connected)?;
+    ensure!(server.receive_all(&accepted)? == 0);
+    server.close(&accepted)
+}
+
+fn each_setting_of_udp() -> anyhow::Result<()> {
+    let mut world = World::new("filtered-udp")?;
+    // Flows are reported once an hour: each at its first datagram and at its end, and at no moment in between.
+    let start = || {
+        Trace::start_udp_with(|builder| {
+            let builder = builder.sample_interval(None).per_datagram(true);
+            builder.interval(Duration::from_secs(3600))
+        })
+    };
+    let traces = world.traces(start)?;
+    let mut cases = world.cases()?;
+    cases.extend([
+        Case::new(Filter::new().kind(Kind::Close), |e| {
+            matches!(e.kind, EventKind::Close { .. })
+        }),
+        Case::new(Filter::new().kind(Kind::Flow), |e| {
+            matches!(e.kind, EventKind::Flow { .. })
+        }),
+        Case::new(Filter::new().kind(Kind::Send).kind(Kind::Connect), |e| {
+            matches!(e.kind, EventKind::Send { .. } | EventKind::Connect)
+        }),
+        Case::new(Filter::new().kind(Kind::Flow).port(PORT), |e| {
+            let ports = [e.socket.local, e.socket.remote].map(|a| a.port());
+            matches!(e.kind, EventKind::Flow { .. }) && ports.contains(&PORT)
+        }),
+        // TCP's business.
+        Case::new(Filter::new().state(TcpState::Established), |_| true),
+        Case::new(Filter::new().kind(Kind::Accept), |_| false),
+    ]);
+    let handle = traces[0].handle().clone();
+    compare(traces, &cases, || world.talk())?;
+    // Closes that were made for the sake of flows.
+    let stats = handle.stats();
+    ensure!(stats.filtered > 0, "{stats:?}");
+    Ok(())
+}
+
+/// A port that is the same in every round.
+const PORT: u16 = 4747;
+
+impl World {
+    /// The client sends to the server, the other one to itself, and we to the client. Says how many sockets were closed.
+    fn talk(&mut self) -> anyhow::Result<usize> {
+        let mut closed = 0;
+        for v6 in [false, true] {
+            let mut address = loopback(v6);
+            address.set_port(PORT);
+            let server = bind_udp(&mut self.server, address)?;
+            let client = bind_udp(&mut self.client, loopback(v6))?;
+            transfer(
+                (&mut self.client, &client),
+                (&mut self.server, &server),
+                &[1, 22, 333],
+            )?;
+            let connect = Command::Connect(client.fd, server.local);
+            self.client.run(connect)?;
+            self.client.close(&client)?;
+            self.server.close(&server)?;
+            closed += 2;
+        }
+        let [one, two] = [false; 2].map(|v6| bind_udp(&mut self.other, loopback(v6)));
+        let (one, two) = (one?, two?);
+        self.other.run(send(&one, two.local, &[5]))?;
+        self.other.run(receive(&two, 1))?;
+        self.other.close(&one)?;
+        self.other.close(&two)?;
+        let client = bind_udp(&mut self.client, loopback(false))?;
+        let ours = UdpSocket::bind(loopback(false))?;
+        ours.send_to(b"us", client.local)?;
+        self.client.run(receive(&client, 1))?;
+        drop(ours);
+        self.client.close(&client)?;
+        Ok(closed + 4)
+    }
+}
+
+fn bind_udp(actor: &mut Actor, address: SocketAddr) -> anyhow::Result<Endpoint> {
+    let v6 = address.is_ipv6();
+    let socket = actor.socket(Command::OpenUdp { v6 })?;
+    actor.socket(Command::Bind(socket.fd, address))
+}
+
+fn send(from: &Endpoint, to: SocketAddr, sizes: &[usize]) -> Command {
+    let send = Operation::Send {
+        by: SendCall::SendTo,
+        to: Some(to),
+        sizes: sizes.to_vec(),
+    };
+    Command::Udp(from.fd, send)
+}
+
+fn receive(socket: &Endpoint, count: usize) -> Command {
+    let receive = Operation::Receive {
+        by: ReceiveCall::RecvFrom,
+        count,
+        room: ROOM,
+    };
+    Command::Udp(socket.fd, receive)
+}
+
+fn transfer(
+    (sender, from): (&mut Actor, &Endpoint),
+    (receiver, to): (&mut Actor, &Endpoint),
+    sizes: &[usize],
+) -> anyhow::Result<()> {
+    sender.run(send(from, to.local, sizes))?;
+    receiver.run(receive(to, sizes.len())).map(drop)
+}
+
+/// Descendants that were there before the filter, and those that come later; when their parents, and they themselves, have ended, too.
+fn trees_of_processes() -> anyhow::Result<()> {
+    let mut server = Actor::spawn("server")?;
+    let [to_inside, to_outside] = [(); 2].map(|()| server.listen(loopback(false)));
+    let (to_inside, to_outside) = (to_inside?, to_outside?);
+    let mut inside = Actor::spawn_below_a_parent("inside")?;
+    let mut outside = Actor::spawn("outside")?;
+    // It answers, so it is there.
+    let socket = inside.open(loopback(false))?;
+    inside.close(&socket)?;
+
+    let trees = Filter::new().pid_tree(inside.pid());
+    let start = |filter: &Filter| {
+        let filter = filter.clone();
+        Trace::start_with(|builder| builder.sample_interval(None).filter(filter))
+    };
+    let traces = [start(&trees)?, start(&Filter::new())?];
+    let client_of = |listener: &Endpoint| {
+        let address = listener.local;
+        move |event: &Event| event.socket.remote == address
+    };
+    let mut act = |inside: &mut Actor, outside: &mut Actor| {
+        for (client, listener) in [(inside, &to_inside), (outside, &to_outside)] {
+            connect(client, listener, &mut server)?;
+            client.run(Command::ConnectInChild(listener.local))?;
+            let accepted = server.accept(listener)?;
+            // The process has ended when its socket does.
+            ensure!(server.receive_all(&accepted)? == 0);
+            server.close(&accepted)?;
+        }
+        Ok(8)
+    };
+    let [filtered, reference] = &traces;
+    let mut closed = 0;
+    let mut wanted = Vec::new();
+    let mut seen = 0;
+    let mut check = |passes: &dyn Fn(&Event) -> bool, new: usize| {
+        closed += new;
+        reference.wait_closed(closed)?;
+        let events = reference.events();
+        wanted.extend(events[seen..].iter().filter(|e| passes(e)).cloned());
+        seen = events.len();
+        let came = filtered.wait_count(wanted.len())?;
+        let [came, wanted] = [&came, &wanted].map(|events| described(events));
+        ensure!(came == wanted, "{came:#?}\nnot\n{wanted:#?}");
+        Ok(())
+    };
+    let new = act(&mut inside, &mut outside)?;
+    check(&client_of(&to_inside), new)?;
+
+    // The root ends, the tree does not.
+    inside.orphan()?;
+    let new = act(&mut inside, &mut outside)?;
+    check(&client_of(&to_inside), new)?;
+
+    // Another tree, and then both: the orphan is nobody's descendant any more, but itself.
+    filtered.set_filter(Filter::new().pid_tree(outside.pid()))?;
+    let new = act(&mut inside, &mut outside)?;
+    check(&client_of(&to_outside), new)?;
+    let orphan = reference.events().iter().find_map(|event| {
+        let process = event.process.as_ref()?;
+        (process.comm.as_bytes() == b"inside").then_some(process.pid)
+    });
+    let orphan = orphan.context("no event of the orphan")?;
+    let both = Filter::new().pid_tree(outside.pid()).pid_tree(orphan);
+    filtered.set_filter(both.port(to_inside.local.port()))?;
+    let new = act(&mut inside, &mut outside)?;
+    check(&client_of(&to_inside), new)?;
+
+    let stats = filtered.handle().stats();
+    ensure!(stats.untracked_processes == 0, "{stats:?}");
+    let [filtered, reference] = traces;
+    let expected = wanted.len();
+    let came = filtered.finish_all()?;
+    ensure!(came.len() == expected, "{}", show(&came[expected..]));
+    reference.finish_all().map(drop)
+}
+
+/// The error names the setting, and the filter of before stays.
+fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let port = scene.listener.local.port();
+    scene.trace.set_filter(Filter::new().port(port))?;
+    let ended = {
+        let actor = Actor::spawn("ended")?;
+        let pid = actor.pid();
+        actor.kill()?;
+        pid
+    };
+    let nonsense = [
+        (Filter::new().port(0), "port is 0".to_owned()),
+        (
+            Filter::new().port(port).pid_tree(ended),
+            format!("pid_tree is {ended}: there is no such process"),
+        ),
+    ];
+    for (filter, message) in nonsense {
+        let error = scene.trace.set_filter(filter).err().context("accepted")?;
+        let error: &tcp_udp_trace::Error = error.downcast_ref().context("another error")?;
+        ensure!(error.kind() == ErrorKind::InvalidFilter, "{error:?}");
+        ensure!(error.to_string().starts_with(&message), "{error}");
+    }
+    ensure!(scene.trace.handle().filter() == Some(Filter::new().port(port)));
+    let elsewhere = scene.server.listen(loopback(false))?;
+    connect(&mut scene.client, &elsewhere, &mut scene.server)?;
+    let connection = scene.connect()?;
+    scene.close(&connection)?;
+    let client = scene.client_life(&connection, ACTIVE_CLIENT)?;
+    let server = scene.server_life(&connection, PASSIVE_SERVER)?;
+    scene.finish(&[client, server])
+}
+
+/// What user space has to say of a flow by itself, it does not say when the filter has changed meanwhile.
+fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
+    let builder = |builder: tcp_udp_trace::UdpTracerBuilder| {
+        let builder = builder.interval(Duration::from_secs(3600));
+        builder.sample_interval(None)
+    };
+    let trace = Trace::start_udp_with(builder)?;
+    let [sender, first, second] = [(); 3].map(|()| UdpSocket::bind(loopback(false)));
+    let (sender, first, second) = (sender?, first?, second?);
+    let to = [first.local_addr()?, second.local_addr()?];
+    for to in to {
+        // The second one is told by user space only.
+        for _ in 0..2 {
+            sender.send_to(b"datagram", to)?;
+        }
+    }
+    trace.wait_count(2)?;
+    trace.set_filter(Filter::new().port(to[1].port()))?;
+    drop(sender);
+    let events = trace.wait_count(3)?;
+    let of = |peer: SocketAddr| {
+        let flows = events.iter().filter(|event| event.socket.remote == peer);
+        let told = flows.map(|event| (event.kind.clone(), event.traffic.tx_packets));
+        told.collect::<Vec<_>>()
+    };
+    let flow = |packets| (EventKind::Flow { approximate: false }, packets);
+    ensure!(of(to[0]) == [flow(1)], "{}", show(&events));
+    ensure!(of(to[1]) == [flow(1), flow(2)], "{}", show(&events));
+    let handle = trace.handle().clone();
+    trace.finish_all()?;
+    let stats = handle.stats();
+    // The flow, and the close of the socket, which has neither port.
+    ensure!(
+        stats.kinds.flow.filtered == 1 && stats.kinds.close.filtered == 1,
+        "{stats:?}"
+    );
+    Ok(())
+}
+
+fn samples_are_filtered() -> anyhow::Result<()> {
+    let mut server = Actor::spawn("server")?;
+    let mut client = Actor::spawn("client")?;
+    let listener = server.listen(loopback(false))?;
+    let pid = client.pid();
+    let trace = Trace::start_with(move |builder| {
+        let builder = builder.filter(Filter::new().pid(pid));
+        builder.sample_interval(SAMPLE_INTERVAL)
+    })?;
+    let connected = client.connect(listener.local)?;
+    let accepted = server.accept(&listener)?;
+    for _ in 0..2 {
+        trace.wait_for_sample("the client", |event| event.socket.local == connected.local)?;
+    }
+    for event in trace.samples() {
+        let owner = event.process.as_ref().map(|process| process.pid);
+        ensure!(owner == Some(pid), "{event}");
+    }
+    let stats = trace.handle().stats();
+    // The listener, and the server's end.
+    ensure!(stats.kinds.sample.rejected >= 2, "{stats:?}");
+    client.close(&connected)?;
+    server.close(&accepted)?;
+    let mut lives = trace.finish(1)?;
+    lives.check(&Life::of(&client.who()?, &connected, ACTIVE_CLIENT))?;
+    lives.nothing_else()
+}
+
+/// Nobody empties the ring, which has room for twenty events; thousands that are not wanted come before those that are.
+fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
+    const RING_BYTES: u32 = 4096;
+    const UNWANTED: u32 = 300;
+    let mut server = Actor::spawn("server")?;
+    let [wanted, unwanted] = [(); 2].map(|()| server.listen(loopback(false)));
+    let (wanted, unwanted) = (wanted?, unwanted?);
+    let mut client = Actor::spawn("client")?;
+    let receiver = UdpSocket::bind(loopback(false))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let tcp = TcpTracer::builder()
+        .ring_bytes(RING_BYTES)
+        .filter(Filter::new().port(wanted.local.port()))
+        .sample_interval(None);
+    let udp = UdpTracer::builder()
+        .ring_bytes(RING_BYTES)
+        .filter(
+            Filter::new()
+                .kind(Kind::Send)
+                .port(receiver.local_addr()?.port()),
+        )
+        .per_datagram(true)
+        .sample_interval(None);
+    let (mut tcp, mut udp) =
+        runtime.block_on(async { anyhow::Ok((tcp.start().await?, udp.start().await?)) })?;
+    for _ in 0..UNWANTED {
+        connect(&mut client, &unwanted, &mut server)?;
+        // Its own port is the only one that is not wanted: it has a peer, but no socket receives that.
+        let sender = UdpSocket::bind(loopback(false))?;
+        for _ in 0..10 {
+            sender.send_to(b"unwanted", sender.local_addr()?)?;
+        }
+    }
+    connect(&mut client, &wanted, &mut server)?;
+    UdpSocket::bind(loopback(false))?.send_to(b"wanted", receiver.local_addr()?)?;
+    let handles = [tcp.handle(), udp.handle()];
+    for handle in &handles {
+        handle.stop();
+    }
+    let (tcp, udp) = runtime.block_on(async {
+        let events: (Vec<Event>, Vec<Event>) =
+            (tcp.by_ref().collect().await, udp.by_ref().collect().await);
+        tcp.close().await?;
+        udp.close().await?;
+        anyhow::Ok(events)
+    })?;
+    let [tcp_stats, udp_stats] = handles.map(|handle| handle.stats());
+    for stats in [&tcp_stats, &udp_stats] {
+        check_conservation(stats)?;
+        ensure!(stats.ring_lost + stats.queue_shed == 0, "{stats:?}");
+    }
+    // Five changes of state at either end, and the accept.
+    ensure!(tcp.len() == 11, "{}", show(&tcp));
+    ensure!(udp.len() == 1, "{}", show(&udp));
+    ensure!(
+        tcp_stats.rejected >= u64::from(UNWANTED) * 11,
+        "{tcp_stats:?}"
+    );
+    ensure!(
+        udp_stats.kinds.send.rejected >= u64::from(UNWANTED) * 10,
+        "{udp_stats:?}"
+    );
+    Ok(())
+}
+
+/// Filters follow each other as fast as they can; what each of them lets pass, none misses.
+fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
+    const CONNECTIONS: u32 = 2_000;
+    let trace = Trace::start_with(|builder| builder.sample_interval(None))?;
+    let mut server = Actor::spawn("server")?;
+    let listener = server.listen(loopback(false))?;
+    let mut client = Actor::spawn("client")?;
+    let port = listener.local.port();
+    trace.set_filter(Filter::new().port(port))?;
+    server.begin(&Command::Serve(listener.fd, CONNECTIONS))?;
+    client.begin(&Command::Churn {
+        to: listener.local,
+        connections: CONNECTIONS,
+        seed: 1,
+    })?;
+    let began = Instant::now();
+    let mut changes = 0;
+    let is_over = |trace: &Trace| {
+        let closed = trace.events().iter().filter(|e| e.is_close()).count();
+        closed >= 2 * CONNECTIONS as usize
+    };
+    while !is_over(&trace) && began.elapsed() < Duration::from_secs(120) {
+        for _ in 0..100 {
+            let other = 1 + changes % 1000;
+            trace.set_filter(
+                Filter::new()
+                    .port(port)
+                    .port(other)
+                    .local(Ipv4Addr::LOCALHOST, 32),
+            )?;
+            changes += 1;
+        }
+    }
+    let mut expected = Vec::new();
+    let (client_is, server_is) = (client.who()?, server.who()?);
+    for end in client.finish_exchanges()? {
+        expected.push(Life::of_client_exchange(&client_is, &end));
+    }
+    for end in server.finish_exchanges()? {
+        expected.push(Life::of_server_exchange(&server_is, &server_is, &end));
+    }
+    let mut lives = trace.finish(expected.len())?;
+    for life in &expected {
+        lives.check(life)?;
+    }
+    eprintln!("{changes} changes of the filter during {CONNECTIONS} connections");
+    Ok(())
+}
