@@ -9,6 +9,7 @@ mod deps;
 mod ebpf;
 mod lint;
 mod process;
+mod soak;
 mod test;
 mod vm;
 mod workspace;
@@ -25,6 +26,7 @@ enum Verb {
     /// Check formatting, lints, documentation and the project's own rules.
     Lint,
     Test(test::Args),
+    Soak(soak::Args),
     /// Install what the other verbs need and this machine lacks (Debian and its descendants).
     Setup,
 }
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Lint => lint::run(),
         Verb::Test(args) => test::run(&args),
+        Verb::Soak(args) => soak::run(&args),
         Verb::Setup => deps::setup(),
     };
     match result {

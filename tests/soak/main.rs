@@ -1,0 +1,216 @@
+//! Everything at once, for long: connections churn, datagrams flood, filters change, tracers start and stop; and at the end the numbers must
+//! add up, and nothing may have grown. Run by `cargo xtask soak`, as root.
+//!
+//! `soak minutes N`: all of that for so long. `soak sockets N`: so many sockets, opened and closed under both tracers.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "it fails by panicking, and its figures go to stdout"
+)]
+
+mod sockets;
+mod work;
+
+use std::{
+    env, fs,
+    process::ExitCode,
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use integration_tests::{
+    actor::{self, Actor},
+    kernel,
+    netns::Netns,
+    scene::loopback,
+    trace::check_conservation,
+};
+use tcp_udp_trace::{Filter, Kind, Stats, TcpTracer, UdpTracer};
+
+use self::work::{Clock, Counted, Truth, count_tcp, count_udp};
+
+fn main() -> ExitCode {
+    if let Some(code) = actor::run_if_asked() {
+        return code;
+    }
+    let mut args = env::args().skip(1);
+    let (what, count) = (args.next(), args.next().and_then(|n| n.parse().ok()));
+    let done = match (what.as_deref(), count) {
+        (Some("minutes"), Some(minutes)) => soak(Duration::from_secs(60 * minutes)),
+        (Some("sockets"), Some(count)) => sockets::run(count),
+        _ => Err(anyhow::anyhow!("soak minutes N | soak sockets N")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("FAILED: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// How large this process is, and what it holds.
+#[derive(Debug)]
+pub(crate) struct Footprint {
+    resident_kb: u64,
+    threads: u64,
+    files: usize,
+}
+
+impl Footprint {
+    pub(crate) fn now() -> anyhow::Result<Self> {
+        let status = fs::read_to_string("/proc/self/status")?;
+        let number = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        Ok(Self {
+            resident_kb: number("VmRSS:").context("no VmRSS")?,
+            threads: number("Threads:").context("no Threads")?,
+            files: kernel::open_files()?.len(),
+        })
+    }
+}
+
+fn soak(time: Duration) -> anyhow::Result<()> {
+    Netns::enter_new()?;
+    let truth = Truth::default();
+    let changes = AtomicU64::new(0);
+    let started = AtomicU64::new(0);
+    let before = kernel::open_files()?.len();
+
+    let mut server = Actor::spawn("server")?;
+    let listener = server.listen(loopback(false))?;
+    let port = listener.local.port();
+    // The room of the default queue is for a service that keeps up; this machine is busier than that.
+    let tcp = || TcpTracer::builder().queue(1 << 16).ring_bytes(16 << 20);
+    let here = Netns::current()?.inode()?;
+    let (plain, plain_handle) = count_tcp(tcp(), here)?;
+    let filtered = tcp().filter(Filter::new().port(port)).sample_interval(None);
+    let (filtered, filtered_handle) = count_tcp(filtered, here)?;
+    let datagrams = UdpTracer::builder().per_datagram(true);
+    let (udp, udp_handle) = count_udp(datagrams, here)?;
+    let clock = Clock::start(time);
+    let workers = work::begin(&clock, &truth, &server, &listener)?;
+
+    let mut early = None;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !clock.is_over() {
+                let other = 1 + changes.fetch_add(1, Ordering::Relaxed) % 1000;
+                let filter = Filter::new().port(port).port(u16::try_from(other).unwrap());
+                work::block_on(filtered_handle.set_filter(filter)).unwrap();
+                thread::sleep(Duration::from_millis(20));
+            }
+        });
+        scope.spawn(|| {
+            while !clock.is_over() {
+                work::start_and_stop(started.fetch_add(1, Ordering::Relaxed)).unwrap();
+            }
+        });
+        let began = Instant::now();
+        while !clock.is_over() {
+            thread::sleep(Duration::from_secs(1));
+            if early.is_none() && began.elapsed() > time / 10 {
+                early = Some(Footprint::now().unwrap());
+            }
+        }
+    });
+    let late = Footprint::now()?;
+    for worker in workers {
+        worker.join().unwrap()?;
+    }
+    // The closes of the last connections come a moment later than their actors know.
+    let expected = 2 * truth.connections.load(Ordering::Relaxed);
+    let mut seen = Vec::new();
+    for (thread, handle) in [(plain, plain_handle), (filtered, filtered_handle)] {
+        seen.push(work::finish(thread, &handle, expected)?);
+    }
+    let of_udp = work::finish(udp, &udp_handle, truth.udp_sockets.load(Ordering::Relaxed))?;
+
+    let early = early.context("it was too short")?;
+    println!("minutes              {}", time.as_secs() / 60);
+    println!("connections          {}", expected / 2);
+    println!(
+        "datagrams sent       {}",
+        truth.datagrams.load(Ordering::Relaxed)
+    );
+    println!(
+        "UDP sockets          {}",
+        truth.udp_sockets.load(Ordering::Relaxed)
+    );
+    println!("filter changes       {}", changes.load(Ordering::Relaxed));
+    println!("tracers started      {}", started.load(Ordering::Relaxed));
+    for (name, counted) in [
+        ("TCP", &seen[0]),
+        ("TCP, filtered", &seen[1]),
+        ("UDP", &of_udp),
+    ] {
+        print(name, &counted.stats);
+    }
+    println!("after a tenth        {early:?}");
+    println!("at the end           {late:?}");
+
+    for Counted {
+        closes,
+        tx,
+        rx,
+        stats,
+    } in &seen
+    {
+        check_conservation(stats)?;
+        let fate = stats.kinds[Kind::StateChange];
+        ensure!(
+            fate.ring_lost + fate.queue_shed + stats.missed + stats.untracked == 0,
+            "state changes were lost: {stats:?}"
+        );
+        ensure!(*closes == expected, "{closes} closes of {expected}");
+        let bytes = truth.bytes.load(Ordering::Relaxed);
+        ensure!(
+            (*tx, *rx) == (bytes, bytes),
+            "{tx} and {rx} bytes of {bytes}"
+        );
+    }
+    check_conservation(&of_udp.stats)?;
+    ensure!(
+        of_udp.closes == truth.udp_sockets.load(Ordering::Relaxed),
+        "{} closes: {:?}",
+        of_udp.closes,
+        of_udp.stats
+    );
+    ensure!(
+        of_udp.stats.queue_shed > 0,
+        "the flood was none: {:?}",
+        of_udp.stats
+    );
+    ensure!(
+        late.resident_kb < early.resident_kb + early.resident_kb / 2,
+        "it has grown"
+    );
+    ensure!(
+        late.threads <= early.threads + 2 && late.files <= early.files + 16,
+        "it leaks"
+    );
+    drop(server);
+    let after = kernel::open_files()?.len();
+    if after > before {
+        bail!("{before} files were open, {after} are");
+    }
+    println!("all of it adds up");
+    Ok(())
+}
+
+fn print(name: &str, stats: &Stats) {
+    println!(
+        "{name:20} emitted {} delivered {} ring_lost {} queue_shed {} filtered {} rejected {} samples {}",
+        stats.emitted,
+        stats.delivered,
+        stats.ring_lost,
+        stats.queue_shed,
+        stats.filtered,
+        stats.rejected,
+        stats.kinds.sample.emitted,
+    );
+}

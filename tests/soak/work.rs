@@ -1,0 +1,288 @@
+//! What happens during a soak, and what tracers see of it.
+
+use std::{
+    net::UdpSocket,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use futures_util::{Stream, StreamExt as _};
+use integration_tests::{
+    actor::{Actor, Command, Endpoint, Exchange, Operation, Outcome},
+    scene::loopback,
+    trace::check_conservation,
+};
+use tcp_udp_trace::{
+    Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle, UdpTracer,
+    UdpTracerBuilder,
+};
+
+/// How many connections or datagrams an actor makes before it looks at the clock.
+const CONNECTIONS: u32 = 200;
+const DATAGRAMS: u64 = 50_000;
+
+/// How long the work goes on.
+#[derive(Debug, Clone)]
+pub(crate) struct Clock {
+    over: Arc<AtomicBool>,
+}
+
+impl Clock {
+    /// The time begins to run.
+    pub(crate) fn start(time: Duration) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let when_over = Arc::clone(&over);
+        thread::spawn(move || {
+            thread::sleep(time);
+            when_over.store(true, Ordering::Relaxed);
+        });
+        Self { over }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+}
+
+/// What really happened.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Truth {
+    pub(crate) connections: Arc<AtomicU64>,
+    /// Sent over connections, in both directions.
+    pub(crate) bytes: Arc<AtomicU64>,
+    pub(crate) datagrams: Arc<AtomicU64>,
+    pub(crate) udp_sockets: Arc<AtomicU64>,
+}
+
+type Worker = JoinHandle<anyhow::Result<()>>;
+
+/// Begins: pairs of processes that connect to this listener of the server's, floods of datagrams, short-lived UDP sockets.
+pub(crate) fn begin(
+    clock: &Clock,
+    truth: &Truth,
+    server: &Actor,
+    listener: &Endpoint,
+) -> anyhow::Result<Vec<Worker>> {
+    let mut workers = Vec::new();
+    for seed in 0..2 {
+        let mut acceptor = Actor::spawn("acceptor")?;
+        let fd = acceptor.take(server, listener.fd)?.fd;
+        let mut client = Actor::spawn("client")?;
+        let (clock, truth, to) = (clock.clone(), truth.clone(), listener.local);
+        workers.push(thread::spawn(move || {
+            let mut round = seed;
+            while !clock.is_over() {
+                acceptor.begin(&Command::Serve(fd, CONNECTIONS))?;
+                client.begin(&Command::Churn {
+                    to,
+                    connections: CONNECTIONS,
+                    seed: round,
+                })?;
+                let exchanges = [client.finish_exchanges()?, acceptor.finish_exchanges()?];
+                let sent = |exchange: &Exchange| exchange.sent;
+                let bytes = exchanges.iter().flatten().map(sent).sum();
+                truth.bytes.fetch_add(bytes, Ordering::Relaxed);
+                truth
+                    .connections
+                    .fetch_add(u64::from(CONNECTIONS), Ordering::Relaxed);
+                round += 2;
+            }
+            Ok(())
+        }));
+    }
+    workers.push(thread::spawn({
+        let (clock, truth) = (clock.clone(), truth.clone());
+        move || flood(&clock, &truth)
+    }));
+    workers.push(thread::spawn({
+        let (clock, truth) = (clock.clone(), truth.clone());
+        move || {
+            while !clock.is_over() {
+                let socket = UdpSocket::bind(loopback(false))?;
+                socket.send_to(b"to itself", socket.local_addr()?)?;
+                socket.recv(&mut [0; 16])?;
+                drop(socket);
+                truth.udp_sockets.fetch_add(1, Ordering::Relaxed);
+                truth.datagrams.fetch_add(1, Ordering::Relaxed);
+                thread::sleep(Duration::from_micros(500));
+            }
+            Ok(())
+        }
+    }));
+    Ok(workers)
+}
+
+fn flood(clock: &Clock, truth: &Truth) -> anyhow::Result<()> {
+    let (mut sender, mut receiver) = (Actor::spawn("sender")?, Actor::spawn("receiver")?);
+    while !clock.is_over() {
+        let mut sockets = Vec::new();
+        for actor in [&mut sender, &mut receiver] {
+            let socket = actor.socket(Command::OpenUdp { v6: false })?;
+            sockets.push(actor.socket(Command::Bind(socket.fd, loopback(false)))?);
+        }
+        sender.run(Command::Connect(sockets[0].fd, sockets[1].local))?;
+        receiver.run(Command::Connect(sockets[1].fd, sockets[0].local))?;
+        receiver.begin(&Command::Udp(sockets[1].fd, Operation::Absorb))?;
+        let flood = Operation::Flood {
+            count: DATAGRAMS,
+            size: 100,
+        };
+        for outcome in [
+            sender.run(Command::Udp(sockets[0].fd, flood))?,
+            receiver.finish()?,
+        ] {
+            let Outcome::Transfers(transfers) = outcome else {
+                anyhow::bail!("{outcome:?}");
+            };
+            truth
+                .datagrams
+                .fetch_add(transfers[0].datagrams, Ordering::Relaxed);
+        }
+        sender.close(&sockets[0])?;
+        receiver.close(&sockets[1])?;
+        truth.udp_sockets.fetch_add(2, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+/// What a tracer has told of the sockets of one network namespace.
+#[derive(Debug, Default)]
+pub(crate) struct Counted {
+    pub(crate) closes: u64,
+    pub(crate) tx: u64,
+    pub(crate) rx: u64,
+    pub(crate) stats: Stats,
+}
+
+pub(crate) type Counting = JoinHandle<anyhow::Result<Counted>>;
+
+pub(crate) fn count_tcp(
+    builder: TcpTracerBuilder,
+    netns: u32,
+) -> anyhow::Result<(Counting, TracerHandle)> {
+    count(
+        netns,
+        false,
+        builder.start(),
+        TcpTracer::handle,
+        TcpTracer::close,
+    )
+}
+
+pub(crate) fn count_udp(
+    builder: UdpTracerBuilder,
+    netns: u32,
+) -> anyhow::Result<(Counting, TracerHandle)> {
+    count(
+        netns,
+        true,
+        builder.start(),
+        UdpTracer::handle,
+        UdpTracer::close,
+    )
+}
+
+/// Reads a tracer to its end on a thread of its own, which sleeps now and then if told so: then its queue overflows.
+fn count<T, C>(
+    netns: u32,
+    pauses: bool,
+    start: impl Future<Output = Result<T, Error>> + Send + 'static,
+    handle: impl FnOnce(&T) -> TracerHandle + Send + 'static,
+    close: impl FnOnce(T) -> C + Send + 'static,
+) -> anyhow::Result<(Counting, TracerHandle)>
+where
+    T: Stream<Item = Event> + Unpin,
+    C: Future<Output = Result<Stats, Error>>,
+{
+    let (ready, started) = mpsc::channel();
+    let thread = thread::spawn(move || {
+        block_on(async {
+            let mut tracer = start.await?;
+            ready.send(handle(&tracer))?;
+            let mut counted = Counted::default();
+            let mut paused = Instant::now();
+            while let Some(event) = tracer.next().await {
+                if pauses && paused.elapsed() > Duration::from_secs(5) {
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    paused = Instant::now();
+                }
+                if event.socket.netns != netns || !event.is_close() || is_other(&event) {
+                    continue;
+                }
+                counted.closes += 1;
+                counted.tx += event.traffic.tx_bytes;
+                counted.rx += event.traffic.rx_bytes;
+            }
+            counted.stats = close(tracer).await?;
+            Ok(counted)
+        })
+    });
+    Ok((thread, started.recv().context("the tracer did not start")?))
+}
+
+/// Whether it is the end of something that nobody counts: the listener, and a child that was never established.
+fn is_other(event: &Event) -> bool {
+    let EventKind::StateChange { from, .. } = event.kind else {
+        return false;
+    };
+    matches!(from, TcpState::SynRecv | TcpState::Listen)
+}
+
+/// Ends a tracer once it has told of so many closes, or has told nothing new for long.
+pub(crate) fn finish(
+    counting: Counting,
+    handle: &TracerHandle,
+    expected: u64,
+) -> anyhow::Result<Counted> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut seen = handle.stats().emitted;
+    // The tracer's own counts are of the whole machine; a second without news is the end of it.
+    loop {
+        thread::sleep(Duration::from_secs(1));
+        let now = handle.stats().emitted;
+        if now == seen && now >= expected || Instant::now() > deadline {
+            break;
+        }
+        seen = now;
+    }
+    handle.stop();
+    counting.join().unwrap()
+}
+
+/// Starts a tracer, reads some of its events, and ends it in one of the ways there are.
+pub(crate) fn start_and_stop(round: u64) -> anyhow::Result<()> {
+    const GLANCE: Duration = Duration::from_millis(200);
+    block_on(async {
+        let stats = if round.is_multiple_of(2) {
+            let mut tracer = TcpTracer::builder().start().await?;
+            let _ = tokio::time::timeout(GLANCE, (&mut tracer).for_each(async |_| ())).await;
+            if round.is_multiple_of(3) {
+                return Ok(());
+            }
+            tracer.close().await?
+        } else {
+            let mut tracer = UdpTracer::builder().per_datagram(true).start().await?;
+            let _ = tokio::time::timeout(GLANCE, (&mut tracer).for_each(async |_| ())).await;
+            if round.is_multiple_of(3) {
+                return Ok(());
+            }
+            tracer.close().await?
+        };
+        check_conservation(&stats)?;
+        ensure!(stats.malformed == 0, "{stats:?}");
+        Ok(())
+    })
+}
+
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    runtime.unwrap().block_on(future)
+}
