@@ -32,8 +32,14 @@ pub mod kind {
     pub const SAMPLE_TCP: u32 = 8;
     /// A [`Udp`](super::Udp): the same.
     pub const SAMPLE_UDP: u32 = 9;
+    /// A [`Tcp`](super::Tcp): a segment was sent again.
+    pub const RETRANSMIT: u32 = 10;
+    /// A [`Tcp`](super::Tcp): a reset was sent.
+    pub const RESET_SENT: u32 = 11;
+    /// A [`Tcp`](super::Tcp): a reset was received.
+    pub const RESET_RECEIVED: u32 = 12;
     /// One more than the last.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 13;
 }
 
 /// How an owner is known, in [`Owner::origin`].

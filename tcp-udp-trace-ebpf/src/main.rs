@@ -38,7 +38,7 @@ use aya_ebpf::{
         SockAddrContext, SockContext, TcContext, TracePointContext,
     },
 };
-use tcp_udp_trace_common::{AF_INET, Peer, origin};
+use tcp_udp_trace_common::{AF_INET, Peer, kind, origin};
 
 use crate::{sock::Sock, tcp::Program, walk::Step};
 
@@ -90,6 +90,38 @@ fn tcp_end_raw(ctx: RawTracePointContext) -> i32 {
 #[tracepoint]
 fn tcp_end_tp(ctx: TracePointContext) -> u32 {
     tcp::ended(Sock::new(field(&ctx, 8)));
+    0
+}
+
+// ---- signals `retransmit` and `reset`: only on request --------------------------------------------------------------
+
+/// `tcp_retransmit_skb(sk, skb, err)`, since 6.17 or so: also when it failed.
+#[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
+fn tcp_retransmit_err(ctx: RawTracePointContext) -> i32 {
+    if ctx.arg::<i32>(2) == 0 {
+        tcp::happened(kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+    }
+    0
+}
+
+/// `tcp_retransmit_skb(sk, skb)`
+#[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
+fn tcp_retransmit(ctx: RawTracePointContext) -> i32 {
+    tcp::happened(kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+    0
+}
+
+/// `tcp_send_reset(sk, …)`: for a socket, or for none.
+#[raw_tracepoint(tracepoint = "tcp_send_reset")]
+fn tcp_reset_sent(ctx: RawTracePointContext) -> i32 {
+    tcp::happened(kind::RESET_SENT, Sock::new(ctx.arg(0)));
+    0
+}
+
+/// `tcp_receive_reset(sk)`
+#[raw_tracepoint(tracepoint = "tcp_receive_reset")]
+fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
+    tcp::happened(kind::RESET_RECEIVED, Sock::new(ctx.arg(0)));
     0
 }
 

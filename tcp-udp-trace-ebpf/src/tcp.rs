@@ -103,6 +103,24 @@ pub(crate) fn sample(sk: Sock, tracked: &mut Tracked) -> bool {
         })
 }
 
+/// Something happened to a socket that its state does not tell. One that is closed is still known until the kernel frees it: a reset is sent
+/// after the close.
+#[inline(always)]
+pub(crate) fn happened(kind: u32, sk: Sock) {
+    let tracked = match track::get(sk) {
+        Some(tracked) => Some(tracked),
+        None => known(sk),
+    };
+    let Some(tracked) = tracked else { return };
+    let state = tracked.state;
+    if filter::wants_tcp(kind, no_state(state & 0xf), sk, tracked) {
+        emit::record(kind, Weight::Other, |record: &mut Tcp| {
+            let port = sk.connected_port();
+            sk.describe(tracked, sk.family(), state, port, &mut record.socket);
+        });
+    }
+}
+
 /// The owner of a listener's child: until somebody accepts it, it is the listener's.
 #[inline(always)]
 fn owner_of_listener(child: Sock) -> Owner {

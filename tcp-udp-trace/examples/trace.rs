@@ -40,6 +40,12 @@ struct Args {
     /// Print each datagram, not only the totals of flows and sockets.
     #[arg(long)]
     per_datagram: bool,
+    /// Print TCP retransmissions.
+    #[arg(long)]
+    retransmits: bool,
+    /// Print TCP resets.
+    #[arg(long)]
+    resets: bool,
     /// How often the totals of a UDP flow are printed at most.
     #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "1")]
     interval: Duration,
@@ -146,6 +152,8 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         let builder = TcpTracer::builder().queue(args.queue);
         let builder = builder
             .filter(args.filter())
+            .retransmits(args.retransmits)
+            .resets(args.resets)
             .sample_interval(args.sample.0)
             .process_details(args.process_details);
         tcp = Some(builder.start().await?);

@@ -63,6 +63,8 @@ pub(crate) struct Config {
     pub(crate) per_datagram: bool,
     pub(crate) max_flows: u32,
     pub(crate) filter: Filter,
+    pub(crate) retransmits: bool,
+    pub(crate) resets: bool,
 }
 
 impl Config {
@@ -80,6 +82,8 @@ impl Config {
             per_datagram: false,
             max_flows: DEFAULT_MAX_FLOWS,
             filter: Filter::new(),
+            retransmits: false,
+            resets: false,
         }
     }
 
@@ -213,6 +217,20 @@ builder! {
 builder! {
     /// Sets up a [`UdpTracer`]. Everything is checked in [`start`](Self::start).
     UdpTracerBuilder, UdpTracer, Protocol::Udp
+}
+
+impl TcpTracerBuilder {
+    /// Whether each retransmission is an event ([`EventKind::Retransmit`](crate::EventKind::Retransmit)). Default no.
+    pub fn retransmits(mut self, retransmits: bool) -> Self {
+        self.config.retransmits = retransmits;
+        self
+    }
+
+    /// Whether each reset that a socket sends or receives is an event ([`EventKind::Reset`](crate::EventKind::Reset)). Default no.
+    pub fn resets(mut self, resets: bool) -> Self {
+        self.config.resets = resets;
+        self
+    }
 }
 
 impl UdpTracerBuilder {

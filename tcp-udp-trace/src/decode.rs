@@ -11,8 +11,8 @@ use tcp_udp_trace_common::{
 use zerocopy::{FromBytes, IntoBytes as _};
 
 use crate::{
-    Comm, Event, EventKind, Origin, Process, Protocol, SampleInfo, Socket, TcpState, Traffic,
-    time::BootClock,
+    Comm, Direction, Event, EventKind, Origin, Process, Protocol, SampleInfo, Socket, TcpState,
+    Traffic, time::BootClock,
 };
 
 /// A record that makes no sense.
@@ -51,6 +51,19 @@ pub(crate) fn decode(
         kind::ACCEPT => {
             let record: Tcp = read(bytes)?;
             tcp(&record.head, &record.socket, EventKind::Accept, clock).map(Some)
+        }
+        kind @ (kind::RETRANSMIT | kind::RESET_SENT | kind::RESET_RECEIVED) => {
+            let record: Tcp = read(bytes)?;
+            let kind = match kind {
+                kind::RETRANSMIT => EventKind::Retransmit,
+                kind::RESET_SENT => EventKind::Reset {
+                    direction: Direction::Sent,
+                },
+                _ => EventKind::Reset {
+                    direction: Direction::Received,
+                },
+            };
+            tcp(&record.head, &record.socket, kind, clock).map(Some)
         }
         kind::SAMPLE_TCP => {
             let record: Tcp = read(bytes)?;

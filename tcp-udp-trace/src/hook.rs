@@ -7,7 +7,7 @@ use std::fmt;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Hook {
-    /// What is signalled: `state`, `accept`, `end` (TCP), `life`, `send`, `receive`, `connect` (UDP), `snapshot`, `sample` (both).
+    /// What is signalled: `state`, `accept`, `end`, `retransmit`, `reset` (TCP), `life`, `send`, `receive`, `connect` (UDP), `snapshot`, `sample` (both).
     pub signal: String,
     /// The hooks in use, each as `type:target`, where `iter` is a BPF iterator; none if this kernel allows none of those we know.
     pub programs: Vec<String>,

@@ -66,6 +66,10 @@ kinds! {
     StateChange state_change "state_change",
     /// [`EventKind::Accept`].
     Accept accept "accept",
+    /// [`EventKind::Retransmit`].
+    Retransmit retransmit "retransmit",
+    /// [`EventKind::Reset`].
+    Reset reset "reset",
     /// [`EventKind::Connect`].
     Connect connect "connect",
     /// [`EventKind::Flow`].
@@ -137,6 +141,8 @@ impl Kind {
         Some(match event.kind {
             EventKind::StateChange { .. } => Self::StateChange,
             EventKind::Accept => Self::Accept,
+            EventKind::Retransmit => Self::Retransmit,
+            EventKind::Reset { .. } => Self::Reset,
             EventKind::Connect => Self::Connect,
             EventKind::Flow { .. } => Self::Flow,
             EventKind::Send { .. } => Self::Send,
@@ -154,6 +160,8 @@ impl Kind {
         match self {
             Self::StateChange => &[record::STATE_CHANGE],
             Self::Accept => &[record::ACCEPT],
+            Self::Retransmit => &[record::RETRANSMIT],
+            Self::Reset => &[record::RESET_SENT, record::RESET_RECEIVED],
             Self::Connect => &[record::CONNECT],
             Self::Flow => &[record::FLOW],
             Self::Send => &[record::SEND],
@@ -181,7 +189,9 @@ impl FromStr for Kind {
 
 /// A text that names no [`Kind`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not a kind of event: state_change, accept, connect, flow, send, receive, close or sample")]
+#[error(
+    "not a kind of event: state_change, accept, retransmit, reset, connect, flow, send, receive, close or sample"
+)]
 pub struct UnknownKind;
 
 /// A number for each kind.

@@ -15,7 +15,7 @@
 //!
 //! # What you get
 //!
-//! - [`TcpTracer`]: every state change and every accept of every TCP socket of the machine.
+//! - [`TcpTracer`]: every state change and every accept of every TCP socket of the machine; retransmissions and resets on request.
 //! - [`UdpTracer`]: every UDP socket's connects, its end and its totals, and the totals of each of its flows; each datagram
 //!   on request.
 //!
@@ -95,7 +95,7 @@ pub use crate::{
     },
     comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},
-    event::{Event, EventKind, LossStage, Protocol, Socket, Traffic},
+    event::{Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic},
     filter::{Family, Filter},
     hook::Hook,
     info::{SampleInfo, TcpInfo, UdpInfo},

@@ -18,6 +18,7 @@ macro_rules! trials {
     }};
 }
 
+mod anomalies;
 mod bytes;
 mod delivery;
 mod filters;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         states::trials(),
         owner::trials(),
         bytes::trials(),
+        anomalies::trials(),
         delivery::trials(),
         filters::trials(),
         lifecycle::trials(),

@@ -57,12 +57,12 @@ impl Scene {
 
     /// With these two, the server listening at `address`.
     pub fn between(server: Actor, address: SocketAddr, client: Actor) -> anyhow::Result<Self> {
-        Self::of(Trace::start()?, server, address, client)
+        Self::traced_between(Trace::start()?, server, address, client)
     }
 
     /// With this tracer.
     pub fn traced_by(trace: Trace, address: SocketAddr) -> anyhow::Result<Self> {
-        Self::of(
+        Self::traced_between(
             trace,
             Actor::spawn("server")?,
             address,
@@ -70,7 +70,8 @@ impl Scene {
         )
     }
 
-    fn of(
+    /// With this tracer and these two.
+    pub fn traced_between(
         trace: Trace,
         mut server: Actor,
         address: SocketAddr,

@@ -17,7 +17,7 @@ use crate::{Error, Hook, Protocol};
 /// Attaches every signal of `plan` in the best way this kernel allows, and says which.
 pub(super) fn attach(
     ebpf: &mut Ebpf,
-    plan: &[Signal],
+    plan: &[&Signal],
     protocol: Protocol,
 ) -> Result<Vec<Hook>, Error> {
     // In a thread of its own, which may look at a tracefs that the rest of the process does not have.

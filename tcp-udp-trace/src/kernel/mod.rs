@@ -127,7 +127,13 @@ impl Kernel {
         // Before the first event.
         let mut filters = Filters::default();
         filters.install(&mut ebpf, &config.filter.compile()?, config.protocol)?;
-        let mut hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
+        let on_request = [
+            (config.retransmits, &plan::RETRANSMIT),
+            (config.resets, &plan::RESET),
+        ];
+        let on_request = on_request.into_iter().filter(|(wanted, _)| *wanted);
+        let plan: Vec<_> = plan.iter().chain(on_request.map(|(_, s)| s)).collect();
+        let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol)?;
         // Only now: a socket made meanwhile has met the hooks.
         let walks = walk::start(&mut ebpf, config, &btf);
         hooks.extend(walks.hooks);

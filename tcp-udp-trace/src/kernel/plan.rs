@@ -60,6 +60,18 @@ pub(super) const TCP: &[Signal] = &[
     ]] },
 ];
 
+/// What it attaches on request, beside that.
+#[rustfmt::skip]
+pub(super) const RETRANSMIT: Signal = Signal { name: "retransmit", required: false, slots: &[&[
+    best(&[("tcp_retransmit_err", RawTracepoint("tcp_retransmit_skb"))]),
+    best(&[("tcp_retransmit", RawTracepoint("tcp_retransmit_skb"))]),
+]] };
+#[rustfmt::skip]
+pub(super) const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
+    best(&[("tcp_reset_sent", RawTracepoint("tcp_send_reset")),
+           ("tcp_reset_received", RawTracepoint("tcp_receive_reset"))]),
+]] };
+
 /// What `UdpTracer` attaches.
 ///
 /// Sockets live and send at the cgroup on every kernel: those hooks are never skipped, run in the caller's own context where it
