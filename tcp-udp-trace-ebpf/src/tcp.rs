@@ -6,7 +6,7 @@ use tcp_udp_trace_common::{
 
 use crate::{
     anomaly,
-    emit::{self, Weight},
+    emit::{self, Context, Weight},
     owner,
     sock::Sock,
     track,
@@ -31,7 +31,7 @@ pub(crate) enum Program {
 
 /// The socket goes from one state to another.
 #[inline(always)]
-pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
+pub(crate) fn changed(ctx: Context, program: Program, sk: Sock, from: i32, to: i32) {
     let (from, to) = (from as u8, to as u8);
     let tracked = track::get(sk);
     if from == to || tracked.as_ref().is_some_and(|tracked| tracked.state == to) {
@@ -63,7 +63,7 @@ pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
                     anomaly::missed();
                 }
                 tracked.state = to;
-                report(sk, family, tracked, from, to);
+                report(ctx, sk, family, tracked, from, to);
                 return;
             }
             (syn::UNKNOWN, owner::UNKNOWN)
@@ -73,7 +73,7 @@ pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if begins && track::remember(sk, &tracked) || program == Program::First {
-        report(sk, family, &tracked, from, to);
+        report(ctx, sk, family, &tracked, from, to);
     }
 }
 
@@ -94,8 +94,8 @@ pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
 
 /// Reports the socket as it is; false if that did not fit into the ring.
 #[inline(always)]
-pub(crate) fn sample(sk: Sock, tracked: &Tracked) -> bool {
-    emit::record(kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
+pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &Tracked) -> bool {
+    emit::record(ctx, kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
         let (state, port) = (sk.get(Field::State), sk.connected_port());
         sk.describe(tracked, sk.family(), state, port, &mut record.socket);
     })
@@ -116,39 +116,44 @@ fn owner_of_listener(child: Sock) -> Owner {
 }
 
 #[inline(always)]
-fn report(sk: Sock, family: u16, tracked: &Tracked, from: u8, to: u8) {
+fn report(ctx: Context, sk: Sock, family: u16, tracked: &Tracked, from: u8, to: u8) {
     let is_vital = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
     let weight = if is_vital(from) || is_vital(to) {
         Weight::Vital
     } else {
         Weight::Other
     };
-    emit::record(kind::STATE_CHANGE, weight, |record: &mut StateChange| {
-        let port = if from == CLOSE {
-            sk.bound_port()
-        } else {
-            sk.connected_port()
-        };
-        sk.describe(tracked, family, from, port, &mut record.socket);
-        record.from = from;
-        record.to = to;
-        record._pad = [0; 2];
-        record.error = if to == CLOSE {
-            sk.get::<u32>(Field::Error)
-        } else {
-            0
-        };
-    });
+    emit::record(
+        ctx,
+        kind::STATE_CHANGE,
+        weight,
+        |record: &mut StateChange| {
+            let port = if from == CLOSE {
+                sk.bound_port()
+            } else {
+                sk.connected_port()
+            };
+            sk.describe(tracked, family, from, port, &mut record.socket);
+            record.from = from;
+            record.to = to;
+            record._pad = [0; 2];
+            record.error = if to == CLOSE {
+                sk.get::<u32>(Field::Error)
+            } else {
+                0
+            };
+        },
+    );
 }
 
 /// The kernel gives the socket up.
 #[inline(always)]
-pub(crate) fn ended(sk: Sock) {
+pub(crate) fn ended(ctx: Context, sk: Sock) {
     if let Some(tracked) = track::get(sk) {
         if tracked.state != CLOSE && !track::is_stopping() {
             // Its close escaped both programs.
             anomaly::missed();
-            report(sk, sk.family(), tracked, tracked.state, CLOSE);
+            report(ctx, sk, sk.family(), tracked, tracked.state, CLOSE);
         }
         track::end(sk);
     }

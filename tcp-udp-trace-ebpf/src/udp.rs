@@ -24,7 +24,7 @@ use tcp_udp_trace_common::{
 
 use crate::{
     anomaly,
-    emit::{self, Weight},
+    emit::{self, Context, Weight},
     owner,
     sock::{Sock, read},
     track,
@@ -211,7 +211,7 @@ pub(crate) fn known(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
 
 /// Datagrams went through the socket.
 #[inline(always)]
-pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
+pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
     add(&mut tracked.traffic, datagrams);
     let flow_key = FlowKey {
         socket: tracked.id,
@@ -243,7 +243,7 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
         add(&mut flow.traffic, datagrams);
         if report || now.wrapping_sub(flow.reported) >= INTERVAL.load() {
             flow.reported = now;
-            record(kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
+            record(ctx, kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
         }
     }
     if PER_DATAGRAM.load() != 0 {
@@ -252,6 +252,7 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
             Direction::Received => kind::RECEIVE,
         };
         record(
+            ctx,
             kind,
             key,
             tracked,
@@ -277,6 +278,7 @@ fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
 
 #[inline(always)]
 fn record(
+    ctx: Context,
     kind: u32,
     key: u64,
     tracked: &UdpTracked,
@@ -289,7 +291,7 @@ fn record(
     } else {
         Weight::Other
     };
-    emit::record(kind, weight, |record: &mut Udp| {
+    emit::record(ctx, kind, weight, |record: &mut Udp| {
         record.key = key;
         record.id = tracked.id;
         record.born = tracked.born;
@@ -308,8 +310,9 @@ fn record(
 
 /// Reports the socket as it is; false if that did not fit into the ring.
 #[inline(always)]
-pub(crate) fn sample(key: u64, sk: Sock, tracked: &UdpTracked) -> bool {
+pub(crate) fn sample(ctx: Context, key: u64, sk: Sock, tracked: &UdpTracked) -> bool {
     record(
+        ctx,
         kind::SAMPLE_UDP,
         key,
         tracked,
@@ -399,7 +402,7 @@ pub(crate) fn connecting(key: u64) {
 
 /// The current thread's `connect`, if it was in one, has ended with this result.
 #[inline(always)]
-pub(crate) fn connected(result: i64) {
+pub(crate) fn connected(ctx: Context, result: i64) {
     let thread = bpf_get_current_pid_tgid();
     // SAFETY: only this thread writes the entry.
     let Some(&key) = (unsafe { CONNECTING.get(thread) }) else {
@@ -410,6 +413,7 @@ pub(crate) fn connected(result: i64) {
     let sk = Sock::new(tracked.sk);
     if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
         record(
+            ctx,
             kind::CONNECT,
             key,
             tracked,
@@ -422,27 +426,28 @@ pub(crate) fn connected(result: i64) {
 
 /// The current process returns from a system call.
 #[inline(always)]
-pub(crate) fn returned(regs: u64, result: i64) {
+pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
     if read::<u64>(regs, Field::SyscallNumber) == SYS_CONNECT {
-        connected(result);
+        connected(ctx, result);
     }
 }
 
 /// The current process's io_uring has finished a request.
 #[inline(always)]
-pub(crate) fn completed(request: u64, result: i32) {
+pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
     if read::<u8>(request, Field::IoOpcode) == IORING_OP_CONNECT {
-        connected(i64::from(result));
+        connected(ctx, i64::from(result));
     }
 }
 
 /// The socket's last descriptor is closed.
 #[inline(always)]
-pub(crate) fn closed(key: u64, sk: *const core::ffi::c_void) {
+pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     // One that is older than the tracer and was never used gets its only event here.
     let Some(tracked) = used(key, sk) else { return };
     let sk = Sock::new(tracked.sk);
     record(
+        ctx,
         kind::CLOSE,
         key,
         tracked,

@@ -16,14 +16,13 @@ use integration_tests::{
     load::Load,
     netns::{FAR, Netns, veth},
     scene::{Scene, loopback},
-    suite::skip,
+    suite::{Test, skip},
     trace::{Trace, check_conservation, show},
 };
-use libtest_mimic::Trial;
 use nix::time::{ClockId, clock_settime};
 use tcp_udp_trace::{Event, EventKind, LossStage, OverflowPolicy, TcpState, TcpTracer, UdpTracer};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             two_tracers_at_once_give_the_same_events,

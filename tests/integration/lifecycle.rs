@@ -12,12 +12,12 @@ use futures_util::{FutureExt as _, StreamExt as _, stream::FusedStream as _};
 use integration_tests::{
     actor::{Actor, Command, Outcome},
     kernel::{BpfObjects, is_emulated, open_files},
+    suite::Test,
 };
-use libtest_mimic::Trial;
 use tcp_udp_trace::{ErrorKind, TcpTracer};
 use tokio::runtime::{Builder, Runtime};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             start_needs_a_runtime,

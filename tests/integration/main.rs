@@ -12,9 +12,9 @@ use integration_tests::actor;
 /// A list of tests, each with what it needs, named after their module.
 macro_rules! trials {
     ($($needs:ident: [$($name:ident,)+],)+) => {{
-        use integration_tests::suite::{Needs, trial};
+        use integration_tests::suite::{Needs, Test};
         let topic = module_path!().rsplit("::").next().unwrap();
-        vec![$($(trial(topic, stringify!($name), Needs::$needs, $name),)+)+]
+        vec![$($(Test { topic, name: stringify!($name), needs: Needs::$needs, body: $name },)+)+]
     }};
 }
 
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         return code;
     }
     let arguments = libtest_mimic::Arguments::from_args();
-    let topics = [
+    let tests = [
         states::trials(),
         owner::trials(),
         bytes::trials(),
@@ -49,6 +49,9 @@ fn main() -> ExitCode {
         udp_numbers::trials(),
         udp_peers::trials(),
         udp_lifecycle::trials(),
-    ];
-    libtest_mimic::run(&arguments, topics.into_iter().flatten().collect()).exit_code()
+    ]
+    .concat();
+    let perf = tests.iter().map(|test| test.with_perf_buffers());
+    let trials = tests.iter().map(|test| test.trial()).chain(perf).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -12,9 +12,9 @@ use integration_tests::{
     actor::{Actor, Command},
     netns::Netns,
     scene::{Scene, loopback},
+    suite::Test,
     trace::{Trace, check_conservation},
 };
-use libtest_mimic::Trial;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tcp_udp_trace::{
     Event, EventKind,
@@ -23,7 +23,7 @@ use tcp_udp_trace::{
 };
 use tokio::runtime::{Builder, Runtime};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Solitude: [
             sampling_sheds_nothing,

@@ -11,15 +11,15 @@ use futures_util::{StreamExt as _, stream};
 use integration_tests::{
     actor::{Actor, Operation, ReceiveCall, SendCall},
     kernel::{BpfObjects, is_emulated, open_files},
+    suite::Test,
     talker::Talker,
     trace::{Trace, check_conservation},
     udp_scene::{Family, Site, UdpTraces, connected},
 };
-use libtest_mimic::Trial;
 use tcp_udp_trace::{EventKind, Protocol, TcpTracer, UdpTracer};
 use tokio::runtime::{Builder, Runtime};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             socket_that_never_sends,

@@ -18,6 +18,7 @@ use crate::{
     life::Lives,
     netns::Netns,
     sampled::{self, Sampled},
+    suite::buffer,
     udp_life::UdpLives,
 };
 
@@ -114,8 +115,8 @@ impl Trace {
     pub fn start_with(
         settings: impl FnOnce(TcpTracerBuilder) -> TcpTracerBuilder + Send + 'static,
     ) -> anyhow::Result<Self> {
+        let builder = tcp().queue(QUEUE).ring_bytes(RING);
         Self::spawn(async || {
-            let builder = TcpTracer::builder().queue(QUEUE).ring_bytes(RING);
             settings(builder.sample_interval(BACKGROUND_INTERVAL))
                 .start()
                 .await
@@ -131,8 +132,8 @@ impl Trace {
     pub fn start_udp_with(
         settings: impl FnOnce(UdpTracerBuilder) -> UdpTracerBuilder + Send + 'static,
     ) -> anyhow::Result<Self> {
+        let builder = udp().queue(QUEUE).ring_bytes(RING);
         Self::spawn(async || {
-            let builder = UdpTracer::builder().queue(QUEUE).ring_bytes(RING);
             settings(builder.sample_interval(BACKGROUND_INTERVAL))
                 .start()
                 .await
@@ -311,6 +312,24 @@ impl Trace {
 impl Drop for Trace {
     fn drop(&mut self) {
         drop(self.stop());
+    }
+}
+
+/// A builder of a tracer that this thread's test shall use.
+pub fn tcp() -> TcpTracerBuilder {
+    let builder = TcpTracer::builder();
+    match buffer() {
+        Some(buffer) => builder.buffer(buffer),
+        None => builder,
+    }
+}
+
+/// The same for UDP.
+pub fn udp() -> UdpTracerBuilder {
+    let builder = UdpTracer::builder();
+    match buffer() {
+        Some(buffer) => builder.buffer(buffer),
+        None => builder,
     }
 }
 

@@ -2,7 +2,10 @@
 
 use std::{error::Error as StdError, fs, io};
 
-use aya::{EbpfError, maps::MapError};
+use aya::{
+    EbpfError,
+    maps::{MapError, perf::PerfBufferError},
+};
 
 use crate::{Error, ErrorKind, Protocol};
 
@@ -31,6 +34,20 @@ pub(super) fn of_map(error: &EbpfError, protocol: Protocol) -> Error {
         _ => None,
     };
     refusal(errno, "a map", protocol, ErrorKind::Load)
+}
+
+/// The buffer of a CPU could not be made.
+pub(super) fn of_perf_buffer(error: &PerfBufferError) -> Error {
+    match error {
+        PerfBufferError::MMapError { io_error } if io_error.raw_os_error() == Some(EPERM) => {
+            Error::new(
+                ErrorKind::Permission,
+                "perf buffers of this size are over the limit on locked memory: lower ring_bytes, raise `ulimit -l` or \
+                 the setting kernel.perf_event_mlock_kb, or grant CAP_IPC_LOCK",
+            )
+        }
+        _ => Error::new(ErrorKind::Load, "the kernel refused a perf buffer"),
+    }
 }
 
 /// No hook of a signal could be attached that there is no tracing without.

@@ -1,0 +1,55 @@
+//! A ring buffer, of all CPUs.
+
+use aya_ebpf::{
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    macros::map,
+    maps::RingBuf,
+};
+
+use super::{Context, Record, WAKE_SHIFT, Weight, head, wakes};
+use crate::anomaly;
+
+/// The records, in the order of their reservation.
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
+
+/// What the kernel puts before each record, in bytes (`BPF_RINGBUF_HDR_SZ`).
+const RECORD_HEADER: u64 = 8;
+
+/// Writes a record; `fill` sets every byte but the head's. A full ring is counted, and then this is false.
+#[inline(always)]
+pub(crate) fn record<R: Record>(
+    _ctx: Context,
+    kind: u32,
+    weight: Weight,
+    fill: impl FnOnce(&mut R),
+) -> bool {
+    let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
+    let after = before + size_of::<R>() as u64 + RECORD_HEADER;
+    if weight == Weight::Other && after >> WAKE_SHIFT.load() >= 7 {
+        anomaly::lost();
+        return false;
+    }
+    let Some(mut entry) = EVENTS.reserve::<R>(0) else {
+        anomaly::lost();
+        return false;
+    };
+    // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes
+    // only, and all of it is written before it is read or submitted.
+    let record = unsafe { entry.assume_init_mut() };
+    *record.head() = head(kind);
+    fill(record);
+    let wake = if wakes(before, after) {
+        BPF_RB_FORCE_WAKEUP
+    } else {
+        BPF_RB_NO_WAKEUP
+    };
+    entry.submit(u64::from(wake));
+    true
+}
+
+/// Whether the ring has no room to spare for records that could come later just as well.
+#[inline(always)]
+pub(crate) fn is_crowded() -> bool {
+    EVENTS.query(u64::from(BPF_RB_AVAIL_DATA)) >> WAKE_SHIFT.load() != 0
+}

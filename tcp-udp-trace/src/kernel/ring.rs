@@ -1,0 +1,76 @@
+//! What is between the programs and the reader.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use aya::{
+    maps::{MapData, MapType, RingBuf},
+    sys::is_map_supported,
+};
+
+use super::perf::Perf;
+use crate::{Buffer, Hook};
+
+/// The records that the programs have written.
+pub(crate) enum Ring {
+    /// In the order in which the kernel made room for them.
+    Ring(RingBuf<MapData>),
+    Perf(Perf),
+}
+
+/// The best buffer that this kernel has.
+pub(super) fn best() -> Buffer {
+    // Where it cannot be asked, loading will tell why.
+    if is_map_supported(MapType::RingBuf).unwrap_or(true) {
+        Buffer::Ring
+    } else {
+        Buffer::Perf
+    }
+}
+
+/// Tells which buffer is in use.
+pub(super) fn hook(buffer: Buffer) -> Hook {
+    let (map, note) = match buffer {
+        Buffer::Ring => ("map:ringbuf", None),
+        Buffer::Perf => (
+            "map:perf_event_array",
+            Some("a record takes longer to write; the programs' warnings are not logged"),
+        ),
+    };
+    Hook {
+        signal: "buffer".into(),
+        programs: vec![map.into()],
+        note: note.map(Into::into),
+    }
+}
+
+impl Ring {
+    /// Hands the next record to `take`; false if there is none.
+    pub(crate) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
+        match self {
+            Self::Ring(ring) => match ring.next() {
+                Some(record) => {
+                    take(&record);
+                    true
+                }
+                None => false,
+            },
+            Self::Perf(perf) => perf.next(take),
+        }
+    }
+}
+
+/// Readable when the programs wake the reader.
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Ring(ring) => ring.as_raw_fd(),
+            Self::Perf(perf) => perf.as_raw_fd(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").finish_non_exhaustive()
+    }
+}
