@@ -9,7 +9,7 @@ mod ring;
 
 use core::ffi::c_void;
 
-use aya_ebpf::{Global, helpers::bpf_ktime_get_boot_ns, macros::map, maps::Array};
+use aya_ebpf::{helpers::bpf_ktime_get_boot_ns, macros::map, maps::Array};
 use tcp_udp_trace_common::Head;
 
 #[cfg(feature = "perf")]
@@ -21,11 +21,6 @@ use crate::anomaly;
 /// Not 0 while the reader sleeps and wants to be woken by the next record.
 #[map]
 static ARMED: Array<u32> = Array::with_max_entries(1, 0);
-
-/// An eighth of the buffer's size (of one CPU's, if each has its own) is this power of two, in bytes; user space sets it. Each time the
-/// buffer has filled by that much, a record wakes the reader though it did not ask.
-#[unsafe(no_mangle)]
-static WAKE_SHIFT: Global<u32> = Global::new(16);
 
 /// What a program was called with. The kernel wants to see it from one that writes into a perf buffer.
 pub(crate) type Context = *mut c_void;
@@ -81,20 +76,19 @@ pub(crate) fn arm() {
     }
 }
 
-/// Whether a record that fills the buffer from `before` to `after` wakes the reader: if that asked for it, or if the buffer fills up.
-/// Waking is the most expensive thing that an event can do (about 1.7 of 1.9 µs when every record does it), so records gather meanwhile.
+/// Whether the reader has asked to be woken, and nobody has done it yet. Waking is the most expensive thing that an event can do
+/// (about 1.7 of 1.9 µs when every record does it), so records gather meanwhile.
 #[inline(always)]
-fn wakes(before: u64, after: u64) -> bool {
-    if let Some(armed) = ARMED.get_ptr_mut(0) {
-        // SAFETY: a valid pointer to the map's only value. Two CPUs may both find it armed: one wake-up too many.
-        unsafe {
-            if armed.read_volatile() != 0 {
-                armed.write_volatile(0);
-                return true;
-            }
+fn is_armed() -> bool {
+    let Some(armed) = ARMED.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: a valid pointer to the map's only value. Two CPUs may both find it armed: one wake-up too many.
+    unsafe {
+        let is_armed = armed.read_volatile() != 0;
+        if is_armed {
+            armed.write_volatile(0);
         }
+        is_armed
     }
-    // Only the record that crosses the line wakes: past it, each one would. Two CPUs may cross it together and both
-    // believe that the other did; the next line, or the reader's timer, makes up for that.
-    after >> WAKE_SHIFT.load() != before >> WAKE_SHIFT.load()
 }

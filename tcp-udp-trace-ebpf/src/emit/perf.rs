@@ -1,8 +1,8 @@
 //! Perf buffers, two for each CPU, for kernels without the ring buffer.
 //!
-//! The kernel wakes whoever waits for a perf buffer at each record, and a program has no say in that, nor can it see how full the buffer is.
-//! So the reader waits for one of the two only, and the programs choose: most records go quietly into the large one; those that shall
-//! wake the reader, and what would be missed most when the large one is full, into the small one.
+//! When the reader of a perf buffer is woken is settled when it is made: the large one wakes it each time that it has filled by an eighth, the
+//! small one at once. So where a record shall wake it, a bell goes into the small one. That also takes the records that would be
+//! missed most when the large one is full.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
@@ -13,20 +13,18 @@ use aya_ebpf::{
     maps::{PerCpuArray, PerfEventByteArray},
 };
 
-use super::{Context, Record, Weight, head, wakes};
+use tcp_udp_trace_common::{Udp, kind};
+
+use super::{Context, Record, Weight, head, is_armed};
 use crate::anomaly;
 
-/// The large buffer of each CPU.
+/// The large one of each CPU.
 #[map]
 static EVENTS: PerfEventByteArray = PerfEventByteArray::new(0);
 
 /// The small one, an eighth of its size.
 #[map]
 static URGENT: PerfEventByteArray = PerfEventByteArray::new(0);
-
-/// How many bytes were written on this CPU.
-#[map]
-static WRITTEN: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// Where the records of this CPU are built: a program may interrupt another one, or preempt it, so one place is not enough. They
 /// are too large for the stack.
@@ -35,7 +33,7 @@ static PLACES: PerCpuArray<Place> = PerCpuArray::with_max_entries(PLACE_COUNT, 0
 const PLACE_COUNT: u32 = 4;
 
 /// Room for the largest record.
-type Room = tcp_udp_trace_common::Udp;
+type Room = Udp;
 
 #[repr(C)]
 struct Place {
@@ -73,9 +71,6 @@ impl Place {
     }
 }
 
-/// What the kernel puts around each record, in bytes: a header, the length, and padding for the two to end at a multiple of 8.
-const RECORD_FRAME: u64 = 16;
-
 /// Writes a record; `fill` sets every byte but the head's. A full buffer is counted, and then this is false.
 #[inline(always)]
 pub(crate) fn record<R: Record>(
@@ -95,45 +90,29 @@ pub(crate) fn record<R: Record>(
     fill(record);
     // Last, because user space puts the records of different CPUs in the order of their times.
     *record.head() = head(kind);
-    let written = if wakes_reader::<R>() {
-        output(&URGENT, ctx, record) || output(&EVENTS, ctx, record)
-    } else {
-        output(&EVENTS, ctx, record) || weight == Weight::Vital && output(&URGENT, ctx, record)
-    };
+    let written =
+        output(&EVENTS, ctx, record) || weight == Weight::Vital && output(&URGENT, ctx, record);
     Place::leave(place);
     if !written {
         anomaly::lost();
+    } else if is_armed() {
+        // Where there is no room for it, the reader has been woken already.
+        output(&URGENT, ctx, &kind::BELL);
     }
     written
 }
 
-/// Whether the next record of this CPU shall wake the reader.
-#[inline(always)]
-fn wakes_reader<R>() -> bool {
-    let Some(written) = WRITTEN.get_ptr_mut(0) else {
-        return false;
-    };
-    // SAFETY: a valid pointer to this CPU's value. A program that comes in between may be overwritten: a wake-up too few, or too many.
-    let (before, after) = unsafe {
-        let before = written.read_volatile();
-        let after = before.wrapping_add(size_of::<R>() as u64 + RECORD_FRAME);
-        written.write_volatile(after);
-        (before, after)
-    };
-    wakes(before, after)
-}
-
 /// False if the buffer is full, or if this CPU has none, because it was brought up later.
 #[inline(always)]
-fn output<R: Record>(buffer: &'static PerfEventByteArray, ctx: Context, record: &mut R) -> bool {
-    // SAFETY: the context is the program's own, the map one of perf buffers, and the record whole.
+fn output<T>(buffer: &'static PerfEventByteArray, ctx: Context, data: &T) -> bool {
+    // SAFETY: the context is the program's own, the map one of perf buffers, and the data whole.
     let error = unsafe {
         bpf_perf_event_output(
             ctx,
             (&raw const *buffer).cast_mut().cast(),
             u64::from(BPF_F_CURRENT_CPU),
-            (&raw mut *record).cast(),
-            size_of::<R>() as u64,
+            (&raw const *data).cast_mut().cast(),
+            size_of::<T>() as u64,
         )
     };
     error == 0

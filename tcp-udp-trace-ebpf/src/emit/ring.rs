@@ -1,17 +1,23 @@
 //! A ring buffer, of all CPUs.
 
 use aya_ebpf::{
+    Global,
     bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     macros::map,
     maps::RingBuf,
 };
 
-use super::{Context, Record, WAKE_SHIFT, Weight, head, wakes};
+use super::{Context, Record, Weight, head, is_armed};
 use crate::anomaly;
 
 /// The records, in the order of their reservation.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
+
+/// An eighth of the ring's size is this power of two, in bytes; user space sets it. Each time the ring has filled by that much, a record
+/// wakes the reader though it did not ask.
+#[unsafe(no_mangle)]
+static WAKE_SHIFT: Global<u32> = Global::new(16);
 
 /// What the kernel puts before each record, in bytes (`BPF_RINGBUF_HDR_SZ`).
 const RECORD_HEADER: u64 = 8;
@@ -39,13 +45,20 @@ pub(crate) fn record<R: Record>(
     let record = unsafe { entry.assume_init_mut() };
     *record.head() = head(kind);
     fill(record);
-    let wake = if wakes(before, after) {
-        BPF_RB_FORCE_WAKEUP
-    } else {
-        BPF_RB_NO_WAKEUP
-    };
-    entry.submit(u64::from(wake));
+    entry.submit(wake(before, after));
     true
+}
+
+/// How to submit a record that fills the ring from `before` to `after`: it wakes the reader if that asked for it, or if the ring fills up.
+#[inline(always)]
+fn wake(before: u64, after: u64) -> u64 {
+    // Only the record that crosses the line wakes: past it, each one would. Two CPUs may cross it together and both
+    // believe that the other did; the next line, or the reader's timer, makes up for that.
+    if is_armed() || after >> WAKE_SHIFT.load() != before >> WAKE_SHIFT.load() {
+        u64::from(BPF_RB_FORCE_WAKEUP)
+    } else {
+        u64::from(BPF_RB_NO_WAKEUP)
+    }
 }
 
 /// Whether the ring has no room to spare for records that could come later just as well.

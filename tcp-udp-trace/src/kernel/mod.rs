@@ -34,7 +34,6 @@ use log::Log;
 use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-use self::perf::Perf;
 use crate::{Buffer, Error, ErrorKind, Hook, Protocol, Traffic, builder::Config, flows::FlowMap};
 
 /// The eBPF objects of this architecture, as `cargo xtask ebpf` made them: with a ring buffer, and with perf buffers.
@@ -93,23 +92,17 @@ impl Kernel {
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
-        let layout = perf::Layout::new(config.ring_bytes).map_err(|source| {
-            Error::new(ErrorKind::Unsupported, "cannot tell which CPUs there are")
-                .with_source(source)
-        })?;
-        let (object, ring_bytes, events) = match buffer {
-            Buffer::Ring => {
-                // As the loader rounds it.
-                let bytes = config.ring_bytes.next_power_of_two();
-                (with_ring, bytes, bytes)
-            }
-            Buffer::Perf => (with_perf, layout.bytes_per_cpu(), cpus as u32),
-        };
+        // As the loader rounds it.
+        let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
+        let (object, events) = match buffer {
+            Buffer::Ring => (with_ring, ring_bytes),
+            Buffer::Perf => (with_perf, cpus as u32),
+        };
         let mut ebpf = EbpfLoader::new()
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
-            .override_global("WAKE_SHIFT", &wake_shift, true)
+            .override_global("WAKE_SHIFT", &wake_shift, buffer == Buffer::Ring)
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .map_max_entries("EVENTS", events)
@@ -118,22 +111,11 @@ impl Kernel {
             .map_max_entries("FLOWS", flows)
             .load(object)
             .map_err(|source| refusal::of_map(&source, config.protocol).with_source(source))?;
-        let (ring, log) = match buffer {
-            Buffer::Ring => {
-                let log = EbpfLogger::init(&mut ebpf).map_err(|source| {
-                    Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
-                })?;
-                let events = take_map(&mut ebpf, "EVENTS", TryFrom::try_from)?;
-                (Ring::Ring(events), Some(log))
-            }
-            Buffer::Perf => {
-                let events = take_map(&mut ebpf, "EVENTS", TryFrom::try_from)?;
-                let urgent = take_map(&mut ebpf, "URGENT", TryFrom::try_from)?;
-                let perf = Perf::open(events, urgent, &layout)
-                    .map_err(|source| refusal::of_perf_buffer(&source).with_source(source))?;
-                (Ring::Perf(perf), None)
-            }
-        };
+        let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
+        let log = log.transpose().map_err(|source| {
+            Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
+        })?;
+        let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let mut hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
         load_questions(&mut ebpf, config.protocol).map_err(|source| {

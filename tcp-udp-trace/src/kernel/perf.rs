@@ -1,4 +1,4 @@
-//! Perf buffers: for each CPU a large one, which records go into quietly, and a small one, whose records wake the reader.
+//! Perf buffers: for each CPU a large one, which records go into quietly, and a small one, for what wakes the reader.
 
 use std::{
     collections::VecDeque,
@@ -7,56 +7,33 @@ use std::{
 };
 
 use aya::{
-    maps::{
-        MapData, PerfEventArray,
-        perf::{PerfBufferError, PerfEvent, PerfEventArrayBuffer},
-    },
+    maps::{Array, MapData},
     util::online_cpus,
 };
-use nix::{
-    sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags},
-    unistd::{SysconfVar, sysconf},
-};
+use nix::sys::epoll::{self, Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollOp};
+use perf_event::{Builder, SampleFlag, Sampler, events::Software};
 use tcp_udp_trace_common::{Head, Udp};
 use zerocopy::FromBytes as _;
 
 use super::SHARE;
 
-/// How large the buffers are.
-#[derive(Debug, Clone)]
-pub(super) struct Layout {
-    cpus: Vec<u32>,
-    page: usize,
-    /// Pages of a large buffer.
-    pages: usize,
-}
-
-impl Layout {
-    /// Shares `bytes` among the CPUs.
-    pub(super) fn new(bytes: u32) -> io::Result<Self> {
-        let cpus = online_cpus().map_err(|(_, error)| error)?;
-        let page = sysconf(SysconfVar::PAGE_SIZE)?.and_then(|page| usize::try_from(page).ok());
-        let page = page.ok_or(io::ErrorKind::Unsupported)?;
-        // As the kernel wants it.
-        let pages = (bytes as usize / cpus.len().max(1) / page).next_power_of_two();
-        Ok(Self { cpus, page, pages })
-    }
-
-    /// The size of a large buffer.
-    pub(super) fn bytes_per_cpu(&self) -> u32 {
-        u32::try_from(self.pages * self.page).unwrap_or(u32::MAX)
-    }
-}
+/// The kind of what a program has written, in a buffer (`perf_event.h`).
+const PERF_RECORD_SAMPLE: u32 = 9;
 
 /// The records of all CPUs, in the order of their times.
 pub(crate) struct Perf {
-    buffers: Vec<PerfEventArrayBuffer<MapData>>,
-    /// Of the small buffers.
+    buffers: Vec<Sampler>,
+    /// Readable when one of the buffers wakes its reader.
     wakes: Epoll,
+    /// The maps of the buffers: they forget them when they are closed.
+    _maps: [BufferMap; 2],
     /// Taken from the buffers; the first `in_order` are older than all that could still be in them.
     taken: VecDeque<Record>,
     in_order: usize,
 }
+
+/// A map that tells the programs the buffer (its descriptor) of each CPU. For aya, one of integers.
+pub(super) type BufferMap = Array<MapData, RawFd>;
 
 struct Record {
     time: u64,
@@ -65,25 +42,27 @@ struct Record {
 }
 
 impl Perf {
-    pub(super) fn open(
-        mut events: PerfEventArray<MapData>,
-        mut urgent: PerfEventArray<MapData>,
-        layout: &Layout,
-    ) -> Result<Self, PerfBufferError> {
-        let wakes = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(io::Error::from)?;
-        let mut buffers = Vec::with_capacity(2 * layout.cpus.len());
-        for &cpu in &layout.cpus {
-            buffers.push(events.open(cpu, Some(layout.pages))?);
-            let small = (layout.pages / SHARE as usize).max(1);
-            let small = urgent.open(cpu, Some(small))?;
-            // Nobody asks which one it was.
-            let interest = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0);
-            wakes.add(&small, interest).map_err(io::Error::from)?;
-            buffers.push(small);
+    /// Makes the buffers for the maps of the large and of the small ones; together the large ones have `bytes`, or some more.
+    pub(super) fn open(mut maps: [BufferMap; 2], bytes: usize) -> io::Result<Self> {
+        let cpus = online_cpus().map_err(|(_, error)| error)?;
+        let large = (bytes / cpus.len().max(1)).next_power_of_two();
+        let small = large / SHARE as usize;
+        let wakes = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let mut buffers = Vec::with_capacity(2 * cpus.len());
+        for cpu in cpus {
+            for (map, bytes, wake_at) in [(0, large, small), (1, small, 1)] {
+                let buffer = buffer(cpu, bytes, wake_at)?;
+                watch(&wakes, &buffer)?;
+                maps[map]
+                    .set(cpu, buffer.as_raw_fd(), 0)
+                    .map_err(io::Error::other)?;
+                buffers.push(buffer);
+            }
         }
         Ok(Self {
             buffers,
             wakes,
+            _maps: maps,
             taken: VecDeque::new(),
             in_order: 0,
         })
@@ -113,34 +92,69 @@ impl Perf {
 
     /// Takes what is in the buffers.
     fn collect(&mut self) {
-        let taken = &mut self.taken;
         for buffer in &mut self.buffers {
-            buffer.for_each(|event| match event {
-                PerfEvent::Sample { head, tail } => taken.push_back(Record::new(head, tail)),
-                // The programs have counted them themselves.
-                PerfEvent::Lost { .. } => {}
-            });
+            while let Some(record) = buffer.next_record() {
+                // The kernel also tells of the records that it had no room for: the programs have counted those themselves.
+                if record.ty() == PERF_RECORD_SAMPLE {
+                    self.taken.extend(Record::new(&record.to_contiguous()));
+                }
+            }
         }
     }
 }
 
+/// Makes a buffer of at least so many bytes, which wakes its reader each time that it has filled by `wake_at` bytes.
+fn buffer(cpu: u32, bytes: usize, wake_at: usize) -> io::Result<Sampler> {
+    Builder::new(Software::BPF_OUTPUT)
+        .any_pid()
+        .one_cpu(cpu as usize)
+        .sample_period(1)
+        .sample(SampleFlag::RAW)
+        .wakeup_watermark(wake_at)
+        .enabled(true)
+        .build()?
+        // In whole pages.
+        .sampled(bytes)
+}
+
+/// Makes `wakes` readable whenever the buffer wakes its reader.
+fn watch(wakes: &Epoll, buffer: &Sampler) -> nix::Result<()> {
+    // Nobody asks which one it was.
+    let mut interest = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0);
+    #[allow(
+        deprecated,
+        reason = "its successor wants a borrowed descriptor, which this type does not give"
+    )]
+    epoll::epoll_ctl(
+        wakes.0.as_raw_fd(),
+        EpollOp::EpollCtlAdd,
+        buffer.as_raw_fd(),
+        &mut interest,
+    )
+}
+
 impl Record {
-    /// A record that is in two parts where the buffer's end is.
-    fn new(head: &[u8], tail: &[u8]) -> Self {
-        // A record is words of 8 bytes; the kernel adds 4, for what follows to begin at such a word.
-        let length = (head.len() + tail.len()) & !7;
+    /// What is in a sample of a buffer: a length of 4 bytes, the record, and 4 bytes for the whole to be words of 8. None, if it is only
+    /// a bell.
+    fn new(sample: &[u8]) -> Option<Self> {
+        let words = sample.get(4..sample.len().saturating_sub(4))?;
+        if words.is_empty() {
+            return None;
+        }
         let mut bytes = [0; size_of::<Udp>()];
         // One that is longer is none of ours.
-        let length = if length <= bytes.len() { length } else { 0 };
-        let (first, second) = bytes[..length].split_at_mut(head.len().min(length));
-        first.copy_from_slice(&head[..first.len()]);
-        second.copy_from_slice(&tail[..second.len()]);
+        let length = if words.len() <= bytes.len() {
+            words.len()
+        } else {
+            0
+        };
+        bytes[..length].copy_from_slice(&words[..length]);
         let time = Head::read_from_prefix(&bytes).map_or(0, |(head, _)| head.time);
-        Self {
+        Some(Self {
             time,
             length,
             bytes,
-        }
+        })
     }
 }
 

@@ -2,15 +2,13 @@
 
 use std::{error::Error as StdError, fs, io};
 
-use aya::{
-    EbpfError,
-    maps::{MapError, perf::PerfBufferError},
-};
+use aya::{EbpfError, maps::MapError};
 
 use crate::{Error, ErrorKind, Protocol};
 
 const EPERM: i32 = 1;
 const ENOMEM: i32 = 12;
+const EACCES: i32 = 13;
 
 /// A capability, by its number in `capability.h`.
 type Capability = (u32, &'static str);
@@ -37,15 +35,18 @@ pub(super) fn of_map(error: &EbpfError, protocol: Protocol) -> Error {
 }
 
 /// The buffer of a CPU could not be made.
-pub(super) fn of_perf_buffer(error: &PerfBufferError) -> Error {
-    match error {
-        PerfBufferError::MMapError { io_error } if io_error.raw_os_error() == Some(EPERM) => {
-            Error::new(
-                ErrorKind::Permission,
-                "perf buffers of this size are over the limit on locked memory: lower ring_bytes, raise `ulimit -l` or \
-                 the setting kernel.perf_event_mlock_kb, or grant CAP_IPC_LOCK",
-            )
-        }
+pub(super) fn of_perf_buffer(error: &io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(EACCES) => Error::new(
+            ErrorKind::Permission,
+            "the kernel refused a perf buffer: grant CAP_PERFMON",
+        ),
+        // The event was allowed, its memory is not.
+        Some(EPERM) => Error::new(
+            ErrorKind::Permission,
+            "the perf buffers are over the limit on locked memory: lower ring_bytes, raise `ulimit -l` or \
+             kernel.perf_event_mlock_kb, or grant CAP_IPC_LOCK",
+        ),
         _ => Error::new(ErrorKind::Load, "the kernel refused a perf buffer"),
     }
 }

@@ -3,12 +3,13 @@
 use std::os::fd::{AsRawFd, RawFd};
 
 use aya::{
-    maps::{MapData, MapType, RingBuf},
+    Ebpf,
+    maps::{Array, Map, MapData, MapType, RingBuf},
     sys::is_map_supported,
 };
 
-use super::perf::Perf;
-use crate::{Buffer, Hook};
+use super::{perf::Perf, refusal, take_map};
+use crate::{Buffer, Error, Hook, builder::Config};
 
 /// The records that the programs have written.
 pub(crate) enum Ring {
@@ -44,6 +45,24 @@ pub(super) fn hook(buffer: Buffer) -> Hook {
 }
 
 impl Ring {
+    pub(super) fn open(ebpf: &mut Ebpf, buffer: Buffer, config: &Config) -> Result<Self, Error> {
+        match buffer {
+            Buffer::Ring => take_map(ebpf, "EVENTS", RingBuf::try_from).map(Self::Ring),
+            Buffer::Perf => {
+                let mut take = |name| {
+                    take_map(ebpf, name, |map| match map {
+                        Map::PerfEventArray(map) => Array::try_from(Map::Array(map)),
+                        map => Array::try_from(map),
+                    })
+                };
+                let maps = [take("EVENTS")?, take("URGENT")?];
+                Perf::open(maps, config.ring_bytes as usize)
+                    .map(Self::Perf)
+                    .map_err(|source| refusal::of_perf_buffer(&source).with_source(source))
+            }
+        }
+    }
+
     /// Hands the next record to `take`; false if there is none.
     pub(crate) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
         match self {
