@@ -1,9 +1,9 @@
 //! Every event reaches the consumer, in time and with the right time, or is counted.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs,
-    net::{SocketAddr, UdpSocket},
+    net::{SocketAddr, TcpListener, UdpSocket},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -17,15 +17,20 @@ use integration_tests::{
     netns::{FAR, Netns, veth},
     scene::{Scene, loopback},
     suite::{Test, skip},
-    trace::{Trace, check_conservation, show},
+    trace::{self, Trace, check_conservation, show},
 };
-use nix::time::{ClockId, clock_settime};
-use tcp_udp_trace::{Event, EventKind, LossStage, OverflowPolicy, TcpState, TcpTracer, UdpTracer};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    time::{ClockId, clock_settime},
+    unistd::Pid,
+};
+use tcp_udp_trace::{Event, EventKind, LossStage, OverflowPolicy, TcpState};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             two_tracers_at_once_give_the_same_events,
+            what_moves_between_cpus_stays_in_order,
         ],
         Solitude: [
             churn_of_ten_thousand_connections_under_load,
@@ -181,6 +186,47 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Each socket begins on one CPU and ends on another, while the reader looks as often as it can.
+fn what_moves_between_cpus_stays_in_order() -> anyhow::Result<()> {
+    let thread = Pid::from_raw(0);
+    let allowed = sched_getaffinity(thread)?;
+    let mut cpus = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
+    let (Some(first), Some(second)) = (cpus.next(), cpus.next()) else {
+        return skip("there is one CPU only");
+    };
+    let sockets = if kernel::is_emulated()? { 300 } else { 3_000 };
+    let trace = Trace::start_with(|builder| builder.latency(Duration::ZERO).sample_interval(None))?;
+    let go_to = |cpu| {
+        let mut only = CpuSet::new();
+        only.set(cpu)?;
+        sched_setaffinity(thread, &only)
+    };
+    for turn in 0..sockets {
+        let (begin, end) = match turn % 2 {
+            0 => (first, second),
+            _ => (second, first),
+        };
+        go_to(begin)?;
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        go_to(end)?;
+        drop(listener);
+    }
+    let mut lives = HashMap::<u64, Vec<Event>>::new();
+    for event in trace.finish_in_order(sockets)? {
+        lives.entry(event.socket.id).or_default().push(event);
+    }
+    ensure!(lives.len() == sockets, "{} sockets", lives.len());
+    for life in lives.values() {
+        let is_in_order = life.len() == 2 && !life[0].is_close() && life[1].is_close();
+        ensure!(
+            is_in_order && life[0].uptime < life[1].uptime,
+            "{}",
+            show(life)
+        );
+    }
+    Ok(())
+}
+
 /// The reader is a task of a runtime that does not run while events are made: nobody empties the ring. What it had room for
 /// is delivered, then the gap is told, and nothing is missing from the sum.
 fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
@@ -192,8 +238,8 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = TcpTracer::builder()
-        .ring_bytes(RING_BYTES)
+    let builder = trace::tcp()
+        .ring_bytes(trace::bytes_for_a_cpu(RING_BYTES))
         .queue(1 << 20)
         .sample_interval(None);
     let mut tracer = runtime.block_on(builder.start())?;
@@ -286,7 +332,7 @@ fn overflow(policy: OverflowPolicy) -> anyhow::Result<(Vec<What>, Vec<Event>)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = TcpTracer::builder()
+    let builder = trace::tcp()
         .queue(QUEUE)
         .overflow(policy)
         .sample_interval(None);
@@ -367,10 +413,13 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = UdpTracer::builder()
-        .per_datagram(true)
-        .sample_interval(None);
-    let mut tracer = runtime.block_on(builder.ring_bytes(1 << 16).queue(64).start())?;
+    let builder = trace::udp().per_datagram(true).sample_interval(None);
+    let mut tracer = runtime.block_on(
+        builder
+            .ring_bytes(trace::bytes_for_a_cpu(1 << 16))
+            .queue(64)
+            .start(),
+    )?;
     let sockets = (0..SOCKETS)
         .map(|_| UdpSocket::bind("127.0.0.1:0"))
         .collect::<Result<Vec<_>, _>>()?;

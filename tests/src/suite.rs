@@ -67,6 +67,12 @@ pub fn buffer() -> Option<Buffer> {
 }
 
 impl Test {
+    /// Whether this is its topic, or its name with the topic.
+    #[must_use]
+    pub fn is_of(&self, name: &str) -> bool {
+        name == self.topic || name.split_once("::") == Some((self.topic, self.name))
+    }
+
     /// The test as it is.
     #[must_use]
     pub fn trial(self) -> Trial {

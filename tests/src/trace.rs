@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Write as _,
+    num::NonZeroUsize,
     sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant, SystemTime},
@@ -10,8 +11,8 @@ use std::{
 use anyhow::{bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{
-    Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle, UdpTracer,
-    UdpTracerBuilder,
+    Buffer, Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle,
+    UdpTracer, UdpTracerBuilder,
 };
 
 use crate::{
@@ -330,6 +331,16 @@ pub fn udp() -> UdpTracerBuilder {
     match buffer() {
         Some(buffer) => builder.buffer(buffer),
         None => builder,
+    }
+}
+
+/// A setting of `ring_bytes` with which what happens on one CPU has so much room.
+#[must_use]
+pub fn bytes_for_a_cpu(bytes: u32) -> u32 {
+    let cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    match buffer() {
+        Some(Buffer::Perf) => bytes * cpus as u32,
+        _ => bytes,
     }
 }
 

@@ -63,6 +63,14 @@ impl Ring {
         }
     }
 
+    /// How many buffers of equal size it is: one, or one for each CPU.
+    pub(crate) fn parts(&self) -> usize {
+        match self {
+            Self::Ring(_) => 1,
+            Self::Perf(perf) => perf.cpus(),
+        }
+    }
+
     /// Hands the next record to `take`; false if there is none.
     pub(crate) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
         match self {
