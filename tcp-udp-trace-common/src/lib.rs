@@ -14,6 +14,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The kind of a record, in [`Head::kind`].
 pub mod kind {
+    /// Nothing but this number: it wakes the reader of perf buffers.
+    pub const BELL: u32 = 0;
     /// A [`StateChange`](super::StateChange).
     pub const STATE_CHANGE: u32 = 1;
     /// A [`Tcp`](super::Tcp): a process accepted the connection.

@@ -24,7 +24,7 @@ use tcp_udp_trace_common::{
 
 use crate::{
     anomaly,
-    emit::{self, Weight},
+    emit::{self, Context, Weight},
     filter, owner,
     sock::{Sock, read},
     track,
@@ -215,7 +215,7 @@ pub(crate) fn known(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
 
 /// Datagrams went through the socket.
 #[inline(always)]
-pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
+pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
     add(&mut tracked.traffic, datagrams);
     let flow_key = FlowKey {
         socket: tracked.id,
@@ -249,7 +249,7 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
             flow.reported = now;
             if filter::wants_udp(kind::FLOW, tracked, datagrams) {
                 tracked.flows = 1;
-                record(kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
+                record(ctx, kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
             }
         }
     }
@@ -260,6 +260,7 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
         };
         if filter::wants_udp(kind, tracked, datagrams) {
             record(
+                ctx,
                 kind,
                 key,
                 tracked,
@@ -286,6 +287,7 @@ fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
 
 #[inline(always)]
 fn record(
+    ctx: Context,
     kind: u32,
     key: u64,
     tracked: &UdpTracked,
@@ -294,11 +296,11 @@ fn record(
     amount: u64,
 ) -> bool {
     let weight = if kind == kind::CLOSE {
-        Weight::Vital
+        Weight::Last
     } else {
         Weight::Other
     };
-    emit::record(kind, weight, |record: &mut Udp| {
+    emit::record(ctx, kind, weight, |record: &mut Udp| {
         record.key = key;
         record.id = tracked.id;
         record.born = tracked.born;
@@ -317,16 +319,31 @@ fn record(
 
 /// Reports the socket as it is; false if that is not wanted, or did not fit into the ring.
 #[inline(always)]
-pub(crate) fn sample(key: u64, sk: Sock, tracked: &mut UdpTracked) -> bool {
-    report(kind::SAMPLE_UDP, key, tracked, sk, 0)
+pub(crate) fn sample(ctx: Context, key: u64, sk: Sock, tracked: &mut UdpTracked) -> bool {
+    report(ctx, kind::SAMPLE_UDP, key, tracked, sk, 0)
 }
 
 /// Reports something about the socket itself, if it is wanted; false if it is not, or did not fit into the ring.
 #[inline(always)]
-fn report(kind: u32, key: u64, tracked: &mut UdpTracked, sk: Sock, amount: u64) -> bool {
+fn report(
+    ctx: Context,
+    kind: u32,
+    key: u64,
+    tracked: &mut UdpTracked,
+    sk: Sock,
+    amount: u64,
+) -> bool {
     let addresses = addresses(sk);
     filter::wants_udp(kind, tracked, &addresses)
-        && record(kind, key, tracked, &addresses, &tracked.traffic, amount)
+        && record(
+            ctx,
+            kind,
+            key,
+            tracked,
+            &addresses,
+            &tracked.traffic,
+            amount,
+        )
 }
 
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.
@@ -409,7 +426,7 @@ pub(crate) fn connecting(key: u64) {
 
 /// The current thread's `connect`, if it was in one, has ended with this result.
 #[inline(always)]
-pub(crate) fn connected(result: i64) {
+pub(crate) fn connected(ctx: Context, result: i64) {
     let thread = bpf_get_current_pid_tgid();
     // SAFETY: only this thread writes the entry.
     let Some(&key) = (unsafe { CONNECTING.get(thread) }) else {
@@ -419,33 +436,33 @@ pub(crate) fn connected(result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
     if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
-        report(kind::CONNECT, key, tracked, sk, 0);
+        report(ctx, kind::CONNECT, key, tracked, sk, 0);
     }
 }
 
 /// The current process returns from a system call.
 #[inline(always)]
-pub(crate) fn returned(regs: u64, result: i64) {
+pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
     if read::<u64>(regs, Field::SyscallNumber) == SYS_CONNECT {
-        connected(result);
+        connected(ctx, result);
     }
 }
 
 /// The current process's io_uring has finished a request.
 #[inline(always)]
-pub(crate) fn completed(request: u64, result: i32) {
+pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
     if read::<u8>(request, Field::IoOpcode) == IORING_OP_CONNECT {
-        connected(i64::from(result));
+        connected(ctx, i64::from(result));
     }
 }
 
 /// The socket's last descriptor is closed.
 #[inline(always)]
-pub(crate) fn closed(key: u64, sk: *const core::ffi::c_void) {
+pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     // One that is older than the tracer and was never used gets its only event here.
     let Some(tracked) = used(key, sk) else { return };
     let sk = Sock::new(tracked.sk);
-    report(kind::CLOSE, key, tracked, sk, drops(sk));
+    report(ctx, kind::CLOSE, key, tracked, sk, drops(sk));
     let _ = UDP_SOCKETS.remove(key);
 }
 

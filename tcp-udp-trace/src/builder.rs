@@ -48,12 +48,35 @@ pub enum OverflowPolicy {
     ShedNewest,
 }
 
+/// What the programs put their records into, for the reader to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Buffer {
+    /// A BPF ring buffer of all CPUs (Linux 5.8). Records come in the order in which they were made.
+    Ring,
+    /// Two perf buffers for each CPU that is online at the start, for kernels without the ring buffer.
+    ///
+    /// What happens to one socket comes in order; records of different sockets may come in another order than their times, by as much as
+    /// it takes to write one (some microseconds, unless the kernel interrupts that).
+    ///
+    /// - [`ring_bytes`](TcpTracerBuilder::ring_bytes) is shared among the CPUs, each part rounded up to a power of two of pages. Each
+    ///   CPU has an eighth of its part in addition, for what begins or ends something; so a busy CPU may lose records while others have room.
+    /// - It takes locked memory: more than the kernel allows everyone (`kernel.perf_event_mlock_kb`, 516 KiB for each CPU) and
+    ///   `ulimit -l` together takes `CAP_IPC_LOCK`; and two file descriptors for each CPU.
+    /// - What happens on a CPU that is brought up later, or was taken down meanwhile, is lost, and counted.
+    /// - Samples may take up to an eighth of a CPU's part though events could need it.
+    /// - What the programs have to say goes to no log; the counts of it are in [`Stats`](crate::Stats).
+    Perf,
+}
+
 /// All settings, of either protocol.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) protocol: Protocol,
     pub(crate) queue: usize,
     pub(crate) overflow: OverflowPolicy,
+    /// The best that the kernel has, unless one is named.
+    pub(crate) buffer: Option<Buffer>,
     pub(crate) ring_bytes: u32,
     pub(crate) max_sockets: u32,
     pub(crate) latency: Duration,
@@ -73,6 +96,7 @@ impl Config {
             protocol,
             queue: DEFAULT_QUEUE,
             overflow: OverflowPolicy::default(),
+            buffer: None,
             ring_bytes: DEFAULT_RING_BYTES,
             max_sockets: DEFAULT_MAX_SOCKETS,
             latency: DEFAULT_LATENCY,
@@ -145,8 +169,20 @@ macro_rules! builder {
                 self
             }
 
+            /// What is between kernel and reader. Default the ring buffer, and perf buffers where the kernel has none;
+            /// [`TracerHandle::hooks`](crate::TracerHandle::hooks) says which.
+            pub fn buffer(mut self, buffer: Buffer) -> Self {
+                self.config.buffer = Some(buffer);
+                self
+            }
+
             /// The size of the buffer between kernel and reader; one event takes at most 184 bytes. 4,096 to
             /// 1,073,741,824, rounded up to a power of two, default [`DEFAULT_RING_BYTES`].
+            ///
+            /// The last eighth is kept for what begins or ends something: state changes to or from `CLOSE`, `LISTEN` and `ESTABLISHED`, accepts, and
+            /// closes of UDP sockets. Beside a ring buffer there is another one half as large, for nothing but the ends of sockets that
+            /// find the first one full: they come a little late, in their place. So while the reader does not run, no flood of other events costs
+            /// the end of a socket, until so many sockets have ended: with the default 7,000.
             pub fn ring_bytes(mut self, bytes: u32) -> Self {
                 self.config.ring_bytes = bytes;
                 self

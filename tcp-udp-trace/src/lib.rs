@@ -89,9 +89,9 @@ mod tracer;
 
 pub use crate::{
     builder::{
-        DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, DEFAULT_QUEUE,
-        DEFAULT_RING_BYTES, DEFAULT_SAMPLE_INTERVAL, OverflowPolicy, TcpTracerBuilder,
-        UdpTracerBuilder,
+        Buffer, DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS,
+        DEFAULT_QUEUE, DEFAULT_RING_BYTES, DEFAULT_SAMPLE_INTERVAL, OverflowPolicy,
+        TcpTracerBuilder, UdpTracerBuilder,
     },
     comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},

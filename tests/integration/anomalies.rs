@@ -8,13 +8,13 @@ use integration_tests::{
     life::{ACTIVE_CLIENT, Life, Lives},
     netns::{FAR, ip, veth},
     scene::{Connection, Scene, loopback},
+    suite::Test,
     tcp_info,
     trace::{Trace, show},
 };
-use libtest_mimic::Trial;
 use tcp_udp_trace::{Direction, Event, EventKind};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             retransmissions_are_those_that_the_socket_counts,

@@ -5,12 +5,12 @@ use integration_tests::{
     life::{ACTIVE_CLIENT, PASSIVE_SERVER},
     netns::tc,
     scene::Scene,
+    suite::Test,
 };
-use libtest_mimic::Trial;
 use nix::errno::Errno;
 use tcp_udp_trace::TcpState::{Close, Established, Listen, SynRecv, SynSent};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             nothing_and_one_byte,

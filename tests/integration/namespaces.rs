@@ -11,12 +11,12 @@ use integration_tests::{
     actor::{Actor, Command, Outcome},
     netns::{Netns, ip},
     scene::loopback,
+    suite::Test,
     trace::Trace,
 };
-use libtest_mimic::Trial;
 use tcp_udp_trace::Origin;
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             same_addresses_in_two_namespaces,

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::bail;
 use aya::{
-    maps::loaded_maps,
+    maps::{MapError, MapType, loaded_maps},
     programs::{loaded_links, loaded_programs},
 };
 
@@ -82,6 +82,15 @@ impl BpfObjects {
             maps: maps.filter(|id| self.maps.contains(id)).collect(),
             links: links.filter(|id| self.links.contains(id)).collect(),
         }
+    }
+
+    /// The types of the maps.
+    pub fn map_types(&self) -> anyhow::Result<Vec<MapType>> {
+        let maps = loaded_maps().flatten();
+        let ours = maps.filter(|map| self.maps.contains(&map.id()));
+        Ok(ours
+            .map(|map| map.map_type())
+            .collect::<Result<_, MapError>>()?)
     }
 
     /// Adds those of `other`.

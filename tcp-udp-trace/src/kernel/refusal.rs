@@ -8,6 +8,7 @@ use crate::{Error, ErrorKind, Protocol};
 
 const EPERM: i32 = 1;
 const ENOMEM: i32 = 12;
+const EACCES: i32 = 13;
 
 /// A capability, by its number in `capability.h`.
 type Capability = (u32, &'static str);
@@ -40,6 +41,23 @@ pub(super) fn of_program(
     protocol: Protocol,
 ) -> Error {
     refusal(errno(error), what, protocol, ErrorKind::Load)
+}
+
+/// The buffer of a CPU could not be made.
+pub(super) fn of_perf_buffer(error: &io::Error) -> Error {
+    match error.raw_os_error() {
+        Some(EACCES) => Error::new(
+            ErrorKind::Permission,
+            "the kernel refused a perf buffer: grant CAP_PERFMON",
+        ),
+        // The event was allowed, its memory is not.
+        Some(EPERM) => Error::new(
+            ErrorKind::Permission,
+            "the perf buffers are over the limit on locked memory: lower ring_bytes, raise `ulimit -l` or \
+             kernel.perf_event_mlock_kb, or grant CAP_IPC_LOCK",
+        ),
+        _ => Error::new(ErrorKind::Load, "the kernel refused a perf buffer"),
+    }
 }
 
 /// No hook of a signal could be attached that there is no tracing without.
