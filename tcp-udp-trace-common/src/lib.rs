@@ -79,7 +79,7 @@ pub const AF_INET6: u16 = 10;
 pub struct Head {
     /// One of [`kind`].
     pub kind: u32,
-    /// How many records the full ring has refused before this one, modulo 2³².
+    /// How many records the full buffer has refused before this one, modulo 2³².
     pub lost: u32,
     /// `CLOCK_BOOTTIME`, nanoseconds.
     pub time: u64,
@@ -327,7 +327,7 @@ pub struct Tracked {
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Counters {
-    /// Records that found the ring full.
+    /// Records that found the buffer full.
     pub lost: u64,
     /// Of them, those of each [`kind`].
     pub lost_of: [u64; kind::COUNT],

@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     fs,
     net::{SocketAddr, TcpListener, UdpSocket},
+    thread::sleep,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -33,6 +34,7 @@ pub(crate) fn trials() -> Vec<Test> {
             what_moves_between_cpus_stays_in_order,
         ],
         Solitude: [
+            first_event_after_a_pause_wakes_the_reader,
             churn_of_ten_thousand_connections_under_load,
             churn_across_namespaces_under_load,
             queue_overflow_sheds_the_oldest,
@@ -185,6 +187,29 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
         second.len() - first.len()
     );
     Ok(())
+}
+
+/// A reader that nobody wakes looks once a second only, so half of the events would come half a second late.
+fn first_event_after_a_pause_wakes_the_reader() -> anyhow::Result<()> {
+    const PAUSES: usize = 11;
+    /// Long enough for it to go to sleep.
+    const PAUSE: Duration = Duration::from_millis(200);
+    let trace = Trace::start_with(|builder| builder.sample_interval(None))?;
+    let mut delays = Vec::new();
+    for _ in 0..PAUSES {
+        sleep(PAUSE);
+        let began = Instant::now();
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        trace.wait_for("a listener", |event| event.socket.local == address)?;
+        delays.push(began.elapsed());
+    }
+    delays.sort();
+    ensure!(
+        delays[PAUSES / 2] < Duration::from_millis(300),
+        "{delays:?}"
+    );
+    trace.finish_in_order(PAUSES).map(drop)
 }
 
 /// Each socket begins on one CPU and ends on another, while the reader looks as often as it can.

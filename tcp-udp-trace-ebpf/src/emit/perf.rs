@@ -110,7 +110,7 @@ fn output<T>(buffer: &'static PerfEventByteArray, ctx: Context, data: &T) -> boo
         bpf_perf_event_output(
             ctx,
             (&raw const *buffer).cast_mut().cast(),
-            u64::from(BPF_F_CURRENT_CPU),
+            BPF_F_CURRENT_CPU,
             (&raw const *data).cast_mut().cast(),
             size_of::<T>() as u64,
         )
