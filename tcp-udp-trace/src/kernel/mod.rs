@@ -5,8 +5,10 @@ mod attach;
 mod btf;
 mod btf_ids;
 mod cgroup;
+mod needs;
 mod offsets;
 mod plan;
+mod privileges;
 mod refusal;
 mod tracefs;
 mod walk;
@@ -73,6 +75,7 @@ impl Kernel {
             let what = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
             return Err(Error::new(ErrorKind::Unsupported, what));
         }
+        needs::check(config.protocol)?;
         let vmlinux = offsets::read_btf()?;
         let btf = offsets::parse(&vmlinux)?;
         let offsets = offsets::resolve(&btf)?;
