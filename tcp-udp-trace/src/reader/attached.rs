@@ -1,6 +1,7 @@
 //! What is in the kernel, as the reader sees it: records, due totals, losses.
 
 use std::{
+    fs,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -15,7 +16,7 @@ use crate::{
     flows::Flows,
     kernel::{Kernel, Ring},
     samples::Samples,
-    time::BootClock,
+    time::{BootClock, namespace_offset},
 };
 
 /// How many records are taken in one go, between two chances for other tasks to run.
@@ -32,6 +33,8 @@ pub(super) struct Attached {
     pub(super) protocol: Protocol,
     flows: Flows,
     samples: Arc<Samples>,
+    /// Of this process's time namespace.
+    time_offset: i64,
 }
 
 impl Attached {
@@ -51,6 +54,10 @@ impl Attached {
             protocol,
             flows,
             samples,
+            // The file tells the namespace of the children, which is that of a process that was started in its own.
+            time_offset: namespace_offset(
+                &fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
+            ),
         }
     }
 
@@ -76,7 +83,7 @@ impl Attached {
 
     /// Moves up to [`BATCH`] records to `batch`: how many, and how many of them are samples. Fewer means that the ring is empty.
     pub(super) fn read(&mut self, batch: &mut Vec<Event>) -> (usize, u64) {
-        let clock = clock();
+        let clock = clock().with_offset(self.time_offset);
         let Self {
             kernel,
             ring,
@@ -206,7 +213,7 @@ fn read_clock(id: ClockId) -> Duration {
     clock_gettime(id).map_or(Duration::ZERO, Duration::from)
 }
 
-/// The time on the clock of the kernel's records.
+/// The time on the clock of the events.
 fn boottime() -> Duration {
     read_clock(ClockId::CLOCK_BOOTTIME)
 }
