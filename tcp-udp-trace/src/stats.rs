@@ -22,8 +22,8 @@ pub struct Stats {
     pub malformed: u64,
     /// Events that waited in the queue when the tracer was closed.
     pub discarded: u64,
-    /// Times that a socket could not be remembered because [`max_sockets`] others were: its events have
-    /// no owner, and each has an id of its own.
+    /// Times that a hook found no room to remember a socket, because [`max_sockets`] others were. TCP: after the first, its events have no
+    /// owner, and each has an id of its own. UDP: it has no events until there is room.
     ///
     /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
     pub untracked: u64,
