@@ -106,13 +106,13 @@ fn tcp(
     kind: EventKind,
     clock: BootClock,
 ) -> Result<Decoded, Malformed> {
-    let uptime = Duration::from_nanos(head.time);
+    let uptime = clock.uptime(head.time);
     let event = Event {
         time: clock.wall(uptime),
         uptime,
         kind,
-        process: process(&socket.owner)?,
-        socket: tcp_socket(socket, uptime)?,
+        process: process(&socket.owner, clock)?,
+        socket: tcp_socket(socket, head.time)?,
         traffic: Traffic {
             tx_bytes: socket.tx_bytes,
             rx_bytes: socket.rx_bytes,
@@ -135,7 +135,7 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         peer,
         ..
     } = *record;
-    let uptime = Duration::from_nanos(head.time);
+    let uptime = clock.uptime(head.time);
     let socket = Socket {
         protocol: Protocol::Udp,
         id,
@@ -146,13 +146,13 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         uid: record.uid,
         netns: record.netns,
         cgroup: record.cgroup,
-        age: uptime.saturating_sub(Duration::from_nanos(record.born)),
+        age: Duration::from_nanos(head.time.saturating_sub(record.born)),
     };
     let event = Event {
         time: clock.wall(uptime),
         uptime,
         kind,
-        process: process(&record.owner)?,
+        process: process(&record.owner, clock)?,
         socket,
         traffic: record.traffic.into(),
     };
@@ -184,7 +184,7 @@ impl From<tcp_udp_trace_common::Traffic> for Traffic {
     }
 }
 
-fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
+fn process(owner: &Owner, clock: BootClock) -> Result<Option<Process>, Malformed> {
     let origin = match owner.origin {
         origin::NONE => return Ok(None),
         origin::CREATOR => Origin::Creator,
@@ -207,12 +207,12 @@ fn process(owner: &Owner) -> Result<Option<Process>, Malformed> {
         uid,
         comm: Comm::from_bytes(comm.as_bytes()),
         origin,
-        started: Duration::from_nanos(started),
+        started: clock.uptime(started),
         details: None,
     }))
 }
 
-fn tcp_socket(socket: &TcpSocket, now: Duration) -> Result<Socket, Malformed> {
+fn tcp_socket(socket: &TcpSocket, now: u64) -> Result<Socket, Malformed> {
     let addr = |words, port| address(socket.family, words, port);
     Ok(Socket {
         protocol: Protocol::Tcp,
@@ -223,7 +223,7 @@ fn tcp_socket(socket: &TcpSocket, now: Duration) -> Result<Socket, Malformed> {
         uid: socket.uid,
         netns: socket.netns,
         cgroup: socket.cgroup,
-        age: now.saturating_sub(Duration::from_nanos(socket.born)),
+        age: Duration::from_nanos(now.saturating_sub(socket.born)),
     })
 }
 

@@ -16,7 +16,8 @@ pub struct Event {
     /// When, on the wall clock: right to 1 ms, whatever clock steps and suspends came before.
     #[cfg_attr(feature = "serde", serde(with = "crate::json::rfc3339"))]
     pub time: SystemTime,
-    /// The same instant on `CLOCK_BOOTTIME`: monotonic, in nanoseconds, time in suspend included.
+    /// The same instant on `CLOCK_BOOTTIME` of this process (which a time namespace may have set): monotonic, in nanoseconds, time in suspend
+    /// included.
     #[cfg_attr(
         feature = "serde",
         serde(rename = "uptime_ns", with = "crate::json::nanos")

@@ -33,7 +33,7 @@ macro_rules! kinds {
         }
 
         /// What has become of the events, by kind. In JSON, kinds of which there was nothing are left out.
-        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        #[derive(Clone, Copy, Default, PartialEq, Eq)]
         #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         #[non_exhaustive]
         pub struct Fates {
@@ -106,10 +106,19 @@ pub struct Fate {
     pub rejected: u64,
 }
 
-#[cfg(feature = "serde")]
 impl Fate {
     fn is_nothing(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+/// Only the kinds of which there was anything.
+impl fmt::Debug for Fates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kinds = Kind::ALL.iter().map(|&kind| (kind.name(), self[kind]));
+        f.debug_map()
+            .entries(kinds.filter(|(_, fate)| !fate.is_nothing()))
+            .finish()
     }
 }
 

@@ -42,8 +42,9 @@
 //! runtime with I/O and time. It finds out by itself which hooks the kernel allows, and says so: [`TracerHandle::hooks`]. To
 //! build: stable Rust and nothing else; the eBPF object is part of the crate.
 //!
-//! With `CAP_SYS_ADMIN` (or with tracefs mounted) it can use classic tracepoints too, and with `CAP_SYS_ADMIN` it samples other network
-//! namespaces than its own; what is lost without, the hooks' notes say. Before Linux 5.11 the limit on locked memory must be raised (`ulimit -l unlimited`).
+//! As root it can use classic tracepoints too, and samples other network namespaces than its own; which capabilities that takes is in
+//! SECURITY.md, and what is lost without, the hooks' notes say. Before Linux 5.11 the limit on locked memory must be raised
+//! (`ulimit -l unlimited`). Once started, it does without any privilege (before 5.19: with `CAP_BPF`).
 //!
 //! # Features
 //!

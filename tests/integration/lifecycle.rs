@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    ffi::OsStr,
     net::{TcpListener, TcpStream},
     time::Duration,
 };
@@ -11,7 +10,6 @@ use anyhow::{bail, ensure};
 use aya::maps::MapType;
 use futures_util::{FutureExt as _, StreamExt as _, stream::FusedStream as _};
 use integration_tests::{
-    actor::{Actor, Command, Outcome},
     kernel::{BpfObjects, is_emulated, open_files},
     suite::Test,
     trace,
@@ -23,7 +21,6 @@ pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             start_needs_a_runtime,
-            start_without_privileges_is_a_permission_error,
             every_signal_has_a_hook,
             stop_ends_the_stream_after_the_last_event,
         ],
@@ -46,20 +43,6 @@ fn start_needs_a_runtime() -> anyhow::Result<()> {
         bail!("started without a runtime")
     };
     ensure!(error.kind() == ErrorKind::NoRuntime, "{error:?}");
-    Ok(())
-}
-
-fn start_without_privileges_is_a_permission_error() -> anyhow::Result<()> {
-    let mut root = Actor::spawn("root")?;
-    let outcome = root.run(Command::StartTracer)?;
-    ensure!(outcome == Outcome::Tracer(None), "root: {outcome:?}");
-    let mut nobody = Actor::spawn_as(OsStr::new("nobody"), Some(65_534))?;
-    let outcome = nobody.run(Command::StartTracer)?;
-    let Outcome::Tracer(Some((kind, message))) = &outcome else {
-        bail!("nobody: {outcome:?}")
-    };
-    let is_named = message.contains("CAP_BPF") || message.contains("CAP_PERFMON");
-    ensure!(kind == "Permission" && is_named, "nobody: {outcome:?}");
     Ok(())
 }
 

@@ -8,6 +8,7 @@
 use std::process::ExitCode;
 
 use integration_tests::actor;
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 /// A list of tests, each with what it needs, named after their module.
 macro_rules! trials {
@@ -21,10 +22,13 @@ macro_rules! trials {
 mod anomalies;
 mod bytes;
 mod delivery;
+mod exhaustion;
+mod faults;
 mod filters;
 mod lifecycle;
 mod namespaces;
 mod owner;
+mod privileges;
 mod samples;
 mod sampling;
 mod snapshot;
@@ -62,6 +66,8 @@ fn main() -> ExitCode {
     if let Some(code) = actor::run_if_asked() {
         return code;
     }
+    // Before Linux 5.11, maps count against it. A library must not change it; a program may.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let arguments = libtest_mimic::Arguments::from_args();
     let tests = [
         states::trials(),
@@ -71,6 +77,9 @@ fn main() -> ExitCode {
         delivery::trials(),
         filters::trials(),
         lifecycle::trials(),
+        privileges::trials(),
+        faults::trials(),
+        exhaustion::trials(),
         samples::trials(),
         sampling::trials(),
         namespaces::trials(),

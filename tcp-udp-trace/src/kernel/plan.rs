@@ -33,6 +33,14 @@ pub(super) enum HookPoint {
     Cgroup(&'static str),
 }
 
+impl Choice {
+    pub(super) fn needs_tracefs(&self) -> bool {
+        self.hooks
+            .iter()
+            .any(|(_, point)| matches!(point, Tracepoint(..)))
+    }
+}
+
 use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, RawTracepoint, Tracepoint};
 
 /// What `TcpTracer` attaches.
