@@ -15,9 +15,11 @@ use tcp_udp_trace::{
 };
 
 use crate::{
+    actor::Actor,
     life::Lives,
     netns::Netns,
     sampled::{self, Sampled},
+    scene::loopback,
     udp_life::UdpLives,
 };
 
@@ -213,6 +215,29 @@ impl Trace {
             find(collected).is_some()
         })?;
         Ok(find(&self.shared.lock()).expect("it was waited for"))
+    }
+
+    /// Lets a process listen until an event comes with what it runs: the first ones do not wait for that for long.
+    pub fn details_of(&self, actor: &mut Actor) -> anyhow::Result<Event> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let listener = actor.listen(loopback(false))?;
+            actor.close(&listener)?;
+            let is_its_end =
+                |event: &&Event| event.is_close() && event.socket.local == listener.local;
+            self.wait_for("end of a listener", |event| is_its_end(&event))?;
+            let collected = self.shared.lock();
+            let end = collected
+                .events
+                .iter()
+                .rfind(is_its_end)
+                .expect("it was waited for");
+            let mut processes = end.process.iter();
+            if processes.any(|process| process.details.is_some()) {
+                return Ok(end.clone());
+            }
+        }
+        bail!("no details of {}", actor.pid())
     }
 
     /// The samples so far.
