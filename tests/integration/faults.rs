@@ -348,26 +348,17 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     flows.finish_udp(lives.len())?.check_all(&lives)?;
 
     let mut server = Actor::spawn("server")?;
-    let listener = server.listen(loopback(false))?;
-    let moment = server.moment();
-    server.close(&listener)?;
-    let events = trace.finish_in_order(1)?;
-    let window = began - CLOCK_ERROR..=uptime()?;
-    let of_server = |event: &&Event| event.socket.local.port() == listener.local.port();
-    let listen = events.iter().find(of_server).context("no event")?;
-    ensure!(
-        window.contains(&listen.uptime),
-        "not in {window:?}: {listen:?}"
-    );
-    ensure!(
-        listen.time >= moment.began - CLOCK_ERROR && listen.time <= moment.ended + CLOCK_ERROR,
-        "{listen:?}"
-    );
-    ensure!(listen.socket.age < PATIENCE, "{listen:?}");
-    let process = listen.process.as_ref().context("no process")?;
     // Only a process that began when it says it began has details.
-    ensure!(process.details.is_some(), "{process:?}");
+    let end = trace.details_of(&mut server)?;
+    let moment = server.moment();
+    let window = moment.began - CLOCK_ERROR..=moment.ended + CLOCK_ERROR;
+    ensure!(window.contains(&end.time), "not in {window:?}: {end:?}");
+    let window = began - CLOCK_ERROR..=uptime()?;
+    ensure!(window.contains(&end.uptime), "not in {window:?}: {end:?}");
+    let process = end.process.as_ref().context("no process")?;
     ensure!(window.contains(&process.started), "{process:?}");
+    ensure!(end.socket.age < PATIENCE, "{end:?}");
+    drop(trace);
     Scene::new()?.check_transfer(1_000, 2_000)
 }
 

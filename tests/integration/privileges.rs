@@ -6,7 +6,7 @@ use std::{
     io::Write as _,
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -208,19 +208,11 @@ fn details_of_other_users_need_sys_ptrace() -> anyhow::Result<()> {
             keep(&capabilities)?;
             let trace = Trace::start_with(|builder| builder.process_details(true))?;
             for (actor, is_told) in [(&mut roots, privileged), (&mut nobodys, true)] {
-                let listener = actor.listen(loopback(false))?;
-                actor.close(&listener)?;
-                trace.wait_for("a listener", |event| {
-                    let Some(process) = event.process.as_ref() else {
-                        return false;
-                    };
-                    let Some(details) = &process.details else {
-                        return false;
-                    };
-                    process.pid == actor.pid()
-                        && details.exe.is_some() == is_told
-                        && !details.cmdline.is_empty()
-                })?;
+                let event = trace.details_of(actor)?;
+                let process = event.process.context("no owner")?;
+                let details = process.details.context("no details")?;
+                ensure!(details.exe.is_some() == is_told, "{details:?}");
+                ensure!(!details.cmdline.is_empty(), "{details:?}");
             }
             Ok(())
         })?;
@@ -243,11 +235,7 @@ fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
         let udp = UdpTracer::builder().sample_interval(SAMPLE_INTERVAL);
         let mut udp = udp.start().await?;
         become_nobody(kept)?;
-        for thread in fs::read_dir("/proc/self/task")? {
-            let status = fs::read_to_string(thread?.path().join("status"))?;
-            let is_none = status.contains("CapEff:\t0000000000000000");
-            ensure!(is_none || !kept.is_empty(), "{status}");
-        }
+        await_unprivileged(kept.len())?;
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let mut client = TcpStream::connect(listener.local_addr()?)?;
         let (accepted, _) = listener.accept()?;
@@ -276,6 +264,27 @@ fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
     let left: Vec<_> = open_files()?.difference(&files).cloned().collect();
     ensure!(left.is_empty(), "{left:?}");
     Ok(())
+}
+
+/// Waits until no more than so many threads have a capability: one that is at its very end is not changed any more.
+fn await_unprivileged(threads: usize) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let mut privileged = Vec::new();
+        for thread in fs::read_dir("/proc/self/task")? {
+            // It may be gone by now.
+            let status = fs::read_to_string(thread?.path().join("status")).unwrap_or_default();
+            let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+            if set.is_some_and(|set| set.trim() != "0000000000000000") {
+                privileged.push(status);
+            }
+        }
+        if privileged.len() <= threads {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{privileged:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn is_sample(event: &Event) -> bool {

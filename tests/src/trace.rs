@@ -16,9 +16,11 @@ use tcp_udp_trace::{
 };
 
 use crate::{
+    actor::Actor,
     life::Lives,
     netns::Netns,
     sampled::{self, Sampled},
+    scene::loopback,
     suite::buffer,
     udp_life::UdpLives,
 };
@@ -227,6 +229,29 @@ impl Trace {
     pub fn set_filter(&self, filter: Filter) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         Ok(runtime.block_on(self.handle.set_filter(filter))?)
+    }
+
+    /// Lets a process listen until an event comes with what it runs: the first ones do not wait for that for long.
+    pub fn details_of(&self, actor: &mut Actor) -> anyhow::Result<Event> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let listener = actor.listen(loopback(false))?;
+            actor.close(&listener)?;
+            let is_its_end =
+                |event: &&Event| event.is_close() && event.socket.local == listener.local;
+            self.wait_for("end of a listener", |event| is_its_end(&event))?;
+            let collected = self.shared.lock();
+            let end = collected
+                .events
+                .iter()
+                .rfind(is_its_end)
+                .expect("it was waited for");
+            let mut processes = end.process.iter();
+            if processes.any(|process| process.details.is_some()) {
+                return Ok(end.clone());
+            }
+        }
+        bail!("no details of {}", actor.pid())
     }
 
     /// The samples so far.

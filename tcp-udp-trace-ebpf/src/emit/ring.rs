@@ -4,7 +4,7 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     macros::map,
-    maps::RingBuf,
+    maps::{RingBuf, ring_buf::RingBufEntry},
 };
 
 use super::{Context, Record, Weight, head, is_armed};
@@ -32,7 +32,7 @@ pub(crate) fn record<R: Record>(
     _ctx: Context,
     kind: u32,
     weight: Weight,
-    fill: impl FnOnce(&mut R),
+    fill: impl Fn(&mut R),
 ) -> bool {
     let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
     let after = before + size_of::<R>() as u64 + RECORD_HEADER;
@@ -40,22 +40,29 @@ pub(crate) fn record<R: Record>(
         anomaly::lost(kind);
         return false;
     }
-    let entry = match EVENTS.reserve::<R>(0) {
-        // The reader has been woken long ago.
-        None if weight == Weight::Last => LATE.reserve::<R>(0),
-        entry => entry,
-    };
-    let Some(mut entry) = entry else {
-        anomaly::lost(kind);
-        return false;
-    };
+    if let Some(entry) = EVENTS.reserve(0) {
+        write(entry, kind, fill, wake(before, after));
+        return true;
+    }
+    if weight == Weight::Last {
+        if let Some(entry) = LATE.reserve(0) {
+            // The reader has been woken long ago.
+            write(entry, kind, fill, u64::from(BPF_RB_NO_WAKEUP));
+            return true;
+        }
+    }
+    anomaly::lost(kind);
+    false
+}
+
+#[inline(always)]
+fn write<R: Record>(mut entry: RingBufEntry<R>, kind: u32, fill: impl Fn(&mut R), wake: u64) {
     // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes
     // only, and all of it is written before it is read or submitted.
     let record = unsafe { entry.assume_init_mut() };
     *record.head() = head(kind);
     fill(record);
-    entry.submit(wake(before, after));
-    true
+    entry.submit(wake);
 }
 
 /// How to submit a record that fills the ring from `before` to `after`: it wakes the reader if that asked for it, or if the ring fills up.

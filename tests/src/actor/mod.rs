@@ -178,8 +178,11 @@ impl Actor {
 
     /// Ends the parent of one that was [started below one](Self::spawn_below_a_parent).
     pub fn orphan(&mut self) -> anyhow::Result<()> {
+        // Waiting would close it, and it is the actor's, too.
+        let input = self.child.stdin.take();
         self.child.kill()?;
         self.child.wait()?;
+        self.child.stdin = input;
         Ok(())
     }
 
