@@ -91,15 +91,19 @@ fn get(key: u64) -> Option<&'static mut UdpTracked> {
 
 /// Starts to track the socket of this key. `sk` is a pointer that the verifier may have a type for: it is stored, and so
 /// loses the type, but nothing is computed with it.
+///
+/// It is put together under a name that nobody else knows: whoever finds it under its own finds all of it.
 #[inline(always)]
 pub(crate) fn begin(
     key: u64,
     sk: *const core::ffi::c_void,
     owner: Owner,
 ) -> Option<&'static mut UdpTracked> {
+    let id = track::ticket();
+    let draft = DRAFT | id;
     let fresh = UdpTracked {
         sk: 0,
-        id: track::ticket(),
+        id,
         // SAFETY: the helper takes nothing and cannot fail.
         born: unsafe { bpf_ktime_get_boot_ns() },
         cgroup: 0,
@@ -116,14 +120,13 @@ pub(crate) fn begin(
         },
     };
     if UDP_SOCKETS
-        .insert(key, fresh, u64::from(BPF_NOEXIST))
+        .insert(draft, fresh, u64::from(BPF_NOEXIST))
         .is_err()
-        && get(key).is_none()
     {
         anomaly::untracked();
         return None;
     }
-    let tracked = get(key)?;
+    let tracked = get(draft)?;
     // SAFETY: a valid pointer into the map. Volatile, for the compiler not to keep the typed pointer.
     let sk = unsafe {
         (&raw mut tracked.sk)
@@ -131,47 +134,40 @@ pub(crate) fn begin(
             .write_volatile(sk);
         Sock::new((&raw const tracked.sk).read_volatile())
     };
-    if sk.get::<u16>(Field::SockType) != SOCK_DGRAM {
-        // A raw socket that makes its UDP headers itself.
-        let _ = UDP_SOCKETS.remove(key);
-        return None;
+    // Not a raw socket that makes its UDP headers itself.
+    if sk.get::<u16>(Field::SockType) == SOCK_DGRAM {
+        tracked.cgroup = sk.cgroup();
+        tracked.netns = sk.netns();
+        let old = if key == sk.0 { None } else { get(sk.0) };
+        if let Some(old) = old {
+            // It has got its cookie: what was known of it by its address is known by its cookie from now on.
+            tracked.id = old.id;
+            tracked.born = old.born;
+            tracked.approximate = old.approximate;
+            tracked.flows = old.flows;
+            tracked.kin = old.kin;
+            tracked.traffic = old.traffic;
+            if old.owner.origin != origin::NONE {
+                tracked.owner = old.owner;
+            }
+        }
+        let complete: &UdpTracked = tracked;
+        let is_ours = UDP_SOCKETS
+            .insert(key, complete, u64::from(BPF_NOEXIST))
+            .is_ok();
+        if !is_ours && get(key).is_none() {
+            // Nor has another CPU been first.
+            anomaly::untracked();
+        } else if is_ours && key != sk.0 {
+            let _ = UDP_SOCKETS.remove(sk.0);
+        }
     }
-    tracked.cgroup = sk.cgroup();
-    tracked.netns = sk.netns();
-    if key != sk.0 {
-        rename(sk, tracked);
-    }
-    Some(tracked)
+    let _ = UDP_SOCKETS.remove(draft);
+    get(key)
 }
 
-/// The socket has got its cookie: what was known of it by its address is known by its cookie from now on.
-#[inline(always)]
-fn rename(sk: Sock, tracked: &mut UdpTracked) {
-    let Some(old) = get(sk.0) else { return };
-    tracked.id = old.id;
-    tracked.born = old.born;
-    tracked.approximate = old.approximate;
-    tracked.flows = old.flows;
-    tracked.kin = old.kin;
-    if old.owner.origin != origin::NONE {
-        owner::settle(&mut tracked.owner, old.owner);
-    }
-    let Traffic {
-        tx_bytes,
-        rx_bytes,
-        tx_packets,
-        rx_packets,
-    } = old.traffic;
-    let sum = &mut tracked.traffic;
-    // SAFETY: pointers into a map's value; other CPUs may add to them already, so it is atomic.
-    unsafe {
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.tx_bytes, tx_bytes);
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.rx_bytes, rx_bytes);
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.tx_packets, tx_packets);
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.rx_packets, rx_packets);
-    }
-    let _ = UDP_SOCKETS.remove(sk.0);
-}
+/// Marks the name of an entry that is not complete yet; the rest is its id.
+const DRAFT: u64 = 1 << 62;
 
 /// The name of a socket where no helper tells its cookie.
 #[inline(always)]

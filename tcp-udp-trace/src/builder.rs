@@ -218,7 +218,7 @@ macro_rules! builder {
 
             /// Whether to look up what each process runs ([`ProcessDetails`](crate::ProcessDetails)), when it is first seen. The events of a
             /// new process wait for that, at most 50 ms; a process that has ended by then has none. The last 4,096 processes are
-            /// remembered. For other users' processes it takes `CAP_SYS_PTRACE`. Default no.
+            /// remembered. For other users' processes it takes `CAP_SYS_PTRACE`, in a time namespace Linux 5.11. Default no.
             pub fn process_details(mut self, process_details: bool) -> Self {
                 self.config.process_details = process_details;
                 self

@@ -121,7 +121,7 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let mut seen = BpfObjects::default();
     let runtime = runtime()?;
     // In an emulated guest each takes a second.
-    let turns = if is_emulated()? { 40 } else { 200 };
+    let turns = if is_emulated()? { 20 } else { 200 };
     for turn in 0..turns {
         // Small, for the sake of the time that this takes.
         let builder = trace::tcp().max_sockets(1_024);

@@ -59,7 +59,6 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "udp_numbers::recvmmsg",
     "udp_peers::one_server_and_its_clients",
     "udp_lifecycle::every_signal_has_a_hook",
-    "udp_lifecycle::start_and_stop_over_and_over",
 ];
 
 fn main() -> ExitCode {

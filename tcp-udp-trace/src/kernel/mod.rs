@@ -104,7 +104,13 @@ impl Kernel {
         // Every map of the object is made; those of the other protocol as small as can be.
         let (plan, tcp_sockets, udp_sockets, flows) = match config.protocol {
             Protocol::Tcp => (plan::TCP, config.max_sockets, 1, 1),
-            Protocol::Udp => (plan::UDP, 1, config.max_sockets, config.max_flows),
+            // Each CPU may be about to put one more together.
+            Protocol::Udp => (
+                plan::UDP,
+                1,
+                config.max_sockets + cpus as u32,
+                config.max_flows,
+            ),
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
