@@ -67,6 +67,9 @@ mod escape;
 mod event;
 #[cfg(target_os = "linux")]
 mod flows;
+#[cfg(all(any(test, fuzzing), target_os = "linux", feature = "serde"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hook;
 mod info;
 #[cfg(feature = "serde")]
