@@ -96,7 +96,7 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    fn new(protocol: Protocol) -> Self {
+    pub(crate) fn new(protocol: Protocol) -> Self {
         Self {
             protocol,
             queue: DEFAULT_QUEUE,

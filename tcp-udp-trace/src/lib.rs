@@ -69,6 +69,9 @@ mod event;
 mod filter;
 #[cfg(target_os = "linux")]
 mod flows;
+#[cfg(all(any(test, fuzzing), target_os = "linux", feature = "serde"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hook;
 mod info;
 #[cfg(feature = "serde")]

@@ -29,6 +29,7 @@ const FORBIDDEN: &[(&str, &str)] = &[
 pub(crate) fn run() -> Result<()> {
     forbidden_files()?;
     cargo(&["fmt", "--all", "--check"])?;
+    cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"])?;
     clippy(&[
         "--workspace",
         "--exclude",

@@ -298,6 +298,15 @@ impl Kernel {
     }
 }
 
+/// Asks everything of a BTF that may be anything: for the fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
+    let btf = offsets::parse(bytes)?;
+    let functions = btf_ids::of_functions(&btf, &["bpf_iter_task_file", "bpf_iter_tcp"]);
+    assert!(functions.is_ok(), "aya does not take what we made for it");
+    offsets::resolve(&btf).map(|_| ())
+}
+
 impl FlowMap for Kernel {
     fn totals(&self, flow: &FlowKey) -> Option<Traffic> {
         self.ask_flow(flow, false)
