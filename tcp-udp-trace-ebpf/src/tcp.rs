@@ -63,7 +63,7 @@ pub(crate) fn changed(ctx: Context, program: Program, sk: Sock, from: i32, to: i
                     anomaly::missed();
                 }
                 tracked.state = to;
-                report(ctx, sk, family, tracked, from, to);
+                report(ctx, sk, family, tracked, (from, to), true);
                 return;
             }
             (syn::UNKNOWN, owner::UNKNOWN)
@@ -73,7 +73,7 @@ pub(crate) fn changed(ctx: Context, program: Program, sk: Sock, from: i32, to: i
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if begins && track::remember(sk, &tracked) || program == Program::First {
-        report(ctx, sk, family, &mut tracked, from, to);
+        report(ctx, sk, family, &mut tracked, (from, to), false);
     }
 }
 
@@ -135,14 +135,23 @@ fn owner_of_listener(child: Sock) -> Owner {
     owner::UNKNOWN
 }
 
+/// Reports a change of state. That of a socket that `may_be_late` is written into another place if it finds no room; which is twice the work for
+/// the verifier, so it is not for what is rare.
 #[inline(always)]
-fn report(ctx: Context, sk: Sock, family: u16, tracked: &mut Tracked, from: u8, to: u8) {
+fn report(
+    ctx: Context,
+    sk: Sock,
+    family: u16,
+    tracked: &mut Tracked,
+    (from, to): (u8, u8),
+    may_be_late: bool,
+) {
     let states = no_state(from & 0xf) | no_state(to & 0xf);
     if !filter::wants_tcp(kind::STATE_CHANGE, states, sk, tracked) {
         return;
     }
     let is_vital = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
-    let weight = if to == CLOSE {
+    let weight = if to == CLOSE && may_be_late {
         Weight::Last
     } else if is_vital(from) || is_vital(to) {
         Weight::Vital
@@ -180,7 +189,7 @@ pub(crate) fn ended(ctx: Context, sk: Sock) {
             // Its close escaped both programs.
             anomaly::missed();
             let state = tracked.state;
-            report(ctx, sk, sk.family(), tracked, state, CLOSE);
+            report(ctx, sk, sk.family(), tracked, (state, CLOSE), false);
         }
         track::end(sk);
     }

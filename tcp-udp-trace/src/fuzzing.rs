@@ -12,10 +12,12 @@ use std::{
 };
 
 use crate::{
-    Comm, Event, EventKind, LossStage, Origin, Process, ProcessDetails, Protocol, SampleInfo,
+    Comm, Event, EventKind, Filter, LossStage, Origin, Process, ProcessDetails, Protocol,
+    SampleInfo,
     decode::{Malformed, decode},
     enrich,
     escape::{Escaped, is_deceptive, unescape},
+    filter::Standing,
     kernel,
     time::BootClock,
 };
@@ -57,6 +59,25 @@ pub fn netlink(bytes: &[u8]) {
 pub fn event_json(bytes: &[u8]) {
     if let Ok(event) = serde_json::from_slice::<Event>(bytes) {
         any_event(&event);
+    }
+}
+
+/// A filter in its text form.
+pub fn filter(bytes: &[u8]) {
+    let Ok(text) = str::from_utf8(bytes) else {
+        return;
+    };
+    match text.parse::<Filter>() {
+        Ok(filter) => {
+            let shown = filter.to_string();
+            can_be_shown(&shown);
+            assert_eq!(shown.parse::<Filter>().ok(), Some(filter.clone()));
+            if let Err(error) = filter.compile() {
+                can_be_shown(&error.to_string());
+            }
+            let _ = filter.matches(&an_event(EventKind::Accept, None), |_| Standing::default());
+        }
+        Err(error) => can_be_shown(&error.to_string()),
     }
 }
 
@@ -158,6 +179,11 @@ pub(crate) mod tests {
     #[test]
     fn event_json_survives() {
         replay("event_json", event_json);
+    }
+
+    #[test]
+    fn filter_survives() {
+        replay("filter", filter);
     }
 
     #[test]
@@ -321,6 +347,23 @@ pub(crate) mod tests {
         write_event("lost", &an_event(gap, None));
         let process = a_process(Comm::from_bytes(b"curl"), b"/usr/bin/curl\0-v\0\xff\x1b\\");
         write_event("details", &an_event(EventKind::Accept, Some(process)));
+        for (name, text) in [
+            ("empty", ""),
+            ("processes", "pid=1,2 pid_tree=3 uid=0,1000 exclude_self"),
+            ("comm", r"comm=nginx,a\x20b\x2cc\xff"),
+            (
+                "networks",
+                "local=127.0.0.1 remote=10.0.0.0/8,fe80::/10,::1",
+            ),
+            (
+                "places",
+                "port=443,53 cgroup=1 netns=4026531840 family=ipv4,ipv6",
+            ),
+            ("kinds", "kind=state_change,close state=ESTABLISHED,CLOSE"),
+            ("wrong", "pid=0 remote=10.0.0.1/8 color=\u{202e}"),
+        ] {
+            write_seed("filter", name, text.as_bytes());
+        }
         for (name, bytes) in [
             ("bytes", &b"bad\xff\xc3utf8 \\x1b"[..]),
             (
@@ -346,6 +389,7 @@ pub(crate) mod tests {
     fn own_records(protocol: Protocol, mut take: impl FnMut(&[u8])) {
         let config = Config {
             per_datagram: true,
+            resets: true,
             ..Config::new(protocol)
         };
         let (mut kernel, mut ring) = Kernel::start(&config).expect("a tracer");
