@@ -314,6 +314,9 @@ pub(crate) mod tests {
                 }
             });
         }
+        let mut last = an_event(EventKind::Accept, None);
+        last.time = UNIX_EPOCH + crate::time::LATEST;
+        write_event("last_moment", &last);
         let gap = EventKind::Lost {
             count: 1,
             stage: LossStage::Queue,
