@@ -175,6 +175,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
     fn finds_what_a_process_runs() {
         let details = read(Path::new("/proc"), &own()).expect("it is there");
         assert_eq!(details.exe, std::env::current_exe().ok());
@@ -182,6 +183,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
     fn another_process_of_the_same_number_is_another() {
         let mut key = own();
         key.started += TICK;

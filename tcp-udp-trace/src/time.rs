@@ -8,8 +8,8 @@ use std::{
 /// Shows a time as RFC 3339 in UTC with nanoseconds.
 pub(crate) struct Rfc3339(pub(crate) SystemTime);
 
-/// The last second that RFC 3339 can write: the end of the year 9999.
-const LATEST: Duration = Duration::from_secs(253_402_300_799);
+/// The last instant that RFC 3339 can write: the end of the year 9999.
+pub(crate) const LATEST: Duration = Duration::new(253_402_300_799, 999_999_999);
 
 impl fmt::Display for Rfc3339 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -97,7 +97,7 @@ mod tests {
             "1970-01-01T00:00:00.000000000Z"
         );
         let after = UNIX_EPOCH + LATEST * 2;
-        assert_eq!(Rfc3339(after).to_string(), "9999-12-31T23:59:59.000000000Z");
+        assert_eq!(Rfc3339(after).to_string(), "9999-12-31T23:59:59.999999999Z");
     }
 
     #[test]

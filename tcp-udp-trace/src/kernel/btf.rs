@@ -842,6 +842,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "takes too long")]
     fn structs_inside_themselves() {
         let start = Instant::now();
         // 40 levels of anonymous structs, two of the next in each: 2^40 ways down, and round again.
@@ -884,6 +885,7 @@ mod tests {
 
     /// What user space and the eBPF programs rely on, on the kernel that runs the test.
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
     #[allow(clippy::print_stderr, reason = "a skipped test says so")]
     fn the_running_kernel() {
         let data = match std::fs::read(VMLINUX) {

@@ -80,6 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
     fn the_running_kernel_has_every_field() {
         let Ok(btf) = read_btf() else {
             println!("skipped: this kernel has no BTF");
@@ -97,6 +98,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
     fn tcp_info_is_what_the_running_kernel_says() {
         let Ok(btf) = read_btf() else {
             println!("skipped: this kernel has no BTF");
