@@ -20,6 +20,8 @@ use crate::{deps, process, workspace};
 
 const PACKAGE: &str = "tcp-udp-trace-ebpf";
 const BINARY: &str = "tcp-udp-trace";
+/// What `cargo xtask bench` compares with.
+const FLOOR: &str = "floor";
 const TARGET: &str = "bpfel-unknown-none";
 const PROFILE: &str = "bpf";
 
@@ -38,6 +40,36 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    let toolchain = toolchain()?;
+    let record = record(&toolchain);
+    let objects = ARCHITECTURES
+        .iter()
+        .map(|&arch| {
+            let object = build(&toolchain, BINARY, arch, args.check)?;
+            Ok((committed_object(arch), object))
+        })
+        .collect::<Result<Vec<_>>>()?;
+
+    if args.check {
+        check(&record, &objects)
+    } else {
+        write(&record, &objects)
+    }
+}
+
+/// Builds the floor of the benchmarks for this machine, and says where it is.
+///
+/// It is not committed: only who measures needs it.
+pub(crate) fn floor() -> Result<PathBuf> {
+    let toolchain = toolchain()?;
+    let object = build(&toolchain, FLOOR, env::consts::ARCH, false)?;
+    let path = workspace::target_dir().join("floor.o");
+    fs::write(&path, object).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// The tools; installed if they are missing and may be.
+fn toolchain() -> Result<Toolchain> {
     let toolchain = match Toolchain::find() {
         Err(_) if deps::can_install() => {
             deps::ensure(&deps::EBPF)?;
@@ -46,25 +78,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         found => found?,
     };
     eprintln!("{}", toolchain.describe());
-
     // The sources must be unpacked before `remaps` can list their folders.
     process::run(
         Command::new(workspace::cargo())
             .arg("fetch")
             .current_dir(workspace::root()),
     )?;
-
-    let record = record(&toolchain);
-    let objects = ARCHITECTURES
-        .iter()
-        .map(|&arch| Ok((committed_object(arch), build(&toolchain, arch, args.check)?)))
-        .collect::<Result<Vec<_>>>()?;
-
-    if args.check {
-        check(&record, &objects)
-    } else {
-        write(&record, &objects)
-    }
+    Ok(toolchain)
 }
 
 /// The folder of the committed objects.
@@ -136,8 +156,8 @@ fn check(record: &str, objects: &[(PathBuf, Vec<u8>)]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the programs for `arch` and returns the stripped object.
-fn build(toolchain: &Toolchain, arch: &str, locked: bool) -> Result<Vec<u8>> {
+/// Builds the programs of `binary` for `arch` and returns the stripped object.
+fn build(toolchain: &Toolchain, binary: &str, arch: &str, locked: bool) -> Result<Vec<u8>> {
     let remaps = remaps(toolchain)?;
     let flags = rustflags(arch, &toolchain.bpf_linker, &remaps);
 
@@ -146,7 +166,7 @@ fn build(toolchain: &Toolchain, arch: &str, locked: bool) -> Result<Vec<u8>> {
     let mut cargo = toolchain.cargo();
     cargo
         .current_dir(workspace::root())
-        .args(["build", "--package", PACKAGE, "--bin", BINARY])
+        .args(["build", "--package", PACKAGE, "--bin", binary])
         .args(["--profile", PROFILE, "--target", TARGET])
         .args(toolchain.cargo_flags())
         .arg("--target-dir")
@@ -157,7 +177,7 @@ fn build(toolchain: &Toolchain, arch: &str, locked: bool) -> Result<Vec<u8>> {
     }
     process::run(&mut cargo)?;
 
-    let linked = target_dir.join(TARGET).join(PROFILE).join(BINARY);
+    let linked = target_dir.join(TARGET).join(PROFILE).join(binary);
     let stripped = linked.with_extension("stripped.o");
     process::run(
         Command::new(&toolchain.objcopy)

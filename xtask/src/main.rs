@@ -5,6 +5,7 @@
     reason = "a command-line program talks to whoever runs it"
 )]
 
+mod bench;
 mod deps;
 mod ebpf;
 mod lint;
@@ -27,6 +28,7 @@ enum Verb {
     Lint,
     Test(test::Args),
     Soak(soak::Args),
+    Bench(bench::Args),
     /// Install what the other verbs need and this machine lacks (Debian and its descendants).
     Setup,
 }
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
         Verb::Lint => lint::run(),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::Setup => deps::setup(),
     };
     match result {
