@@ -100,14 +100,14 @@ fn udp_empty(_ctx: SkBuffContext) -> i32 {
 fn udp_count(ctx: SkBuffContext) -> i32 {
     // SAFETY: the context is an skb with a socket.
     let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    match TOTALS.get_ptr_mut(&key) {
+    match TOTALS.get_ptr_mut(key) {
         Some(totals) => {
             let count = totals.cast::<u64>();
             add(count, 1);
             add(count.wrapping_add(1), ctx.len().into());
         }
         None => {
-            let _ = TOTALS.insert(&key, &[1, ctx.len().into()], 0);
+            let _ = TOTALS.insert(key, [1, ctx.len().into()], 0);
         }
     }
     1
