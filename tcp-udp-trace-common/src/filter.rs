@@ -36,9 +36,9 @@ pub const CGROUPS: u64 = 1 << 38;
 pub const NAMESPACES: u64 = 1 << 39;
 /// One of the ports must be in the set [`PORT`].
 pub const PORTS: u64 = 1 << 40;
-/// The local address must be in one of the networks of this [side](Network::side).
+/// The local address must be in one of the networks of this side ([`Network`]).
 pub const LOCAL: u64 = 1 << 41;
-/// The remote address must be in one of the networks of this [side](Network::side).
+/// The remote address must be in one of the networks of this side ([`Network`]).
 pub const REMOTE: u64 = 1 << 42;
 
 /// What tells one filter's values from another's; never 0.
@@ -53,7 +53,7 @@ pub const fn of_generation(generation: u16) -> u64 {
     (generation as u64) << 48
 }
 
-/// A value of [`Value::set`]: process ids.
+/// A set, in [`Value::tag`]: process ids.
 pub const PID: u16 = 0;
 /// Process ids that are the roots of trees.
 pub const ROOT: u16 = 1;
@@ -70,32 +70,56 @@ pub const NETNS: u16 = 6;
 /// Ports.
 pub const PORT: u16 = 7;
 
+// What follows are keys of maps. They are whole words: of a word that is written in pieces, the verifier believes that what was there
+// before still matters, and so takes the same code for different again and again.
+
 /// A value that is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Value {
     /// The value; what is shorter is in the first word.
     pub value: [u64; 2],
-    /// The filter's.
-    pub generation: u16,
-    /// Which set it is in.
-    pub set: u16,
-    /// Padding.
-    pub _pad: u32,
+    /// The filter's generation, and the set.
+    pub tag: u64,
 }
 
-/// A network that is wanted, as the key of a trie: what comes first must be equal as a whole.
+impl Value {
+    /// A value in a set of a filter.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(generation: u16, set: u16, value: [u64; 2]) -> Self {
+        Self {
+            value,
+            tag: generation as u64 | (set as u64) << 16,
+        }
+    }
+}
+
+/// A network that is wanted, as the key of a trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Network {
-    /// The filter's.
-    pub generation: u16,
-    /// 0 for the local address, 1 for the remote one.
-    pub side: u8,
-    /// [`AF_INET`](crate::AF_INET) or [`AF_INET6`](crate::AF_INET6).
-    pub family: u8,
-    /// The address, network byte order; IPv4 in the first word.
-    pub address: [u32; 4],
+    /// How many bits count of what follows, in the lower half; in the upper one the generation, the side (0 for the local address, 1 for the
+    /// remote one), and the family.
+    pub head: u64,
+    /// The address, network byte order; IPv4 in the first half of the first word.
+    pub address: [u64; 2],
+}
+
+impl Network {
+    /// The network of which so many bits of an address count, or one address.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(generation: u16, side: u8, family: u16, bits: u32, address: [u64; 2]) -> Self {
+        let (side, family) = (side as u64, family as u64);
+        Self {
+            head: (NETWORK_HEAD_BITS + bits) as u64
+                | (generation as u64) << 32
+                | side << 48
+                | family << 56,
+            address,
+        }
+    }
 }
 
 /// How many values, and how many networks, a filter may have.
@@ -113,9 +137,7 @@ pub struct Kin {
     /// When it was made: `CLOCK_BOOTTIME`, nanoseconds.
     pub started: u64,
     /// Process id (`tgid`).
-    pub pid: u32,
-    /// Padding.
-    pub _pad: u32,
+    pub pid: u64,
 }
 
 /// What user space tells the programs about a filter, as the first argument of `ask_filter`.
@@ -124,13 +146,13 @@ pub mod op {
     pub const SWITCH: u64 = 0;
     /// A filter of this generation is being prepared.
     pub const PREPARE: u64 = 1;
-    /// Add a value: generation, set, value.
+    /// Add a value: its words.
     pub const ADD: u64 = 2;
     /// Remove a value.
     pub const REMOVE: u64 = 3;
-    /// Add the calling process to a set: generation, set; the answer is its pid.
+    /// Add the calling process to the set of this tag; the answer is its pid.
     pub const ADD_CALLER: u64 = 4;
-    /// Add a network: generation, side, family, prefix length, address.
+    /// Add a network: its words.
     pub const ADD_NETWORK: u64 = 5;
     /// Remove a network.
     pub const REMOVE_NETWORK: u64 = 6;

@@ -14,6 +14,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The kind of a record, in [`Head::kind`].
 pub mod kind {
+    /// Nothing but this number: it wakes the reader of perf buffers.
+    pub const BELL: u32 = 0;
     /// A [`StateChange`](super::StateChange).
     pub const STATE_CHANGE: u32 = 1;
     /// A [`Tcp`](super::Tcp): a process accepted the connection.
@@ -32,8 +34,14 @@ pub mod kind {
     pub const SAMPLE_TCP: u32 = 8;
     /// A [`Udp`](super::Udp): the same.
     pub const SAMPLE_UDP: u32 = 9;
+    /// A [`Tcp`](super::Tcp): a segment was sent again.
+    pub const RETRANSMIT: u32 = 10;
+    /// A [`Tcp`](super::Tcp): a reset was sent.
+    pub const RESET_SENT: u32 = 11;
+    /// A [`Tcp`](super::Tcp): a reset was received.
+    pub const RESET_RECEIVED: u32 = 12;
     /// One more than the last.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 13;
 }
 
 /// How an owner is known, in [`Owner::origin`].
@@ -71,7 +79,7 @@ pub const AF_INET6: u16 = 10;
 pub struct Head {
     /// One of [`kind`].
     pub kind: u32,
-    /// How many records the full ring has refused before this one, modulo 2³².
+    /// How many records the full buffer has refused before this one, modulo 2³².
     pub lost: u32,
     /// `CLOCK_BOOTTIME`, nanoseconds.
     pub time: u64,
@@ -319,7 +327,7 @@ pub struct Tracked {
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Counters {
-    /// Records that found the ring full.
+    /// Records that found the buffer full.
     pub lost: u64,
     /// Of them, those of each [`kind`].
     pub lost_of: [u64; kind::COUNT],

@@ -3,7 +3,7 @@
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Tcp, filter::no_state, kind, origin, syn};
 
 use crate::{
-    emit::{self, Weight},
+    emit::{self, Context, Weight},
     filter, owner,
     sock::{Sock, read, read_at},
     track,
@@ -20,7 +20,7 @@ const IORING_OP_ACCEPT: u8 = 13;
 
 /// The current process has accepted this socket, if it is one of TCP.
 #[inline(always)]
-pub(crate) fn accepted(sk: Sock) {
+pub(crate) fn accepted(ctx: Context, sk: Sock) {
     let family = sk.family();
     if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || track::is_stopping() {
         return;
@@ -49,7 +49,7 @@ pub(crate) fn accepted(sk: Sock) {
     if !filter::wants_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
         return;
     }
-    emit::record(kind::ACCEPT, Weight::Vital, |record: &mut Tcp| {
+    emit::record(ctx, kind::ACCEPT, Weight::Vital, |record: &mut Tcp| {
         sk.describe(
             tracked,
             family,
@@ -62,28 +62,28 @@ pub(crate) fn accepted(sk: Sock) {
 
 /// The current process has accepted a socket as this descriptor (negative: an error).
 #[inline(always)]
-pub(crate) fn accepted_as(fd: i64) {
+pub(crate) fn accepted_as(ctx: Context, fd: i64) {
     if let Some(sk) = socket_of(fd) {
-        accepted(sk);
+        accepted(ctx, sk);
     }
 }
 
 /// The current process returns from a system call.
 #[inline(always)]
-pub(crate) fn returned(regs: u64, result: i64) {
+pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
     if matches!(
         read::<u64>(regs, Field::SyscallNumber),
         SYS_ACCEPT | SYS_ACCEPT4
     ) {
-        accepted_as(result);
+        accepted_as(ctx, result);
     }
 }
 
 /// The current process's io_uring has finished a request.
 #[inline(always)]
-pub(crate) fn completed(request: u64, result: i32) {
+pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
     if read::<u8>(request, Field::IoOpcode) == IORING_OP_ACCEPT {
-        accepted_as(i64::from(result));
+        accepted_as(ctx, i64::from(result));
     }
 }
 

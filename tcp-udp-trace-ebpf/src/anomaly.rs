@@ -3,6 +3,7 @@
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{macros::map, maps::Array};
+#[cfg(not(feature = "perf"))]
 use aya_log_ebpf::warn;
 use tcp_udp_trace_common::{Counters, kind};
 
@@ -10,6 +11,7 @@ use tcp_udp_trace_common::{Counters, kind};
 #[map]
 static COUNTERS: Array<Counters> = Array::with_max_entries(2, 0);
 const COUNTED: u32 = 0;
+#[cfg(not(feature = "perf"))]
 const TOLD: u32 = 1;
 
 /// How many records the ring has refused so far.
@@ -61,6 +63,7 @@ fn count(which: impl FnOnce(&mut Counters) -> *mut u64) {
 
 /// Logs each count that has doubled since it was last told. Called from one rare hook only: the verifier takes longer for the
 /// logging than for all the rest.
+#[cfg(not(feature = "perf"))]
 #[inline(always)]
 pub(crate) fn tell() {
     let (Some(now), Some(told)) = (COUNTERS.get_ptr_mut(COUNTED), COUNTERS.get_ptr_mut(TOLD))
@@ -91,3 +94,7 @@ pub(crate) fn tell() {
         );
     }
 }
+
+/// The log is a ring buffer: without one, the counts must do.
+#[cfg(feature = "perf")]
+pub(crate) const fn tell() {}

@@ -1,6 +1,9 @@
 //! Which events are wanted: decided before a record is made, so what is not wanted takes no room in the ring.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr,
+};
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
@@ -10,7 +13,7 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{
     AF_INET, Field, Owner, Peer, Tracked, UdpTracked,
-    filter::{self, Kin, NETWORK_HEAD_BITS, Network, Value, op, standing},
+    filter::{self, Kin, Network, Value, op, standing},
     kind, origin,
 };
 
@@ -35,7 +38,7 @@ static WANTED: HashMap<Value, u8> = HashMap::with_max_entries(2 * filter::MAX_VA
 
 /// The networks.
 #[map]
-static NETWORKS: LpmTrie<Network, u8> =
+static NETWORKS: LpmTrie<[u32; 5], u8> =
     LpmTrie::with_max_entries(2 * filter::MAX_VALUES, BPF_F_NO_PREALLOC);
 
 /// The processes of a filter's trees, and the filters' generations: of two that follow each other, each has its place.
@@ -46,15 +49,17 @@ static KIN: HashMap<Kin, [u16; 2]> = HashMap::with_max_entries(filter::MAX_KIN, 
 #[map]
 static REJECTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT as u32, 0);
 
-/// How often a decision is made again because the filter has changed. More than once hardly ever: then the event is wanted.
-const MAX_DECISIONS: u32 = 2;
-
 /// How many ancestors of a process are looked at; the walk visits parents before children, mostly.
 const MAX_ANCESTORS: u32 = 32;
 
 #[inline(always)]
 fn word(of: u32) -> u64 {
     FILTER.get(of).copied().unwrap_or(0)
+}
+
+#[inline(always)]
+fn current() -> u64 {
+    word(CURRENT)
 }
 
 /// Whether an event of TCP is wanted; `states` has the bits of the states it is about.
@@ -72,23 +77,17 @@ pub(crate) fn wants_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> 
         || decide(kind, |word| is_udp_wanted(word, tracked, at))
 }
 
-/// Whether an event is wanted by the filter as it is; counts it if it is not.
+/// Whether an event is wanted; counts it if it is not.
 ///
-/// The filter may change meanwhile, and the sets of the one before be emptied: only a "no" of the filter that is still there counts.
+/// The filter may change meanwhile, and the sets of the one before be emptied: a "no" counts only if it is still there. Otherwise the event is
+/// wanted: to ask the new one would be twice the work for the verifier, at each start.
 #[inline(always)]
-fn decide(kind: u32, mut is_wanted: impl FnMut(u64) -> bool) -> bool {
-    let mut now = word(CURRENT);
-    for _ in 0..MAX_DECISIONS {
-        let word = now;
-        if word == 0 || word & filter::no_kind(kind) == 0 && is_wanted(word) {
-            return true;
-        }
-        now = self::word(CURRENT);
-        if now == word {
-            return count(kind);
-        }
+fn decide(kind: u32, is_wanted: impl FnOnce(u64) -> bool) -> bool {
+    let word = current();
+    if word == 0 || word & filter::no_kind(kind) == 0 && is_wanted(word) {
+        return true;
     }
-    true
+    current() != word || count(kind)
 }
 
 #[inline(always)]
@@ -214,26 +213,29 @@ fn are_ends_wanted(word: u64, local: &Peer, remote: &Peer) -> bool {
 
 #[inline(always)]
 fn has(word: u64, set: u16, value: [u64; 2]) -> bool {
-    let value = Value {
-        value,
-        generation: filter::generation(word),
-        set,
-        _pad: 0,
-    };
+    let value = Value::new(filter::generation(word), set, value);
     WANTED.get_ptr(value).is_some()
 }
 
 #[inline(always)]
 fn is_in_network(word: u64, side: u8, end: &Peer) -> bool {
-    let network = Network {
-        generation: filter::generation(word),
+    let [a, b, c, d] = end.address.map(u64::from);
+    let generation = filter::generation(word);
+    let address = Network::new(
+        generation,
         side,
-        family: end.family as u8,
-        address: end.address,
-    };
-    NETWORKS
-        .get(Key::new(size_of::<Network>() as u32 * 8, network))
-        .is_some()
+        end.family,
+        128,
+        [a | b << 32, c | d << 32],
+    );
+    NETWORKS.get(key(&address)).is_some()
+}
+
+#[inline(always)]
+fn key(network: &Network) -> &Key<[u32; 5]> {
+    const { assert!(size_of::<Network>() == size_of::<Key<[u32; 5]>>()) };
+    // SAFETY: both are plain integers, of one size, and the latter needs no alignment. A network begins with what it calls the length.
+    unsafe { &*ptr::from_ref(network).cast() }
 }
 
 // ---- trees of processes ------------------------------------------------------------------------------------------
@@ -242,8 +244,7 @@ fn is_in_network(word: u64, side: u8, end: &Peer) -> bool {
 fn kin_of(pid: u32, started: u64) -> Kin {
     Kin {
         started,
-        pid,
-        _pad: 0,
+        pid: pid.into(),
     }
 }
 
@@ -319,7 +320,7 @@ pub(crate) fn task(step: Step) {
     }
     let next = word(NEXT);
     let generation = filter::generation(next);
-    let is_root = |process: &Kin| has(next, filter::ROOT, [u64::from(process.pid), 0]);
+    let is_root = |process: &Kin| has(next, filter::ROOT, [process.pid, 0]);
     if is_root(&kin_of_leader(process)) {
         step.count();
     }
@@ -343,51 +344,33 @@ pub(crate) fn task(step: Step) {
 #[inline(always)]
 pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
     let operation = ctx.arg::<u64>(0);
-    let (a, b, c, d) = (
-        ctx.arg::<u64>(1),
-        ctx.arg::<u64>(2),
-        ctx.arg::<u64>(3),
-        ctx.arg::<u64>(4),
-    );
+    let (a, b, c) = (ctx.arg::<u64>(1), ctx.arg::<u64>(2), ctx.arg::<u64>(3));
+    let value = Value {
+        value: [a, b],
+        tag: c,
+    };
+    let network = Network {
+        head: a,
+        address: [b, c],
+    };
     match operation {
         op::SWITCH => set(CURRENT, a),
         op::PREPARE => set(NEXT, a),
-        op::ADD | op::REMOVE | op::ADD_CALLER => {
-            let value = if operation == op::ADD_CALLER {
-                [u64::from(owner::current(origin::NONE).pid), 0]
-            } else {
-                [c, d]
-            };
+        op::ADD => result(WANTED.insert(value, 0, u64::from(BPF_ANY))),
+        op::REMOVE => result(WANTED.remove(value)),
+        op::ADD_CALLER => {
+            let pid = owner::current(origin::NONE).pid;
             let value = Value {
-                value,
-                generation: a as u16,
-                set: b as u16,
-                _pad: 0,
+                value: [pid.into(), 0],
+                tag: a,
             };
-            match operation {
-                op::REMOVE => result(WANTED.remove(value)),
-                op::ADD => result(WANTED.insert(value, 0, u64::from(BPF_ANY))),
-                _ => match WANTED.insert(value, 0, u64::from(BPF_ANY)) {
-                    Ok(()) => value.value[0] as i32,
-                    Err(error) => error,
-                },
+            match WANTED.insert(value, 0, u64::from(BPF_ANY)) {
+                Ok(()) => pid as i32,
+                Err(error) => error,
             }
         }
-        op::ADD_NETWORK | op::REMOVE_NETWORK => {
-            let (e, f) = (ctx.arg::<u64>(5), ctx.arg::<u64>(6));
-            let network = Network {
-                generation: a as u16,
-                side: b as u8,
-                family: c as u8,
-                address: [e as u32, (e >> 32) as u32, f as u32, (f >> 32) as u32],
-            };
-            let key = Key::new(NETWORK_HEAD_BITS + d as u32, network);
-            if operation == op::REMOVE_NETWORK {
-                result(NETWORKS.remove(key))
-            } else {
-                result(NETWORKS.insert(key, 0, u64::from(BPF_ANY)))
-            }
-        }
+        op::ADD_NETWORK => result(NETWORKS.insert(key(&network), 0, u64::from(BPF_ANY))),
+        op::REMOVE_NETWORK => result(NETWORKS.remove(key(&network))),
         op::STANDING => {
             let word = word(CURRENT);
             let is_kin = is_kin(filter::generation(word), &kin_of(a as u32, b));

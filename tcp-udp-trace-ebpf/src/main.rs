@@ -38,7 +38,7 @@ use aya_ebpf::{
         SockAddrContext, SockContext, TcContext, TracePointContext,
     },
 };
-use tcp_udp_trace_common::{AF_INET, Peer, origin};
+use tcp_udp_trace_common::{AF_INET, Peer, kind, origin};
 
 use crate::{sock::Sock, tcp::Program, walk::Step};
 
@@ -50,6 +50,7 @@ use crate::{sock::Sock, tcp::Program, walk::Step};
 #[raw_tracepoint(tracepoint = "inet_sock_set_state")]
 fn tcp_state_raw(ctx: RawTracePointContext) -> i32 {
     tcp::changed(
+        ctx.as_ptr(),
         Program::First,
         Sock::new(ctx.arg(0)),
         ctx.arg(1),
@@ -63,13 +64,14 @@ fn tcp_state_tp(ctx: TracePointContext) -> u32 {
     // Layout: events/sock/inet_sock_set_state/format, the same on every kernel since 4.16.
     let sk = field::<u64>(&ctx, 8);
     let (old, new) = (field::<i32>(&ctx, 16), field::<i32>(&ctx, 20));
-    tcp::changed(Program::Second, Sock::new(sk), old, new);
+    tcp::changed(ctx.as_ptr(), Program::Second, Sock::new(sk), old, new);
     0
 }
 
 #[btf_tracepoint(function = "inet_sock_set_state")]
 fn tcp_state_btf(ctx: BtfTracePointContext) -> i32 {
     tcp::changed(
+        ctx.as_ptr(),
         Program::Second,
         Sock::new(ctx.arg(0)),
         ctx.arg(1),
@@ -82,14 +84,46 @@ fn tcp_state_btf(ctx: BtfTracePointContext) -> i32 {
 
 #[raw_tracepoint(tracepoint = "tcp_destroy_sock")]
 fn tcp_end_raw(ctx: RawTracePointContext) -> i32 {
-    tcp::ended(Sock::new(ctx.arg(0)));
+    tcp::ended(ctx.as_ptr(), Sock::new(ctx.arg(0)));
     anomaly::tell();
     0
 }
 
 #[tracepoint]
 fn tcp_end_tp(ctx: TracePointContext) -> u32 {
-    tcp::ended(Sock::new(field(&ctx, 8)));
+    tcp::ended(ctx.as_ptr(), Sock::new(field(&ctx, 8)));
+    0
+}
+
+// ---- signals `retransmit` and `reset`: only on request --------------------------------------------------------------
+
+/// `tcp_retransmit_skb(sk, skb, err)`, since 6.17 or so: also when it failed.
+#[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
+fn tcp_retransmit_err(ctx: RawTracePointContext) -> i32 {
+    if ctx.arg::<i32>(2) == 0 {
+        tcp::happened(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+    }
+    0
+}
+
+/// `tcp_retransmit_skb(sk, skb)`
+#[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
+fn tcp_retransmit(ctx: RawTracePointContext) -> i32 {
+    tcp::happened(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+    0
+}
+
+/// `tcp_send_reset(sk, …)`: for a socket, or for none.
+#[raw_tracepoint(tracepoint = "tcp_send_reset")]
+fn tcp_reset_sent(ctx: RawTracePointContext) -> i32 {
+    tcp::happened(ctx.as_ptr(), kind::RESET_SENT, Sock::new(ctx.arg(0)));
+    0
+}
+
+/// `tcp_receive_reset(sk)`
+#[raw_tracepoint(tracepoint = "tcp_receive_reset")]
+fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
+    tcp::happened(ctx.as_ptr(), kind::RESET_RECEIVED, Sock::new(ctx.arg(0)));
     0
 }
 
@@ -98,34 +132,34 @@ fn tcp_end_tp(ctx: TracePointContext) -> u32 {
 /// `security_sock_graft(sk, parent)`: the last step of every accept, in the accepting task.
 #[kprobe]
 fn accept_kprobe(ctx: ProbeContext) -> u32 {
-    accept::accepted(Sock::new(ctx.arg(0).unwrap_or(0)));
+    accept::accepted(ctx.as_ptr(), Sock::new(ctx.arg(0).unwrap_or(0)));
     0
 }
 
 #[fentry(function = "security_sock_graft")]
 fn accept_fentry(ctx: FEntryContext) -> i32 {
-    accept::accepted(Sock::new(ctx.arg(0)));
+    accept::accepted(ctx.as_ptr(), Sock::new(ctx.arg(0)));
     0
 }
 
 /// `syscalls:sys_exit_accept` and `sys_exit_accept4`: the result is the new socket's descriptor.
 #[tracepoint]
 fn accept_exit(ctx: TracePointContext) -> u32 {
-    accept::accepted_as(field(&ctx, 16));
+    accept::accepted_as(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
 /// `sys_exit(regs, ret)`, of every system call.
 #[raw_tracepoint(tracepoint = "sys_exit")]
 fn accept_sys_exit(ctx: RawTracePointContext) -> i32 {
-    accept::returned(ctx.arg(0), ctx.arg(1));
+    accept::returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
     0
 }
 
 /// `io_uring:io_uring_complete(ctx, req, user_data, res, …)`: an accept by io_uring makes no system call.
 #[tracepoint]
 fn accept_uring(ctx: TracePointContext) -> u32 {
-    accept::completed(field(&ctx, 16), field::<i32>(&ctx, 32));
+    accept::completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
     0
 }
 
@@ -148,7 +182,7 @@ fn udp_release(ctx: SockContext) -> i32 {
     // SAFETY: the context is the socket whose last descriptor is being closed.
     let (protocol, key) = unsafe { ((*ctx.sock).protocol, bpf_get_socket_cookie(ctx.as_ptr())) };
     if protocol == IPPROTO_UDP {
-        udp::closed(key, ctx.as_ptr());
+        udp::closed(ctx.as_ptr(), key, ctx.as_ptr());
         anomaly::tell();
     }
     1
@@ -185,19 +219,19 @@ fn connect(ctx: &SockAddrContext) -> i32 {
 
 #[tracepoint]
 fn udp_connect_exit(ctx: TracePointContext) -> u32 {
-    udp::connected(field(&ctx, 16));
+    udp::connected(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sys_exit")]
 fn udp_connect_sys_exit(ctx: RawTracePointContext) -> i32 {
-    udp::returned(ctx.arg(0), ctx.arg(1));
+    udp::returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
     0
 }
 
 #[tracepoint]
 fn udp_connect_uring(ctx: TracePointContext) -> u32 {
-    udp::completed(field(&ctx, 16), field::<i32>(&ctx, 32));
+    udp::completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
     0
 }
 
@@ -215,6 +249,7 @@ fn udp_egress(ctx: SkBuffContext) -> i32 {
 fn udp_consume_kprobe(ctx: ProbeContext) -> u32 {
     let (sk, skb, len) = (ctx.arg(0), ctx.arg(1), ctx.arg(2));
     udp::receive::consumed(
+        ctx.as_ptr(),
         Sock::new(sk.unwrap_or(0)),
         skb.unwrap_or(0),
         len.unwrap_or(-1),
@@ -224,7 +259,7 @@ fn udp_consume_kprobe(ctx: ProbeContext) -> u32 {
 
 #[fentry(function = "skb_consume_udp")]
 fn udp_consume_fentry(ctx: FEntryContext) -> i32 {
-    udp::receive::consumed(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
+    udp::receive::consumed(ctx.as_ptr(), Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
     0
 }
 
@@ -251,13 +286,18 @@ fn udp_recvmsg6(ctx: SockAddrContext) -> i32 {
 /// `sock:sock_recv_length(sk, family, protocol, ret, flags)`.
 #[tracepoint]
 fn udp_recv_length_tp(ctx: TracePointContext) -> u32 {
-    udp::receive::received(Sock::new(field(&ctx, 8)), field(&ctx, 20), field(&ctx, 24));
+    udp::receive::received(
+        ctx.as_ptr(),
+        Sock::new(field(&ctx, 8)),
+        field(&ctx, 20),
+        field(&ctx, 24),
+    );
     0
 }
 
 #[raw_tracepoint(tracepoint = "sock_recv_length")]
 fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
-    udp::receive::received(Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
+    udp::receive::received(ctx.as_ptr(), Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
     0
 }
 

@@ -6,7 +6,7 @@ use tcp_udp_trace_common::{
 
 use crate::{
     anomaly,
-    emit::{self, Weight},
+    emit::{self, Context, Weight},
     filter, owner,
     sock::Sock,
     track,
@@ -31,7 +31,7 @@ pub(crate) enum Program {
 
 /// The socket goes from one state to another.
 #[inline(always)]
-pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
+pub(crate) fn changed(ctx: Context, program: Program, sk: Sock, from: i32, to: i32) {
     let (from, to) = (from as u8, to as u8);
     let tracked = track::get(sk);
     if from == to || tracked.as_ref().is_some_and(|tracked| tracked.state == to) {
@@ -63,7 +63,7 @@ pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
                     anomaly::missed();
                 }
                 tracked.state = to;
-                report(sk, family, tracked, from, to);
+                report(ctx, sk, family, tracked, (from, to), true);
                 return;
             }
             (syn::UNKNOWN, owner::UNKNOWN)
@@ -73,7 +73,7 @@ pub(crate) fn changed(program: Program, sk: Sock, from: i32, to: i32) {
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if begins && track::remember(sk, &tracked) || program == Program::First {
-        report(sk, family, &mut tracked, from, to);
+        report(ctx, sk, family, &mut tracked, (from, to), false);
     }
 }
 
@@ -94,13 +94,31 @@ pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
 
 /// Reports the socket as it is; false if that is not wanted, or did not fit into the ring.
 #[inline(always)]
-pub(crate) fn sample(sk: Sock, tracked: &mut Tracked) -> bool {
+pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &mut Tracked) -> bool {
     let state = sk.get(Field::State);
     filter::wants_tcp(kind::SAMPLE_TCP, no_state(state & 0xf), sk, tracked)
-        && emit::record(kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
+        && emit::record(ctx, kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
             let port = sk.connected_port();
             sk.describe(tracked, sk.family(), state, port, &mut record.socket);
         })
+}
+
+/// Something happened to a socket that its state does not tell. One that is closed is still known until the kernel frees it: a reset is sent
+/// after the close.
+#[inline(always)]
+pub(crate) fn happened(ctx: Context, kind: u32, sk: Sock) {
+    let tracked = match track::get(sk) {
+        Some(tracked) => Some(tracked),
+        None => known(sk),
+    };
+    let Some(tracked) = tracked else { return };
+    let state = tracked.state;
+    if filter::wants_tcp(kind, no_state(state & 0xf), sk, tracked) {
+        emit::record(ctx, kind, Weight::Other, |record: &mut Tcp| {
+            let port = sk.connected_port();
+            sk.describe(tracked, sk.family(), state, port, &mut record.socket);
+        });
+    }
 }
 
 /// The owner of a listener's child: until somebody accepts it, it is the listener's.
@@ -117,45 +135,61 @@ fn owner_of_listener(child: Sock) -> Owner {
     owner::UNKNOWN
 }
 
+/// Reports a change of state. That of a socket that `may_be_late` is written into another place if it finds no room; which is twice the work for
+/// the verifier, so it is not for what is rare.
 #[inline(always)]
-fn report(sk: Sock, family: u16, tracked: &mut Tracked, from: u8, to: u8) {
+fn report(
+    ctx: Context,
+    sk: Sock,
+    family: u16,
+    tracked: &mut Tracked,
+    (from, to): (u8, u8),
+    may_be_late: bool,
+) {
     let states = no_state(from & 0xf) | no_state(to & 0xf);
     if !filter::wants_tcp(kind::STATE_CHANGE, states, sk, tracked) {
         return;
     }
     let is_vital = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
-    let weight = if is_vital(from) || is_vital(to) {
+    let weight = if to == CLOSE && may_be_late {
+        Weight::Last
+    } else if is_vital(from) || is_vital(to) {
         Weight::Vital
     } else {
         Weight::Other
     };
-    emit::record(kind::STATE_CHANGE, weight, |record: &mut StateChange| {
-        let port = if from == CLOSE {
-            sk.bound_port()
-        } else {
-            sk.connected_port()
-        };
-        sk.describe(tracked, family, from, port, &mut record.socket);
-        record.from = from;
-        record.to = to;
-        record._pad = [0; 2];
-        record.error = if to == CLOSE {
-            sk.get::<u32>(Field::Error)
-        } else {
-            0
-        };
-    });
+    emit::record(
+        ctx,
+        kind::STATE_CHANGE,
+        weight,
+        |record: &mut StateChange| {
+            let port = if from == CLOSE {
+                sk.bound_port()
+            } else {
+                sk.connected_port()
+            };
+            sk.describe(tracked, family, from, port, &mut record.socket);
+            record.from = from;
+            record.to = to;
+            record._pad = [0; 2];
+            record.error = if to == CLOSE {
+                sk.get::<u32>(Field::Error)
+            } else {
+                0
+            };
+        },
+    );
 }
 
 /// The kernel gives the socket up.
 #[inline(always)]
-pub(crate) fn ended(sk: Sock) {
+pub(crate) fn ended(ctx: Context, sk: Sock) {
     if let Some(tracked) = track::get(sk) {
         if tracked.state != CLOSE && !track::is_stopping() {
             // Its close escaped both programs.
             anomaly::missed();
             let state = tracked.state;
-            report(sk, sk.family(), tracked, state, CLOSE);
+            report(ctx, sk, sk.family(), tracked, (state, CLOSE), false);
         }
         track::end(sk);
     }

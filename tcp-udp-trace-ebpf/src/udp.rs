@@ -24,7 +24,7 @@ use tcp_udp_trace_common::{
 
 use crate::{
     anomaly,
-    emit::{self, Weight},
+    emit::{self, Context, Weight},
     filter, owner,
     sock::{Sock, read},
     track,
@@ -91,15 +91,19 @@ fn get(key: u64) -> Option<&'static mut UdpTracked> {
 
 /// Starts to track the socket of this key. `sk` is a pointer that the verifier may have a type for: it is stored, and so
 /// loses the type, but nothing is computed with it.
+///
+/// It is put together under a name that nobody else knows: whoever finds it under its own finds all of it.
 #[inline(always)]
 pub(crate) fn begin(
     key: u64,
     sk: *const core::ffi::c_void,
     owner: Owner,
 ) -> Option<&'static mut UdpTracked> {
+    let id = track::ticket();
+    let draft = DRAFT | id;
     let fresh = UdpTracked {
         sk: 0,
-        id: track::ticket(),
+        id,
         // SAFETY: the helper takes nothing and cannot fail.
         born: unsafe { bpf_ktime_get_boot_ns() },
         cgroup: 0,
@@ -116,14 +120,13 @@ pub(crate) fn begin(
         },
     };
     if UDP_SOCKETS
-        .insert(key, fresh, u64::from(BPF_NOEXIST))
+        .insert(draft, fresh, u64::from(BPF_NOEXIST))
         .is_err()
-        && get(key).is_none()
     {
         anomaly::untracked();
         return None;
     }
-    let tracked = get(key)?;
+    let tracked = get(draft)?;
     // SAFETY: a valid pointer into the map. Volatile, for the compiler not to keep the typed pointer.
     let sk = unsafe {
         (&raw mut tracked.sk)
@@ -131,47 +134,40 @@ pub(crate) fn begin(
             .write_volatile(sk);
         Sock::new((&raw const tracked.sk).read_volatile())
     };
-    if sk.get::<u16>(Field::SockType) != SOCK_DGRAM {
-        // A raw socket that makes its UDP headers itself.
-        let _ = UDP_SOCKETS.remove(key);
-        return None;
+    // Not a raw socket that makes its UDP headers itself.
+    if sk.get::<u16>(Field::SockType) == SOCK_DGRAM {
+        tracked.cgroup = sk.cgroup();
+        tracked.netns = sk.netns();
+        let old = if key == sk.0 { None } else { get(sk.0) };
+        if let Some(old) = old {
+            // It has got its cookie: what was known of it by its address is known by its cookie from now on.
+            tracked.id = old.id;
+            tracked.born = old.born;
+            tracked.approximate = old.approximate;
+            tracked.flows = old.flows;
+            tracked.kin = old.kin;
+            tracked.traffic = old.traffic;
+            if old.owner.origin != origin::NONE {
+                tracked.owner = old.owner;
+            }
+        }
+        let complete: &UdpTracked = tracked;
+        let is_ours = UDP_SOCKETS
+            .insert(key, complete, u64::from(BPF_NOEXIST))
+            .is_ok();
+        if !is_ours && get(key).is_none() {
+            // Nor has another CPU been first.
+            anomaly::untracked();
+        } else if is_ours && key != sk.0 {
+            let _ = UDP_SOCKETS.remove(sk.0);
+        }
     }
-    tracked.cgroup = sk.cgroup();
-    tracked.netns = sk.netns();
-    if key != sk.0 {
-        rename(sk, tracked);
-    }
-    Some(tracked)
+    let _ = UDP_SOCKETS.remove(draft);
+    get(key)
 }
 
-/// The socket has got its cookie: what was known of it by its address is known by its cookie from now on.
-#[inline(always)]
-fn rename(sk: Sock, tracked: &mut UdpTracked) {
-    let Some(old) = get(sk.0) else { return };
-    tracked.id = old.id;
-    tracked.born = old.born;
-    tracked.approximate = old.approximate;
-    tracked.flows = old.flows;
-    tracked.kin = old.kin;
-    if old.owner.origin != origin::NONE {
-        owner::settle(&mut tracked.owner, old.owner);
-    }
-    let Traffic {
-        tx_bytes,
-        rx_bytes,
-        tx_packets,
-        rx_packets,
-    } = old.traffic;
-    let sum = &mut tracked.traffic;
-    // SAFETY: pointers into a map's value; other CPUs may add to them already, so it is atomic.
-    unsafe {
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.tx_bytes, tx_bytes);
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.rx_bytes, rx_bytes);
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.tx_packets, tx_packets);
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut sum.rx_packets, rx_packets);
-    }
-    let _ = UDP_SOCKETS.remove(sk.0);
-}
+/// Marks the name of an entry that is not complete yet; the rest is its id.
+const DRAFT: u64 = 1 << 62;
 
 /// The name of a socket where no helper tells its cookie.
 #[inline(always)]
@@ -215,7 +211,7 @@ pub(crate) fn known(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
 
 /// Datagrams went through the socket.
 #[inline(always)]
-pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
+pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
     add(&mut tracked.traffic, datagrams);
     let flow_key = FlowKey {
         socket: tracked.id,
@@ -249,7 +245,7 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
             flow.reported = now;
             if filter::wants_udp(kind::FLOW, tracked, datagrams) {
                 tracked.flows = 1;
-                record(kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
+                record(ctx, kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
             }
         }
     }
@@ -260,6 +256,7 @@ pub(crate) fn count(key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
         };
         if filter::wants_udp(kind, tracked, datagrams) {
             record(
+                ctx,
                 kind,
                 key,
                 tracked,
@@ -286,6 +283,7 @@ fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
 
 #[inline(always)]
 fn record(
+    ctx: Context,
     kind: u32,
     key: u64,
     tracked: &UdpTracked,
@@ -294,11 +292,11 @@ fn record(
     amount: u64,
 ) -> bool {
     let weight = if kind == kind::CLOSE {
-        Weight::Vital
+        Weight::Last
     } else {
         Weight::Other
     };
-    emit::record(kind, weight, |record: &mut Udp| {
+    emit::record(ctx, kind, weight, |record: &mut Udp| {
         record.key = key;
         record.id = tracked.id;
         record.born = tracked.born;
@@ -317,16 +315,31 @@ fn record(
 
 /// Reports the socket as it is; false if that is not wanted, or did not fit into the ring.
 #[inline(always)]
-pub(crate) fn sample(key: u64, sk: Sock, tracked: &mut UdpTracked) -> bool {
-    report(kind::SAMPLE_UDP, key, tracked, sk, 0)
+pub(crate) fn sample(ctx: Context, key: u64, sk: Sock, tracked: &mut UdpTracked) -> bool {
+    report(ctx, kind::SAMPLE_UDP, key, tracked, sk, 0)
 }
 
 /// Reports something about the socket itself, if it is wanted; false if it is not, or did not fit into the ring.
 #[inline(always)]
-fn report(kind: u32, key: u64, tracked: &mut UdpTracked, sk: Sock, amount: u64) -> bool {
+fn report(
+    ctx: Context,
+    kind: u32,
+    key: u64,
+    tracked: &mut UdpTracked,
+    sk: Sock,
+    amount: u64,
+) -> bool {
     let addresses = addresses(sk);
     filter::wants_udp(kind, tracked, &addresses)
-        && record(kind, key, tracked, &addresses, &tracked.traffic, amount)
+        && record(
+            ctx,
+            kind,
+            key,
+            tracked,
+            &addresses,
+            &tracked.traffic,
+            amount,
+        )
 }
 
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.
@@ -409,7 +422,7 @@ pub(crate) fn connecting(key: u64) {
 
 /// The current thread's `connect`, if it was in one, has ended with this result.
 #[inline(always)]
-pub(crate) fn connected(result: i64) {
+pub(crate) fn connected(ctx: Context, result: i64) {
     let thread = bpf_get_current_pid_tgid();
     // SAFETY: only this thread writes the entry.
     let Some(&key) = (unsafe { CONNECTING.get(thread) }) else {
@@ -419,33 +432,33 @@ pub(crate) fn connected(result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
     if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
-        report(kind::CONNECT, key, tracked, sk, 0);
+        report(ctx, kind::CONNECT, key, tracked, sk, 0);
     }
 }
 
 /// The current process returns from a system call.
 #[inline(always)]
-pub(crate) fn returned(regs: u64, result: i64) {
+pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
     if read::<u64>(regs, Field::SyscallNumber) == SYS_CONNECT {
-        connected(result);
+        connected(ctx, result);
     }
 }
 
 /// The current process's io_uring has finished a request.
 #[inline(always)]
-pub(crate) fn completed(request: u64, result: i32) {
+pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
     if read::<u8>(request, Field::IoOpcode) == IORING_OP_CONNECT {
-        connected(i64::from(result));
+        connected(ctx, i64::from(result));
     }
 }
 
 /// The socket's last descriptor is closed.
 #[inline(always)]
-pub(crate) fn closed(key: u64, sk: *const core::ffi::c_void) {
+pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     // One that is older than the tracer and was never used gets its only event here.
     let Some(tracked) = used(key, sk) else { return };
     let sk = Sock::new(tracked.sk);
-    report(kind::CLOSE, key, tracked, sk, drops(sk));
+    report(ctx, kind::CLOSE, key, tracked, sk, drops(sk));
     let _ = UDP_SOCKETS.remove(key);
 }
 

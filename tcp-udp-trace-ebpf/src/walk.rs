@@ -104,7 +104,7 @@ pub(crate) fn tcp_socket(step: Step) -> i32 {
     if emit::is_crowded() {
         return AGAIN;
     }
-    if tcp::sample(sk, tracked) {
+    if tcp::sample(step.0, sk, tracked) {
         step.count();
     }
     NEXT
@@ -125,7 +125,7 @@ pub(crate) fn udp_socket(step: Step) -> i32 {
     if emit::is_crowded() {
         return AGAIN;
     }
-    if udp::sample(key, sk, tracked) {
+    if udp::sample(step.0, key, sk, tracked) {
         step.count();
     }
     NEXT

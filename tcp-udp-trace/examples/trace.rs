@@ -25,7 +25,9 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout},
     sys::resource::{RLIM_INFINITY, Resource, setrlimit},
 };
-use tcp_udp_trace::{DEFAULT_QUEUE, Event, Filter, Stats, TcpTracer, TracerHandle, UdpTracer};
+use tcp_udp_trace::{
+    Buffer, DEFAULT_QUEUE, Event, Filter, Stats, TcpTracer, TracerHandle, UdpTracer,
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Print the socket events of the running machine. Needs root, or CAP_BPF and CAP_PERFMON.
@@ -40,6 +42,12 @@ struct Args {
     /// Print each datagram, not only the totals of flows and sockets.
     #[arg(long)]
     per_datagram: bool,
+    /// Print TCP retransmissions.
+    #[arg(long)]
+    retransmits: bool,
+    /// Print TCP resets.
+    #[arg(long)]
+    resets: bool,
     /// How often the totals of a UDP flow are printed at most.
     #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "1")]
     interval: Duration,
@@ -58,6 +66,9 @@ struct Args {
     /// How many events may wait to be printed.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_QUEUE)]
     queue: usize,
+    /// What is between kernel and reader; the ring buffer, if the kernel has one.
+    #[arg(long, value_name = "ring|perf", value_parser = buffer)]
+    buffer: Option<Buffer>,
     /// Print only the events of sockets that this process owns.
     #[arg(long, value_name = "N")]
     pid: Vec<u32>,
@@ -95,6 +106,14 @@ fn seconds_or_off(text: &str) -> Result<Sample, String> {
     match text {
         "off" => Ok(Sample(None)),
         text => seconds(text).map(|every| Sample(Some(every))),
+    }
+}
+
+fn buffer(text: &str) -> Result<Buffer, String> {
+    match text {
+        "ring" => Ok(Buffer::Ring),
+        "perf" => Ok(Buffer::Perf),
+        _ => Err("neither ring nor perf".into()),
     }
 }
 
@@ -143,16 +162,24 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut tcp = None;
     if args.tcp || !args.udp {
-        let builder = TcpTracer::builder().queue(args.queue);
+        let mut builder = TcpTracer::builder().queue(args.queue);
+        if let Some(buffer) = args.buffer {
+            builder = builder.buffer(buffer);
+        }
         let builder = builder
             .filter(args.filter())
+            .retransmits(args.retransmits)
+            .resets(args.resets)
             .sample_interval(args.sample.0)
             .process_details(args.process_details);
         tcp = Some(builder.start().await?);
     }
     let mut udp = None;
     if args.udp || !args.tcp {
-        let builder = UdpTracer::builder().queue(args.queue);
+        let mut builder = UdpTracer::builder().queue(args.queue);
+        if let Some(buffer) = args.buffer {
+            builder = builder.buffer(buffer);
+        }
         let builder = builder
             .filter(args.filter())
             .sample_interval(args.sample.0)

@@ -91,6 +91,10 @@ mod tests {
         check(b"back\\slash", r"back\x5cslash");
         check(b"bad\xff\xc3utf8", r"bad\xff\xc3utf8");
         check("a\u{202e}b".as_bytes(), r"a\xe2\x80\xaeb");
+        check(
+            "a\u{61c}b\u{e0041}".as_bytes(),
+            r"a\xd8\x9cb\xf3\xa0\x81\x81",
+        );
     }
 
     #[test]

@@ -18,7 +18,8 @@ struct Inner {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A privilege is missing; the message names the capability or limit.
+    /// A privilege is missing, or something forbids what the privileges allow; the message names the capability, the limit, or what it
+    /// may be: a seccomp filter, a user namespace, kernel lockdown.
     Permission,
     /// This operating system, kernel or machine lacks something that cannot be done without.
     Unsupported,
@@ -28,7 +29,8 @@ pub enum ErrorKind {
     InvalidFilter,
     /// There is no Tokio runtime, or it has I/O or time disabled.
     NoRuntime,
-    /// The kernel refused a program or a map, for another reason than permission.
+    /// The kernel refused a program or a map, for another reason than permission; or there is too little memory, or too few file descriptors or
+    /// threads. The message says which.
     Load,
     /// The kernel refused to attach a program to a hook without which nothing can be traced.
     Attach,

@@ -15,7 +15,7 @@ impl fmt::Display for Escaped<'_> {
         };
         for chunk in self.0.utf8_chunks() {
             for c in chunk.valid().chars() {
-                if c.is_control() || is_deceptive(c) || c == '\\' {
+                if is_deceptive(c) || c == '\\' {
                     escape(f, c.encode_utf8(&mut [0; 4]).as_bytes())?;
                 } else {
                     write!(f, "{c}")?;
@@ -27,9 +27,33 @@ impl fmt::Display for Escaped<'_> {
     }
 }
 
-/// Invisible or direction-changing characters that can make a line of text lie.
-fn is_deceptive(c: char) -> bool {
-    matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
+/// Whether a character can make a line of text lie: it is a control character, or it breaks lines, changes directions or is invisible.
+///
+/// Source: Unicode's general category Cc; the line and paragraph separators; the annotation characters; and the property
+/// Default_Ignorable_Code_Point.
+pub(crate) fn is_deceptive(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{2028}' | '\u{2029}' | '\u{fff9}'..='\u{fffb}')
+        || matches!(
+            c,
+            '\u{ad}'
+                | '\u{34f}'
+                | '\u{61c}'
+                | '\u{115f}'..='\u{1160}'
+                | '\u{17b4}'..='\u{17b5}'
+                | '\u{180b}'..='\u{180f}'
+                | '\u{200b}'..='\u{200f}'
+                | '\u{202a}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{3164}'
+                | '\u{fe00}'..='\u{fe0f}'
+                | '\u{feff}'
+                | '\u{ffa0}'
+                | '\u{fff0}'..='\u{fff8}'
+                | '\u{1bca0}'..='\u{1bca3}'
+                | '\u{1d173}'..='\u{1d17a}'
+                | '\u{e0000}'..='\u{e0fff}'
+        )
 }
 
 /// The bytes that were shown so; `None` if a backslash is not part of `\xNN`.

@@ -16,7 +16,8 @@ pub struct Event {
     /// When, on the wall clock: right to 1 ms, whatever clock steps and suspends came before.
     #[cfg_attr(feature = "serde", serde(with = "crate::json::rfc3339"))]
     pub time: SystemTime,
-    /// The same instant on `CLOCK_BOOTTIME`: monotonic, in nanoseconds, time in suspend included.
+    /// The same instant on `CLOCK_BOOTTIME` of this process (which a time namespace may have set): monotonic, in nanoseconds, time in suspend
+    /// included.
     #[cfg_attr(
         feature = "serde",
         serde(rename = "uptime_ns", with = "crate::json::nanos")
@@ -51,6 +52,14 @@ pub enum EventKind {
     /// TCP: `accept` gave the socket to a process, from now on its owner. Not reported for a connection that had
     /// already ended while it waited to be accepted.
     Accept,
+    /// TCP: a segment, or several as one, was sent again. Only with [`retransmits`](crate::TcpTracerBuilder::retransmits).
+    Retransmit,
+    /// TCP: the connection was reset. Only with [`resets`](crate::TcpTracerBuilder::resets). One that this side sends while it closes comes after the
+    /// socket's change to `CLOSE`. A reset that answers a segment for no socket at all is no event.
+    Reset {
+        /// Who did it.
+        direction: Direction,
+    },
     /// UDP: `connect` gave the socket a peer.
     Connect,
     /// UDP: the totals of one flow (a socket and a peer) so far, in [`Event::traffic`]; at its first datagram, then at most once per
@@ -94,6 +103,18 @@ pub enum EventKind {
         /// Where they were lost.
         stage: LossStage,
     },
+}
+
+/// Which way something went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[allow(clippy::exhaustive_enums, reason = "there is no third way")]
+pub enum Direction {
+    /// From this side.
+    Sent,
+    /// To this side.
+    Received,
 }
 
 /// Where an event was lost on its way to the consumer.
@@ -286,6 +307,8 @@ impl fmt::Display for EventKind {
                 }
             }
             Self::Accept => f.write_str("accept"),
+            Self::Retransmit => f.write_str("retransmit"),
+            Self::Reset { direction } => write!(f, "reset {direction}"),
             Self::Connect => f.write_str("connect"),
             Self::Flow { .. } => f.write_str("flow"),
             Self::Send { bytes } => write!(f, "send {bytes} B"),
@@ -303,6 +326,15 @@ impl fmt::Display for LossStage {
         f.pad(match self {
             Self::Ring => "ring",
             Self::Queue => "queue",
+        })
+    }
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Sent => "sent",
+            Self::Received => "received",
         })
     }
 }

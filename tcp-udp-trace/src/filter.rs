@@ -11,7 +11,7 @@ use std::{
 
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6,
-    filter::{self as wire, Network, Value},
+    filter::{self as wire, Network},
 };
 
 use crate::{Comm, Error, ErrorKind, Event, Kind, Process, TcpState, escape::Escaped};
@@ -253,7 +253,10 @@ impl Filter {
                     .check()
                     .map_err(|what| invalid(format!("{name} is {network}: {what}")))?;
                 compiled.word |= bit;
-                compiled.networks.push((network.length, network.wire(side)));
+                compiled.networks.push(SidedCidr {
+                    side,
+                    network: *network,
+                });
             }
         }
         if *exclude_self {
@@ -335,10 +338,9 @@ const REMOTE_SIDE: u8 = 1;
 pub(crate) struct Compiled {
     /// See [`wire`]; 0 if everything passes.
     pub(crate) word: u64,
-    /// The values, and the set of each.
-    pub(crate) values: Vec<Value>,
-    /// The networks, and how many bits of each address count.
-    pub(crate) networks: Vec<(u8, Network)>,
+    /// The set of each value, and the value.
+    pub(crate) values: Vec<(u16, [u64; 2])>,
+    pub(crate) networks: Vec<SidedCidr>,
     pub(crate) exclude_self: bool,
     /// The processes whose descendants are wanted, too.
     pub(crate) roots: Vec<u32>,
@@ -354,12 +356,7 @@ impl Compiled {
     ) -> Result<(), Error> {
         for value in values {
             self.word |= bit;
-            self.values.push(Value {
-                value: encode(value)?,
-                generation: 0,
-                set,
-                _pad: 0,
-            });
+            self.values.push((set, encode(value)?));
         }
         Ok(())
     }
@@ -417,7 +414,7 @@ impl Cidr {
 
     /// What is left of an address of this family.
     fn network(self, address: IpAddr) -> Option<IpAddr> {
-        let host_bits = u32::from(self.bits() - self.length);
+        let host_bits = u32::from(self.bits().saturating_sub(self.length));
         match (self.address, address) {
             (IpAddr::V4(_), IpAddr::V4(address)) => {
                 let mask = u32::MAX.checked_shl(host_bits).unwrap_or(0);
@@ -434,9 +431,20 @@ impl Cidr {
     fn contains(self, address: IpAddr) -> bool {
         self.network(address) == Some(self.address)
     }
+}
 
-    fn wire(self, side: u8) -> Network {
-        let (family, bytes) = match self.address {
+/// A network of local or of remote addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SidedCidr {
+    side: u8,
+    network: Cidr,
+}
+
+impl SidedCidr {
+    /// As the programs get it.
+    pub(crate) fn wire(&self, generation: u16) -> Network {
+        let Cidr { address, length } = self.network;
+        let (family, bytes) = match address {
             IpAddr::V4(address) => {
                 let mut bytes = [0; 16];
                 bytes[..4].copy_from_slice(&address.octets());
@@ -444,12 +452,8 @@ impl Cidr {
             }
             IpAddr::V6(address) => (AF_INET6, address.octets()),
         };
-        Network {
-            generation: 0,
-            side,
-            family: family as u8,
-            address: zerocopy::transmute!(bytes),
-        }
+        let words = zerocopy::transmute!(bytes);
+        Network::new(generation, self.side, family, length.into(), words)
     }
 }
 

@@ -7,9 +7,10 @@ use std::fmt;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Hook {
-    /// What is signalled: `state`, `accept`, `end` (TCP), `life`, `send`, `receive`, `connect` (UDP), `snapshot`, `sample` (both).
+    /// What is signalled: `state`, `accept`, `end`, `retransmit`, `reset` (TCP), `life`, `send`, `receive`, `connect` (UDP), `snapshot`, `sample` (both). And
+    /// `buffer`: what all of that comes through ([`Buffer`](crate::Buffer)).
     pub signal: String,
-    /// The hooks in use, each as `type:target`, where `iter` is a BPF iterator; none if this kernel allows none of those we know.
+    /// The hooks in use, each as `type:target`, where `iter` is a BPF iterator and `map` a BPF map; none if this kernel allows none of those we know.
     pub programs: Vec<String>,
     /// What this choice costs, where a better one exists that this machine does not allow.
     pub note: Option<String>,

@@ -1,5 +1,10 @@
 //! How `serde` writes the fields that have no form of their own.
 
+use std::{
+    ffi::OsString,
+    os::unix::ffi::{OsStrExt as _, OsStringExt as _},
+};
+
 use crate::escape::{Escaped, unescape};
 use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
@@ -13,7 +18,7 @@ pub(crate) mod rfc3339 {
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<SystemTime, D::Error> {
-        let text = std::borrow::Cow::<'de, str>::deserialize(d)?;
+        let text = String::deserialize(d)?;
         humantime::parse_rfc3339(&text).map_err(D::Error::custom)
     }
 }
@@ -35,10 +40,6 @@ pub(crate) mod nanos {
 /// Words that strangers have chosen, as strings that can be shown.
 pub(crate) mod words {
     use super::*;
-    use std::{
-        ffi::OsString,
-        os::unix::ffi::{OsStrExt as _, OsStringExt as _},
-    };
 
     pub(crate) fn serialize<S: Serializer>(words: &[OsString], s: S) -> Result<S::Ok, S::Error> {
         s.collect_seq(
@@ -49,23 +50,15 @@ pub(crate) mod words {
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<OsString>, D::Error> {
-        let words = Vec::<std::borrow::Cow<'de, str>>::deserialize(d)?;
-        let plain = |word: &std::borrow::Cow<'de, str>| {
-            let bytes = unescape(word).ok_or_else(|| D::Error::custom(NOT_ESCAPED))?;
-            Ok(OsString::from_vec(bytes))
-        };
-        words.iter().map(plain).collect()
+        let words = Vec::<String>::deserialize(d)?;
+        words.iter().map(|word| as_it_was(word)).collect()
     }
 }
 
 /// A path that strangers have chosen, in the same way.
 pub(crate) mod path {
     use super::*;
-    use std::{
-        ffi::OsString,
-        os::unix::ffi::{OsStrExt as _, OsStringExt as _},
-        path::PathBuf,
-    };
+    use std::path::PathBuf;
 
     pub(crate) fn serialize<S: Serializer>(
         path: &Option<PathBuf>,
@@ -80,15 +73,18 @@ pub(crate) mod path {
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
         d: D,
     ) -> Result<Option<PathBuf>, D::Error> {
-        let Some(text) = Option::<std::borrow::Cow<'de, str>>::deserialize(d)? else {
-            return Ok(None);
-        };
-        let bytes = unescape(&text).ok_or_else(|| D::Error::custom(NOT_ESCAPED))?;
-        Ok(Some(OsString::from_vec(bytes).into()))
+        let path = Option::<String>::deserialize(d)?;
+        path.map(|path| as_it_was(&path).map(PathBuf::from))
+            .transpose()
     }
 }
 
-const NOT_ESCAPED: &str = "a backslash that is not part of \\xNN";
+/// What strangers have chosen, from the string that shows it.
+fn as_it_was<E: serde::de::Error>(shown: &str) -> Result<OsString, E> {
+    let bytes =
+        unescape(shown).ok_or_else(|| E::custom("a backslash that is not part of \\xNN"))?;
+    Ok(OsString::from_vec(bytes))
+}
 
 impl serde::Serialize for crate::Comm {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
@@ -98,9 +94,7 @@ impl serde::Serialize for crate::Comm {
 
 impl<'de> serde::Deserialize<'de> for crate::Comm {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        std::borrow::Cow::<'de, str>::deserialize(d)?
-            .parse()
-            .map_err(D::Error::custom)
+        String::deserialize(d)?.parse().map_err(D::Error::custom)
     }
 }
 

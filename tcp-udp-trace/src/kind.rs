@@ -33,7 +33,7 @@ macro_rules! kinds {
         }
 
         /// What has become of the events, by kind. In JSON, kinds of which there was nothing are left out.
-        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        #[derive(Clone, Copy, Default, PartialEq, Eq)]
         #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         #[non_exhaustive]
         pub struct Fates {
@@ -66,6 +66,10 @@ kinds! {
     StateChange state_change "state_change",
     /// [`EventKind::Accept`].
     Accept accept "accept",
+    /// [`EventKind::Retransmit`].
+    Retransmit retransmit "retransmit",
+    /// [`EventKind::Reset`].
+    Reset reset "reset",
     /// [`EventKind::Connect`].
     Connect connect "connect",
     /// [`EventKind::Flow`].
@@ -102,10 +106,19 @@ pub struct Fate {
     pub rejected: u64,
 }
 
-#[cfg(feature = "serde")]
 impl Fate {
     fn is_nothing(&self) -> bool {
         *self == Self::default()
+    }
+}
+
+/// Only the kinds of which there was anything.
+impl fmt::Debug for Fates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kinds = Kind::ALL.iter().map(|&kind| (kind.name(), self[kind]));
+        f.debug_map()
+            .entries(kinds.filter(|(_, fate)| !fate.is_nothing()))
+            .finish()
     }
 }
 
@@ -137,6 +150,8 @@ impl Kind {
         Some(match event.kind {
             EventKind::StateChange { .. } => Self::StateChange,
             EventKind::Accept => Self::Accept,
+            EventKind::Retransmit => Self::Retransmit,
+            EventKind::Reset { .. } => Self::Reset,
             EventKind::Connect => Self::Connect,
             EventKind::Flow { .. } => Self::Flow,
             EventKind::Send { .. } => Self::Send,
@@ -154,6 +169,8 @@ impl Kind {
         match self {
             Self::StateChange => &[record::STATE_CHANGE],
             Self::Accept => &[record::ACCEPT],
+            Self::Retransmit => &[record::RETRANSMIT],
+            Self::Reset => &[record::RESET_SENT, record::RESET_RECEIVED],
             Self::Connect => &[record::CONNECT],
             Self::Flow => &[record::FLOW],
             Self::Send => &[record::SEND],
@@ -181,7 +198,9 @@ impl FromStr for Kind {
 
 /// A text that names no [`Kind`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not a kind of event: state_change, accept, connect, flow, send, receive, close or sample")]
+#[error(
+    "not a kind of event: state_change, accept, retransmit, reset, connect, flow, send, receive, close or sample"
+)]
 pub struct UnknownKind;
 
 /// A number for each kind.

@@ -15,7 +15,7 @@
 //!
 //! # What you get
 //!
-//! - [`TcpTracer`]: every state change and every accept of every TCP socket of the machine.
+//! - [`TcpTracer`]: every state change and every accept of every TCP socket of the machine; retransmissions and resets on request.
 //! - [`UdpTracer`]: every UDP socket's connects, its end and its totals, and the totals of each of its flows; each datagram
 //!   on request.
 //!
@@ -42,8 +42,9 @@
 //! runtime with I/O and time. It finds out by itself which hooks the kernel allows, and says so: [`TracerHandle::hooks`]. To
 //! build: stable Rust and nothing else; the eBPF object is part of the crate.
 //!
-//! With `CAP_SYS_ADMIN` (or with tracefs mounted) it can use classic tracepoints too, and with `CAP_SYS_ADMIN` it samples other network
-//! namespaces than its own; what is lost without, the hooks' notes say. Before Linux 5.11 the limit on locked memory must be raised (`ulimit -l unlimited`).
+//! As root it can use classic tracepoints too, and samples other network namespaces than its own; which capabilities that takes is in
+//! SECURITY.md, and what is lost without, the hooks' notes say. Before Linux 5.11 the limit on locked memory must be raised
+//! (`ulimit -l unlimited`). Once started, it does without any privilege (before 5.19: with `CAP_BPF`).
 //!
 //! # Features
 //!
@@ -68,6 +69,9 @@ mod event;
 mod filter;
 #[cfg(target_os = "linux")]
 mod flows;
+#[cfg(all(any(test, fuzzing), target_os = "linux", feature = "serde"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hook;
 mod info;
 #[cfg(feature = "serde")]
@@ -89,13 +93,13 @@ mod tracer;
 
 pub use crate::{
     builder::{
-        DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, DEFAULT_QUEUE,
-        DEFAULT_RING_BYTES, DEFAULT_SAMPLE_INTERVAL, OverflowPolicy, TcpTracerBuilder,
-        UdpTracerBuilder,
+        Buffer, DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS,
+        DEFAULT_QUEUE, DEFAULT_RING_BYTES, DEFAULT_SAMPLE_INTERVAL, OverflowPolicy,
+        TcpTracerBuilder, UdpTracerBuilder,
     },
     comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},
-    event::{Event, EventKind, LossStage, Protocol, Socket, Traffic},
+    event::{Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic},
     filter::{Family, Filter},
     hook::Hook,
     info::{SampleInfo, TcpInfo, UdpInfo},

@@ -19,7 +19,7 @@ pub struct Process {
     pub comm: Comm,
     /// How the owner is known.
     pub origin: Origin,
-    /// When the process was made, on `CLOCK_BOOTTIME`. Its pid may be another's one day; pid and this together never are.
+    /// When the process was made, on the clock of [`Event::uptime`](crate::Event::uptime). Its pid may be another's one day; pid and this together never are.
     #[cfg_attr(
         feature = "serde",
         serde(rename = "started_ns", with = "crate::json::nanos", default)

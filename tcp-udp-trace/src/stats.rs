@@ -32,8 +32,8 @@ pub struct Stats {
     pub rejected: u64,
     /// The counts above, for each kind of event.
     pub kinds: Fates,
-    /// Times that a socket could not be remembered because [`max_sockets`] others were: its events have
-    /// no owner, and each has an id of its own.
+    /// Times that a hook found no room to remember a socket, because [`max_sockets`] others were. TCP: after the first, its events have no
+    /// owner, and each has an id of its own. UDP: it has no events until there is room.
     ///
     /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
     pub untracked: u64,

@@ -18,13 +18,15 @@ impl fmt::Display for Rfc3339 {
     }
 }
 
-/// The wall clock's distance from `CLOCK_BOOTTIME`, which kernel records carry.
+/// The wall clock's distance from `CLOCK_BOOTTIME`, and this one's from the kernel's own, which its records carry.
 ///
 /// Read anew for each batch of records, because the wall clock steps and slews; `CLOCK_BOOTTIME` does
 /// neither, and it counts the time in suspend.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BootClock {
     boot: SystemTime,
+    /// In nanoseconds.
+    offset: i64,
 }
 
 impl BootClock {
@@ -32,7 +34,18 @@ impl BootClock {
     pub(crate) fn new(wall: SystemTime, uptime: Duration) -> Self {
         Self {
             boot: wall.checked_sub(uptime).unwrap_or(UNIX_EPOCH),
+            offset: 0,
         }
+    }
+
+    /// In a time namespace of this offset.
+    pub(crate) fn with_offset(self, offset: i64) -> Self {
+        Self { offset, ..self }
+    }
+
+    /// What `CLOCK_BOOTTIME` was when the kernel's own clock was at so many nanoseconds.
+    pub(crate) fn uptime(&self, nanos: u64) -> Duration {
+        Duration::from_nanos(nanos.saturating_add_signed(self.offset))
     }
 
     /// The wall clock's time at `uptime`.
@@ -41,9 +54,40 @@ impl BootClock {
     }
 }
 
+/// What a time namespace adds to the kernel's own `CLOCK_BOOTTIME`, in nanoseconds, by what `/proc/self/timens_offsets` says.
+pub(crate) fn namespace_offset(timens_offsets: &str) -> i64 {
+    // A line for each clock: its name, seconds, nanoseconds (time_namespaces(7)).
+    let fields = timens_offsets
+        .lines()
+        .find_map(|line| line.strip_prefix("boottime"));
+    let mut numbers = fields.into_iter().flat_map(|fields| {
+        fields
+            .split_whitespace()
+            .map_while(|field| field.parse::<i64>().ok())
+    });
+    let (seconds, nanos) = (numbers.next(), numbers.next());
+    seconds
+        .unwrap_or_default()
+        .saturating_mul(1_000_000_000)
+        .saturating_add(nanos.unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn offset_of_a_time_namespace() {
+        let ahead = "monotonic           1         2\nboottime        86400 500000000\n";
+        assert_eq!(namespace_offset(ahead), 86_400_500_000_000);
+        let behind = "monotonic           0         0\nboottime          -10 500000000\n";
+        assert_eq!(namespace_offset(behind), -9_500_000_000);
+        // A kernel without time namespaces.
+        assert_eq!(namespace_offset(""), 0);
+        let clock = BootClock::new(UNIX_EPOCH, Duration::ZERO);
+        assert_eq!(clock.with_offset(-5).uptime(7), Duration::from_nanos(2));
+        assert_eq!(clock.with_offset(-5).uptime(4), Duration::ZERO);
+    }
 
     #[test]
     fn shows_times_outside_of_rfc3339_clamped() {

@@ -1,7 +1,9 @@
 //! The tracers and their handle.
 
 use std::{
+    mem,
     pin::Pin,
+    process,
     sync::Arc,
     task::{Context, Poll},
 };
@@ -20,12 +22,18 @@ use crate::{
 pub(crate) struct Tracer {
     shared: Arc<Shared>,
     tasks: Tasks,
+    /// The process that started it.
+    process: u32,
 }
 
 impl Tracer {
     pub(crate) async fn start(config: Config) -> Result<Self, Error> {
         let (shared, tasks) = reader::start(config).await?;
-        Ok(Self { shared, tasks })
+        Ok(Self {
+            shared,
+            tasks,
+            process: process::id(),
+        })
     }
 
     async fn close(mut self) -> Result<Stats, Error> {
@@ -41,6 +49,11 @@ impl Tracer {
 
 impl Drop for Tracer {
     fn drop(&mut self) {
+        if self.process != process::id() {
+            // A fork without the threads that hold the locks and do the work; and what is in the kernel is the other process's.
+            mem::forget(Arc::clone(&self.shared));
+            return;
+        }
         self.shared.release();
         self.tasks.reader.abort();
         if let Some(enrichment) = &self.tasks.enrichment {
@@ -60,6 +73,9 @@ macro_rules! tracer {
         /// Dropping it detaches everything, at once and also outside of a runtime. That blocks until the kernel can be sure that
         /// no CPU runs our programs any more: about 0.1 s; [`close`](Self::close) does the same without blocking
         /// the runtime.
+        ///
+        /// A program that the process starts inherits nothing of it. A fork that starts none does: there the tracer can only be dropped, which does
+        /// nothing, and as long as the fork lives the kernel keeps the programs.
         ///
         /// # Cancel safety
         ///

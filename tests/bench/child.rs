@@ -40,7 +40,7 @@ pub(crate) const PEER: &str = "--peer";
 pub(crate) const READY: &str = "ready\n";
 
 const TCP: &str = "ours";
-const TCP_EVERYTHING: &str = "ours, samples each second";
+const TCP_EVERYTHING: &str = "ours: everything, samples each second";
 const TCP_QUEUE: &str = "ours, queue of 262,144";
 const UDP: &str = "ours: flows";
 const UDP_EVERYTHING: &str = "ours: each datagram, samples each second";
@@ -119,7 +119,11 @@ fn ours(setup: &str) -> anyhow::Result<()> {
             TCP | TCP_QUEUE | TCP_EVERYTHING => {
                 let tcp = match setup {
                     TCP_QUEUE => tcp.queue(1 << 18),
-                    TCP_EVERYTHING => tcp.sample_interval(second).queue(1 << 18),
+                    TCP_EVERYTHING => tcp
+                        .retransmits(true)
+                        .resets(true)
+                        .sample_interval(second)
+                        .queue(1 << 18),
                     _ => tcp,
                 };
                 let tracer = tcp.start().await?;

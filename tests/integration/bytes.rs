@@ -1,16 +1,10 @@
 //! Payload bytes: exact to the byte on every close, whatever the path did to the packets.
 
-use anyhow::ensure;
-use integration_tests::{
-    life::{ACTIVE_CLIENT, PASSIVE_SERVER},
-    netns::tc,
-    scene::Scene,
-};
-use libtest_mimic::Trial;
+use integration_tests::{netns::tc, scene::Scene, suite::Test};
 use nix::errno::Errno;
 use tcp_udp_trace::TcpState::{Close, Established, Listen, SynRecv, SynSent};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             nothing_and_one_byte,
@@ -27,7 +21,7 @@ const MIB: u64 = 1 << 20;
 fn nothing_and_one_byte() -> anyhow::Result<()> {
     for (up, down) in [(0, 0), (1, 0), (0, 1), (1, 1)] {
         let scene = Scene::new()?;
-        transfer(scene, up, down)?;
+        scene.check_transfer(up, down)?;
     }
     Ok(())
 }
@@ -35,7 +29,7 @@ fn nothing_and_one_byte() -> anyhow::Result<()> {
 /// Nothing of the loopback's synchrony: transitions run in softirqs of other tasks.
 fn veth_between_namespaces() -> anyhow::Result<()> {
     let (scene, _far) = Scene::over_veth()?;
-    transfer(scene, MIB, MIB)
+    scene.check_transfer(MIB, MIB)
 }
 
 /// Retransmissions are not payload.
@@ -43,7 +37,7 @@ fn veth_with_loss_and_delay() -> anyhow::Result<()> {
     let (scene, far) = Scene::over_veth()?;
     tc("qdisc add dev near0 root netem loss 5% delay 5ms")?;
     far.run(|| tc("qdisc add dev far0 root netem loss 5% delay 5ms"))?;
-    transfer(scene, MIB, MIB)
+    scene.check_transfer(MIB, MIB)
 }
 
 /// Segments that never left this machine's queue are not payload sent twice.
@@ -52,25 +46,7 @@ fn veth_with_local_drops() -> anyhow::Result<()> {
     const QDISC: &str = "root tbf rate 20mbit burst 4kb limit 8kb";
     tc(&format!("qdisc add dev near0 {QDISC}"))?;
     far.run(|| tc(&format!("qdisc add dev far0 {QDISC}")))?;
-    transfer(scene, MIB, MIB)
-}
-
-fn transfer(mut scene: Scene, up: u64, down: u64) -> anyhow::Result<()> {
-    let connection = scene.connect()?;
-    scene.upload(&connection, up)?;
-    scene.download(&connection, down)?;
-    scene.client.shutdown(&connection.client)?;
-    ensure!(scene.server.receive_all(&connection.server)? == 0);
-    scene.server.close(&connection.server)?;
-    ensure!(scene.client.receive_all(&connection.client)? == 0);
-    scene.client.close(&connection.client)?;
-    let client = scene
-        .client_life(&connection, ACTIVE_CLIENT)?
-        .bytes(up, down);
-    let server = scene
-        .server_life(&connection, PASSIVE_SERVER)?
-        .bytes(down, up);
-    scene.finish(&[client, server])
+    scene.check_transfer(MIB, MIB)
 }
 
 /// Bytes that the peer's kernel acknowledged and its application never read: they were sent and received, and closing

@@ -1,9 +1,10 @@
 //! Every event reaches the consumer, in time and with the right time, or is counted.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs,
-    net::{SocketAddr, UdpSocket},
+    net::{SocketAddr, TcpListener, UdpSocket},
+    thread::sleep,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -16,25 +17,31 @@ use integration_tests::{
     load::Load,
     netns::{FAR, Netns, veth},
     scene::{Scene, loopback},
-    suite::skip,
-    trace::{Trace, check_conservation, show},
+    suite::{Test, skip},
+    trace::{self, Trace, check_conservation, show},
 };
-use libtest_mimic::Trial;
-use nix::time::{ClockId, clock_settime};
-use tcp_udp_trace::{Event, EventKind, LossStage, OverflowPolicy, TcpState, TcpTracer, UdpTracer};
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    time::{ClockId, clock_settime},
+    unistd::Pid,
+};
+use tcp_udp_trace::{Buffer, Event, EventKind, LossStage, OverflowPolicy, TcpState, TcpTracer};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             two_tracers_at_once_give_the_same_events,
+            what_moves_between_cpus_stays_in_order,
         ],
         Solitude: [
+            first_event_after_a_pause_wakes_the_reader,
             churn_of_ten_thousand_connections_under_load,
             churn_across_namespaces_under_load,
             queue_overflow_sheds_the_oldest,
             queue_overflow_sheds_the_newest,
             closes_outlive_a_flood_of_datagrams,
             ring_overflow_is_counted_where_it_happened,
+            closes_that_find_the_ring_full_come_late,
             clock_steps_do_no_harm,
         ],
     ]
@@ -182,6 +189,70 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A reader that nobody wakes looks once a second only, so half of the events would come half a second late.
+fn first_event_after_a_pause_wakes_the_reader() -> anyhow::Result<()> {
+    const PAUSES: usize = 11;
+    /// Long enough for it to go to sleep.
+    const PAUSE: Duration = Duration::from_millis(200);
+    let trace = Trace::start_with(|builder| builder.sample_interval(None))?;
+    let mut delays = Vec::new();
+    for _ in 0..PAUSES {
+        sleep(PAUSE);
+        let began = Instant::now();
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        trace.wait_for("a listener", |event| event.socket.local == address)?;
+        delays.push(began.elapsed());
+    }
+    delays.sort();
+    ensure!(
+        delays[PAUSES / 2] < Duration::from_millis(300),
+        "{delays:?}"
+    );
+    trace.finish_in_order(PAUSES).map(drop)
+}
+
+/// Each socket begins on one CPU and ends on another, while the reader looks as often as it can.
+fn what_moves_between_cpus_stays_in_order() -> anyhow::Result<()> {
+    let thread = Pid::from_raw(0);
+    let allowed = sched_getaffinity(thread)?;
+    let mut cpus = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
+    let (Some(first), Some(second)) = (cpus.next(), cpus.next()) else {
+        return skip("there is one CPU only");
+    };
+    let sockets = if kernel::is_emulated()? { 300 } else { 3_000 };
+    let trace = Trace::start_with(|builder| builder.latency(Duration::ZERO).sample_interval(None))?;
+    let go_to = |cpu| {
+        let mut only = CpuSet::new();
+        only.set(cpu)?;
+        sched_setaffinity(thread, &only)
+    };
+    for turn in 0..sockets {
+        let (begin, end) = match turn % 2 {
+            0 => (first, second),
+            _ => (second, first),
+        };
+        go_to(begin)?;
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        go_to(end)?;
+        drop(listener);
+    }
+    let mut lives = HashMap::<u64, Vec<Event>>::new();
+    for event in trace.finish_in_order(sockets)? {
+        lives.entry(event.socket.id).or_default().push(event);
+    }
+    ensure!(lives.len() == sockets, "{} sockets", lives.len());
+    for life in lives.values() {
+        let is_in_order = life.len() == 2 && !life[0].is_close() && life[1].is_close();
+        ensure!(
+            is_in_order && life[0].uptime < life[1].uptime,
+            "{}",
+            show(life)
+        );
+    }
+    Ok(())
+}
+
 /// The reader is a task of a runtime that does not run while events are made: nobody empties the ring. What it had room for
 /// is delivered, then the gap is told, and nothing is missing from the sum.
 fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
@@ -193,8 +264,8 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = TcpTracer::builder()
-        .ring_bytes(RING_BYTES)
+    let builder = trace::tcp()
+        .ring_bytes(trace::bytes_for_a_cpu(RING_BYTES))
         .queue(1 << 20)
         .sample_interval(None);
     let mut tracer = runtime.block_on(builder.start())?;
@@ -287,7 +358,7 @@ fn overflow(policy: OverflowPolicy) -> anyhow::Result<(Vec<What>, Vec<Event>)> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = TcpTracer::builder()
+    let builder = trace::tcp()
         .queue(QUEUE)
         .overflow(policy)
         .sample_interval(None);
@@ -368,10 +439,13 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = UdpTracer::builder()
-        .per_datagram(true)
-        .sample_interval(None);
-    let mut tracer = runtime.block_on(builder.ring_bytes(1 << 16).queue(64).start())?;
+    let builder = trace::udp().per_datagram(true).sample_interval(None);
+    let mut tracer = runtime.block_on(
+        builder
+            .ring_bytes(trace::bytes_for_a_cpu(1 << 16))
+            .queue(64)
+            .start(),
+    )?;
     let sockets = (0..SOCKETS)
         .map(|_| UdpSocket::bind("127.0.0.1:0"))
         .collect::<Result<Vec<_>, _>>()?;
@@ -417,6 +491,60 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
         .map(|event| event.traffic.tx_packets);
     ensure!(sender == Some(DATAGRAMS), "{sender:?}");
     ensure!(stats.emitted >= DATAGRAMS + SOCKETS as u64, "{stats:?}");
+    Ok(())
+}
+
+/// The ring has room for twenty events, and nobody takes any; what there is of ten connections is lost, but not how they ended.
+fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
+    const CONNECTIONS: u64 = 10;
+    let mut scene = Scene::new()?;
+    let netns = Netns::current()?.inode()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let builder = TcpTracer::builder()
+        .buffer(Buffer::Ring)
+        .ring_bytes(4096)
+        .sample_interval(None);
+    let mut tracer = runtime.block_on(builder.start())?;
+    for connection in 1..=CONNECTIONS {
+        let ends = scene.connect()?;
+        scene.upload(&ends, connection)?;
+        scene.close(&ends)?;
+    }
+    tracer.handle().stop();
+    let (events, stats) = runtime.block_on(async {
+        let events: Vec<Event> = tracer.by_ref().collect().await;
+        anyhow::Ok((events, tracer.close().await?))
+    })?;
+    check_conservation(&stats)?;
+    ensure!(stats.ring_lost > 4 * CONNECTIONS, "{stats:?}");
+    let closes = || {
+        let closes = events.iter().filter(|event| event.is_close());
+        closes.filter(|event| event.socket.netns == netns)
+    };
+    let (mut sent, mut received): (Vec<_>, Vec<_>) = closes()
+        .map(|event| (event.traffic.tx_bytes, event.traffic.rx_bytes))
+        .partition(|(sent, _)| *sent > 0);
+    sent.sort_unstable();
+    received.sort_unstable();
+    let bytes = 1..=CONNECTIONS;
+    ensure!(
+        sent.iter().map(|(tx, _)| *tx).eq(bytes.clone())
+            && received.iter().map(|(_, rx)| *rx).eq(bytes),
+        "{}",
+        show(&events)
+    );
+    let told: u64 = events
+        .iter()
+        .map(|event| lost(event, LossStage::Ring))
+        .sum();
+    ensure!(told == stats.ring_lost, "{told} told: {stats:?}");
+    ensure!(
+        events.is_sorted_by_key(|event| event.uptime),
+        "not in order: {}",
+        show(&events)
+    );
     Ok(())
 }
 

@@ -16,15 +16,15 @@ use integration_tests::{
     life::{ACTIVE_CLIENT, Life, PASSIVE_SERVER},
     netns::Netns,
     scene::{Scene, loopback},
+    suite::Test,
     talker::ROOM,
     trace::{SAMPLE_INTERVAL, Trace, check_conservation, show},
 };
-use libtest_mimic::Trial;
 use tcp_udp_trace::{
     Comm, ErrorKind, Event, EventKind, Family, Filter, Kind, TcpState, TcpTracer, UdpTracer,
 };
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             each_setting_of_tcp,

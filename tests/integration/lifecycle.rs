@@ -2,30 +2,30 @@
 
 use std::{
     collections::BTreeSet,
-    ffi::OsStr,
     net::{TcpListener, TcpStream},
     time::Duration,
 };
 
 use anyhow::{bail, ensure};
+use aya::maps::MapType;
 use futures_util::{FutureExt as _, StreamExt as _, stream::FusedStream as _};
 use integration_tests::{
-    actor::{Actor, Command, Outcome},
     kernel::{BpfObjects, is_emulated, open_files},
+    suite::Test,
+    trace,
 };
-use libtest_mimic::Trial;
-use tcp_udp_trace::{ErrorKind, TcpTracer};
+use tcp_udp_trace::{Buffer, ErrorKind, TcpTracer};
 use tokio::runtime::{Builder, Runtime};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             start_needs_a_runtime,
-            start_without_privileges_is_a_permission_error,
             every_signal_has_a_hook,
             stop_ends_the_stream_after_the_last_event,
         ],
         Solitude: [
+            the_kernel_is_asked_for_the_chosen_buffer_only,
             start_and_stop_over_and_over,
             dropped_outside_of_a_runtime,
             runtime_dropped_before_the_tracer,
@@ -39,30 +39,16 @@ fn runtime() -> anyhow::Result<Runtime> {
 }
 
 fn start_needs_a_runtime() -> anyhow::Result<()> {
-    let Some(Err(error)) = TcpTracer::builder().start().now_or_never() else {
+    let Some(Err(error)) = trace::tcp().start().now_or_never() else {
         bail!("started without a runtime")
     };
     ensure!(error.kind() == ErrorKind::NoRuntime, "{error:?}");
     Ok(())
 }
 
-fn start_without_privileges_is_a_permission_error() -> anyhow::Result<()> {
-    let mut root = Actor::spawn("root")?;
-    let outcome = root.run(Command::StartTracer)?;
-    ensure!(outcome == Outcome::Tracer(None), "root: {outcome:?}");
-    let mut nobody = Actor::spawn_as(OsStr::new("nobody"), Some(65_534))?;
-    let outcome = nobody.run(Command::StartTracer)?;
-    let Outcome::Tracer(Some((kind, message))) = &outcome else {
-        bail!("nobody: {outcome:?}")
-    };
-    let is_named = message.contains("CAP_BPF") || message.contains("CAP_PERFMON");
-    ensure!(kind == "Permission" && is_named, "nobody: {outcome:?}");
-    Ok(())
-}
-
 fn every_signal_has_a_hook() -> anyhow::Result<()> {
     let runtime = runtime()?;
-    let tracer = runtime.block_on(TcpTracer::builder().start())?;
+    let tracer = runtime.block_on(trace::tcp().start())?;
     let hooks = tracer.handle().hooks();
     eprintln!(
         "hooks: {}",
@@ -79,11 +65,40 @@ fn every_signal_has_a_hook() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A kernel without ring buffers refuses a map that is one, whatever it is for.
+fn the_kernel_is_asked_for_the_chosen_buffer_only() -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    for (chosen, expected) in [
+        (None, "map:ringbuf"),
+        (Some(Buffer::Ring), "map:ringbuf"),
+        (Some(Buffer::Perf), "map:perf_event_array"),
+    ] {
+        let builder = TcpTracer::builder();
+        let builder = match chosen {
+            Some(buffer) => builder.buffer(buffer),
+            None => builder,
+        };
+        let tracer = runtime.block_on(builder.start())?;
+        let hooks = tracer.handle().hooks();
+        let told = hooks.iter().find(|hook| hook.signal == "buffer");
+        let told = told.map(|hook| hook.programs.join("+"));
+        ensure!(told.as_deref() == Some(expected), "{chosen:?}: {told:?}");
+        let types = BpfObjects::of_this_process()?.map_types()?;
+        for (map, is_expected) in [
+            (MapType::RingBuf, expected == "map:ringbuf"),
+            (MapType::PerfEventArray, expected != "map:ringbuf"),
+        ] {
+            ensure!(types.contains(&map) == is_expected, "{chosen:?}: {types:?}");
+        }
+    }
+    Ok(())
+}
+
 /// What happened before `stop` is delivered, even if nobody had read anything; then the stream ends, and stays ended.
 fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     runtime()?.block_on(async {
-        let mut tracer = TcpTracer::builder().queue(1 << 20).start().await?;
+        let mut tracer = trace::tcp().queue(1 << 20).start().await?;
         let client = TcpStream::connect(listener.local_addr()?)?;
         let port = client.local_addr()?.port();
         tracer.handle().stop();
@@ -96,7 +111,7 @@ fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
         ensure!(opens == 2, "{opens} of 2 ends were opened");
         ensure!(tracer.is_terminated() && tracer.next().await.is_none());
         let stats = tracer.close().await?;
-        integration_tests::trace::check_conservation(&stats)
+        trace::check_conservation(&stats)
     })
 }
 
@@ -106,10 +121,10 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let mut seen = BpfObjects::default();
     let runtime = runtime()?;
     // In an emulated guest each takes a second.
-    let turns = if is_emulated()? { 40 } else { 200 };
+    let turns = if is_emulated()? { 20 } else { 200 };
     for turn in 0..turns {
         // Small, for the sake of the time that this takes.
-        let builder = TcpTracer::builder().max_sockets(1_024);
+        let builder = trace::tcp().max_sockets(1_024);
         let tracer = runtime.block_on(builder.start())?;
         if turn % 10 < 2 {
             let objects = BpfObjects::of_this_process()?;
@@ -136,7 +151,7 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
 
 fn dropped_outside_of_a_runtime() -> anyhow::Result<()> {
     let runtime = runtime()?;
-    let tracer = runtime.block_on(TcpTracer::builder().start())?;
+    let tracer = runtime.block_on(trace::tcp().start())?;
     let objects = BpfObjects::of_this_process()?;
     drop(tracer);
     // The runtime does not run: whatever it still had to do would not be done.
@@ -147,7 +162,7 @@ fn dropped_outside_of_a_runtime() -> anyhow::Result<()> {
 /// The stream ends instead of waiting for a reader that is gone, and the kernel is left clean.
 fn runtime_dropped_before_the_tracer() -> anyhow::Result<()> {
     let first = runtime()?;
-    let mut tracer = first.block_on(TcpTracer::builder().start())?;
+    let mut tracer = first.block_on(trace::tcp().start())?;
     let objects = BpfObjects::of_this_process()?;
     drop(first);
     runtime()?.block_on(async {
@@ -167,7 +182,7 @@ fn start_cancelled_leaves_nothing() -> anyhow::Result<()> {
     for milliseconds in [0, 1, 2, 5, 10, 20, 50, 100] {
         let runtime = runtime()?;
         let limit = Duration::from_millis(milliseconds);
-        let start = async { tokio::time::timeout(limit, TcpTracer::builder().start()).await };
+        let start = async { tokio::time::timeout(limit, trace::tcp().start()).await };
         if let Ok(started) = runtime.block_on(start) {
             drop(started?);
         }

@@ -8,22 +8,27 @@
 use std::process::ExitCode;
 
 use integration_tests::actor;
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 /// A list of tests, each with what it needs, named after their module.
 macro_rules! trials {
     ($($needs:ident: [$($name:ident,)+],)+) => {{
-        use integration_tests::suite::{Needs, trial};
+        use integration_tests::suite::{Needs, Test};
         let topic = module_path!().rsplit("::").next().unwrap();
-        vec![$($(trial(topic, stringify!($name), Needs::$needs, $name),)+)+]
+        vec![$($(Test { topic, name: stringify!($name), needs: Needs::$needs, body: $name },)+)+]
     }};
 }
 
+mod anomalies;
 mod bytes;
 mod delivery;
+mod exhaustion;
+mod faults;
 mod filters;
 mod lifecycle;
 mod namespaces;
 mod owner;
+mod privileges;
 mod samples;
 mod sampling;
 mod snapshot;
@@ -32,18 +37,48 @@ mod udp_lifecycle;
 mod udp_numbers;
 mod udp_peers;
 
+/// Topics and tests that are run a second time, with perf buffers.
+const WITH_PERF_BUFFERS: &[&str] = &[
+    "states",
+    "bytes::veth_between_namespaces",
+    "owner::inherited_listener_prefork",
+    "owner::reuseport_three_processes",
+    "owner::io_uring_accept",
+    "owner::connection_older_than_the_tracer",
+    "delivery::two_tracers_at_once_give_the_same_events",
+    "delivery::first_event_after_a_pause_wakes_the_reader",
+    "delivery::what_moves_between_cpus_stays_in_order",
+    "delivery::churn_across_namespaces_under_load",
+    "delivery::closes_outlive_a_flood_of_datagrams",
+    "delivery::ring_overflow_is_counted_where_it_happened",
+    "lifecycle::every_signal_has_a_hook",
+    "lifecycle::stop_ends_the_stream_after_the_last_event",
+    "samples::tcp_sample_is_of_the_socket_of_the_state_changes",
+    "samples::udp_sample_has_queues_buffers_and_drops",
+    "udp_numbers::both_directions",
+    "udp_numbers::recvmmsg",
+    "udp_peers::one_server_and_its_clients",
+    "udp_lifecycle::every_signal_has_a_hook",
+];
+
 fn main() -> ExitCode {
     if let Some(code) = actor::run_if_asked() {
         return code;
     }
+    // Before Linux 5.11, maps count against it. A library must not change it; a program may.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let arguments = libtest_mimic::Arguments::from_args();
-    let topics = [
+    let tests = [
         states::trials(),
         owner::trials(),
         bytes::trials(),
+        anomalies::trials(),
         delivery::trials(),
         filters::trials(),
         lifecycle::trials(),
+        privileges::trials(),
+        faults::trials(),
+        exhaustion::trials(),
         samples::trials(),
         sampling::trials(),
         namespaces::trials(),
@@ -51,6 +86,14 @@ fn main() -> ExitCode {
         udp_numbers::trials(),
         udp_peers::trials(),
         udp_lifecycle::trials(),
-    ];
-    libtest_mimic::run(&arguments, topics.into_iter().flatten().collect()).exit_code()
+    ]
+    .concat();
+    let mut trials: Vec<_> = tests.iter().map(|test| test.trial()).collect();
+    for name in WITH_PERF_BUFFERS {
+        let named = tests.iter().filter(|test| test.is_of(name));
+        let before = trials.len();
+        trials.extend(named.map(|test| test.with_perf_buffers()));
+        assert!(trials.len() > before, "there is no test {name}");
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
 }

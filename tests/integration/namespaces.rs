@@ -6,22 +6,20 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use integration_tests::{
-    actor::{Actor, Command, Outcome},
+    actor::{Actor, Command},
     netns::{Netns, ip},
-    scene::loopback,
+    suite::Test,
     trace::Trace,
 };
-use libtest_mimic::Trial;
 use tcp_udp_trace::Origin;
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             same_addresses_in_two_namespaces,
             namespace_that_is_only_mounted,
-            without_the_privilege_only_its_own_namespace,
         ],
         Solitude: [
             namespaces_that_go_while_they_are_sampled,
@@ -107,26 +105,6 @@ impl Drop for MountedNetns {
     fn drop(&mut self) {
         ip(&format!("netns del {}", self.0)).unwrap();
     }
-}
-
-/// With `CAP_BPF` and `CAP_PERFMON` alone: its own namespace is sampled, the others are not, and `hooks` says so.
-fn without_the_privilege_only_its_own_namespace() -> anyhow::Result<()> {
-    let elsewhere = Netns::new()?;
-    let mut stranger = elsewhere.run(|| Actor::spawn("stranger"))?;
-    let far = stranger.listen(loopback(false))?;
-    let mut neighbour = Actor::spawn("neighbour")?;
-    let near = neighbour.listen(loopback(false))?;
-    let mut tracer = Actor::spawn("tracer")?;
-    let Outcome::Sampled { hook, cookies } = tracer.run(Command::SampleWithFewCapabilities)? else {
-        bail!("?")
-    };
-    ensure!(hook.contains("CAP_SYS_ADMIN"), "{hook}");
-    ensure!(
-        cookies.contains(&near.cookie),
-        "{cookies:?} without {near:?}"
-    );
-    ensure!(!cookies.contains(&far.cookie), "{cookies:?} with {far:?}");
-    Ok(())
 }
 
 /// Namespaces come and go all the time, with sockets in them. None stays because of us, none is a fault, and no sample is of a socket that

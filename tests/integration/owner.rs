@@ -8,17 +8,16 @@ use integration_tests::{
     cgroup::Cgroup,
     life::{ACTIVE_CLIENT, ACTIVE_SERVER, LISTENER, Life, PASSIVE_CLIENT, PASSIVE_SERVER},
     scene::{Connection, Scene, loopback},
-    suite::skip,
+    suite::{Test, skip},
     trace::Trace,
 };
-use libtest_mimic::Trial;
 use nix::errno::Errno;
 use tcp_udp_trace::{
     Event,
     TcpState::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck},
 };
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             inherited_listener_prefork,

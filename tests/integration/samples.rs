@@ -6,14 +6,14 @@ use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{ReceiveCall, SendCall, SocketOption},
     scene::{Scene, loopback},
+    suite::Test,
     talker::Talker,
     tcp_info,
     trace::{SAMPLE_INTERVAL, Trace},
 };
-use libtest_mimic::Trial;
 use tcp_udp_trace::{Event, EventKind, Origin, SampleInfo, Traffic, UdpInfo};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             tcp_sample_is_what_the_socket_itself_is_told,

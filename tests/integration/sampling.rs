@@ -12,18 +12,18 @@ use integration_tests::{
     actor::{Actor, Command},
     netns::Netns,
     scene::{Scene, loopback},
-    trace::{Trace, check_conservation},
+    suite::Test,
+    trace::{self, Trace, check_conservation},
 };
-use libtest_mimic::Trial;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tcp_udp_trace::{
     Event, EventKind,
     TcpState::{Established, FinWait1, FinWait2},
-    TcpTracer, TracerHandle, UdpTracer,
+    TracerHandle,
 };
 use tokio::runtime::{Builder, Runtime};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Solitude: [
             sampling_sheds_nothing,
@@ -51,7 +51,7 @@ fn sampling_sheds_nothing() -> anyhow::Result<()> {
         .map(|_| TcpListener::bind("127.0.0.1:0"))
         .collect::<Result<Vec<_>, _>>()?;
     runtime()?.block_on(async {
-        let builder = TcpTracer::builder().queue(QUEUE).ring_bytes(1 << 16);
+        let builder = trace::tcp().queue(QUEUE).ring_bytes(1 << 16);
         let mut tracer = builder
             .sample_interval(Duration::from_millis(100))
             .start()
@@ -176,15 +176,13 @@ fn many_sockets() -> anyhow::Result<()> {
     };
     runtime()?.block_on(async {
         const ONCE: Duration = Duration::from_secs(3_600);
-        let builder = TcpTracer::builder()
-            .max_sockets(1 << 18)
-            .sample_interval(ONCE);
+        let builder = trace::tcp().max_sockets(1 << 18).sample_interval(ONCE);
         let mut tcp = builder.start().await?;
         crowd.is_sampled(&mut tcp, TCP, Some(&listener)).await?;
         let has_ended = |handle: &TracerHandle| handle.stats().sample_rounds > 0;
         wait_until(&tcp.handle(), "a whole round", has_ended).await?;
         let tcp = tcp.close().await?;
-        let mut udp = UdpTracer::builder().sample_interval(ONCE).start().await?;
+        let mut udp = trace::udp().sample_interval(ONCE).start().await?;
         crowd.is_sampled(&mut udp, UDP, None).await?;
         wait_until(&udp.handle(), "a whole round", has_ended).await?;
         let udp = udp.close().await?;

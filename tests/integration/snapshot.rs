@@ -15,16 +15,16 @@ use integration_tests::{
     life::{Life, Lives},
     netns::Netns,
     scene::loopback,
+    suite::Test,
     trace::{SAMPLE_INTERVAL, Trace, show},
 };
-use libtest_mimic::Trial;
 use tcp_udp_trace::{
     Event, EventKind, Origin,
     TcpState::{Close, CloseWait, Established, LastAck, Listen},
     Traffic,
 };
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             connection_in_another_namespace,

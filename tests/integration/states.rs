@@ -10,10 +10,9 @@ use integration_tests::{
     },
     netns::{FAR, NEAR, ip, veth},
     scene::{Connection, Scene, loopback},
-    suite::skip,
+    suite::{Test, skip},
     trace::{Trace, show},
 };
-use libtest_mimic::Trial;
 use nix::errno::Errno;
 use tcp_udp_trace::{
     Event, EventKind,
@@ -22,7 +21,7 @@ use tcp_udp_trace::{
     },
 };
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             connect_accept_close_v4,

@@ -11,15 +11,15 @@ use futures_util::{StreamExt as _, stream};
 use integration_tests::{
     actor::{Actor, Operation, ReceiveCall, SendCall},
     kernel::{BpfObjects, is_emulated, open_files},
+    suite::Test,
     talker::Talker,
-    trace::{Trace, check_conservation},
+    trace::{self, Trace, check_conservation},
     udp_scene::{Family, Site, UdpTraces, connected},
 };
-use libtest_mimic::Trial;
-use tcp_udp_trace::{EventKind, Protocol, TcpTracer, UdpTracer};
+use tcp_udp_trace::{EventKind, Protocol};
 use tokio::runtime::{Builder, Runtime};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             socket_that_never_sends,
@@ -194,8 +194,8 @@ fn socket_older_than_the_tracer_with_an_heir() -> anyhow::Result<()> {
 /// Two streams of the same event.
 fn tracers_of_both_protocols_merge() -> anyhow::Result<()> {
     runtime()?.block_on(async {
-        let tcp = TcpTracer::builder().start().await?;
-        let udp = UdpTracer::builder().start().await?;
+        let tcp = trace::tcp().start().await?;
+        let udp = trace::udp().start().await?;
         let handles = [tcp.handle(), udp.handle()];
 
         let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -258,7 +258,7 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let turns = if is_emulated()? { 10 } else { 40 };
     for turn in 0..turns {
         // Small, for the sake of the time that this takes.
-        let builder = UdpTracer::builder().max_sockets(1_024).max_flows(1_024);
+        let builder = trace::udp().max_sockets(1_024).max_flows(1_024);
         let mut tracer = runtime.block_on(builder.start())?;
         seen.extend(BpfObjects::of_this_process()?);
         ensure!(!seen.is_empty());

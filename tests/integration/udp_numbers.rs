@@ -10,15 +10,14 @@ use anyhow::ensure;
 use integration_tests::{
     actor::{Hold, Operation, ReceiveCall, Segmentation, SendCall, SocketOption, errno},
     load::Load,
-    suite::skip,
+    suite::{Test, skip},
     talker::Talker,
     trace::Trace,
     udp_scene::{Family, Site, UdpTraces, connected, everywhere},
 };
-use libtest_mimic::Trial;
 use nix::errno::Errno;
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             sendto,

@@ -9,16 +9,16 @@ use anyhow::ensure;
 use integration_tests::{
     actor::{Operation, ReceiveCall, SendCall, SocketOption},
     netns::{NEAR, ip, veth},
+    suite::Test,
     talker::Talker,
     trace::{Trace, show},
     udp_life::UdpLife,
     udp_scene::{Family, Site, UdpTraces},
 };
-use libtest_mimic::Trial;
 use nix::{errno::Errno, net::if_::if_nametoindex};
 use tcp_udp_trace::{Event, EventKind};
 
-pub(crate) fn trials() -> Vec<Trial> {
+pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             one_server_and_its_clients,

@@ -27,6 +27,7 @@ use integration_tests::{
     scene::loopback,
     trace::check_conservation,
 };
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tcp_udp_trace::{Filter, Kind, Stats, TcpTracer, UdpTracer};
 
 use self::work::{Clock, Counted, Truth, count_tcp, count_udp};
@@ -35,6 +36,8 @@ fn main() -> ExitCode {
     if let Some(code) = actor::run_if_asked() {
         return code;
     }
+    // Before Linux 5.11, maps count against it.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let mut args = env::args().skip(1);
     let (what, count) = (args.next(), args.next().and_then(|n| n.parse().ok()));
     let done = match (what.as_deref(), count) {

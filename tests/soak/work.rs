@@ -19,8 +19,8 @@ use integration_tests::{
     trace::check_conservation,
 };
 use tcp_udp_trace::{
-    Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle, UdpTracer,
-    UdpTracerBuilder,
+    Buffer, Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle,
+    UdpTracer, UdpTracerBuilder,
 };
 
 /// How many connections or datagrams an actor makes before it looks at the clock.
@@ -258,16 +258,30 @@ pub(crate) fn finish(
 /// Starts a tracer, reads some of its events, and ends it in one of the ways there are.
 pub(crate) fn start_and_stop(round: u64) -> anyhow::Result<()> {
     const GLANCE: Duration = Duration::from_millis(200);
+    let buffer = if round % 4 < 2 {
+        Buffer::Ring
+    } else {
+        Buffer::Perf
+    };
     block_on(async {
         let stats = if round.is_multiple_of(2) {
-            let mut tracer = TcpTracer::builder().start().await?;
+            let mut tracer = TcpTracer::builder()
+                .buffer(buffer)
+                .retransmits(true)
+                .resets(true)
+                .start()
+                .await?;
             let _ = tokio::time::timeout(GLANCE, (&mut tracer).for_each(async |_| ())).await;
             if round.is_multiple_of(3) {
                 return Ok(());
             }
             tracer.close().await?
         } else {
-            let mut tracer = UdpTracer::builder().per_datagram(true).start().await?;
+            let mut tracer = UdpTracer::builder()
+                .buffer(buffer)
+                .per_datagram(true)
+                .start()
+                .await?;
             let _ = tokio::time::timeout(GLANCE, (&mut tracer).for_each(async |_| ())).await;
             if round.is_multiple_of(3) {
                 return Ok(());

@@ -1,4 +1,4 @@
-//! Control groups of version 2.
+//! Control groups.
 
 use std::{
     fs,
@@ -10,6 +10,8 @@ use std::{
 };
 
 use anyhow::Context as _;
+
+use crate::suite::skip;
 
 /// A cgroup made for a test, removed with this value; its processes must have ended by then.
 #[derive(Debug)]
@@ -36,6 +38,55 @@ impl Cgroup {
     /// The id of the cgroup, which is its directory's inode number.
     pub fn id(&self) -> anyhow::Result<u64> {
         Ok(self.path.metadata()?.ino())
+    }
+}
+
+/// A cgroup of either version with a limit of memory, and this process in it as long as this lives.
+#[derive(Debug)]
+pub struct MemoryCgroup {
+    cgroup: Option<Cgroup>,
+    /// Where the process came from.
+    home: PathBuf,
+}
+
+impl MemoryCgroup {
+    /// Makes it and goes there; skips the test where memory cannot be limited.
+    pub fn enter(bytes: u64) -> anyhow::Result<Self> {
+        const V1: &str = "/sys/fs/cgroup/memory";
+        let (root, limit) = match mount_point() {
+            _ if fs::exists(format!("{V1}/memory.limit_in_bytes"))? => {
+                (PathBuf::from(V1), "memory.limit_in_bytes")
+            }
+            Some(root) => (root, "memory.max"),
+            None => return skip("no cgroups"),
+        };
+        let groups = fs::read_to_string("/proc/self/cgroup")?;
+        let mut paths = groups.lines().filter_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(":/")?;
+            let wanted = if limit == "memory.max" { "" } else { "memory" };
+            (controllers == wanted).then_some(path)
+        });
+        let home = root.join(paths.next().context("in no cgroup")?);
+        let path = root.join(format!("tut-{}-memory", process::id()));
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        let cgroup = Cgroup { path };
+        let limit = cgroup.path.join(limit);
+        if !limit.exists() {
+            return skip("cgroup v2 without memory");
+        }
+        fs::write(limit, bytes.to_string())?;
+        cgroup.adopt(process::id())?;
+        Ok(Self {
+            cgroup: Some(cgroup),
+            home,
+        })
+    }
+}
+
+impl Drop for MemoryCgroup {
+    fn drop(&mut self) {
+        fs::write(self.home.join("cgroup.procs"), process::id().to_string()).unwrap();
+        self.cgroup = None;
     }
 }
 

@@ -2,14 +2,14 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs, process,
     thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyhow::bail;
 use aya::{
-    maps::loaded_maps,
+    maps::{MapError, MapType, loaded_maps},
     programs::{loaded_links, loaded_programs},
 };
 
@@ -30,8 +30,13 @@ pub struct BpfObjects {
 impl BpfObjects {
     /// What this process holds file descriptors of, and the maps of those programs.
     pub fn of_this_process() -> anyhow::Result<Self> {
+        Self::of_process(process::id())
+    }
+
+    /// What this process holds file descriptors of, and the maps of those programs.
+    pub fn of_process(pid: u32) -> anyhow::Result<Self> {
         let mut objects = Self::default();
-        for entry in fs::read_dir("/proc/self/fdinfo")? {
+        for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
             // The descriptor of the listing itself is gone by now.
             let Ok(info) = fs::read_to_string(entry?.path()) else {
                 continue;
@@ -84,6 +89,15 @@ impl BpfObjects {
         }
     }
 
+    /// The types of the maps.
+    pub fn map_types(&self) -> anyhow::Result<Vec<MapType>> {
+        let maps = loaded_maps().flatten();
+        let ours = maps.filter(|map| self.maps.contains(&map.id()));
+        Ok(ours
+            .map(|map| map.map_type())
+            .collect::<Result<_, MapError>>()?)
+    }
+
     /// Adds those of `other`.
     pub fn extend(&mut self, other: Self) {
         self.programs.extend(other.programs);
@@ -100,8 +114,13 @@ impl BpfObjects {
 
 /// The files that this process has open, as `descriptor -> what it is`.
 pub fn open_files() -> anyhow::Result<BTreeSet<String>> {
+    open_files_of(process::id())
+}
+
+/// The files that a process has open.
+pub fn open_files_of(pid: u32) -> anyhow::Result<BTreeSet<String>> {
     let mut files = BTreeSet::new();
-    for entry in fs::read_dir("/proc/self/fd")? {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
         // The descriptor of the listing itself is gone by now.
         if let Ok(target) = fs::read_link(entry.path()) {
@@ -113,6 +132,21 @@ pub fn open_files() -> anyhow::Result<BTreeSet<String>> {
         }
     }
     Ok(files)
+}
+
+/// Waits until this process has no more than so many threads.
+pub fn await_threads(count: usize) -> anyhow::Result<()> {
+    let deadline = Instant::now() + FREED_WITHIN;
+    loop {
+        let threads = fs::read_dir("/proc/self/task")?.count();
+        if threads <= count {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            bail!("{threads} threads");
+        }
+        sleep(Duration::from_millis(10));
+    }
 }
 
 /// Whether the running kernel is of this version or a newer one.

@@ -2,11 +2,12 @@
 
 use std::net::SocketAddr;
 
+use anyhow::ensure;
 use tcp_udp_trace::TcpState;
 
 use crate::{
     actor::{Actor, Command, Endpoint},
-    life::{LISTENER, Life, Lives},
+    life::{ACTIVE_CLIENT, LISTENER, Life, Lives, PASSIVE_SERVER},
     netns::{FAR, Netns, veth},
     trace::Trace,
 };
@@ -57,12 +58,12 @@ impl Scene {
 
     /// With these two, the server listening at `address`.
     pub fn between(server: Actor, address: SocketAddr, client: Actor) -> anyhow::Result<Self> {
-        Self::of(Trace::start()?, server, address, client)
+        Self::traced_between(Trace::start()?, server, address, client)
     }
 
     /// With this tracer.
     pub fn traced_by(trace: Trace, address: SocketAddr) -> anyhow::Result<Self> {
-        Self::of(
+        Self::traced_between(
             trace,
             Actor::spawn("server")?,
             address,
@@ -70,7 +71,8 @@ impl Scene {
         )
     }
 
-    fn of(
+    /// With this tracer and these two.
+    pub fn traced_between(
         trace: Trace,
         mut server: Actor,
         address: SocketAddr,
@@ -120,6 +122,25 @@ impl Scene {
         self.client.close(&connection.client)?;
         self.server.receive_all(&connection.server)?;
         self.server.close(&connection.server)
+    }
+
+    /// Makes a connection that carries so many bytes each way, and finishes.
+    pub fn check_transfer(mut self, up: u64, down: u64) -> anyhow::Result<()> {
+        let connection = self.connect()?;
+        self.upload(&connection, up)?;
+        self.download(&connection, down)?;
+        self.client.shutdown(&connection.client)?;
+        ensure!(self.server.receive_all(&connection.server)? == 0);
+        self.server.close(&connection.server)?;
+        ensure!(self.client.receive_all(&connection.client)? == 0);
+        self.client.close(&connection.client)?;
+        let client = self
+            .client_life(&connection, ACTIVE_CLIENT)?
+            .bytes(up, down);
+        let server = self
+            .server_life(&connection, PASSIVE_SERVER)?
+            .bytes(down, up);
+        self.finish(&[client, server])
     }
 
     /// What the client's end must have shown.

@@ -1,16 +1,30 @@
-//! How a test runs: on a thread of its own, in a network namespace of its own.
+//! How a test runs: on a thread or in a process of its own, in a network namespace of its own.
 
 use std::{
     any::Any,
+    cell::Cell,
+    env,
     error::Error,
     fmt,
+    io::{self, Read as _, Write as _},
+    panic::catch_unwind,
+    process::{Child, Command, Stdio, exit},
     sync::{PoisonError, RwLock},
     thread,
+    time::{Duration, Instant},
 };
 
+use anyhow::{Context as _, anyhow, bail};
 use libtest_mimic::{Completion, Failed, Trial};
+use serde::{Deserialize, Serialize};
+use tcp_udp_trace::Buffer;
 
 use crate::netns::Netns;
+
+/// The variable that tells a process that it is one test.
+const ALONE: &str = "TUT_ALONE";
+/// How long such a process may take: then it hangs.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What a test needs of its surroundings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +33,8 @@ pub enum Needs {
     Nothing,
     /// No other test of this process may run: it counts things that belong to the process or the machine.
     Solitude,
+    /// A process of its own, which it may do anything to; on the main thread, and at first there is no other.
+    Process,
 }
 
 /// Held shared by ordinary tests, exclusively by those that need solitude.
@@ -41,36 +57,149 @@ pub fn skip<T>(reason: impl fmt::Display) -> anyhow::Result<T> {
     Err(Skip(reason.to_string()).into())
 }
 
+/// What a process that is one test says at its end, on the last line of its standard output.
+#[derive(Debug, Serialize, Deserialize)]
+enum Verdict {
+    Passed,
+    Skipped(String),
+    Failed(String),
+}
+
 /// A test named `topic::name`.
+#[derive(Debug, Clone, Copy)]
+pub struct Test {
+    /// See there.
+    pub topic: &'static str,
+    /// See there.
+    pub name: &'static str,
+    /// What it needs of its surroundings.
+    pub needs: Needs,
+    /// It fails by an error, or by a panic.
+    pub body: fn() -> anyhow::Result<()>,
+}
+
+thread_local! {
+    static BUFFER: Cell<Option<Buffer>> = const { Cell::new(None) };
+}
+
+/// What the tracers of this thread's test shall use, if that is prescribed.
 #[must_use]
-pub fn trial(topic: &str, name: &str, needs: Needs, body: fn() -> anyhow::Result<()>) -> Trial {
-    let full_name = format!("{topic}::{name}");
-    let thread = thread::Builder::new().name(name.to_owned());
-    Trial::ignorable_test(full_name, move || {
-        // A poisoned lock only means that another test failed.
-        let (_shared, _alone) = match needs {
-            Needs::Nothing => (
-                Some(SOLITUDE.read().unwrap_or_else(PoisonError::into_inner)),
-                None,
-            ),
-            Needs::Solitude => (
-                None,
-                Some(SOLITUDE.write().unwrap_or_else(PoisonError::into_inner)),
-            ),
-        };
-        let run = move || {
-            Netns::enter_new()?;
-            body()
-        };
-        match thread.spawn(run)?.join() {
-            Ok(Ok(())) => Ok(Completion::Completed),
-            Ok(Err(error)) => match error.downcast_ref::<Skip>() {
-                Some(Skip(reason)) => Ok(Completion::ignored_with(reason)),
-                None => Err(Failed::from(format!("{error:#}"))),
-            },
-            Err(panic) => Err(Failed::from(message(panic.as_ref()))),
+pub fn buffer() -> Option<Buffer> {
+    BUFFER.get()
+}
+
+impl Test {
+    /// Whether this is its topic, or its name with the topic.
+    #[must_use]
+    pub fn is_of(&self, name: &str) -> bool {
+        name == self.topic || name.split_once("::") == Some((self.topic, self.name))
+    }
+
+    /// The test as it is.
+    #[must_use]
+    pub fn trial(self) -> Trial {
+        self.run(format!("{}::{}", self.topic, self.name), None)
+    }
+
+    /// The same, named `perf::topic::name`: its tracers use perf buffers.
+    #[must_use]
+    pub fn with_perf_buffers(self) -> Trial {
+        let name = format!("perf::{}::{}", self.topic, self.name);
+        self.run(name, Some(Buffer::Perf))
+    }
+
+    fn run(self, full_name: String, buffer: Option<Buffer>) -> Trial {
+        let Self {
+            name, needs, body, ..
+        } = self;
+        if env::var_os(ALONE).is_some() {
+            return Trial::test(full_name, move || {
+                BUFFER.set(buffer);
+                alone(body)
+            });
         }
-    })
+        let thread = thread::Builder::new().name(name.to_owned());
+        Trial::ignorable_test(full_name.clone(), move || {
+            // A poisoned lock only means that another test failed.
+            let (_shared, _alone) = match needs {
+                Needs::Nothing | Needs::Process => (
+                    Some(SOLITUDE.read().unwrap_or_else(PoisonError::into_inner)),
+                    None,
+                ),
+                Needs::Solitude => (
+                    None,
+                    Some(SOLITUDE.write().unwrap_or_else(PoisonError::into_inner)),
+                ),
+            };
+            let run = move || {
+                BUFFER.set(buffer);
+                Netns::enter_new()?;
+                match needs {
+                    Needs::Process => in_process(&full_name),
+                    Needs::Nothing | Needs::Solitude => body(),
+                }
+            };
+            match verdict(thread.spawn(run)?.join()) {
+                Verdict::Passed => Ok(Completion::Completed),
+                Verdict::Skipped(reason) => Ok(Completion::ignored_with(reason)),
+                Verdict::Failed(reason) => Err(Failed::from(reason)),
+            }
+        })
+    }
+}
+
+fn verdict(result: thread::Result<anyhow::Result<()>>) -> Verdict {
+    match result {
+        Ok(Ok(())) => Verdict::Passed,
+        Ok(Err(error)) => match error.downcast_ref::<Skip>() {
+            Some(Skip(reason)) => Verdict::Skipped(reason.clone()),
+            None => Verdict::Failed(format!("{error:#}")),
+        },
+        Err(panic) => Verdict::Failed(message(panic.as_ref())),
+    }
+}
+
+/// Is the test, and the end of the process.
+fn alone(body: fn() -> anyhow::Result<()>) -> ! {
+    let verdict = verdict(catch_unwind(body));
+    let mut line = serde_json::to_vec(&verdict).unwrap();
+    line.insert(0, b'\n');
+    io::stdout().write_all(&line).unwrap();
+    exit(0)
+}
+
+/// Runs the test of that name in a process: this program again.
+fn in_process(name: &str) -> anyhow::Result<()> {
+    let child = Command::new("/proc/self/exe")
+        // One thread at a time is the main thread.
+        .args([name, "--exact", "--test-threads=1"])
+        .env(ALONE, "")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let output = end_of(child)?;
+    let last = output.lines().last().unwrap_or_default();
+    match serde_json::from_str(last).with_context(|| output.clone())? {
+        Verdict::Passed => Ok(()),
+        Verdict::Skipped(reason) => skip(reason),
+        Verdict::Failed(reason) => Err(anyhow!(reason)),
+    }
+}
+
+/// What the process wrote until its end.
+fn end_of(mut child: Child) -> anyhow::Result<String> {
+    let deadline = Instant::now() + PATIENCE;
+    while child.try_wait()?.is_none() {
+        if Instant::now() > deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("hangs");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut output = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut output)?;
+    Ok(output)
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {

@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Write as _,
+    num::NonZeroUsize,
     sync::{Arc, Condvar, Mutex, MutexGuard, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant, SystemTime},
@@ -10,14 +11,17 @@ use std::{
 use anyhow::{bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{
-    Error, Event, EventKind, Filter, Kind, Stats, TcpState, TcpTracer, TcpTracerBuilder,
+    Buffer, Error, Event, EventKind, Filter, Kind, Stats, TcpState, TcpTracer, TcpTracerBuilder,
     TracerHandle, UdpTracer, UdpTracerBuilder,
 };
 
 use crate::{
+    actor::Actor,
     life::Lives,
     netns::Netns,
     sampled::{self, Sampled},
+    scene::loopback,
+    suite::buffer,
     udp_life::UdpLives,
 };
 
@@ -114,8 +118,8 @@ impl Trace {
     pub fn start_with(
         settings: impl FnOnce(TcpTracerBuilder) -> TcpTracerBuilder + Send + 'static,
     ) -> anyhow::Result<Self> {
+        let builder = tcp().queue(QUEUE).ring_bytes(RING);
         Self::spawn(async || {
-            let builder = TcpTracer::builder().queue(QUEUE).ring_bytes(RING);
             settings(builder.sample_interval(BACKGROUND_INTERVAL))
                 .start()
                 .await
@@ -131,8 +135,8 @@ impl Trace {
     pub fn start_udp_with(
         settings: impl FnOnce(UdpTracerBuilder) -> UdpTracerBuilder + Send + 'static,
     ) -> anyhow::Result<Self> {
+        let builder = udp().queue(QUEUE).ring_bytes(RING);
         Self::spawn(async || {
-            let builder = UdpTracer::builder().queue(QUEUE).ring_bytes(RING);
             settings(builder.sample_interval(BACKGROUND_INTERVAL))
                 .start()
                 .await
@@ -225,6 +229,29 @@ impl Trace {
     pub fn set_filter(&self, filter: Filter) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         Ok(runtime.block_on(self.handle.set_filter(filter))?)
+    }
+
+    /// Lets a process listen until an event comes with what it runs: the first ones do not wait for that for long.
+    pub fn details_of(&self, actor: &mut Actor) -> anyhow::Result<Event> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let listener = actor.listen(loopback(false))?;
+            actor.close(&listener)?;
+            let is_its_end =
+                |event: &&Event| event.is_close() && event.socket.local == listener.local;
+            self.wait_for("end of a listener", |event| is_its_end(&event))?;
+            let collected = self.shared.lock();
+            let end = collected
+                .events
+                .iter()
+                .rfind(is_its_end)
+                .expect("it was waited for");
+            let mut processes = end.process.iter();
+            if processes.any(|process| process.details.is_some()) {
+                return Ok(end.clone());
+            }
+        }
+        bail!("no details of {}", actor.pid())
     }
 
     /// The samples so far.
@@ -341,6 +368,34 @@ impl Trace {
 impl Drop for Trace {
     fn drop(&mut self) {
         drop(self.stop());
+    }
+}
+
+/// A builder of a tracer that this thread's test shall use.
+pub fn tcp() -> TcpTracerBuilder {
+    let builder = TcpTracer::builder();
+    match buffer() {
+        Some(buffer) => builder.buffer(buffer),
+        None => builder,
+    }
+}
+
+/// The same for UDP.
+pub fn udp() -> UdpTracerBuilder {
+    let builder = UdpTracer::builder();
+    match buffer() {
+        Some(buffer) => builder.buffer(buffer),
+        None => builder,
+    }
+}
+
+/// A setting of `ring_bytes` with which what happens on one CPU has so much room.
+#[must_use]
+pub fn bytes_for_a_cpu(bytes: u32) -> u32 {
+    let cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    match buffer() {
+        Some(Buffer::Perf) => bytes * cpus as u32,
+        _ => bytes,
     }
 }
 

@@ -86,6 +86,15 @@ pub(crate) const VM: Group = Group {
     ],
 };
 
+/// libFuzzer is C++.
+pub(crate) const FUZZ: Group = Group {
+    purpose: "building the fuzzers",
+    packages: &[Package {
+        name: "g++",
+        probe: Probe::Program("c++"),
+    }],
+};
+
 /// The version that goes with the pinned compiler: both on LLVM 22.
 const BPF_LINKER_VERSION: &str = "0.13.0";
 
@@ -120,7 +129,7 @@ impl Probe {
 
 /// `cargo xtask setup`: installs whatever any verb needs and is not there.
 pub(crate) fn setup() -> Result<()> {
-    let missing: Vec<_> = [&EBPF, &TESTS, &VM]
+    let missing: Vec<_> = [&EBPF, &TESTS, &VM, &FUZZ]
         .into_iter()
         .flat_map(Group::missing)
         .collect();
@@ -161,6 +170,15 @@ pub(crate) fn ensure(group: &Group) -> Result<()> {
 /// Whether a verb may install packages by itself: never through sudo, which asks for a password.
 pub(crate) fn can_install() -> bool {
     process::is_root() && is_debian_like()
+}
+
+/// Installs cargo-fuzz if it is not there.
+pub(crate) fn ensure_cargo_fuzz() -> Result<()> {
+    if workspace::find_program("cargo-fuzz").is_some() {
+        return Ok(());
+    }
+    let mut command = Command::new(workspace::cargo());
+    process::run(command.args(["install", "--locked", "cargo-fuzz"]))
 }
 
 fn is_debian_like() -> bool {

@@ -31,6 +31,9 @@ const PROFILE: &str = "bpf";
 /// of a probed function is fixed at compile time.
 const ARCHITECTURES: &[&str] = &["x86_64"];
 
+/// What is built of the programs for each architecture: what the object's name says of it, and the features.
+const VARIANTS: &[(&str, &[&str])] = &[("", &[]), ("-perf", &["--features", "perf"])];
+
 /// Build the eBPF objects that the library embeds.
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -44,9 +47,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let record = record(&toolchain);
     let objects = ARCHITECTURES
         .iter()
-        .map(|&arch| {
-            let object = build(&toolchain, BINARY, arch, args.check)?;
-            Ok((committed_object(arch), object))
+        .flat_map(|&arch| VARIANTS.iter().map(move |&variant| (arch, variant)))
+        .map(|(arch, (variant, features))| {
+            let object = build(&toolchain, BINARY, arch, features, args.check)?;
+            Ok((committed_object(arch, variant), object))
         })
         .collect::<Result<Vec<_>>>()?;
 
@@ -62,7 +66,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// It is not committed: only who measures needs it.
 pub(crate) fn floor() -> Result<PathBuf> {
     let toolchain = toolchain()?;
-    let object = build(&toolchain, FLOOR, env::consts::ARCH, false)?;
+    let object = build(&toolchain, FLOOR, env::consts::ARCH, &[], false)?;
     let path = workspace::target_dir().join("floor.o");
     fs::write(&path, object).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
@@ -92,8 +96,8 @@ fn object_dir() -> PathBuf {
     workspace::root().join("tcp-udp-trace").join("bpf")
 }
 
-fn committed_object(arch: &str) -> PathBuf {
-    object_dir().join(format!("{BINARY}.{arch}.o"))
+fn committed_object(arch: &str, variant: &str) -> PathBuf {
+    object_dir().join(format!("{BINARY}{variant}.{arch}.o"))
 }
 
 /// What is written to `toolchain.txt`: everything outside the source that decides the bytes.
@@ -103,7 +107,7 @@ fn record(toolchain: &Toolchain) -> String {
     format!(
         "# What made the objects in this folder. `cargo xtask ebpf` writes this file, `cargo xtask ebpf --check`\n\
          # rebuilds the objects and compares them when it runs with the same tools.\n\
-         {}command: cargo build --profile {PROFILE} --package {PACKAGE} --target {TARGET}\n\
+         {}command: cargo build --profile {PROFILE} --package {PACKAGE} --target {TARGET} [--features perf]\n\
          rustflags: {flags} --remap-path-prefix=<workspace>=. --remap-path-prefix=<registry sources>=registry\n\
          strip: llvm-objcopy {}\n",
         toolchain.describe(),
@@ -157,7 +161,13 @@ fn check(record: &str, objects: &[(PathBuf, Vec<u8>)]) -> Result<()> {
 }
 
 /// Builds the programs of `binary` for `arch` and returns the stripped object.
-fn build(toolchain: &Toolchain, binary: &str, arch: &str, locked: bool) -> Result<Vec<u8>> {
+fn build(
+    toolchain: &Toolchain,
+    binary: &str,
+    arch: &str,
+    features: &[&str],
+    locked: bool,
+) -> Result<Vec<u8>> {
     let remaps = remaps(toolchain)?;
     let flags = rustflags(arch, &toolchain.bpf_linker, &remaps);
 
@@ -168,6 +178,7 @@ fn build(toolchain: &Toolchain, binary: &str, arch: &str, locked: bool) -> Resul
         .current_dir(workspace::root())
         .args(["build", "--package", PACKAGE, "--bin", binary])
         .args(["--profile", PROFILE, "--target", TARGET])
+        .args(features)
         .args(toolchain.cargo_flags())
         .arg("--target-dir")
         .arg(&target_dir)

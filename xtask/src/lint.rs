@@ -29,6 +29,7 @@ const FORBIDDEN: &[(&str, &str)] = &[
 pub(crate) fn run() -> Result<()> {
     forbidden_files()?;
     cargo(&["fmt", "--all", "--check"])?;
+    cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"])?;
     clippy(&[
         "--workspace",
         "--exclude",
@@ -43,7 +44,9 @@ pub(crate) fn run() -> Result<()> {
         "--all-targets",
         "--no-default-features",
     ])?;
-    ebpf_clippy()?;
+    for features in [&[] as &[_], &["--features", "perf"]] {
+        ebpf_clippy(features)?;
+    }
     off_linux::check()?;
     document()
 }
@@ -58,10 +61,11 @@ const DENY_WARNINGS: &[&str] = &["--", "-D", "warnings"];
 ///
 /// The profile aborts on panics, without which a program that has no `std` does not compile. `RUSTC_BOOTSTRAP` lets the
 /// stable compiler take the unstable features that the programs use.
-fn ebpf_clippy() -> Result<()> {
+fn ebpf_clippy(features: &[&str]) -> Result<()> {
     let mut command = cargo_command(&["clippy", "--package", EBPF, "--profile", "bpf"]);
     // Other environment, other fingerprints: in the common target directory each run would evict the other's work.
     command
+        .args(features)
         .arg("--target-dir")
         .arg(workspace::target_dir().join("ebpf-clippy"))
         .args(DENY_WARNINGS)

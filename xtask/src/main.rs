@@ -8,7 +8,9 @@
 mod bench;
 mod deps;
 mod ebpf;
+mod fuzz;
 mod lint;
+mod miri;
 mod process;
 mod soak;
 mod test;
@@ -24,8 +26,10 @@ use clap::Parser;
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Verb {
     Ebpf(ebpf::Args),
+    Fuzz(fuzz::Args),
     /// Check formatting, lints, documentation and the project's own rules.
     Lint,
+    Miri(miri::Args),
     Test(test::Args),
     Soak(soak::Args),
     Bench(bench::Args),
@@ -36,7 +40,9 @@ enum Verb {
 fn main() -> ExitCode {
     let result = match Verb::parse() {
         Verb::Ebpf(args) => ebpf::run(&args),
+        Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Lint => lint::run(),
+        Verb::Miri(args) => miri::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),

@@ -72,6 +72,17 @@ pub(crate) fn as_root(program: impl AsRef<std::ffi::OsStr>) -> Command {
     }
 }
 
+/// A command that runs `program` of the nightly toolchain.
+pub(crate) fn nightly(program: &str) -> Command {
+    let mut command = Command::new("rustup");
+    command
+        .args(["run", "nightly", program])
+        // The cargo that runs us sets these for its own compiler.
+        .env_remove("RUSTC")
+        .env_remove("RUSTDOC");
+    command
+}
+
 #[cfg(test)]
 mod tests {
     use super::quote;

@@ -26,7 +26,7 @@ use self::guest::Ended;
 pub(crate) use self::kernel::{KERNELS, Kernel};
 use crate::{
     deps,
-    test::report::{Outcome, Row},
+    test::report::{Counts, Outcome, Row},
     workspace,
 };
 
@@ -97,8 +97,11 @@ fn run_one(kernel: &'static Kernel, program: &Path, args: &[OsString]) -> Row {
     row
 }
 
-/// Boots the guest; once more if the guest itself crashed, which emulation makes it do now and then. The note tells of
-/// that, since our programs could be the cause as well.
+/// How often a guest is booted at most.
+const BOOTS: usize = 3;
+
+/// Boots the guest; again if the guest itself crashed, which emulation makes it do now and then, for the tests that had not ended. The note
+/// tells of that, since our programs could be the cause as well.
 fn boot_with_retry(
     kernel: &Kernel,
     installed: &kernel::Installed,
@@ -108,41 +111,57 @@ fn boot_with_retry(
     let logs = workspace::cache_dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let initrd = logs.join(format!("{}.initramfs", kernel.name));
-    fs::write(&initrd, initramfs::build(installed, program, args)?)
-        .with_context(|| format!("cannot write {}", initrd.display()))?;
-
     let log = logs.join(format!("{}.log", kernel.name));
-    let mut ended = guest::boot(kernel.name, &installed.vmlinuz, &initrd, &log)?;
-    let mut note = None;
-    if let Ended::Crashed(cause) = &ended {
-        let crash_log = logs.join(format!("{}.crash.log", kernel.name));
-        fs::rename(&log, &crash_log).context("cannot keep the log of the crashed guest")?;
-        let crash = format!("the guest crashed ({cause}); log: {}", crash_log.display());
-        eprintln!("[{}] {crash}; once more", kernel.name);
-        note = Some(format!("booted twice: at first {crash}"));
-        ended = guest::boot(kernel.name, &installed.vmlinuz, &initrd, &log)?;
+    // What a filter selects is little, and may be run again.
+    let resumes = args.is_empty();
+    let mut args = args.to_vec();
+    let (mut crashes, mut counts) = (Vec::new(), Counts::default());
+    loop {
+        fs::write(&initrd, initramfs::build(installed, program, &args)?)
+            .with_context(|| format!("cannot write {}", initrd.display()))?;
+        let ended = guest::boot(kernel.name, &installed.vmlinuz, &initrd, &log)?;
+        // The image is as large as the test program; the log is what one wants afterwards.
+        fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
+        let mut failures = Vec::new();
+        let outcome = match ended {
+            Ended::Finished { code, output } => {
+                counts += output.counts;
+                failures = output.failures;
+                match code {
+                    0 => Outcome::Passed(counts),
+                    _ => Outcome::Failed(counts),
+                }
+            }
+            Ended::Crashed { cause, output } => {
+                let number = crashes.len() + 1;
+                let crash_log = logs.join(format!("{}.crash{number}.log", kernel.name));
+                fs::rename(&log, &crash_log).context("cannot keep the log of a crashed guest")?;
+                let crash = format!("the guest crashed ({cause}); log: {}", crash_log.display());
+                eprintln!("[{}] {crash}", kernel.name);
+                crashes.push(crash.clone());
+                if number < BOOTS {
+                    if resumes {
+                        if args.is_empty() {
+                            args.push("--exact".into());
+                        }
+                        for (name, count) in output.good {
+                            counts += count;
+                            args.extend(["--skip".into(), name.into()]);
+                        }
+                    }
+                    continue;
+                }
+                Outcome::Broken(crash)
+            }
+            Ended::Hung(last_line) => Outcome::Broken(format!(
+                "the tests hung after {last_line:?}; log: {}",
+                log.display()
+            )),
+        };
+        return Ok(Row {
+            note: (!crashes.is_empty()).then(|| format!("booted again: {}", crashes.join("; "))),
+            failures,
+            ..Row::new("", outcome)
+        });
     }
-    // The image is as large as the test program; the log is what one wants afterwards.
-    fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
-
-    let log = log.display();
-    let mut failures = Vec::new();
-    let outcome = match ended {
-        Ended::Finished { code: 0, output } => Outcome::Passed(output.counts),
-        Ended::Finished { output, .. } => {
-            failures = output.failures;
-            Outcome::Failed(output.counts)
-        }
-        Ended::Crashed(cause) => {
-            Outcome::Broken(format!("the guest crashed ({cause}); log: {log}"))
-        }
-        Ended::Hung(last_line) => {
-            Outcome::Broken(format!("the tests hung after {last_line:?}; log: {log}"))
-        }
-    };
-    Ok(Row {
-        note,
-        failures,
-        ..Row::new("", outcome)
-    })
 }

@@ -11,7 +11,10 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use super::{Datagrams, Direction, ETH_P_IP, addresses, count, key_of, local6, used};
-use crate::sock::{Sock, read, read_at};
+use crate::{
+    emit::Context,
+    sock::{Sock, read, read_at},
+};
 
 /// Threads that are in a receive, and from which peer.
 #[map]
@@ -26,7 +29,7 @@ const MSG_ERRQUEUE: i32 = 0x2000;
 
 /// `skb_consume_udp(sk, skb, len)`: the socket gave a datagram to the application, or lent it one for a peek.
 #[inline(always)]
-pub(crate) fn consumed(sk: Sock, skb: u64, len: i32) {
+pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
     // The kernel says "peek" by a negative length. That cannot be told from 0; but what is only peeked at stays in its queue.
     let peeked = len < 0 || len == 0 && read::<u64>(skb, Field::SkbNext) != 0;
     if peeked || !sk.is_udp() {
@@ -59,7 +62,7 @@ pub(crate) fn consumed(sk: Sock, skb: u64, len: i32) {
     };
     let key = key_of(sk);
     if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
-        count(key, tracked, &datagrams);
+        count(ctx, key, tracked, &datagrams);
     }
 }
 
@@ -71,7 +74,7 @@ pub(crate) fn receiving(peer: Peer) {
 
 /// `sock_recv_length(sk, ret, flags)`: a receive of the current thread has ended.
 #[inline(always)]
-pub(crate) fn received(sk: Sock, result: i32, flags: i32) {
+pub(crate) fn received(ctx: Context, sk: Sock, result: i32, flags: i32) {
     if !sk.is_udp() {
         return;
     }
@@ -102,6 +105,6 @@ pub(crate) fn received(sk: Sock, result: i32, flags: i32) {
         if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
             tracked.approximate = 1;
         }
-        count(key, tracked, &datagrams);
+        count(ctx, key, tracked, &datagrams);
     }
 }

@@ -99,7 +99,7 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
     // SAFETY: the context is an skb with a socket.
     let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     if let Some(tracked) = seen(key, sk.cast()) {
-        count(key, tracked, &datagrams);
+        count(ctx.as_ptr(), key, tracked, &datagrams);
     }
 }
 

@@ -23,6 +23,8 @@ use tokio::{
 };
 
 pub(crate) use self::namespaces::may_enter;
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::netlink::told;
 use self::netlink::{Told, dump};
 use crate::{kernel::SampleScope, reader::Shared};
 

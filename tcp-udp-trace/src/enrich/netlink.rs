@@ -230,6 +230,22 @@ fn parse(payload: &[u8]) -> Answer {
     Ok(info.map(|info| Told { cookie, info }))
 }
 
+/// What bytes tell, taken as one answer and as a datagram that the netlink crates cut into answers: for the fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn told(bytes: &[u8]) -> Vec<SampleInfo> {
+    use netlink_proto::NetlinkMessageCodec as _;
+
+    let mut answers = vec![parse(bytes)];
+    let mut datagram = bytes::BytesMut::from(bytes);
+    while let Ok(Some(message)) = NetlinkCodec::decode::<Message>(&mut datagram) {
+        if let NetlinkPayload::InnerMessage(Message::Answer(answer)) = message.payload {
+            answers.push(answer);
+        }
+    }
+    let told = answers.into_iter().filter_map(|answer| answer.ok()?);
+    told.map(|told| told.info).collect()
+}
+
 /// A socket that lets others run after each datagram. The connection reads until there is nothing, and for a dump the kernel writes
 /// the next part when one is read: so it would take all of it into memory before anybody could look at the first socket.
 struct Paced {
@@ -298,10 +314,6 @@ impl AsyncSocket for Paced {
 
 #[cfg(test)]
 mod tests {
-    use bytes::BytesMut;
-    use netlink_proto::NetlinkMessageCodec as _;
-    use proptest::prelude::*;
-
     use super::*;
 
     /// `struct inet_diag_msg` of a socket with this cookie.
@@ -377,46 +389,35 @@ mod tests {
         }
     }
 
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(2_000))]
+    /// What the kernel says of a socket of each kind, in a network namespace that has no others.
+    #[test]
+    #[ignore = "writes the fuzzers' seeds, as root"]
+    fn write_seeds() {
+        use nix::sched::{CloneFlags, unshare};
 
-        #[test]
-        fn any_bytes_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
-            let _ = parse(&bytes);
+        unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace, of this thread only");
+        let _tcp4 = std::net::TcpListener::bind("127.0.0.1:8123").expect("a listener");
+        let _udp4 = std::net::UdpSocket::bind("127.0.0.1:8123").expect("a socket");
+        let _udp6 = std::net::UdpSocket::bind("[::]:8124").expect("a socket");
+        for (name, family, protocol) in [
+            ("tcp4", AF_INET, Protocol::Tcp),
+            ("udp4", AF_INET, Protocol::Udp),
+            ("udp6", AF_INET6, Protocol::Udp),
+        ] {
+            let message = Message::Request(request(family, protocol));
+            let mut message =
+                NetlinkMessage::new(request_header(), NetlinkPayload::InnerMessage(message));
+            message.finalize();
+            let mut bytes = vec![0; message.buffer_len()];
+            message.serialize(&mut bytes);
+            let socket = Socket::new(NETLINK_SOCK_DIAG).expect("a netlink socket");
+            let kernel = SocketAddr::new(0, 0);
+            socket.send_to(&bytes, &kernel, 0).expect("asked");
+            let (datagram, _) = socket.recv_from_full().expect("an answer");
+            assert_eq!(told(&datagram).len(), 1);
+            crate::fuzzing::tests::write_seed("netlink", name, &datagram);
         }
-
-        /// Near what the kernel sends, where a decoder is led further astray.
-        #[test]
-        fn damaged_answers_are_survived(
-            damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..6),
-            len in any::<proptest::sample::Index>(),
-        ) {
-            let mut bytes = answer();
-            for (place, byte) in damage {
-                *place.get_mut(&mut bytes) = byte;
-            }
-            bytes.truncate(len.index(bytes.len()) + 1);
-            let _ = parse(&bytes);
-        }
-
-        /// The same through the crates that cut a datagram into messages.
-        #[test]
-        fn damaged_datagrams_are_survived(
-            damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..6),
-        ) {
-            let mut bytes = Vec::new();
-            for _ in 0..2 {
-                let len = u32::try_from(16 + answer().len()).expect("short");
-                bytes.extend(len.to_ne_bytes());
-                bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-                bytes.extend([0; 10]); // flags, sequence number, port
-                bytes.extend(answer());
-            }
-            for (place, byte) in damage {
-                *place.get_mut(&mut bytes) = byte;
-            }
-            let mut datagram = BytesMut::from(&bytes[..]);
-            while let Ok(Some(_)) = NetlinkCodec::decode::<Message>(&mut datagram) {}
-        }
+        // One that newer kernels and others could send.
+        crate::fuzzing::tests::write_seed("netlink", "unknown_attribute", &answer());
     }
 }

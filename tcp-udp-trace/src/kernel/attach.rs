@@ -1,6 +1,6 @@
 //! Carries out the attach plan by trying.
 
-use std::{error::Error as StdError, thread};
+use std::{error::Error as StdError, io, thread};
 
 use aya::{
     Btf, Ebpf,
@@ -12,31 +12,41 @@ use super::{
     plan::{Choice, HookPoint, Signal},
     refusal, tracefs,
 };
-use crate::{Error, Hook, Protocol};
+use crate::{Error, ErrorKind, Hook, Protocol};
 
 /// Attaches every signal of `plan` in the best way this kernel allows, and says which.
 pub(super) fn attach(
     ebpf: &mut Ebpf,
-    plan: &[Signal],
+    plan: &[&Signal],
     protocol: Protocol,
 ) -> Result<Vec<Hook>, Error> {
     // In a thread of its own, which may look at a tracefs that the rest of the process does not have.
-    let attached = thread::scope(|scope| {
-        scope
-            .spawn(|| {
-                if let Err(error) = tracefs::make_visible() {
-                    log::info!("tracefs is not mounted and cannot be: {error}");
+    thread::scope(|scope| {
+        let thread = thread::Builder::new()
+            .spawn_scoped(scope, || {
+                let tracefs = tracefs::make_visible();
+                if let Err(error) = &tracefs {
+                    log::info!("no tracefs: {error}");
                 }
                 plan.iter()
-                    .map(|signal| attach_signal(ebpf, signal, protocol))
+                    .map(|signal| attach_signal(ebpf, signal, protocol, tracefs.is_ok()))
                     .collect()
             })
+            .map_err(|source| {
+                Error::new(ErrorKind::Load, "no thread to attach the hooks").with_source(source)
+            })?;
+        thread
             .join()
-    });
-    attached.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
-fn attach_signal(ebpf: &mut Ebpf, signal: &Signal, protocol: Protocol) -> Result<Hook, Error> {
+fn attach_signal(
+    ebpf: &mut Ebpf,
+    signal: &Signal,
+    protocol: Protocol,
+    has_tracefs: bool,
+) -> Result<Hook, Error> {
     let mut hook = Hook {
         signal: signal.name.into(),
         programs: Vec::new(),
@@ -45,11 +55,22 @@ fn attach_signal(ebpf: &mut Ebpf, signal: &Signal, protocol: Protocol) -> Result
     let mut refusal = None;
     for slot in signal.slots {
         for choice in *slot {
-            match attach_choice(ebpf, choice) {
+            let attached = if has_tracefs || !choice.needs_tracefs() {
+                attach_choice(ebpf, choice)
+            } else {
+                // Not asked, aya does not remember that there was none.
+                Err(io::Error::new(io::ErrorKind::NotFound, "no tracefs").into())
+            };
+            match attached {
                 Ok(programs) => {
                     hook.programs.extend(programs);
                     hook.note = hook.note.or(choice.cost.map(Into::into));
                     break;
+                }
+                Err(error) if refusal::is_want(&error) => {
+                    return Err(
+                        refusal::of_signal(&error, signal.name, protocol).with_source(error)
+                    );
                 }
                 Err(error) => {
                     log::debug!("{}: {}", choice.hooks[0].1, chain(&error));
@@ -80,7 +101,7 @@ fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Vec<String>, Progra
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
         match attach_program(program, *point) {
             Ok(()) => programs.push(point.to_string()),
-            Err(error) if index == 0 => {
+            Err(error) if index == 0 || refusal::is_want(&error) => {
                 unload(program);
                 return Err(error);
             }

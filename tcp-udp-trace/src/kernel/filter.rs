@@ -42,7 +42,7 @@ pub(super) struct Filters {
 #[derive(Debug, Default)]
 struct Installed {
     values: Vec<Value>,
-    networks: Vec<(u8, Network)>,
+    networks: Vec<Network>,
 }
 
 impl Filters {
@@ -90,33 +90,18 @@ impl Filters {
     ) -> Result<(), Error> {
         let generation = self.generation;
         ask(ebpf, &[op::PREPARE, wire::of_generation(generation)]).map_err(refused)?;
-        for &value in &filter.values {
-            new.add(
-                ebpf,
-                Value {
-                    generation,
-                    ..value
-                },
-            )?;
+        for &(set, value) in &filter.values {
+            new.add(ebpf, Value::new(generation, set, value))?;
         }
-        for &(length, network) in &filter.networks {
-            let network = Network {
-                generation,
-                ..network
-            };
-            ask(ebpf, &network_args(op::ADD_NETWORK, length, &network)).map_err(refused)?;
-            new.networks.push((length, network));
+        for network in &filter.networks {
+            new.add_network(ebpf, network.wire(generation))?;
         }
         if filter.exclude_self {
             // Which one that is for the kernel, a PID namespace hides from us.
-            let args = [op::ADD_CALLER, generation.into(), wire::OWN.into()];
-            let pid = ask(ebpf, &args).map_err(refused)?;
-            new.values.push(Value {
-                value: [pid.cast_unsigned().into(), 0],
-                generation,
-                set: wire::OWN,
-                _pad: 0,
-            });
+            let mut value = Value::new(generation, wire::OWN, [0; 2]);
+            let pid = ask(ebpf, &[op::ADD_CALLER, value.tag]).map_err(refused)?;
+            value.value[0] = pid.cast_unsigned().into();
+            new.values.push(value);
         }
         if filter.roots.is_empty() {
             return Ok(());
@@ -155,13 +140,7 @@ fn find_kin(
     new: &mut Installed,
 ) -> Result<(), Error> {
     for (index, &root) in roots.iter().enumerate() {
-        let value = Value {
-            value: [root.into(), 0],
-            generation,
-            set: wire::ROOT,
-            _pad: 0,
-        };
-        new.add(ebpf, value)?;
+        new.add(ebpf, Value::new(generation, wire::ROOT, [root.into(), 0]))?;
         // A byte stands for a root.
         if walk::through_tasks(ebpf).map_err(no_walk)? <= index {
             let what = format!("pid_tree is {root}: there is no such process");
@@ -179,38 +158,37 @@ impl Installed {
         Ok(())
     }
 
+    fn add_network(&mut self, ebpf: &Ebpf, network: Network) -> Result<(), Error> {
+        ask(ebpf, &network_args(op::ADD_NETWORK, &network)).map_err(refused)?;
+        self.networks.push(network);
+        Ok(())
+    }
+
     fn remove(self, ebpf: &Ebpf) {
         // What cannot be removed takes room and is not looked at.
         for value in &self.values {
             let _ = ask(ebpf, &value_args(op::REMOVE, value));
         }
-        for (length, network) in &self.networks {
-            let _ = ask(ebpf, &network_args(op::REMOVE_NETWORK, *length, network));
+        for network in &self.networks {
+            let _ = ask(ebpf, &network_args(op::REMOVE_NETWORK, network));
         }
     }
 }
 
-fn value_args(op: u64, value: &Value) -> [u64; 5] {
+fn value_args(op: u64, value: &Value) -> [u64; 4] {
     let &Value {
         value: [first, second],
-        generation,
-        set,
-        ..
+        tag,
     } = value;
-    [op, generation.into(), set.into(), first, second]
+    [op, first, second, tag]
 }
 
-fn network_args(op: u64, length: u8, network: &Network) -> [u64; 7] {
+fn network_args(op: u64, network: &Network) -> [u64; 4] {
     let &Network {
-        generation,
-        side,
-        family,
-        address,
+        head,
+        address: [first, second],
     } = network;
-    let [first, second]: [u64; 2] = zerocopy::transmute!(address);
-    let head = [generation.into(), side.into(), family.into(), length.into()];
-    let [a, b, c, d] = head;
-    [op, a, b, c, d, first, second]
+    [op, head, first, second]
 }
 
 /// What a process is to the filter; nothing, if that cannot be asked.

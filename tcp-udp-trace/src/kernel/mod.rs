@@ -6,23 +6,27 @@ mod btf;
 mod btf_ids;
 mod cgroup;
 mod filter;
+mod needs;
 mod offsets;
+mod perf;
 mod plan;
+mod privileges;
 mod refusal;
+mod ring;
 mod tracefs;
 mod walk;
 
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd as _, AsRawFd, RawFd},
+    os::fd::{AsFd as _, AsRawFd as _},
     thread,
 };
 
-pub(crate) use self::walk::SampleScope;
+pub(crate) use self::{ring::Ring, walk::SampleScope};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, MapData, MapError, PerCpuArray},
     programs::{
         ProgramError, RawTracePoint, RawTracePointRunOptions, SchedClassifier, TestRun as _,
         TestRunOptions,
@@ -35,19 +39,25 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use self::filter::{ASK_FILTER, Filters};
 use crate::{
-    Error, ErrorKind, Hook, Process, Protocol, Traffic,
+    Buffer, Error, ErrorKind, Hook, Process, Protocol, Traffic,
     builder::Config,
     filter::{Compiled, Standing},
     flows::FlowMap,
 };
 
-/// The eBPF object of this architecture, as `cargo xtask ebpf` made it.
+/// The eBPF objects of this architecture, as `cargo xtask ebpf` made them: with a ring buffer, and with perf buffers.
 #[cfg(target_arch = "x86_64")]
-static OBJECT: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.x86_64.o");
+static OBJECTS: Option<[&[u8]; 2]> = Some([
+    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.x86_64.o"),
+    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.x86_64.o"),
+]);
 
-/// No object yet for this architecture.
+/// None yet for this architecture.
 #[cfg(not(target_arch = "x86_64"))]
-static OBJECT: &[u8] = &[];
+static OBJECTS: Option<[&[u8]; 2]> = None;
+
+/// No ring can be smaller.
+const MIN_RING_BYTES: u32 = 4096;
 
 /// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
 /// matter most.
@@ -68,21 +78,19 @@ pub(crate) struct Kernel {
     rejected: PerCpuArray<MapData, u64>,
     protocol: Protocol,
     filters: Filters,
-    log: EbpfLogger<&'static dyn Log>,
+    log: Option<EbpfLogger<&'static dyn Log>>,
     /// The last answer of the kernel, which it gives only while the programs are loaded.
     recursion_misses: Option<u64>,
 }
 
-/// The records, in the order in which the kernel made room for them.
-pub(crate) struct Ring(RingBuf<MapData>);
-
 impl Kernel {
     /// Loads and attaches everything. Blocks for some milliseconds.
     pub(crate) fn start(config: &Config) -> Result<(Self, Ring), Error> {
-        if OBJECT.is_empty() {
+        let Some([with_ring, with_perf]) = OBJECTS else {
             let what = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
             return Err(Error::new(ErrorKind::Unsupported, what));
-        }
+        };
+        needs::check(config.protocol)?;
         let vmlinux = offsets::read_btf()?;
         let btf = offsets::parse(&vmlinux)?;
         let offsets = offsets::resolve(&btf)?;
@@ -96,28 +104,44 @@ impl Kernel {
         // Every map of the object is made; those of the other protocol as small as can be.
         let (plan, tcp_sockets, udp_sockets, flows) = match config.protocol {
             Protocol::Tcp => (plan::TCP, config.max_sockets, 1, 1),
-            Protocol::Udp => (plan::UDP, 1, config.max_sockets, config.max_flows),
+            // Each CPU may be about to put one more together.
+            Protocol::Udp => (
+                plan::UDP,
+                1,
+                config.max_sockets + cpus as u32,
+                config.max_flows,
+            ),
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
+        let buffer = config.buffer.unwrap_or_else(ring::best);
         // As the loader rounds it.
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
-        let mut ebpf = EbpfLoader::new()
+        let (object, events) = match buffer {
+            Buffer::Ring => (with_ring, ring_bytes),
+            Buffer::Perf => (with_perf, cpus as u32),
+        };
+        let mut loader = EbpfLoader::new();
+        if buffer == Buffer::Ring {
+            loader.map_max_entries("LATE", (ring_bytes / 2).max(MIN_RING_BYTES));
+        }
+        let mut ebpf = loader
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
-            .override_global("WAKE_SHIFT", &wake_shift, true)
+            .override_global("WAKE_SHIFT", &wake_shift, buffer == Buffer::Ring)
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
-            .map_max_entries("EVENTS", ring_bytes)
+            .map_max_entries("EVENTS", events)
             .map_max_entries("SOCKETS", tcp_sockets)
             .map_max_entries("UDP_SOCKETS", udp_sockets)
             .map_max_entries("FLOWS", flows)
-            .load(OBJECT)
+            .load(object)
             .map_err(|source| refusal::of_map(&source, config.protocol).with_source(source))?;
-        let log = EbpfLogger::init(&mut ebpf).map_err(|source| {
+        let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
+        let log = log.transpose().map_err(|source| {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
         })?;
-        let ring = Ring(take_map(&mut ebpf, "EVENTS", RingBuf::try_from)?);
+        let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
         load_questions(&mut ebpf, config.protocol).map_err(|source| {
@@ -127,10 +151,17 @@ impl Kernel {
         // Before the first event.
         let mut filters = Filters::default();
         filters.install(&mut ebpf, &config.filter.compile()?, config.protocol)?;
-        let mut hooks = attach::attach(&mut ebpf, plan, config.protocol)?;
+        let on_request = [
+            (config.retransmits, &plan::RETRANSMIT),
+            (config.resets, &plan::RESET),
+        ];
+        let on_request = on_request.into_iter().filter(|(wanted, _)| *wanted);
+        let plan: Vec<_> = plan.iter().chain(on_request.map(|(_, s)| s)).collect();
+        let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol)?;
         // Only now: a socket made meanwhile has met the hooks.
         let walks = walk::start(&mut ebpf, config, &btf);
         hooks.extend(walks.hooks);
+        hooks.push(ring::hook(buffer));
         Ok((
             Self {
                 ebpf,
@@ -239,7 +270,9 @@ impl Kernel {
 
     /// Passes what the programs had to say to the `log` crate.
     pub(crate) fn flush_log(&mut self) {
-        self.log.flush();
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
     }
 
     /// Takes the programs out of the kernel; the maps, and so the records already made, stay.
@@ -265,6 +298,15 @@ impl Kernel {
     }
 }
 
+/// Asks everything of a BTF that may be anything: for the fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
+    let btf = offsets::parse(bytes)?;
+    let functions = btf_ids::of_functions(&btf, &["bpf_iter_task_file", "bpf_iter_tcp"]);
+    assert!(functions.is_ok(), "aya does not take what we made for it");
+    offsets::resolve(&btf).map(|_| ())
+}
+
 impl FlowMap for Kernel {
     fn totals(&self, flow: &FlowKey) -> Option<Traffic> {
         self.ask_flow(flow, false)
@@ -278,25 +320,6 @@ impl FlowMap for Kernel {
 impl Drop for Kernel {
     fn drop(&mut self) {
         self.detach();
-    }
-}
-
-impl Ring {
-    /// Hands the next record to `take`; false if there is none.
-    pub(crate) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
-        match self.0.next() {
-            Some(record) => {
-                take(&record);
-                true
-            }
-            None => false,
-        }
-    }
-}
-
-impl AsRawFd for Ring {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
     }
 }
 
@@ -333,11 +356,5 @@ impl std::fmt::Debug for Kernel {
         f.debug_struct("Kernel")
             .field("hooks", &self.hooks)
             .finish_non_exhaustive()
-    }
-}
-
-impl std::fmt::Debug for Ring {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ring").finish_non_exhaustive()
     }
 }

@@ -33,6 +33,14 @@ pub(super) enum HookPoint {
     Cgroup(&'static str),
 }
 
+impl Choice {
+    pub(super) fn needs_tracefs(&self) -> bool {
+        self.hooks
+            .iter()
+            .any(|(_, point)| matches!(point, Tracepoint(..)))
+    }
+}
+
 use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, RawTracepoint, Tracepoint};
 
 /// What `TcpTracer` attaches.
@@ -59,6 +67,18 @@ pub(super) const TCP: &[Signal] = &[
         worse(&[("accept_sys_exit", RawTracepoint("sys_exit"))], SYS_EXIT),
     ]] },
 ];
+
+/// What it attaches on request, beside that.
+#[rustfmt::skip]
+pub(super) const RETRANSMIT: Signal = Signal { name: "retransmit", required: false, slots: &[&[
+    best(&[("tcp_retransmit_err", RawTracepoint("tcp_retransmit_skb"))]),
+    best(&[("tcp_retransmit", RawTracepoint("tcp_retransmit_skb"))]),
+]] };
+#[rustfmt::skip]
+pub(super) const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
+    best(&[("tcp_reset_sent", RawTracepoint("tcp_send_reset")),
+           ("tcp_reset_received", RawTracepoint("tcp_receive_reset"))]),
+]] };
 
 /// What `UdpTracer` attaches.
 ///

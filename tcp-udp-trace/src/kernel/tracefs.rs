@@ -15,12 +15,9 @@ const PLACES: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 ///
 /// # Errors
 ///
-/// Without `CAP_SYS_ADMIN` it cannot be mounted.
+/// It is there, but may not be read: that takes root or `CAP_DAC_READ_SEARCH`; or it cannot be mounted: that takes `CAP_SYS_ADMIN`.
 pub(super) fn make_visible() -> io::Result<()> {
-    if PLACES
-        .iter()
-        .any(|place| fs::exists(format!("{place}/events")).unwrap_or(false))
-    {
+    if is_visible()? {
         return Ok(());
     }
     unshare(CloneFlags::CLONE_NEWNS)?;
@@ -34,5 +31,14 @@ pub(super) fn make_visible() -> io::Result<()> {
         MsFlags::empty(),
         None::<&str>,
     )?;
-    Ok(())
+    is_visible().map(drop)
+}
+
+fn is_visible() -> io::Result<bool> {
+    for place in PLACES {
+        if fs::exists(format!("{place}/events"))? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }

@@ -15,6 +15,7 @@ use super::{
     attach::{chain, unload},
     btf::Btf,
     btf_ids, offsets,
+    privileges::{Privileges, SYS_PTRACE},
 };
 use crate::{Hook, Protocol, builder::Config, enrich};
 
@@ -57,6 +58,7 @@ const TASKS: Walk = Walk {
 const NO_SNAPSHOT: &str = "sockets older than the tracer have no owner until they are used";
 const NO_SAMPLES: &str = "no samples";
 const OWN_NAMESPACE: &str = "no CAP_SYS_ADMIN: only this process's network namespace";
+const SIMILAR_PROCESSES: &str = "no CAP_SYS_PTRACE: no network namespaces that only processes of other users or privileges are in";
 
 /// Of what samples can be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,8 +103,12 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config, btf: &Btf<'_>) -> Walks {
         if hook.note.is_none() {
             hook.programs.insert(0, "netlink:sock_diag".into());
             // Trying it takes a thread of its own.
-            if thread::spawn(enrich::may_enter).join().unwrap_or(false) {
+            let trial = thread::Builder::new().spawn(enrich::may_enter);
+            if trial.is_ok_and(|trial| trial.join().unwrap_or(false)) {
                 samples = SampleScope::EveryNamespace;
+                if !Privileges::of_this_thread().has(SYS_PTRACE) {
+                    hook.note = Some(SIMILAR_PROCESSES.into());
+                }
             } else {
                 samples = SampleScope::OwnNamespace;
                 hook.note = Some(OWN_NAMESPACE.into());

@@ -1,6 +1,7 @@
 //! What is in the kernel, as the reader sees it: records, due totals, losses.
 
 use std::{
+    fs,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -16,7 +17,7 @@ use crate::{
     kernel::{Kernel, Ring},
     kind::Counts,
     samples::Samples,
-    time::BootClock,
+    time::{BootClock, namespace_offset},
 };
 
 /// How many records are taken in one go, between two chances for other tasks to run.
@@ -35,6 +36,8 @@ pub(super) struct Attached {
     flows: Flows,
     samples: Arc<Samples>,
     filter: Filter,
+    /// Of this process's time namespace.
+    time_offset: i64,
 }
 
 impl Attached {
@@ -57,6 +60,10 @@ impl Attached {
             flows,
             samples,
             filter,
+            // The file tells the namespace of the children, which is that of a process that was started in its own.
+            time_offset: namespace_offset(
+                &fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
+            ),
         }
     }
 
@@ -109,7 +116,7 @@ impl Attached {
 
     /// Moves up to [`BATCH`] records to `batch`: how many, and how many of them are samples. Fewer means that the ring is empty.
     pub(super) fn read(&mut self, batch: &mut Vec<Event>) -> (usize, u64) {
-        let clock = clock();
+        let clock = clock().with_offset(self.time_offset);
         let Self {
             kernel,
             ring,
@@ -267,7 +274,7 @@ fn read_clock(id: ClockId) -> Duration {
     clock_gettime(id).map_or(Duration::ZERO, Duration::from)
 }
 
-/// The time on the clock of the kernel's records.
+/// The time on the clock of the events.
 fn boottime() -> Duration {
     read_clock(ClockId::CLOCK_BOOTTIME)
 }

@@ -74,13 +74,14 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
         ..
     } = config;
     let filter = filter.clone();
-    let limits = Limits::new(&config);
+    let settings = config.clone();
     let (kernel, ring) = runtime
-        .spawn_blocking(move || Kernel::start(&config))
+        .spawn_blocking(move || Kernel::start(&settings))
         .await
         .map_err(|source| {
             no_runtime("the runtime was shut down during the start").with_source(source)
         })??;
+    let limits = Limits::new(&config, ring.parts());
     // Tokio panics when its drivers are off, and offers no way to ask.
     let ring = catch_unwind(AssertUnwindSafe(|| {
         drop(sleep(Duration::ZERO));
@@ -94,7 +95,7 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
         no_runtime("this Tokio runtime has I/O or time disabled: build it with `enable_all`")
     })?
     .map_err(|source| {
-        Error::new(ErrorKind::Read, "cannot wait for the ring buffer").with_source(source)
+        Error::new(ErrorKind::Read, "cannot wait for the buffer of records").with_source(source)
     })?;
 
     let samples = Arc::new(Samples::default());
@@ -139,9 +140,11 @@ impl Reader {
     async fn run(mut self) {
         let result = match self.read_until_stopped().await {
             Ok(()) | Err(None) => Ok(()),
-            Err(Some(source)) => Err(
-                Error::new(ErrorKind::Read, "reading the ring buffer failed").with_source(source),
-            ),
+            Err(Some(source)) => Err(Error::new(
+                ErrorKind::Read,
+                "reading the buffer of records failed",
+            )
+            .with_source(source)),
         };
         self.blocking(|shared| {
             if let Some(attached) = &mut *shared.attached() {

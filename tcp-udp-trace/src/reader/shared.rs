@@ -48,9 +48,10 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
-    pub(super) fn new(config: &Config) -> Self {
+    /// `parts` is how many parts the ring has, of which a walk fills one.
+    pub(super) fn new(config: &Config, parts: usize) -> Self {
         const RECORD: usize = 184;
-        let (ring, queue) = (config.ring_bytes as usize, config.queue);
+        let (ring, queue) = (config.ring_bytes as usize / parts, config.queue);
         Self {
             sockets: config.max_sockets as usize,
             step: (ring / RECORD / 8).min(queue / 4).clamp(1, BATCH),

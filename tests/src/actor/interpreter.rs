@@ -13,18 +13,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use caps::{CapSet, Capability};
-use futures_util::StreamExt as _;
-use nix::{
-    sys::{
-        prctl,
-        resource::{RLIM_INFINITY, Resource, setrlimit},
-    },
-    unistd::gettid,
-};
+use nix::{sys::prctl, unistd::gettid};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use socket2::{Domain, Protocol, Socket, Type};
-use tcp_udp_trace::{EventKind, TcpTracer};
+use tcp_udp_trace::{TcpTracer, UdpTracer};
+use tokio::runtime::Runtime;
 
 use super::{
     batch,
@@ -60,6 +53,12 @@ struct Interpreter {
     sockets: HashMap<RawFd, Socket>,
     /// Those that nobody asks for.
     held: Vec<OwnedFd>,
+    tracing: Option<Tracing>,
+}
+
+struct Tracing {
+    _tracers: (TcpTracer, UdpTracer),
+    _runtime: Runtime,
 }
 
 /// Is an actor of that name until standard input ends.
@@ -156,8 +155,7 @@ impl Interpreter {
                 return Ok(Outcome::Exchanges(batch::churn(to, connections, seed)?));
             }
             Command::Hold { address, tcp, udp } => self.hold(address, tcp, udp)?,
-            Command::SampleWithFewCapabilities => return sample_with_few_capabilities(),
-            Command::StartTracer => return Ok(Outcome::Tracer(start_tracer()?)),
+            Command::Trace => self.tracing = Some(trace()?),
         }
         Ok(Outcome::Done)
     }
@@ -303,41 +301,21 @@ fn accept_by_uring(listener: net::TcpListener) -> io::Result<Socket> {
     })
 }
 
-fn start_tracer() -> io::Result<Option<(String, String)>> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+fn trace() -> io::Result<Tracing> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
         .enable_all()
         .build()?;
-    let started = runtime.block_on(TcpTracer::builder().start());
-    Ok(started
-        .err()
-        .map(|error| (format!("{:?}", error.kind()), error.to_string())))
-}
-
-fn sample_with_few_capabilities() -> io::Result<Outcome> {
-    // Before 5.11, maps count against it; afterwards it does not matter that it cannot be raised.
-    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
-    let few = [Capability::CAP_BPF, Capability::CAP_PERFMON].into();
-    for set in [CapSet::Effective, CapSet::Permitted] {
-        caps::set(None, set, &few).map_err(io::Error::other)?;
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        let builder = TcpTracer::builder().sample_interval(Duration::from_millis(100));
-        let mut tracer = builder.start().await.map_err(io::Error::other)?;
-        let handle = tracer.handle();
-        let hooks = handle.hooks();
-        let hook = hooks.iter().find(|hook| hook.signal == "sample");
-        let hook = hook.map(ToString::to_string).unwrap_or_default();
-        let mut cookies = Vec::new();
-        while handle.stats().sample_rounds < 2 {
-            let next = tokio::time::timeout(TIMEOUT, tracer.next()).await?;
-            let event = next.ok_or(io::ErrorKind::UnexpectedEof)?;
-            if matches!(event.kind, EventKind::Sample { .. }) {
-                cookies.extend(event.socket.cookie);
-            }
-        }
-        Ok(Outcome::Sampled { hook, cookies })
+    let tracers = runtime.block_on(async {
+        let tcp = TcpTracer::builder().start().await;
+        let udp = UdpTracer::builder().start().await;
+        Ok((
+            tcp.map_err(io::Error::other)?,
+            udp.map_err(io::Error::other)?,
+        ))
+    });
+    tracers.map(|tracers: (TcpTracer, UdpTracer)| Tracing {
+        _tracers: tracers,
+        _runtime: runtime,
     })
 }

@@ -19,7 +19,7 @@ use std::{
         fd::{OwnedFd, RawFd},
         unix::process::CommandExt as _,
     },
-    process::{Child, ChildStdin, ChildStdout, ExitCode, Stdio},
+    process::{Child, ChildStdout, ExitCode, Stdio},
 };
 
 use anyhow::{Context as _, bail};
@@ -72,7 +72,6 @@ fn be_parent(name: &OsStr) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Actor {
     child: Child,
-    input: ChildStdin,
     output: BufReader<ChildStdout>,
     netns: u32,
     moment: Option<Moment>,
@@ -120,11 +119,10 @@ impl Actor {
             command.gid(uid).uid(uid);
         }
         let mut child = command.spawn().context("starting an actor")?;
-        let (input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let output = child.stdout.take().unwrap();
         let netns = Netns::current()?.inode()?;
         Ok(Self {
             child,
-            input,
             output: BufReader::new(output),
             netns,
             moment: None,
@@ -180,8 +178,11 @@ impl Actor {
 
     /// Ends the parent of one that was [started below one](Self::spawn_below_a_parent).
     pub fn orphan(&mut self) -> anyhow::Result<()> {
+        // Waiting would close it, and it is the actor's, too.
+        let input = self.child.stdin.take();
         self.child.kill()?;
         self.child.wait()?;
+        self.child.stdin = input;
         Ok(())
     }
 
@@ -189,7 +190,8 @@ impl Actor {
     pub fn begin(&mut self, command: &Command) -> anyhow::Result<()> {
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
-        self.input.write_all(&line).context("the actor is gone")
+        let input = self.child.stdin.as_mut().unwrap();
+        input.write_all(&line).context("the actor is gone")
     }
 
     /// Waits for the outcome of the command that was begun.
@@ -315,7 +317,7 @@ impl Actor {
 
 impl Drop for Actor {
     fn drop(&mut self) {
-        // It may be gone already.
+        // It may be gone already; or we may not, and it ends because there are no more commands.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -85,10 +85,8 @@ pub enum Command {
         /// Bound UDP sockets.
         udp: u32,
     },
-    /// Starts a tracer and drops it: [`Outcome::Tracer`].
-    StartTracer,
-    /// Gives up every capability but `CAP_BPF` and `CAP_PERFMON`, and samples the TCP sockets twice: [`Outcome::Sampled`].
-    SampleWithFewCapabilities,
+    /// Starts a tracer of each protocol, and keeps them.
+    Trace,
 }
 
 /// What came of a command.
@@ -108,15 +106,6 @@ pub enum Outcome {
     Transfers(Vec<Transfer>),
     /// One for each connection.
     Exchanges(Vec<Exchange>),
-    /// How it was sampled, and the cookies of what was.
-    Sampled {
-        /// The hook for samples.
-        hook: String,
-        /// The cookies.
-        cookies: Vec<u64>,
-    },
-    /// The kind and message of the error, if the tracer did not start.
-    Tracer(Option<(String, String)>),
 }
 
 /// What an application can know of its socket.

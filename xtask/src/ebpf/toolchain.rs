@@ -73,15 +73,7 @@ impl Toolchain {
                     .env("RUSTC_BOOTSTRAP", "1");
                 command
             }
-            Compiler::Nightly => {
-                let mut command = Command::new("rustup");
-                // The cargo that runs us set these for its own compiler.
-                command
-                    .args(["run", "nightly", "cargo"])
-                    .env_remove("RUSTC")
-                    .env_remove("RUSTDOC");
-                command
-            }
+            Compiler::Nightly => process::nightly("cargo"),
         };
         // A wrapper, or flags of the user, would change the bytes.
         for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS"] {
@@ -105,7 +97,7 @@ impl Toolchain {
     fn versions(&self) -> Result<String> {
         let rustc = match self.compiler {
             Compiler::Debian => process::stdout(Command::new(DEBIAN_RUSTC).arg("-vV"))?,
-            Compiler::Nightly => process::stdout(rustup_nightly("rustc").arg("-vV"))?,
+            Compiler::Nightly => process::stdout(process::nightly("rustc").arg("-vV"))?,
         };
         let cargo = process::stdout(self.cargo().arg("-V"))?;
         let bpf_linker = process::stdout(Command::new(&self.bpf_linker).arg("--version"))?;
@@ -132,7 +124,7 @@ fn find_compiler() -> Result<(Compiler, PathBuf)> {
         }
     }
     // Fails where there is no rustup, or no nightly: then it is not this compiler.
-    if let Ok(sysroot) = sysroot(&mut rustup_nightly("rustc")) {
+    if let Ok(sysroot) = sysroot(&mut process::nightly("rustc")) {
         if sysroot.join("lib/rustlib/src/rust/library/core").is_dir() {
             return Ok((Compiler::Nightly, sysroot));
         }
@@ -157,12 +149,6 @@ fn find_objcopy(sysroot: &Path) -> Result<PathBuf> {
         .find(|candidate| candidate.is_file())
         .or_else(|| workspace::find_program("llvm-objcopy"))
         .context("llvm-objcopy is missing: install LLVM's tools, or `rustup +nightly component add llvm-tools`")
-}
-
-fn rustup_nightly(program: &str) -> Command {
-    let mut command = Command::new("rustup");
-    command.args(["run", "nightly", program]);
-    command
 }
 
 fn sysroot(rustc: &mut Command) -> Result<PathBuf> {

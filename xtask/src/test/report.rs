@@ -17,6 +17,8 @@ pub(crate) struct Output {
     /// What the tests that failed said, to be shown again where it is found.
     pub(crate) failures: Vec<String>,
     in_failures: bool,
+    /// The tests that have ended so far, and did not fail.
+    pub(crate) good: Vec<(String, Counts)>,
 }
 
 /// How many lines of failures are shown again for each run.
@@ -25,6 +27,7 @@ const MAX_FAILURE_LINES: usize = 40;
 impl Output {
     pub(crate) fn line(&mut self, line: &str) {
         self.counts.add_summary_line(line);
+        self.good.extend(good(line));
         // The list of what failed begins and ends so, each once or twice.
         if line.trim_end() == "failures:" {
             self.in_failures = true;
@@ -34,6 +37,18 @@ impl Output {
             self.failures.push(line.chars().take(400).collect());
         }
     }
+}
+
+/// Which test has ended well, as a line like `test bytes::one ... ok` tells, and how.
+fn good(line: &str) -> Option<(String, Counts)> {
+    let (name, verdict) = line.trim().strip_prefix("test ")?.split_once(" ... ")?;
+    let mut counts = Counts::default();
+    match verdict.split(' ').next()? {
+        "ok" => counts.passed = 1,
+        "ignored" => counts.skipped = 1,
+        _ => return None,
+    }
+    Some((name.trim_end().to_owned(), counts))
 }
 
 impl Counts {
@@ -168,10 +183,12 @@ mod tests {
     #[test]
     fn failures_are_found_in_the_output() {
         let mut output = Output::default();
-        let lines = "test a ... FAILED\n\nfailures:\n\n---- a ----\nwrong\n\nfailures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\nmore";
+        let lines = "test a ... FAILED\ntest b::c    ... ok\ntest d ... ignored (no e)\n\nfailures:\n\n---- a ----\nwrong\n\nfailures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\nmore";
         lines.lines().for_each(|line| output.line(line));
         assert_eq!(output.failures, ["---- a ----", "wrong", "    a"]);
         assert_eq!(output.counts.failed, 1);
+        let names: Vec<_> = output.good.iter().map(|(name, _)| &**name).collect();
+        assert_eq!(names, ["b::c", "d"]);
     }
 
     #[test]

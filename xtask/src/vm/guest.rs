@@ -62,8 +62,8 @@ const QEMU_ARGS: &[&str] = &[
 pub(super) enum Ended {
     /// The test program ended, with this exit code.
     Finished { code: i32, output: Output },
-    /// The guest did not get there by a fault of its own: the kernel crashed, or it never began the tests.
-    Crashed(String),
+    /// The guest did not get there by a fault of its own: the kernel crashed, or it never began the tests. With what the tests had written.
+    Crashed { cause: String, output: Output },
     /// The tests began and did not end in time; the last line that they wrote.
     Hung(String),
 }
@@ -115,15 +115,23 @@ pub(super) fn boot(name: &str, vmlinuz: &Path, initrd: &Path, log: &Path) -> Res
                 let cause = console
                     .crash
                     .unwrap_or_else(|| "QEMU ended before the tests did".to_owned());
-                return Ok(Ended::Crashed(cause));
+                let output = console.output;
+                return Ok(Ended::Crashed { cause, output });
             }
             Err(RecvTimeoutError::Timeout) => {
                 return Ok(match console {
                     Console {
-                        crash: Some(cause), ..
-                    } => Ended::Crashed(cause),
-                    Console { begun: false, .. } => {
-                        Ended::Crashed(format!("no tests began in {} s", BOOT_TIMEOUT.as_secs()))
+                        crash: Some(cause),
+                        output,
+                        ..
+                    } => Ended::Crashed { cause, output },
+                    Console {
+                        begun: false,
+                        output,
+                        ..
+                    } => {
+                        let cause = format!("no tests began in {} s", BOOT_TIMEOUT.as_secs());
+                        Ended::Crashed { cause, output }
                     }
                     Console { last_line, .. } => Ended::Hung(last_line),
                 });

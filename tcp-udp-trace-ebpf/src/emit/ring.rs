@@ -1,0 +1,84 @@
+//! A ring buffer, of all CPUs.
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    macros::map,
+    maps::{RingBuf, ring_buf::RingBufEntry},
+};
+
+use super::{Context, Record, Weight, head, is_armed};
+use crate::anomaly;
+
+/// The records, in the order of their reservation.
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
+
+/// The records of [`Weight::Last`] that have found that one full. The reader puts them where they belong by their time.
+#[map]
+static LATE: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+
+/// An eighth of the ring's size is this power of two, in bytes; user space sets it. Each time the ring has filled by that much, a record
+/// wakes the reader though it did not ask.
+#[unsafe(no_mangle)]
+static WAKE_SHIFT: Global<u32> = Global::new(16);
+
+/// What the kernel puts before each record, in bytes (`BPF_RINGBUF_HDR_SZ`).
+const RECORD_HEADER: u64 = 8;
+
+/// Writes a record; `fill` sets every byte but the head's. A full ring is counted, and then this is false.
+#[inline(always)]
+pub(crate) fn record<R: Record>(
+    _ctx: Context,
+    kind: u32,
+    weight: Weight,
+    fill: impl Fn(&mut R),
+) -> bool {
+    let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
+    let after = before + size_of::<R>() as u64 + RECORD_HEADER;
+    if weight == Weight::Other && after >> WAKE_SHIFT.load() >= 7 {
+        anomaly::lost(kind);
+        return false;
+    }
+    if let Some(entry) = EVENTS.reserve(0) {
+        write(entry, kind, fill, wake(before, after));
+        return true;
+    }
+    if weight == Weight::Last {
+        if let Some(entry) = LATE.reserve(0) {
+            // The reader has been woken long ago.
+            write(entry, kind, fill, u64::from(BPF_RB_NO_WAKEUP));
+            return true;
+        }
+    }
+    anomaly::lost(kind);
+    false
+}
+
+#[inline(always)]
+fn write<R: Record>(mut entry: RingBufEntry<R>, kind: u32, fill: impl Fn(&mut R), wake: u64) {
+    // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes
+    // only, and all of it is written before it is read or submitted.
+    let record = unsafe { entry.assume_init_mut() };
+    *record.head() = head(kind);
+    fill(record);
+    entry.submit(wake);
+}
+
+/// How to submit a record that fills the ring from `before` to `after`: it wakes the reader if that asked for it, or if the ring fills up.
+#[inline(always)]
+fn wake(before: u64, after: u64) -> u64 {
+    // Only the record that crosses the line wakes: past it, each one would. Two CPUs may cross it together and both
+    // believe that the other did; the next line, or the reader's timer, makes up for that.
+    if is_armed() || after >> WAKE_SHIFT.load() != before >> WAKE_SHIFT.load() {
+        u64::from(BPF_RB_FORCE_WAKEUP)
+    } else {
+        u64::from(BPF_RB_NO_WAKEUP)
+    }
+}
+
+/// Whether the ring has no room to spare for records that could come later just as well.
+#[inline(always)]
+pub(crate) fn is_crowded() -> bool {
+    EVENTS.query(u64::from(BPF_RB_AVAIL_DATA)) >> WAKE_SHIFT.load() != 0
+}

@@ -1,0 +1,168 @@
+//! What is between the programs and the reader.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use aya::{
+    Ebpf,
+    maps::{Array, Map, MapData, MapType, RingBuf},
+    sys::is_map_supported,
+};
+
+use tcp_udp_trace_common::Head;
+use zerocopy::FromBytes as _;
+
+use super::{perf::Perf, refusal, take_map};
+use crate::{Buffer, Error, Hook, builder::Config};
+
+/// The records that the programs have written.
+pub(crate) enum Ring {
+    Ring(Rings),
+    Perf(Perf),
+}
+
+/// The ring, and the one for the ends of sockets that found it full.
+pub(crate) struct Rings {
+    /// In the order in which the kernel made room for them.
+    events: RingBuf<MapData>,
+    late: RingBuf<MapData>,
+    /// The first late one, until what is older has been taken.
+    waiting: Option<Copied>,
+    /// What was taken and turned out to be younger.
+    next: Option<Copied>,
+}
+
+/// A record, and its time.
+struct Copied {
+    time: u64,
+    bytes: Box<[u8]>,
+}
+
+impl Copied {
+    fn new(record: &[u8]) -> Self {
+        // What is too short to have a time will be found to be malformed.
+        let time = Head::read_from_prefix(record).map_or(0, |(head, _)| head.time);
+        Self {
+            time,
+            bytes: record.into(),
+        }
+    }
+}
+
+impl Rings {
+    fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
+        let Self {
+            events,
+            late,
+            waiting,
+            next,
+        } = self;
+        if let Some(next) = next.take() {
+            take(&next.bytes);
+            return true;
+        }
+        if waiting.is_none() {
+            *waiting = late.next().map(|record| Copied::new(&record));
+        }
+        match (events.next(), waiting.take()) {
+            (Some(event), None) => take(&event),
+            (Some(event), Some(first)) => {
+                let event = Copied::new(&event);
+                if event.time < first.time {
+                    take(&event.bytes);
+                    *waiting = Some(first);
+                } else {
+                    take(&first.bytes);
+                    *next = Some(event);
+                }
+            }
+            (None, Some(late)) => take(&late.bytes),
+            (None, None) => return false,
+        }
+        true
+    }
+}
+
+/// The best buffer that this kernel has.
+pub(super) fn best() -> Buffer {
+    // Where it cannot be asked, loading will tell why.
+    if is_map_supported(MapType::RingBuf).unwrap_or(true) {
+        Buffer::Ring
+    } else {
+        Buffer::Perf
+    }
+}
+
+/// Tells which buffer is in use.
+pub(super) fn hook(buffer: Buffer) -> Hook {
+    let (map, note) = match buffer {
+        Buffer::Ring => ("map:ringbuf", None),
+        Buffer::Perf => (
+            "map:perf_event_array",
+            Some(
+                "no ring buffer: an event takes about 80 ns longer, and each CPU has a share of the room",
+            ),
+        ),
+    };
+    Hook {
+        signal: "buffer".into(),
+        programs: vec![map.into()],
+        note: note.map(Into::into),
+    }
+}
+
+impl Ring {
+    pub(super) fn open(ebpf: &mut Ebpf, buffer: Buffer, config: &Config) -> Result<Self, Error> {
+        match buffer {
+            Buffer::Ring => Ok(Self::Ring(Rings {
+                events: take_map(ebpf, "EVENTS", RingBuf::try_from)?,
+                late: take_map(ebpf, "LATE", RingBuf::try_from)?,
+                waiting: None,
+                next: None,
+            })),
+            Buffer::Perf => {
+                let mut take = |name| {
+                    take_map(ebpf, name, |map| match map {
+                        Map::PerfEventArray(map) => Array::try_from(Map::Array(map)),
+                        map => Array::try_from(map),
+                    })
+                };
+                let maps = [take("EVENTS")?, take("URGENT")?];
+                Perf::open(maps, config.ring_bytes as usize)
+                    .map(Self::Perf)
+                    .map_err(|source| refusal::of_perf_buffer(&source).with_source(source))
+            }
+        }
+    }
+
+    /// How many buffers of equal size it is: one, or one for each CPU.
+    pub(crate) fn parts(&self) -> usize {
+        match self {
+            Self::Ring(_) => 1,
+            Self::Perf(perf) => perf.cpus(),
+        }
+    }
+
+    /// Hands the next record to `take`; false if there is none.
+    pub(crate) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
+        match self {
+            Self::Ring(rings) => rings.next(take),
+            Self::Perf(perf) => perf.next(take),
+        }
+    }
+}
+
+/// Readable when the programs wake the reader.
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Ring(rings) => rings.events.as_raw_fd(),
+            Self::Perf(perf) => perf.as_raw_fd(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").finish_non_exhaustive()
+    }
+}

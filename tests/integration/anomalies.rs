@@ -1,0 +1,153 @@
+//! What goes wrong on a connection: retransmissions and resets, on request.
+
+use std::{net::SocketAddr, thread::sleep, time::Duration};
+
+use anyhow::{Context as _, ensure};
+use integration_tests::{
+    actor::Actor,
+    life::{ACTIVE_CLIENT, Life, Lives},
+    netns::{FAR, ip, veth},
+    scene::{Connection, Scene, loopback},
+    suite::Test,
+    tcp_info,
+    trace::{Trace, show},
+};
+use tcp_udp_trace::{Direction, Event, EventKind};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            retransmissions_are_those_that_the_socket_counts,
+            resets_at_either_end,
+            refused_connection_is_a_reset,
+            nothing_of_it_unless_asked_for,
+        ],
+    ]
+}
+
+fn start() -> anyhow::Result<Trace> {
+    Trace::start_with(|builder| builder.retransmits(true).resets(true))
+}
+
+/// Those of the socket with this local address.
+fn anomalies(events: &[Event], local: SocketAddr) -> Vec<EventKind> {
+    let is_one = |kind: &EventKind| matches!(kind, EventKind::Retransmit | EventKind::Reset { .. });
+    let ours = events.iter().filter(|event| event.socket.local == local);
+    ours.map(|event| event.kind.clone())
+        .filter(is_one)
+        .collect()
+}
+
+/// The far end loses its address for a while: what is sent meanwhile is sent again and again.
+fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
+    const BYTES: u64 = 1_000;
+    const AT_LEAST: u64 = 3;
+    let far = veth()?;
+    let trace = start()?;
+    let server = far.run(|| Actor::spawn("server"))?;
+    let address = SocketAddr::new(FAR.parse()?, 0);
+    let mut scene = Scene::traced_between(trace, server, address, Actor::spawn("client")?)?;
+    let Connection { client, server } = scene.connect()?;
+    let socket = scene.client.lend(&client)?;
+    let retransmitted = || {
+        let info = tcp_info::of(&socket)?;
+        let total = info.iter().find(|(name, _)| *name == "total_retrans");
+        total.map(|(_, total)| *total).context("no total_retrans")
+    };
+    far.run(|| ip(&format!("addr del {FAR}/24 dev far0")))?;
+    scene.client.send(&client, BYTES)?;
+    while retransmitted()? < AT_LEAST {
+        sleep(Duration::from_millis(10));
+    }
+    far.run(|| ip(&format!("addr add {FAR}/24 dev far0")))?;
+    scene.server.receive(&server, BYTES)?;
+    let total = retransmitted()?;
+    // Or the client's would not be the last descriptor.
+    drop(socket);
+    scene.close(&Connection { client, server })?;
+    scene.server.close(&scene.listener)?;
+    let events = scene.trace.finish_in_order(3)?;
+    let told = anomalies(&events, client.local);
+    ensure!(
+        told == vec![EventKind::Retransmit; usize::try_from(total)?],
+        "{total}, but{}",
+        show(&events)
+    );
+    let who = scene.client.who()?;
+    for event in events.iter().filter(|e| e.kind == EventKind::Retransmit) {
+        let pid = event.process.as_ref().map(|process| process.pid);
+        ensure!(pid == Some(who.pid), "{event}");
+    }
+    Ok(())
+}
+
+fn resets_at_either_end() -> anyhow::Result<()> {
+    let mut scene = Scene::traced_by(start()?, loopback(true))?;
+    let connection = scene.connect()?;
+    scene.client.abort(&connection.client)?;
+    scene.trace.wait_for("the server's reset", |event| {
+        event.socket.local == connection.server.local
+            && matches!(event.kind, EventKind::Reset { .. })
+    })?;
+    scene.server.close(&connection.server)?;
+    scene.server.close(&scene.listener)?;
+    let events = scene.trace.finish_in_order(3)?;
+    for (local, direction) in [
+        (connection.client.local, Direction::Sent),
+        (connection.server.local, Direction::Received),
+    ] {
+        let told = anomalies(&events, local);
+        ensure!(
+            told == [EventKind::Reset { direction }],
+            "{told:?} at {local}:{}",
+            show(&events)
+        );
+    }
+    Ok(())
+}
+
+fn refused_connection_is_a_reset() -> anyhow::Result<()> {
+    let mut scene = Scene::traced_by(start()?, loopback(false))?;
+    let nobody = scene.listener.local;
+    scene.server.close(&scene.listener)?;
+    let socket = scene.client.open(nobody)?;
+    scene
+        .client
+        .fail(integration_tests::actor::Command::Connect(
+            socket.fd, nobody,
+        ))?;
+    scene.client.close(&socket)?;
+    let events = scene.trace.finish_in_order(2)?;
+    let resets: Vec<_> = events
+        .iter()
+        .filter(|event| matches!(event.kind, EventKind::Reset { .. }))
+        .collect();
+    // The listener's namespace answers for no socket.
+    let received = EventKind::Reset {
+        direction: Direction::Received,
+    };
+    ensure!(
+        matches!(resets[..], [reset] if reset.kind == received && reset.socket.remote == nobody),
+        "{}",
+        show(&events)
+    );
+    Ok(())
+}
+
+fn nothing_of_it_unless_asked_for() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let aborted = scene.connect()?;
+    scene.client.abort(&aborted.client)?;
+    scene.server.close(&aborted.server)?;
+    let connection = scene.connect()?;
+    scene.close(&connection)?;
+    scene.server.close(&scene.listener)?;
+    let events = scene.trace.finish_in_order(5)?;
+    for local in [aborted.client.local, aborted.server.local] {
+        ensure!(anomalies(&events, local).is_empty(), "{}", show(&events));
+    }
+    let who = scene.client.who()?;
+    let mut lives = Lives::new(events, std::time::UNIX_EPOCH);
+    lives.check(&Life::of(&who, &connection.client, ACTIVE_CLIENT))?;
+    Ok(())
+}

@@ -1,0 +1,258 @@
+//! What there is not enough of: room for sockets, descriptors, threads, memory.
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    net::UdpSocket,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{bail, ensure};
+use integration_tests::{
+    actor::Actor,
+    cgroup::MemoryCgroup,
+    kernel::{is_at_least, is_emulated, open_files},
+    privileges::{Capability, become_nobody},
+    scene::loopback,
+    suite::{Test, skip},
+    trace::Trace,
+};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tcp_udp_trace::{Error, ErrorKind, Event, Hook, Protocol, Stats, TcpTracer, UdpTracer};
+use tokio::runtime::{Builder, Runtime};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            tcp_sockets_beyond_the_limit_are_counted,
+            udp_sockets_beyond_the_limit_are_counted,
+            maps_larger_than_the_machine,
+        ],
+        Process: [
+            start_with_too_few_descriptors,
+            descriptors_run_out_under_a_tracer,
+            start_without_a_thread,
+            start_with_too_little_memory,
+        ],
+    ]
+}
+
+fn runtime() -> anyhow::Result<Runtime> {
+    Ok(Builder::new_current_thread().enable_all().build()?)
+}
+
+/// Each of their state changes is told, once. Only whom they belong to is forgotten after the first, and that is counted.
+fn tcp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
+    const ROOM: u32 = 4;
+    const SOCKETS: u32 = 40;
+    let trace = Trace::start_with(|builder| builder.max_sockets(ROOM))?;
+    let mut server = Actor::spawn("server")?;
+    let listeners = (0..SOCKETS)
+        .map(|_| server.listen(loopback(false)))
+        .collect::<Result<Vec<_>, _>>()?;
+    for listener in &listeners {
+        server.close(listener)?;
+    }
+    let handle = trace.handle().clone();
+    let events = trace.finish_in_order(SOCKETS as usize)?;
+    let (opens, closes): (Vec<_>, Vec<_>) = events.iter().partition(|event| !event.is_close());
+    let of_all: HashSet<_> = listeners.iter().map(|listener| listener.local).collect();
+    for events in [&opens, &closes] {
+        let addresses: HashSet<_> = events.iter().map(|event| event.socket.local).collect();
+        ensure!(
+            addresses == of_all && events.len() == of_all.len(),
+            "{}",
+            show_all(events)
+        );
+    }
+    let is_owned = |event: &&&Event| event.process.as_ref().map(|it| it.pid) == Some(server.pid());
+    ensure!(
+        opens.iter().filter(is_owned).count() == opens.len(),
+        "{}",
+        show_all(&opens)
+    );
+    let owned = closes.iter().filter(is_owned).count();
+    let unknown = closes
+        .iter()
+        .filter(|event| event.process.is_none())
+        .count();
+    ensure!(
+        owned <= ROOM as usize && owned + unknown == closes.len(),
+        "{}",
+        show_all(&closes)
+    );
+    let untracked = handle.stats().untracked;
+    ensure!(untracked >= unknown as u64, "{untracked} of {unknown}");
+    Ok(())
+}
+
+fn show_all(events: &[&Event]) -> String {
+    events.iter().map(|event| format!("\n  {event}")).collect()
+}
+
+/// They are not seen while there is no room, and that is counted.
+fn udp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
+    const ROOM: u32 = 4;
+    const SOCKETS: u32 = 40;
+    let trace = Trace::start_udp_with(|builder| builder.max_sockets(ROOM))?;
+    let sockets = (0..SOCKETS)
+        .map(|_| UdpSocket::bind("127.0.0.1:0"))
+        .collect::<Result<Vec<_>, _>>()?;
+    let untracked = trace.handle().stats().untracked;
+    // There is room for one more on each CPU, which puts it together.
+    let cpus = thread::available_parallelism()?.get() as u64;
+    let least = u64::from(SOCKETS - ROOM) - cpus;
+    ensure!(untracked >= least, "{untracked}");
+    drop(sockets);
+    trace.finish_in_order(0).map(drop)
+}
+
+/// Of every signal, what it is attached to.
+fn hooks(protocol: Protocol) -> anyhow::Result<Result<Vec<Hook>, Error>> {
+    runtime()?.block_on(async {
+        Ok(match protocol {
+            Protocol::Tcp => {
+                let tracer = TcpTracer::builder().start().await;
+                tracer.map(|tracer| tracer.handle().hooks())
+            }
+            _ => {
+                let tracer = UdpTracer::builder().start().await;
+                tracer.map(|tracer| tracer.handle().hooks())
+            }
+        })
+    })
+}
+
+/// The error is of this kind and says all of this; and nothing is left.
+fn ensure_refused<T>(
+    started: Result<T, Error>,
+    kind: ErrorKind,
+    named: &str,
+) -> anyhow::Result<()> {
+    let Err(error) = started else {
+        bail!("started without {named}")
+    };
+    let message = error.to_string();
+    eprintln!("{message}");
+    ensure!(error.kind() == kind && message.contains(named), "{error:?}");
+    let files = open_files()?;
+    let is_ours = |file: &&String| file.contains("bpf") || file.contains("perf_event");
+    let left: Vec<_> = files.iter().filter(is_ours).collect();
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// The process may have so many files open as it has now, and so many more.
+fn spare_descriptors(spare: usize) -> anyhow::Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let limit = (open_files()?.len() + spare) as u64;
+    Ok(setrlimit(Resource::RLIMIT_NOFILE, limit, most)?)
+}
+
+/// All or nothing: no tracer that has to do with worse hooks, and with enough of them the best ones, though it failed before.
+fn start_with_too_few_descriptors() -> anyhow::Result<()> {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        // The runtime has some of its own.
+        for spare in [10, 40, 80] {
+            spare_descriptors(spare)?;
+            ensure_refused(hooks(protocol)?, ErrorKind::Load, "ulimit -n")?;
+        }
+        // What it asks for, and those of the runtime.
+        spare_descriptors(80 + 10)?;
+        let with_few = hooks(protocol)??;
+        spare_descriptors(1_000)?;
+        ensure!(hooks(protocol)?? == with_few, "{with_few:?}");
+    }
+    Ok(())
+}
+
+/// The events go on; what cannot be sampled is counted, until there are some again.
+fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
+    let mut server = Actor::spawn("server")?;
+    let trace = Trace::start_sampling()?;
+    let handle = trace.handle().clone();
+    let mut listen = |trace: &Trace| {
+        let listener = server.listen(loopback(false))?;
+        server.close(&listener)?;
+        trace.wait_for("a close", |event| {
+            event.is_close() && event.socket.local == listener.local
+        })
+    };
+    let until = |what: &str, is_so: &dyn Fn(&Stats) -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !is_so(&handle.stats()) {
+            ensure!(Instant::now() < deadline, "no {what}: {:?}", handle.stats());
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    };
+    listen(&trace)?;
+    until("round", &|stats| stats.sample_rounds > 0)?;
+    spare_descriptors(2)?;
+    let mut taken = Vec::new();
+    while let Ok(file) = File::open("/") {
+        taken.push(file);
+    }
+    let faults = handle.stats().sample_faults;
+    until("fault", &|stats| stats.sample_faults > faults)?;
+    listen(&trace)?;
+    drop(taken);
+    spare_descriptors(100)?;
+    let before = handle.stats();
+    until("round", &|stats| {
+        stats.sample_rounds > before.sample_rounds + 1
+    })?;
+    let after = handle.stats();
+    listen(&trace)?;
+    // One round may have been under way.
+    ensure!(after.sample_faults <= before.sample_faults + 1, "{after:?}");
+    trace.finish_in_order(3).map(drop)
+}
+
+/// A process that may have no thread more gets an error, not a panic.
+fn start_without_a_thread() -> anyhow::Result<()> {
+    // The limit is none for those who may exceed it.
+    become_nobody(&[Capability::CAP_BPF, Capability::CAP_PERFMON])?;
+    let runtime = runtime()?;
+    // One that the start can have.
+    runtime.block_on(runtime.spawn_blocking(|| ()))?;
+    let (_, most) = getrlimit(Resource::RLIMIT_NPROC)?;
+    setrlimit(Resource::RLIMIT_NPROC, 1, most)?;
+    let started = runtime.block_on(TcpTracer::builder().start());
+    ensure_refused(started, ErrorKind::Load, "no thread")?;
+    setrlimit(Resource::RLIMIT_NPROC, most, most)?;
+    runtime.block_on(TcpTracer::builder().start()).map(drop)?;
+    Ok(())
+}
+
+/// A cgroup that has not so much memory.
+fn start_with_too_little_memory() -> anyhow::Result<()> {
+    const MIB: u64 = 1 << 20;
+    if !is_at_least(5, 11)? {
+        return skip("maps do not count as memory of the cgroup before Linux 5.11");
+    }
+    let runtime = runtime()?;
+    let start = |sockets| runtime.block_on(TcpTracer::builder().max_sockets(sockets).start());
+    let cgroup = MemoryCgroup::enter(64 * MIB)?;
+    // It takes 190 MiB.
+    ensure_refused(start(1 << 20), ErrorKind::Load, "no memory")?;
+    drop(start(1_024)?);
+    drop(cgroup);
+    drop(start(1 << 20)?);
+    Ok(())
+}
+
+/// Three gigabytes, where there are two.
+fn maps_larger_than_the_machine() -> anyhow::Result<()> {
+    if !is_emulated()? {
+        return skip("might take the memory of this machine; only in a VM");
+    }
+    let started = runtime()?.block_on(TcpTracer::builder().max_sockets(1 << 24).start());
+    let Err(error) = started else {
+        bail!("started")
+    };
+    ensure!(error.kind() == ErrorKind::Load, "{error:?}");
+    ensure!(error.to_string().contains("no memory"), "{error:?}");
+    Ok(())
+}

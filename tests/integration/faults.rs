@@ -1,0 +1,479 @@
+//! What goes wrong around a tracer: with its consumer, its runtime, its process, its clock, its CPUs.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, File},
+    net::{TcpListener, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use fork::Fork;
+use futures_util::{StreamExt as _, stream::select};
+use integration_tests::{
+    actor::{Actor, Command, ReceiveCall, SendCall},
+    kernel::{BpfObjects, await_threads, is_at_least, is_emulated, open_files, open_files_of},
+    life::{ACTIVE_CLIENT, CLOCK_ERROR, PASSIVE_SERVER},
+    scene::{Scene, loopback},
+    suite::{Test, skip},
+    trace::{SAMPLE_INTERVAL, Trace, check_conservation},
+    udp_scene::{Family, Site},
+};
+use nix::{
+    libc,
+    sched::{CloneFlags, setns, unshare},
+    sys::{
+        signal::{SIGKILL, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    time::{ClockId, clock_gettime},
+    unistd::Pid,
+};
+use tcp_udp_trace::{ErrorKind, Event, EventKind, TcpTracer, UdpTracer};
+use tokio::{
+    runtime::{Builder, Runtime},
+    sync::mpsc,
+    time::timeout,
+};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            killed_process_leaves_nothing,
+        ],
+        Solitude: [
+            cpu_that_goes_and_comes,
+        ],
+        Process: [
+            consumer_dropped_in_the_middle_of_a_poll,
+            runtime_shut_down_under_two_tracers,
+            dropped_on_a_thread_of_its_own,
+            started_programs_inherit_nothing,
+            fork_that_drops_the_tracer,
+            time_namespace_a_day_ahead,
+            twenty_tracers_at_once,
+        ],
+    ]
+}
+
+/// Far longer than anything takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A runtime with threads of its own.
+fn runtime() -> anyhow::Result<Runtime> {
+    let mut builder = Builder::new_multi_thread();
+    Ok(builder.worker_threads(2).enable_all().build()?)
+}
+
+/// What a process had before, and must have after.
+struct Before {
+    files: BTreeSet<String>,
+}
+
+impl Before {
+    fn new() -> anyhow::Result<Self> {
+        await_threads(1)?;
+        let files = open_files()?;
+        Ok(Self { files })
+    }
+
+    /// No descriptor more, no thread, and nothing in the kernel.
+    fn ensure_nothing_left(&self, objects: &BpfObjects) -> anyhow::Result<()> {
+        ensure!(!objects.is_empty(), "what did it trace with?");
+        let left: Vec<_> = open_files()?.difference(&self.files).cloned().collect();
+        ensure!(left.is_empty(), "{left:?}");
+        objects.await_freed()?;
+        await_threads(1)
+    }
+}
+
+/// A connection within this process: the end that connected, the one that accepted.
+fn connection() -> anyhow::Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let (server, _) = listener.accept()?;
+    Ok((client, server))
+}
+
+/// A poll that is given up loses nothing. A task that is ended in one takes the tracer with it, which leaves nothing behind.
+fn consumer_dropped_in_the_middle_of_a_poll() -> anyhow::Result<()> {
+    let before = Before::new()?;
+    let runtime = runtime()?;
+    let mut tracer = runtime.block_on(TcpTracer::builder().start())?;
+    let objects = BpfObjects::of_this_process()?;
+    let handle = tracer.handle();
+    let (mut delivered, mut given_up) = (0_u64, 0);
+    let mut next = runtime.block_on(async {
+        while given_up < 20 {
+            match timeout(Duration::from_millis(1), tracer.next()).await {
+                Ok(Some(event)) => delivered += is_no_gap(&event),
+                Ok(None) => bail!("the stream has ended"),
+                Err(_) => given_up += 1,
+            }
+        }
+        Ok(tracer)
+    })?;
+    // Not polled meanwhile.
+    let (client, server) = connection()?;
+    let local = client.local_addr()?;
+    let (send, mut receive) = mpsc::unbounded_channel();
+    let consumer = runtime.spawn(async move {
+        while let Some(event) = next.next().await {
+            send.send(event)?;
+        }
+        anyhow::Ok(())
+    });
+    let close = runtime.block_on(async {
+        drop((client, server));
+        loop {
+            let event = timeout(PATIENCE, receive.recv()).await?;
+            let event = event.context("the stream has ended")?;
+            delivered += is_no_gap(&event);
+            if event.socket.local == local && event.is_close() {
+                return anyhow::Ok(event);
+            }
+        }
+    })?;
+    ensure!(close.traffic.tx_bytes == 0, "{close}");
+    consumer.abort();
+    let aborted = runtime.block_on(async { timeout(PATIENCE, consumer).await })?;
+    ensure!(aborted.is_err_and(|error| error.is_cancelled()));
+    while let Ok(event) = receive.try_recv() {
+        delivered += is_no_gap(&event);
+    }
+    let stats = handle.stats();
+    ensure!(stats.delivered == delivered, "{delivered} came: {stats:?}");
+    handle.stop();
+    drop(runtime);
+    before.ensure_nothing_left(&objects)
+}
+
+fn is_no_gap(event: &Event) -> u64 {
+    u64::from(!matches!(event.kind, EventKind::Lost { .. }))
+}
+
+/// In the middle of everything: events come, samples are taken, processes are looked up, consumers wait. The streams end, closing says
+/// why, and nothing is left.
+fn runtime_shut_down_under_two_tracers() -> anyhow::Result<()> {
+    let before = Before::new()?;
+    let doomed = runtime()?;
+    let (mut tcp, mut udp) = doomed.block_on(async {
+        let every = Duration::from_millis(100);
+        let tcp = TcpTracer::builder()
+            .process_details(true)
+            .sample_interval(every);
+        let udp = UdpTracer::builder()
+            .process_details(true)
+            .sample_interval(every);
+        anyhow::Ok((tcp.start().await?, udp.start().await?))
+    })?;
+    let objects = BpfObjects::of_this_process()?;
+    let other = runtime()?;
+    other.block_on(async {
+        let traffic = thread::spawn(|| (0..100).try_for_each(|_| connection().map(drop)));
+        let consumer = tokio::spawn(async move {
+            while udp.next().await.is_some() {}
+            udp
+        });
+        timeout(PATIENCE, tcp.next()).await?;
+        doomed.shutdown_background();
+        let end = async { while tcp.next().await.is_some() {} };
+        timeout(PATIENCE, end)
+            .await
+            .context("the stream does not end")?;
+        traffic.join().unwrap()?;
+        let udp = timeout(PATIENCE, consumer)
+            .await
+            .context("the stream does not end")??;
+        let handle = tcp.handle();
+        for error in [tcp.close().await.err(), udp.close().await.err()] {
+            let kind = error.as_ref().map(tcp_udp_trace::Error::kind);
+            ensure!(kind == Some(ErrorKind::NoRuntime), "{error:?}");
+        }
+        ensure!(handle.stats().delivered > 0 && !handle.hooks().is_empty());
+        handle.stop();
+        Ok(())
+    })?;
+    drop(other);
+    before.ensure_nothing_left(&objects)
+}
+
+/// While the runtime goes on.
+fn dropped_on_a_thread_of_its_own() -> anyhow::Result<()> {
+    let before = Before::new()?;
+    let runtime = runtime()?;
+    let mut objects = BpfObjects::default();
+    for _ in 0..2 {
+        let tracers = runtime.block_on(async {
+            let tcp = TcpTracer::builder().start().await?;
+            anyhow::Ok((tcp, UdpTracer::builder().start().await?))
+        })?;
+        objects.extend(BpfObjects::of_this_process()?);
+        let connections = thread::spawn(|| (0..100).try_for_each(|_| connection().map(drop)));
+        let dropped = thread::spawn(move || {
+            drop(tracers);
+            // At once.
+            BpfObjects::of_this_process()
+        });
+        let held = dropped.join().unwrap()?;
+        ensure!(held.is_empty(), "{held:?}");
+        connections.join().unwrap()?;
+    }
+    drop(runtime);
+    before.ensure_nothing_left(&objects)
+}
+
+/// Neither programs, maps and hooks nor the sockets and files of samples, whenever they are started.
+fn started_programs_inherit_nothing() -> anyhow::Result<()> {
+    let runtime = runtime()?;
+    let (tcp, udp) = runtime.block_on(async {
+        let every = Duration::from_millis(100);
+        let tcp = TcpTracer::builder().sample_interval(every).start().await?;
+        let udp = UdpTracer::builder().sample_interval(every).start().await?;
+        anyhow::Ok((tcp, udp))
+    })?;
+    let handle = tcp.handle();
+    runtime.spawn(select(tcp, udp).for_each(async |_| {}));
+    let deadline = Instant::now() + PATIENCE;
+    let mut children = 0;
+    while children < 20 || handle.stats().sample_rounds < 3 {
+        ensure!(Instant::now() < deadline, "{:?}", handle.stats());
+        let mut child = Actor::spawn("child")?;
+        // It is this program only when it has answered.
+        child.listen(loopback(false))?;
+        let files = open_files_of(child.pid())?;
+        let is_ours = |file: &&String| file.contains("anon_inode") || file.contains("/proc/");
+        let inherited: Vec<_> = files.iter().filter(is_ours).collect();
+        ensure!(inherited.is_empty(), "{inherited:?}");
+        children += 1;
+    }
+    Ok(())
+}
+
+/// A fork that stays this program, and drops what it has: it comes to its end, and the tracer misses nothing.
+fn fork_that_drops_the_tracer() -> anyhow::Result<()> {
+    let before = Before::new()?;
+    let runtime = runtime()?;
+    let mut tracer = runtime.block_on(
+        TcpTracer::builder()
+            .sample_interval(SAMPLE_INTERVAL)
+            .start(),
+    )?;
+    let objects = BpfObjects::of_this_process()?;
+    // One that a round of samples has begun, whose thread the fork does not have.
+    runtime.block_on(async {
+        let deadline = Instant::now() + PATIENCE;
+        while tracer.handle().stats().sample_rounds == 0 {
+            ensure!(Instant::now() < deadline, "no round of samples");
+            // There may be no socket to sample.
+            let _ = timeout(Duration::from_millis(50), tracer.next()).await;
+        }
+        anyhow::Ok(())
+    })?;
+    let (client, server) = connection()?;
+    let local = client.local_addr()?;
+    let child = match fork::fork()? {
+        Fork::Child => {
+            drop(tracer);
+            std::process::exit(7);
+        }
+        Fork::Parent(pid) => Pid::from_raw(pid),
+    };
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        match waitpid(child, Some(WaitPidFlag::WNOHANG))? {
+            WaitStatus::StillAlive if Instant::now() > deadline => {
+                kill(child, SIGKILL)?;
+                bail!("the fork hangs");
+            }
+            WaitStatus::StillAlive => thread::sleep(Duration::from_millis(10)),
+            status => break status,
+        }
+    };
+    ensure!(status == WaitStatus::Exited(child, 7), "{status:?}");
+    drop((client, server));
+    let stats = runtime.block_on(async {
+        loop {
+            let event = timeout(PATIENCE, tracer.next()).await?;
+            let event = event.context("the stream has ended")?;
+            if event.socket.local == local && event.is_close() {
+                break;
+            }
+        }
+        anyhow::Ok(tracer.close().await?)
+    })?;
+    check_conservation(&stats)?;
+    ensure!(stats.missed == 0, "{stats:?}");
+    drop(runtime);
+    before.ensure_nothing_left(&objects)
+}
+
+/// `kill -9`, by which nothing of ours is run any more.
+fn killed_process_leaves_nothing() -> anyhow::Result<()> {
+    for _ in 0..2 {
+        let mut victim = Actor::spawn("victim")?;
+        victim.run(Command::Trace)?;
+        let objects = BpfObjects::of_process(victim.pid())?;
+        ensure!(!objects.programs.is_empty() && !objects.maps.is_empty());
+        victim.kill()?;
+        objects.await_freed()?;
+    }
+    Scene::new()?.check_transfer(1_000, 2_000)
+}
+
+/// A process's clock that has been set a day ahead of the kernel's own, as if it had slept for so long: of its time are the events.
+fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
+    const DAY: u64 = 86_400;
+    let uptime = || clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from);
+    let new_time = CloneFlags::from_bits_retain(libc::CLONE_NEWTIME);
+    let own = uptime()?;
+    if unshare(new_time).is_err() {
+        return skip("no time namespaces");
+    }
+    fs::write(
+        "/proc/self/timens_offsets",
+        format!("boottime {DAY} 500000000"),
+    )?;
+    setns(File::open("/proc/self/ns/time_for_children")?, new_time)?;
+    ensure!(uptime()? > own + Duration::from_secs(DAY));
+
+    // Flows have dates by that clock.
+    let flows = Trace::start_udp_with(|builder| builder.interval(Duration::from_millis(100)))?;
+    let trace = Trace::start_with(|builder| builder.process_details(true))?;
+    let began = uptime()?;
+    let mut site = Site::new(Family::V4, true)?;
+    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    let is_reported = |event: &Event| event.traffic.tx_packets == 3 && !event.is_close();
+    flows.wait_for("totals of the flow", is_reported)?;
+    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let lives = site.close()?;
+    flows.finish_udp(lives.len())?.check_all(&lives)?;
+
+    let mut server = Actor::spawn("server")?;
+    let end = if is_at_least(5, 11)? {
+        // Only a process that began when it says it began has details.
+        trace.details_of(&mut server)?
+    } else {
+        // /proc does not know of time namespaces yet.
+        let listener = server.listen(loopback(false))?;
+        server.close(&listener)?;
+        trace.wait_for("the end of a listener", Event::is_close)?;
+        trace.events().pop().context("it was waited for")?
+    };
+    let moment = server.moment();
+    let window = moment.began - CLOCK_ERROR..=moment.ended + CLOCK_ERROR;
+    ensure!(window.contains(&end.time), "not in {window:?}: {end:?}");
+    let window = began - CLOCK_ERROR..=uptime()?;
+    ensure!(window.contains(&end.uptime), "not in {window:?}: {end:?}");
+    let process = end.process.as_ref().context("no process")?;
+    ensure!(window.contains(&process.started), "{process:?}");
+    ensure!(end.socket.age < PATIENCE, "{end:?}");
+    drop(trace);
+    Scene::new()?.check_transfer(1_000, 2_000)
+}
+
+/// CPU 1 goes while connections live, and comes back: of those made with it, without it, and with it again, nothing is missing; nor from a
+/// tracer that was started meanwhile.
+fn cpu_that_goes_and_comes() -> anyhow::Result<()> {
+    if !is_emulated()? {
+        return skip("would take a CPU from this machine; only in a VM");
+    }
+    let mut scene = Scene::new()?;
+    let mut connections = vec![scene.connect()?, scene.connect()?];
+    let mut exchange = |scene: &mut Scene| {
+        let connection = scene.connect()?;
+        scene.upload(&connection, 100_000)?;
+        connections.push(connection);
+        anyhow::Ok(())
+    };
+    exchange(&mut scene)?;
+    let offline = Offline::new()?;
+    exchange(&mut scene)?;
+    let meanwhile = Trace::start()?;
+    exchange(&mut scene)?;
+    drop(offline);
+    exchange(&mut scene)?;
+    let mut lives = Vec::new();
+    for (index, connection) in connections.iter().enumerate() {
+        scene.close(connection)?;
+        let sent = if index < 2 { 0 } else { 100_000 };
+        lives.push(scene.client_life(connection, ACTIVE_CLIENT)?.bytes(sent, 0));
+        lives.push(
+            scene
+                .server_life(connection, PASSIVE_SERVER)?
+                .bytes(0, sent),
+        );
+    }
+    scene.finish(&lives)?;
+    meanwhile.finish_in_order(lives.len() + 1).map(drop)
+}
+
+/// CPU 1 is offline as long as this lives.
+struct Offline;
+
+impl Offline {
+    const SWITCH: &str = "/sys/devices/system/cpu/cpu1/online";
+
+    fn new() -> anyhow::Result<Self> {
+        fs::write(Self::SWITCH, "0").context(Self::SWITCH)?;
+        Ok(Self)
+    }
+}
+
+impl Drop for Offline {
+    fn drop(&mut self) {
+        fs::write(Self::SWITCH, "1").unwrap();
+    }
+}
+
+/// Ten of each protocol: each tells everything, the same as the others, and all go.
+fn twenty_tracers_at_once() -> anyhow::Result<()> {
+    const EACH: usize = 10;
+    let before = Before::new()?;
+    let mut tcp = Vec::new();
+    let mut udp = Vec::new();
+    for _ in 0..EACH {
+        // Small, for the sake of the time that this takes.
+        tcp.push(Trace::start_with(|builder| {
+            builder.max_sockets(1_024).ring_bytes(1 << 20)
+        })?);
+        udp.push(Trace::start_udp_with(|builder| {
+            builder
+                .max_sockets(1_024)
+                .max_flows(1_024)
+                .ring_bytes(1 << 20)
+        })?);
+    }
+    let objects = BpfObjects::of_this_process()?;
+    let mut site = Site::new(Family::V4, true)?;
+    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let udp_lives = site.close()?;
+    // One of them watches by itself.
+    Scene::traced_by(tcp.pop().expect("ten"), loopback(false))?.check_transfer(1_000, 2_000)?;
+    // What one tells before the other, two CPUs decide at each.
+    let what = |event: &Event| {
+        let Event {
+            kind,
+            process,
+            socket,
+            traffic,
+            ..
+        } = event;
+        let addresses = (socket.local, socket.remote);
+        format!("{addresses:?} {kind:?} {process:?} {traffic:?}")
+    };
+    let mut told = Vec::new();
+    for trace in tcp {
+        let events = trace.finish_in_order(3)?;
+        told.push(events.iter().map(what).collect::<BTreeSet<_>>());
+    }
+    // Two ends of a connection, and the listener.
+    ensure!(told[0].len() == 5 + 6 + 2, "{:#?}", told[0]);
+    ensure!(told.iter().all(|events| *events == told[0]), "{told:#?}");
+    for trace in udp {
+        trace.finish_udp(udp_lives.len())?.check_all(&udp_lives)?;
+    }
+    before.ensure_nothing_left(&objects)
+}

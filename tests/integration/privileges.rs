@@ -1,0 +1,487 @@
+//! Which privileges a tracer needs, for what, and until when; and what it says where they are not enough.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write as _,
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use futures_util::{Stream, StreamExt as _};
+use integration_tests::{
+    actor::{Actor, ReceiveCall, SendCall},
+    kernel::{is_at_least, open_files},
+    netns::Netns,
+    privileges::{Capability, NOBODY, become_nobody, keep},
+    scene::{Scene, loopback},
+    suite::{Test, skip},
+    trace::{SAMPLE_INTERVAL, Trace, check_conservation},
+    udp_scene::{Family, Site},
+};
+use nix::{
+    errno::Errno,
+    libc,
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use tcp_udp_trace::{Error, ErrorKind, Event, EventKind, Hook, Protocol, TcpTracer, UdpTracer};
+use tokio::{
+    runtime::{Builder, Runtime},
+    time::timeout,
+};
+
+use Capability::{
+    CAP_BPF, CAP_DAC_READ_SEARCH, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_PTRACE,
+};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Process: [
+            missing_capabilities_are_named,
+            tcp_needs_bpf_and_perfmon,
+            udp_needs_net_admin_too,
+            other_namespaces_need_sys_admin_and_sys_ptrace,
+            details_of_other_users_need_sys_ptrace,
+            privileges_given_up_after_the_start,
+            tracefs_that_cannot_be_mounted,
+            tracefs_needs_sys_admin_and_dac_read_search,
+            seccomp_filter_is_named,
+            seccomp_filter_of_perf_events_costs_hooks,
+            user_namespace_is_named,
+            limit_on_locked_memory_is_named,
+            nothing_of_the_process_is_changed,
+        ],
+    ]
+}
+
+const LITTLE: &[Capability] = &[CAP_BPF, CAP_PERFMON];
+
+fn runtime() -> anyhow::Result<Runtime> {
+    Ok(Builder::new_current_thread().enable_all().build()?)
+}
+
+/// Starts a tracer on a thread that has these capabilities, and drops it.
+fn start_with(
+    protocol: Protocol,
+    capabilities: &[Capability],
+) -> anyhow::Result<Result<(), Error>> {
+    on_thread(|| {
+        keep(capabilities)?;
+        start(protocol)
+    })
+}
+
+fn start(protocol: Protocol) -> anyhow::Result<Result<(), Error>> {
+    runtime()?.block_on(async {
+        Ok(match protocol {
+            Protocol::Tcp => TcpTracer::builder().start().await.map(drop),
+            _ => UdpTracer::builder().start().await.map(drop),
+        })
+    })
+}
+
+fn on_thread<T: Send>(f: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
+    thread::scope(|scope| scope.spawn(f).join().unwrap())
+}
+
+/// The error is one of permission and says all of this.
+fn ensure_forbidden(started: Result<(), Error>, named: &[&str]) -> anyhow::Result<()> {
+    let Err(error) = started else {
+        bail!("started without {named:?}")
+    };
+    let message = error.to_string();
+    eprintln!("{message}");
+    let is_named = named.iter().all(|name| message.contains(name));
+    ensure!(
+        error.kind() == ErrorKind::Permission && is_named,
+        "{error:?}"
+    );
+    Ok(())
+}
+
+/// What the tracer says of this signal.
+fn hook(trace: &Trace, signal: &str) -> anyhow::Result<Hook> {
+    let mut hooks = trace.handle().hooks().into_iter();
+    hooks
+        .find(|hook| hook.signal == signal)
+        .context("no such signal")
+}
+
+/// The error names what is missing, and nothing that is there.
+fn missing_capabilities_are_named() -> anyhow::Result<()> {
+    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN])?;
+    let missing = |protocol, has: &[Capability], names: &[&str]| {
+        let started = start_with(protocol, has)?;
+        if let Err(error) = &started {
+            let message = error.to_string();
+            let missing = message.split("missing").next().unwrap_or_default();
+            let there = has.iter().find(|it| missing.contains(&it.to_string()));
+            ensure!(there.is_none(), "{there:?} is not missing: {message}");
+        }
+        ensure_forbidden(started, names)
+    };
+    missing(Protocol::Tcp, &[], &["CAP_BPF", "CAP_PERFMON", "tcp"])?;
+    missing(Protocol::Tcp, &[CAP_BPF], &["CAP_PERFMON"])?;
+    missing(Protocol::Tcp, &[CAP_PERFMON, CAP_NET_ADMIN], &["CAP_BPF"])?;
+    missing(Protocol::Udp, LITTLE, &["CAP_NET_ADMIN", "cgroup", "udp"])?;
+    // Most kernels take this one for the others; Linux 5.10 does not take it for `CAP_NET_ADMIN`.
+    start_with(Protocol::Tcp, &[CAP_SYS_ADMIN])??;
+    match start_with(Protocol::Udp, &[CAP_SYS_ADMIN])? {
+        Ok(()) => {}
+        forbidden => ensure_forbidden(forbidden, &["CAP_NET_ADMIN"])?,
+    }
+    // What failed before has no consequences.
+    start_with(Protocol::Tcp, LITTLE)??;
+    start_with(Protocol::Udp, &[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])??;
+    Ok(())
+}
+
+/// Another user's process with these two, and nothing is missing of a connection.
+fn tcp_needs_bpf_and_perfmon() -> anyhow::Result<()> {
+    become_nobody(LITTLE)?;
+    let scene = Scene::new()?;
+    eprintln!("{:#?}", scene.trace.handle().hooks());
+    scene.check_transfer(1_000, 2_000)
+}
+
+fn udp_needs_net_admin_too() -> anyhow::Result<()> {
+    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
+    let trace = Trace::start_udp()?;
+    eprintln!("{:#?}", trace.handle().hooks());
+    let mut site = Site::new(Family::V4, true)?;
+    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let lives = site.close()?;
+    trace.finish_udp(lives.len())?.check_all(&lives)
+}
+
+/// The own namespace is sampled by everybody, and what is not, `hooks` says.
+fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
+    let elsewhere = Netns::new()?;
+    let mut stranger = elsewhere.run(|| Actor::spawn("stranger"))?;
+    let far = stranger.listen(loopback(false))?;
+    let mut neighbour = Actor::spawn("neighbour")?;
+    let near = neighbour.listen(loopback(false))?;
+    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_PTRACE])?;
+    for (more, missing) in [
+        (&[][..], Some("CAP_SYS_ADMIN")),
+        (&[CAP_SYS_ADMIN], Some("CAP_SYS_PTRACE")),
+        (&[CAP_SYS_ADMIN, CAP_SYS_PTRACE], None),
+    ] {
+        on_thread(|| {
+            keep(&[LITTLE, more].concat())?;
+            let trace = Trace::start_sampling()?;
+            trace.also(elsewhere.inode()?);
+            let hook = hook(&trace, "sample")?;
+            let note = hook.note.clone().unwrap_or_default();
+            ensure!(note.contains(missing.unwrap_or_default()), "{hook}");
+            ensure!(hook.note.is_some() == missing.is_some(), "{hook}");
+            let is = |event: &Event, cookie| event.socket.cookie == Some(cookie);
+            if missing.is_none() {
+                trace.wait_for_sample("the stranger", |event| is(event, far.cookie))?;
+            }
+            // The second one of it, so a round has been through everything.
+            trace.wait_for_sample("the neighbour", |event| is(event, near.cookie))?;
+            let samples = trace.samples();
+            let sees_far = samples.iter().any(|event| is(event, far.cookie));
+            ensure!(sees_far == missing.is_none(), "{samples:#?}");
+            ensure!(trace.handle().stats().sample_faults == 0);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The command line is everybody's; the executable of another user's process is not.
+fn details_of_other_users_need_sys_ptrace() -> anyhow::Result<()> {
+    let mut roots = Actor::spawn("roots")?;
+    let mut nobodys = Actor::spawn_as("nobodys".as_ref(), Some(NOBODY))?;
+    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE])?;
+    for privileged in [false, true] {
+        on_thread(|| {
+            let capabilities = [LITTLE, &[CAP_SYS_PTRACE][..usize::from(privileged)]].concat();
+            keep(&capabilities)?;
+            let trace = Trace::start_with(|builder| builder.process_details(true))?;
+            for (actor, is_told) in [(&mut roots, privileged), (&mut nobodys, true)] {
+                let event = trace.details_of(actor)?;
+                let process = event.process.context("no owner")?;
+                let details = process.details.context("no details")?;
+                ensure!(details.exe.is_some() == is_told, "{details:?}");
+                ensure!(!details.cmdline.is_empty(), "{details:?}");
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// All of them, and root: but before 5.19 the kernel asks for `CAP_BPF` at each bpf(2). Events and samples go on, and it closes as ever.
+fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
+    let kept = if is_at_least(5, 19)? {
+        &[][..]
+    } else {
+        &[CAP_BPF]
+    };
+    let files = open_files()?;
+    let runtime = runtime()?;
+    runtime.block_on(async {
+        let tcp = TcpTracer::builder().sample_interval(SAMPLE_INTERVAL);
+        let mut tcp = tcp.start().await?;
+        let udp = UdpTracer::builder().sample_interval(SAMPLE_INTERVAL);
+        let mut udp = udp.start().await?;
+        become_nobody(kept)?;
+        await_unprivileged(kept.len())?;
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let mut client = TcpStream::connect(listener.local_addr()?)?;
+        let (accepted, _) = listener.accept()?;
+        client.write_all(b"hello")?;
+        let local = client.local_addr()?;
+        until(&mut tcp, local, is_sample).await?;
+        until(&mut tcp, local, is_sample).await?;
+        drop((client, accepted));
+        let close = until(&mut tcp, local, Event::is_close).await?;
+        ensure!(close.traffic.tx_bytes == 5, "{close}");
+
+        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        let local = socket.local_addr()?;
+        socket.send_to(b"to itself", local)?;
+        until(&mut udp, local, is_sample).await?;
+        drop(socket);
+        let close = until(&mut udp, local, Event::is_close).await?;
+        ensure!(close.traffic.tx_bytes == 9, "{close}");
+        for stats in [tcp.close().await?, udp.close().await?] {
+            check_conservation(&stats)?;
+            ensure!(stats.sample_malformed == 0, "{stats:?}");
+        }
+        anyhow::Ok(())
+    })?;
+    drop(runtime);
+    let left: Vec<_> = open_files()?.difference(&files).cloned().collect();
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// Waits until no more than so many threads have a capability: one that is at its very end is not changed any more.
+fn await_unprivileged(threads: usize) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let mut privileged = Vec::new();
+        for thread in fs::read_dir("/proc/self/task")? {
+            // It may be gone by now.
+            let status = fs::read_to_string(thread?.path().join("status")).unwrap_or_default();
+            let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+            if set.is_some_and(|set| set.trim() != "0000000000000000") {
+                privileged.push(status);
+            }
+        }
+        if privileged.len() <= threads {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{privileged:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn is_sample(event: &Event) -> bool {
+    matches!(event.kind, EventKind::Sample { .. })
+}
+
+/// Reads until an event of the socket at this address is like this.
+async fn until(
+    tracer: &mut (impl Stream<Item = Event> + Unpin),
+    local: SocketAddr,
+    is_it: impl Fn(&Event) -> bool,
+) -> anyhow::Result<Event> {
+    loop {
+        let next = timeout(Duration::from_secs(60), tracer.next()).await;
+        let event = next
+            .with_context(|| format!("nothing more of {local}"))?
+            .context("the stream has ended")?;
+        if event.socket.local == local && is_it(&event) {
+            return Ok(event);
+        }
+    }
+}
+
+/// A mount namespace of this thread where tracefs is nowhere.
+fn hide_tracefs() -> anyhow::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    for place in ["/sys/kernel/tracing", "/sys/kernel/debug"] {
+        // It need not be mounted.
+        let _ = umount2(place, MntFlags::MNT_DETACH);
+    }
+    Ok(())
+}
+
+/// The second program of `state` is a worse one then, and `hooks` says so; a connection is told as ever.
+fn tracefs_that_cannot_be_mounted() -> anyhow::Result<()> {
+    hide_tracefs()?;
+    keep(LITTLE)?;
+    let scene = Scene::new()?;
+    let hook = hook(&scene.trace, "state")?;
+    ensure!(hook.to_string().contains("without tracefs"), "{hook}");
+    ensure!(hook.programs.len() == 2, "{hook}");
+    scene.check_transfer(1_000, 2_000)
+}
+
+/// To mount it, and to read what is root's.
+fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
+    hide_tracefs()?;
+    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH])?;
+    for (more, is_enough) in [
+        (&[CAP_DAC_READ_SEARCH][..], false),
+        (&[CAP_SYS_ADMIN], false),
+        (&[CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH], true),
+    ] {
+        on_thread(|| {
+            keep(&[LITTLE, more].concat())?;
+            let hook = hook(&Trace::start()?, "state")?;
+            ensure!(hook.note.is_none() == is_enough, "{more:?}: {hook}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// A system call ends with this error on this thread from now on.
+fn refuse(call: libc::c_long, errno: Errno) -> anyhow::Result<()> {
+    let filter = SeccompFilter::new(
+        [(call, vec![])].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno as u32),
+        std::env::consts::ARCH.try_into()?,
+    )?;
+    Ok(seccompiler::apply_filter(&BpfProgram::try_from(filter)?)?)
+}
+
+fn seccomp_filter_is_named() -> anyhow::Result<()> {
+    for errno in [Errno::EPERM, Errno::ENOSYS] {
+        let started = on_thread(|| {
+            refuse(libc::SYS_bpf, errno)?;
+            start(Protocol::Tcp)
+        })?;
+        ensure_forbidden(started, &["seccomp", "bpf(2)"])?;
+    }
+    Ok(())
+}
+
+/// Raw tracepoints are enough.
+fn seccomp_filter_of_perf_events_costs_hooks() -> anyhow::Result<()> {
+    refuse(libc::SYS_perf_event_open, Errno::EPERM)?;
+    let scene = Scene::new()?;
+    let hooks = scene.trace.handle().hooks();
+    let programs = hooks.iter().flat_map(|hook| &hook.programs);
+    for program in programs {
+        let is_perf = program.starts_with("kprobe:") || program.starts_with("tracepoint:");
+        ensure!(!is_perf, "{program}");
+    }
+    scene.check_transfer(1_000, 2_000)
+}
+
+/// Its root is no root.
+fn user_namespace_is_named() -> anyhow::Result<()> {
+    if unshare(CloneFlags::CLONE_NEWUSER).is_err() {
+        return skip("no user namespaces");
+    }
+    fs::write("/proc/self/uid_map", "0 0 1")?;
+    ensure_forbidden(start(Protocol::Tcp)?, &["user namespace"])
+}
+
+/// Before 5.11. It stays as it is.
+fn limit_on_locked_memory_is_named() -> anyhow::Result<()> {
+    if is_at_least(5, 11)? {
+        return skip("the limit is none for eBPF since Linux 5.11");
+    }
+    let limit = 64 << 10;
+    let (_, most) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+    setrlimit(Resource::RLIMIT_MEMLOCK, limit, most)?;
+    ensure_forbidden(start(Protocol::Tcp)?, &["65536", "ulimit -l"])?;
+    ensure!(getrlimit(Resource::RLIMIT_MEMLOCK)? == (limit, most));
+    Ok(())
+}
+
+/// Neither limits nor signals, privileges, namespaces, or settings of the kernel.
+fn nothing_of_the_process_is_changed() -> anyhow::Result<()> {
+    // The first thread makes the C library catch a signal.
+    on_thread(|| Ok(()))?;
+    let before = settings()?;
+    let runtime = runtime()?;
+    let tracers = runtime.block_on(async {
+        let tcp = TcpTracer::builder().start().await?;
+        let udp = UdpTracer::builder().start().await?;
+        anyhow::Ok((tcp, udp))
+    })?;
+    let meanwhile = settings()?;
+    runtime.block_on(async {
+        tracers.0.close().await?;
+        tracers.1.close().await
+    })?;
+    for (when, after) in [("running", meanwhile), ("closed", settings()?)] {
+        for (name, value) in &before {
+            ensure!(
+                after[name] == *value,
+                "{when}: {name} was {value}, is {}",
+                after[name]
+            );
+        }
+    }
+    Ok(())
+}
+
+fn settings() -> anyhow::Result<BTreeMap<String, String>> {
+    const FILES: [&str; 11] = [
+        "/proc/self/environ",
+        "/proc/self/limits",
+        "/proc/sys/kernel/bpf_stats_enabled",
+        "/proc/sys/kernel/kptr_restrict",
+        "/proc/sys/kernel/perf_event_paranoid",
+        "/proc/sys/kernel/unprivileged_bpf_disabled",
+        "/proc/sys/kernel/yama/ptrace_scope",
+        "/proc/sys/net/core/bpf_jit_enable",
+        "/proc/sys/net/core/bpf_jit_harden",
+        "/proc/sys/net/core/bpf_jit_kallsyms",
+        "/proc/sys/net/core/bpf_jit_limit",
+    ];
+    const OF_STATUS: [&str; 12] = [
+        "Umask",
+        "Uid",
+        "Gid",
+        "Groups",
+        "SigBlk",
+        "SigIgn",
+        "SigCgt",
+        "CapInh",
+        "CapPrm",
+        "CapEff",
+        "NoNewPrivs",
+        "Seccomp",
+    ];
+    let mut settings = BTreeMap::new();
+    for file in FILES {
+        // Not every kernel has each.
+        if let Ok(value) = fs::read(file) {
+            let value = String::from_utf8_lossy(&value).into_owned();
+            settings.insert(file.to_owned(), value);
+        }
+    }
+    for line in fs::read_to_string("/proc/self/status")?.lines() {
+        let (name, value) = line.split_once(':').context("no field")?;
+        if OF_STATUS.contains(&name) {
+            settings.insert(name.to_owned(), value.to_owned());
+        }
+    }
+    for entry in fs::read_dir("/proc/self/ns")? {
+        let path = entry?.path();
+        let target = fs::read_link(&path)?;
+        settings.insert(path.display().to_string(), target.display().to_string());
+    }
+    ensure!(settings.len() > 20, "{settings:?}");
+    Ok(settings)
+}
