@@ -111,7 +111,9 @@ pub fn of_process(pid: u32) -> Option<u64> {
     Some(mount_point()?.join(path).metadata().ok()?.ino())
 }
 
-fn mount_point() -> Option<PathBuf> {
+/// Where cgroup v2 is mounted.
+#[must_use]
+pub fn mount_point() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
     mounts
         .lines()

@@ -20,6 +20,8 @@ use crate::{deps, process, workspace};
 
 const PACKAGE: &str = "tcp-udp-trace-ebpf";
 const BINARY: &str = "tcp-udp-trace";
+/// What `cargo xtask bench` compares with.
+const FLOOR: &str = "floor";
 const TARGET: &str = "bpfel-unknown-none";
 const PROFILE: &str = "bpf";
 
@@ -41,28 +43,13 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let toolchain = match Toolchain::find() {
-        Err(_) if deps::can_install() => {
-            deps::ensure(&deps::EBPF)?;
-            Toolchain::find()?
-        }
-        found => found?,
-    };
-    eprintln!("{}", toolchain.describe());
-
-    // The sources must be unpacked before `remaps` can list their folders.
-    process::run(
-        Command::new(workspace::cargo())
-            .arg("fetch")
-            .current_dir(workspace::root()),
-    )?;
-
+    let toolchain = toolchain()?;
     let record = record(&toolchain);
     let objects = ARCHITECTURES
         .iter()
         .flat_map(|&arch| VARIANTS.iter().map(move |&variant| (arch, variant)))
         .map(|(arch, (variant, features))| {
-            let object = build(&toolchain, arch, features, args.check)?;
+            let object = build(&toolchain, BINARY, arch, features, args.check)?;
             Ok((committed_object(arch, variant), object))
         })
         .collect::<Result<Vec<_>>>()?;
@@ -72,6 +59,36 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     } else {
         write(&record, &objects)
     }
+}
+
+/// Builds the floor of the benchmarks for this machine, and says where it is.
+///
+/// It is not committed: only who measures needs it.
+pub(crate) fn floor() -> Result<PathBuf> {
+    let toolchain = toolchain()?;
+    let object = build(&toolchain, FLOOR, env::consts::ARCH, &[], false)?;
+    let path = workspace::target_dir().join("floor.o");
+    fs::write(&path, object).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+/// The tools; installed if they are missing and may be.
+fn toolchain() -> Result<Toolchain> {
+    let toolchain = match Toolchain::find() {
+        Err(_) if deps::can_install() => {
+            deps::ensure(&deps::EBPF)?;
+            Toolchain::find()?
+        }
+        found => found?,
+    };
+    eprintln!("{}", toolchain.describe());
+    // The sources must be unpacked before `remaps` can list their folders.
+    process::run(
+        Command::new(workspace::cargo())
+            .arg("fetch")
+            .current_dir(workspace::root()),
+    )?;
+    Ok(toolchain)
 }
 
 /// The folder of the committed objects.
@@ -143,8 +160,14 @@ fn check(record: &str, objects: &[(PathBuf, Vec<u8>)]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the programs for `arch` and returns the stripped object.
-fn build(toolchain: &Toolchain, arch: &str, features: &[&str], locked: bool) -> Result<Vec<u8>> {
+/// Builds the programs of `binary` for `arch` and returns the stripped object.
+fn build(
+    toolchain: &Toolchain,
+    binary: &str,
+    arch: &str,
+    features: &[&str],
+    locked: bool,
+) -> Result<Vec<u8>> {
     let remaps = remaps(toolchain)?;
     let flags = rustflags(arch, &toolchain.bpf_linker, &remaps);
 
@@ -153,7 +176,7 @@ fn build(toolchain: &Toolchain, arch: &str, features: &[&str], locked: bool) -> 
     let mut cargo = toolchain.cargo();
     cargo
         .current_dir(workspace::root())
-        .args(["build", "--package", PACKAGE, "--bin", BINARY])
+        .args(["build", "--package", PACKAGE, "--bin", binary])
         .args(["--profile", PROFILE, "--target", TARGET])
         .args(features)
         .args(toolchain.cargo_flags())
@@ -165,7 +188,7 @@ fn build(toolchain: &Toolchain, arch: &str, features: &[&str], locked: bool) -> 
     }
     process::run(&mut cargo)?;
 
-    let linked = target_dir.join(TARGET).join(PROFILE).join(BINARY);
+    let linked = target_dir.join(TARGET).join(PROFILE).join(binary);
     let stripped = linked.with_extension("stripped.o");
     process::run(
         Command::new(&toolchain.objcopy)

@@ -5,6 +5,7 @@
     reason = "a command-line program talks to whoever runs it"
 )]
 
+mod bench;
 mod deps;
 mod ebpf;
 mod fuzz;
@@ -31,6 +32,7 @@ enum Verb {
     Miri(miri::Args),
     Test(test::Args),
     Soak(soak::Args),
+    Bench(bench::Args),
     /// Install what the other verbs need and this machine lacks (Debian and its descendants).
     Setup,
 }
@@ -43,6 +45,7 @@ fn main() -> ExitCode {
         Verb::Miri(args) => miri::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::Setup => deps::setup(),
     };
     match result {

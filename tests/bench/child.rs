@@ -1,0 +1,260 @@
+//! A subject, from inside: our tracer, or a program of the floor, in a process of its own that answers questions.
+
+use std::{
+    env,
+    io::{self, BufRead as _, Write as _},
+    os::unix::process::CommandExt as _,
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail};
+use aya::{
+    Ebpf,
+    maps::{Array, RingBuf},
+    programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, RawTracePoint},
+};
+use futures_util::{Stream, StreamExt as _};
+use integration_tests::{cgroup, netns::Netns};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    sys::resource::{UsageWho, getrusage},
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
+use tcp_udp_trace::{Event, EventKind, TcpTracer, TracerHandle, UdpTracer};
+
+use crate::subject::Protocol;
+
+/// The first argument of such a process.
+pub(crate) const OURS: &str = "--ours";
+pub(crate) const FLOOR: &str = "--floor-program";
+pub(crate) const PEER: &str = "--peer";
+/// What it says when it is ready.
+pub(crate) const READY: &str = "ready\n";
+
+const TCP: &str = "ours";
+const TCP_EVERYTHING: &str = "ours: everything, samples each second";
+const TCP_QUEUE: &str = "ours, queue of 262,144";
+const UDP: &str = "ours: flows";
+const UDP_EVERYTHING: &str = "ours: each datagram, samples each second";
+/// Room for all that a stopped reader has missed.
+pub(crate) const DRAIN: &str = "ours, a large ring";
+
+/// How our tracer is set up for a comparison.
+pub(crate) fn setups(protocol: Protocol) -> impl Iterator<Item = &'static str> {
+    let setups: &[_] = match protocol {
+        Protocol::Tcp => &[TCP, TCP_QUEUE, TCP_EVERYTHING],
+        Protocol::Udp => &[UDP, UDP_EVERYTHING],
+    };
+    setups.iter().copied()
+}
+
+/// What a subject says of itself.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Told {
+    /// All events, whatever they tell.
+    pub(crate) events: u64,
+    /// Of the traffic here, in the unit in which the truth is counted.
+    pub(crate) seen: Option<u64>,
+    pub(crate) lost: Option<u64>,
+    /// How long `start` took.
+    pub(crate) start: Option<Duration>,
+    /// See [`Running::sleeps`](crate::subject::Running::sleeps).
+    pub(crate) sleeps: Option<u64>,
+}
+
+/// Is a subject if this process was started as one.
+pub(crate) fn run_if_asked() -> Option<anyhow::Result<()>> {
+    let mut args = env::args().skip(1);
+    let (what, which) = (args.next()?, args.next());
+    match (what.as_str(), which) {
+        (OURS, Some(setup)) => Some(ours(&setup)),
+        (FLOOR, Some(program)) => Some(floor(&program, args.next().as_deref())),
+        (PEER, Some(program)) => Some(be_peer(&program, args)),
+        _ => None,
+    }
+}
+
+/// Becomes another tool. Most of them need tracefs, which may not be mounted here.
+fn be_peer(program: &str, args: impl Iterator<Item = String>) -> anyhow::Result<()> {
+    const TRACEFS: &str = "/sys/kernel/tracing";
+    if !std::fs::exists(format!("{TRACEFS}/events"))? {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+        mount(
+            Some("nodev"),
+            TRACEFS,
+            Some("tracefs"),
+            MsFlags::empty(),
+            None::<&str>,
+        )?;
+    }
+    Err(Command::new(program).args(args).exec().into())
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    events: AtomicU64,
+    seen: AtomicU64,
+}
+
+fn ours(setup: &str) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let second = Duration::from_secs(1);
+    runtime.block_on(async {
+        let began = Instant::now();
+        let tcp = TcpTracer::builder();
+        let udp = UdpTracer::builder();
+        match setup {
+            TCP | TCP_QUEUE | TCP_EVERYTHING => {
+                let tcp = match setup {
+                    TCP_QUEUE => tcp.queue(1 << 18),
+                    TCP_EVERYTHING => tcp
+                        .retransmits(true)
+                        .resets(true)
+                        .sample_interval(second)
+                        .queue(1 << 18),
+                    _ => tcp,
+                };
+                let tracer = tcp.start().await?;
+                let handle = tracer.handle();
+                read(tracer, handle, began.elapsed(), |event| {
+                    u64::from(matches!(event.kind, EventKind::StateChange { .. }))
+                })
+                .await
+            }
+            UDP => {
+                let tracer = udp.start().await?;
+                let handle = tracer.handle();
+                let sent = |event: &Event| match event.kind {
+                    EventKind::Close { .. } => event.traffic.tx_packets,
+                    _ => 0,
+                };
+                read(tracer, handle, began.elapsed(), sent).await
+            }
+            UDP_EVERYTHING | DRAIN => {
+                let udp = udp
+                    .per_datagram(true)
+                    .sample_interval(second)
+                    .queue(1 << 20);
+                let tracer = udp.ring_bytes(1 << 26).start().await?;
+                let handle = tracer.handle();
+                let sent = |event: &Event| u64::from(matches!(event.kind, EventKind::Send { .. }));
+                read(tracer, handle, began.elapsed(), sent).await
+            }
+            _ => bail!("{setup}?"),
+        }
+    })
+}
+
+/// Reads a tracer until nobody asks any more.
+async fn read(
+    mut tracer: impl Stream<Item = Event> + Unpin,
+    handle: TracerHandle,
+    start: Duration,
+    weigh: impl Fn(&Event) -> u64,
+) -> anyhow::Result<()> {
+    let netns = Netns::current()?.inode()?;
+    let count = Arc::new(Count::default());
+    let asked = (handle.clone(), Arc::clone(&count));
+    thread::spawn(move || {
+        let (handle, count) = asked;
+        let told = || {
+            let stats = handle.stats();
+            Told {
+                events: count.events.load(Relaxed),
+                seen: Some(count.seen.load(Relaxed)),
+                lost: Some(stats.ring_lost + stats.queue_shed + stats.missed),
+                start: Some(start),
+                sleeps: sleeps().ok(),
+            }
+        };
+        let done = answer(told);
+        handle.stop();
+        done
+    });
+    while let Some(event) = tracer.next().await {
+        // Nobody else writes them.
+        count.events.store(count.events.load(Relaxed) + 1, Relaxed);
+        if event.socket.netns == netns {
+            let seen = count.seen.load(Relaxed) + weigh(&event);
+            count.seen.store(seen, Relaxed);
+        }
+    }
+    Ok(())
+}
+
+fn floor(name: &str, object: Option<&str>) -> anyhow::Result<()> {
+    let mut ebpf = Ebpf::load_file(object.context("no object")?)?;
+    match ebpf.program_mut(name).context("no such program")? {
+        Program::RawTracePoint(program) => attach_raw(program)?,
+        Program::CgroupSkb(program) => attach_egress(program)?,
+        _ => bail!("{name} is of another type"),
+    }
+    let mut ring = RingBuf::try_from(ebpf.take_map("RECORDS").context("no ring")?)?;
+    let lost = Array::<_, u64>::try_from(ebpf.take_map("LOST").context("no map")?)?;
+    let records = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&records);
+    let is_told = name == "tcp_record";
+    thread::spawn(move || -> anyhow::Result<()> {
+        loop {
+            let timeout = Timespec {
+                tv_sec: 0,
+                tv_nsec: 50_000_000,
+            };
+            poll(&mut [PollFd::new(&ring, PollFlags::IN)], Some(&timeout))?;
+            while ring.next().is_some() {
+                counted.fetch_add(1, Relaxed);
+            }
+        }
+    });
+    answer(|| Told {
+        events: records.load(Relaxed),
+        seen: is_told.then(|| records.load(Relaxed)),
+        lost: is_told.then(|| lost.get(&0, 0).unwrap_or(0)),
+        sleeps: sleeps().ok(),
+        ..Told::default()
+    })
+}
+
+fn attach_raw(program: &mut RawTracePoint) -> anyhow::Result<()> {
+    program.load()?;
+    program.attach("inet_sock_set_state")?;
+    Ok(())
+}
+
+fn attach_egress(program: &mut CgroupSkb) -> anyhow::Result<()> {
+    let root = std::fs::File::open(cgroup::mount_point().context("no cgroup v2")?)?;
+    program.load()?;
+    program.attach(root, CgroupSkbAttachType::Egress, CgroupAttachMode::Single)?;
+    Ok(())
+}
+
+/// Says that it is ready, then what it has to tell whenever it is asked.
+fn answer(told: impl Fn() -> Told) -> anyhow::Result<()> {
+    let mut output = io::stdout();
+    output.write_all(READY.as_bytes())?;
+    for question in io::stdin().lock().lines() {
+        question?;
+        let mut line = serde_json::to_vec(&told())?;
+        line.push(b'\n');
+        output.write_all(&line)?;
+    }
+    Ok(())
+}
+
+/// How often this process has gone to sleep by itself, threads that have ended too.
+fn sleeps() -> anyhow::Result<u64> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+    Ok(usage.voluntary_context_switches().unsigned_abs())
+}

@@ -1,0 +1,107 @@
+//! What is not a rate: how fast a consumer drains what has gathered, and what a tracer does on an idle machine.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    thread,
+    time::Duration,
+};
+
+use integration_tests::actor::{Actor, Command};
+use nix::sys::signal::Signal;
+
+use crate::{
+    Options, child,
+    figures::Series,
+    subject::{self, Protocol, Running, Subject},
+    workload,
+};
+
+/// The process is stopped while events gather in its ring; then it reads them.
+pub(crate) fn drain(options: &Options) -> anyhow::Result<()> {
+    const DATAGRAMS: u64 = 150_000;
+    let flood = workload::all(false)
+        .into_iter()
+        .find(|workload| workload.protocol == Protocol::Udp);
+    let flood = flood.unwrap().prepare()?;
+    let (mut rate, mut lost, mut cpu) = <(Series, Series, Series)>::default();
+    for _ in 0..options.rounds {
+        let mut running = Running::start(&Subject::Ours(child::DRAIN), false, options)?;
+        running.settle()?;
+        let before = (running.ask()?, running.cpu()?);
+        running.signal(Signal::SIGSTOP)?;
+        let flooded = flood.run(DATAGRAMS);
+        running.signal(Signal::SIGCONT)?;
+        flooded?;
+        running.settle()?;
+        let after = running.ask()?;
+        let spent = running.cpu()?.since(&before.1);
+        let events = (after.events - before.0.events) as f64;
+        rate.add(events / spent.total.as_secs_f64() / 1e6);
+        cpu.add(spent.total.as_secs_f64() * 1e6 / events);
+        lost.add(after.lost.unwrap_or(0) as f64);
+    }
+    println!("\n### Draining\n");
+    println!(
+        "The process was stopped while {DATAGRAMS} datagrams were sent and received, then went on: million events from the ring to the \
+         consumer a second of its CPU time (one thread): {rate:.1}; CPU each {cpu:.2} µs; lost {lost}.",
+    );
+    Ok(())
+}
+
+/// Many sockets, and nothing happens.
+pub(crate) fn idle(options: &Options) -> anyhow::Result<()> {
+    const HOLDERS: u32 = 8;
+    let (tcp, udp) = if options.quick {
+        (8_000, 2_000)
+    } else {
+        (80_000, 20_000)
+    };
+    // Two rounds of samples.
+    let time = Duration::from_secs(if options.quick { 1 } else { 13 });
+    let mut holders = Vec::new();
+    for index in 0..HOLDERS {
+        let mut holder = Actor::spawn("holder")?;
+        let address = Ipv4Addr::from([127, 0, 1, u8::try_from(index)?]);
+        holder.begin(&Command::Hold {
+            address: SocketAddr::new(address.into(), 10_000),
+            tcp: tcp / HOLDERS,
+            udp: udp / HOLDERS,
+        })?;
+        holders.push(holder);
+    }
+    for holder in &mut holders {
+        holder.finish()?;
+    }
+    println!("\n### Idle, with {tcp} TCP and {udp} UDP sockets\n");
+    println!("| tracer | wake-ups a second | CPU, ms a second | peak RSS, MB |\n|---|---|---|---|");
+    for workload in workload::all(options.quick) {
+        // One of each protocol.
+        if !matches!(workload.name, "tcp, one CPU" | "udp, one flow") {
+            continue;
+        }
+        for subject in subject::of(&workload, options) {
+            // What does nothing does not do it idly either.
+            if matches!(subject, Subject::Nothing | Subject::Floor(..)) {
+                continue;
+            }
+            let mut running = Running::start(&subject, false, options)?;
+            // The first round of samples is over.
+            running.settle()?;
+            let before = (running.sleeps()?, running.cpu()?);
+            thread::sleep(time);
+            let cpu = running.cpu()?.since(&before.1);
+            // The question wakes it, too.
+            let sleeps = (running.sleeps()? - before.0).saturating_sub(1);
+            println!(
+                "| {:?}: {} | {:.1} | {:.2} | {:.1} |",
+                workload.protocol,
+                subject.name(),
+                sleeps as f64 / time.as_secs_f64(),
+                cpu.total.as_secs_f64() * 1e3 / time.as_secs_f64(),
+                running.peak_rss_kb()? as f64 / 1024.0,
+            );
+            running.stop(0)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,266 @@
+//! The traffic.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Barrier,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+
+use crate::subject::Protocol;
+
+/// What a connection carries in each direction.
+const ECHO: usize = 100;
+const DATAGRAM: usize = 64;
+/// How many state changes a connection makes whose client closes first: five at each end.
+const STATES: u64 = 10;
+
+/// A kind of traffic, and how much of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Workload {
+    pub(crate) name: &'static str,
+    /// What is counted.
+    pub(crate) unit: &'static str,
+    pub(crate) protocol: Protocol,
+    pub(crate) units: u64,
+    /// The events that each unit makes; 0 if costs are not told by events.
+    pub(crate) events_each: u64,
+    /// The traffic keeps to the first CPU, the tracer to the others.
+    pub(crate) is_pinned: bool,
+    traffic: Traffic,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Traffic {
+    /// By so many pairs of a client and a server.
+    Connections(usize),
+    /// By one socket to so many peers.
+    Datagrams(u16),
+    /// In blocks of this many bytes.
+    Stream(usize),
+}
+
+/// All of them; far less traffic if it must be quick.
+pub(crate) fn all(quick: bool) -> Vec<Workload> {
+    let share = if quick { 10 } else { 1 };
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let tcp = Workload {
+        name: "tcp, one CPU",
+        unit: "connections",
+        protocol: Protocol::Tcp,
+        units: 20_000 / share,
+        events_each: STATES,
+        is_pinned: cpus > 1,
+        traffic: Traffic::Connections(1),
+    };
+    let udp = Workload {
+        name: "udp, one flow",
+        unit: "datagrams",
+        protocol: Protocol::Udp,
+        units: 1_000_000 / share,
+        events_each: 1,
+        traffic: Traffic::Datagrams(1),
+        ..tcp
+    };
+    vec![
+        tcp.clone(),
+        Workload {
+            name: "tcp, all CPUs",
+            is_pinned: false,
+            traffic: Traffic::Connections(cpus),
+            ..tcp
+        },
+        udp.clone(),
+        Workload {
+            name: "udp, 10,000 flows",
+            traffic: Traffic::Datagrams(10_000),
+            ..udp
+        },
+        Workload {
+            name: "tcp, one stream",
+            unit: "blocks of 64 KiB",
+            units: 100_000 / share,
+            events_each: 0,
+            is_pinned: false,
+            traffic: Traffic::Stream(1 << 16),
+            ..tcp
+        },
+    ]
+}
+
+impl Workload {
+    /// The less of it that suffices to read the kernel's clock.
+    pub(crate) fn timed_units(&self) -> u64 {
+        self.units / 4
+    }
+
+    pub(crate) fn prepare(&self) -> anyhow::Result<Field> {
+        let listener = TcpListener::bind("0.0.0.0:0")?;
+        Ok(Field {
+            traffic: self.traffic,
+            cpu: self.is_pinned.then_some(0),
+            port: listener.local_addr()?.port(),
+            listener,
+        })
+    }
+}
+
+/// Where it happens.
+#[derive(Debug)]
+pub(crate) struct Field {
+    traffic: Traffic,
+    cpu: Option<usize>,
+    listener: TcpListener,
+    pub(crate) port: u16,
+}
+
+impl Field {
+    /// Runs so much of it, on threads of its own; says how long it took.
+    pub(crate) fn run(&self, units: u64) -> anyhow::Result<Duration> {
+        match self.traffic {
+            Traffic::Connections(pairs) => self.connections(pairs, units / pairs as u64),
+            Traffic::Datagrams(peers) => self.datagrams(units, peers),
+            Traffic::Stream(block) => self.stream(units, block),
+        }
+    }
+
+    fn connections(&self, pairs: usize, each: u64) -> anyhow::Result<Duration> {
+        let begin = Barrier::new(pairs + 1);
+        thread::scope(|scope| {
+            let mut threads = Vec::new();
+            for _ in 0..pairs {
+                threads.push(scope.spawn(|| {
+                    self.keep_to_cpu()?;
+                    for _ in 0..each {
+                        let (mut stream, _) = self.listener.accept()?;
+                        let mut bytes = [0; ECHO];
+                        stream.read_exact(&mut bytes)?;
+                        stream.write_all(&bytes)?;
+                        // The client closes first.
+                        stream.read_to_end(&mut Vec::new())?;
+                    }
+                    anyhow::Ok(())
+                }));
+                threads.push(scope.spawn(|| {
+                    self.keep_to_cpu()?;
+                    let to = SocketAddr::from((fresh_address(), self.port));
+                    begin.wait();
+                    for _ in 0..each {
+                        let mut stream = TcpStream::connect(to)?;
+                        let mut bytes = [0; ECHO];
+                        stream.write_all(&bytes)?;
+                        stream.read_exact(&mut bytes)?;
+                    }
+                    Ok(())
+                }));
+            }
+            begin.wait();
+            let began = Instant::now();
+            for thread in threads {
+                thread.join().unwrap()?;
+            }
+            Ok(began.elapsed())
+        })
+    }
+
+    /// One thread sends and receives, so nothing can get lost.
+    fn datagrams(&self, count: u64, peers: u16) -> anyhow::Result<Duration> {
+        let run = || {
+            self.keep_to_cpu()?;
+            let receiver = UdpSocket::bind("0.0.0.0:0")?;
+            let sender = UdpSocket::bind("127.0.0.1:0")?;
+            let port = receiver.local_addr()?.port();
+            let to = |at: u16| {
+                let [high, low] = at.to_be_bytes();
+                SocketAddr::from(([127, 1, high, low], port))
+            };
+            let (payload, mut buffer) = ([0; DATAGRAM], [0; DATAGRAM]);
+            if peers == 1 {
+                sender.connect(to(0))?;
+            }
+            let began = Instant::now();
+            for datagram in 0..count {
+                if peers == 1 {
+                    sender.send(&payload)?;
+                } else {
+                    let peer = u16::try_from(datagram % u64::from(peers))?;
+                    sender.send_to(&payload, to(peer))?;
+                }
+                receiver.recv(&mut buffer)?;
+            }
+            Ok(began.elapsed())
+        };
+        thread::scope(|scope| scope.spawn(run).join().unwrap())
+    }
+
+    fn stream(&self, blocks: u64, block: usize) -> anyhow::Result<Duration> {
+        thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port))?;
+                let bytes = vec![0; block];
+                for _ in 0..blocks {
+                    stream.write_all(&bytes)?;
+                }
+                anyhow::Ok(())
+            });
+            let began = Instant::now();
+            let (mut stream, _) = self.listener.accept()?;
+            let mut buffer = vec![0; block];
+            while stream.read(&mut buffer)? > 0 {}
+            sender.join().unwrap()?;
+            Ok(began.elapsed())
+        })
+    }
+
+    fn keep_to_cpu(&self) -> anyhow::Result<()> {
+        match self.cpu {
+            Some(cpu) => keep_to(|candidate| candidate == cpu),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Keeps the calling thread, and what it starts from now on, to these CPUs.
+pub(crate) fn keep_to(cpus: impl Fn(usize) -> bool) -> anyhow::Result<()> {
+    let mut set = CpuSet::new();
+    let all =
+        aya::util::online_cpus().map_err(|(path, error)| anyhow::anyhow!("{path}: {error}"))?;
+    for cpu in all {
+        let cpu = usize::try_from(cpu)?;
+        if cpus(cpu) {
+            set.set(cpu)?;
+        }
+    }
+    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+}
+
+/// An address of the listener that no run has connected to: what earlier ones left in TIME_WAIT is not in the way.
+fn fresh_address() -> Ipv4Addr {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let [_, high, middle, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    Ipv4Addr::from([127, 2 + high, middle, low.max(1)])
+}
+
+/// Traffic that every tracer of that protocol has a program for.
+pub(crate) fn poke(protocol: Protocol) -> anyhow::Result<()> {
+    match protocol {
+        Protocol::Tcp => {
+            let listener = TcpListener::bind("127.0.0.1:0")?;
+            drop(TcpStream::connect(listener.local_addr()?)?);
+        }
+        Protocol::Udp => {
+            let socket = UdpSocket::bind("127.0.0.1:0")?;
+            socket.send_to(&[0], socket.local_addr()?)?;
+        }
+    }
+    Ok(())
+}
