@@ -32,7 +32,7 @@ use crate::{Comm, Error, ErrorKind, Event, Kind, Process, TcpState, escape::Esca
 /// # Ok::<(), tcp_udp_trace::Error>(())
 /// ```
 ///
-/// An event whose process, address or cgroup is not known passes no restriction of that. A gap ([`Lost`](crate::EventKind::Lost)) passes always.
+/// At most 511 values and 511 networks in all. An event whose process, address or cgroup is not known passes no restriction of that. A gap ([`Lost`](crate::EventKind::Lost)) passes always.
 /// Everything is checked when the filter is used: [`filter`](crate::TcpTracerBuilder::filter),
 /// [`set_filter`](crate::TracerHandle::set_filter).
 ///

@@ -172,8 +172,8 @@ impl TracerHandle {
         self.shared.filter()
     }
 
-    /// Reports only what this filter lets pass, from now on: the programs change over between two events. What they have produced before is
-    /// still delivered; what is remembered of sockets, and their totals, are not touched.
+    /// Reports only what this filter lets pass, from now on: the programs change over between two events, and one that happens just
+    /// then may pass though neither filter wants it. What was produced before is still delivered; what is remembered of sockets, and their totals, are not touched.
     ///
     /// The work that blocks is done on a thread of the runtime's blocking pool.
     ///
