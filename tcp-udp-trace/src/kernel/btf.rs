@@ -548,10 +548,11 @@ mod tests {
                     let constant = b.add("", kind::CONST << 24, int, &[]);
                     (last, b.add("", kind::TYPEDEF << 24, constant, &[]))
                 }
-                2 => (
-                    last,
-                    b.add("", kind::ARRAY << 24, 0, &[byte, byte, wanted.size]),
-                ),
+                2 => {
+                    let half = b.int(wanted.size.div_ceil(2));
+                    let row = b.add("", kind::ARRAY << 24, 0, &[half, byte, wanted.size.min(2)]);
+                    (last, b.add("", kind::ARRAY << 24, 0, &[row, byte, 1]))
+                }
                 _ => (
                     "",
                     b.aggregate(kind::UNION, "", 16, &[("", byte, 0), (last, int, 0)]),
