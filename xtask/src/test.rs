@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// How long the integration tests may take on one kernel.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(15 * 60);
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(25 * 60);
 
 /// Run the tests: all of them, or those that options name.
 #[derive(clap::Args)]
