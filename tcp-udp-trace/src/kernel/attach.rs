@@ -14,6 +14,7 @@ use aya::{
 };
 
 use super::{
+    btf_ids::{self, Functions},
     cgroup, mounts,
     plan::{Choice, HookPoint, Signal},
     refusal,
@@ -182,7 +183,7 @@ fn load(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
 
 /// Loads what will probably be attached, on every CPU at once: most of a start is the kernel's verifier at work. What fails here is tried again when it
 /// is its turn, and then it is told why.
-pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], ids: Option<Btf>) {
+pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], functions: &Functions) {
     let mut programs: HashMap<_, _> = ebpf.programs_mut().collect();
     let has_kprobes = fs::exists(KPROBES).unwrap_or(false);
     let is_likely = |choice: &&Choice| match choice.hooks[0].1 {
@@ -195,15 +196,22 @@ pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], ids:
     let hooks = slots
         .filter_map(|slot| slot.iter().find(is_likely))
         .flat_map(|choice| choice.hooks);
-    let mut jobs: Vec<Box<dyn FnOnce() + Send>> = Vec::new();
+    let walks: Vec<_> = walks
+        .iter()
+        .filter_map(|walk| Some((walk, programs.remove(walk.program)?)))
+        .collect();
+    let load_walks = || {
+        if let Ok(ids) = btf_ids::of_functions(functions) {
+            for (walk, program) in walks {
+                let _ = walk.load(program, &ids);
+            }
+        }
+    };
+    // The longest first.
+    let mut jobs: Vec<Box<dyn FnOnce() + Send>> = vec![Box::new(load_walks)];
     for (name, point) in hooks {
         if let Some(program) = programs.remove(name) {
             jobs.push(Box::new(move || drop(load(program, *point))));
-        }
-    }
-    for walk in walks {
-        if let (Some(program), Some(ids)) = (programs.remove(walk.program), &ids) {
-            jobs.push(Box::new(move || drop(walk.load(program, ids))));
         }
     }
     let threads = jobs

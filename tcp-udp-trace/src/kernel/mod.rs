@@ -97,8 +97,6 @@ impl Kernel {
             let btf = offsets::parse(&vmlinux)?;
             (offsets::resolve(&btf)?, walk::functions(&btf, &walks))
         };
-        // Meanwhile the maps are made.
-        let ids = thread::Builder::new().spawn(move || btf_ids::of_functions(&functions));
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
                 ErrorKind::Unsupported,
@@ -152,8 +150,8 @@ impl Kernel {
         ];
         let on_request = on_request.into_iter().filter(|(wanted, _)| *wanted);
         let plan: Vec<_> = plan.iter().chain(on_request.map(|(_, s)| s)).collect();
-        let ids = ids.ok().and_then(|ids| ids.join().ok()?.ok());
-        attach::load_ahead(&mut ebpf, &plan, &walks, ids);
+        // Not while the maps are made: who runs out of memory meanwhile is killed, where the maker of a map gets an error.
+        attach::load_ahead(&mut ebpf, &plan, &walks, &functions);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
