@@ -116,14 +116,14 @@ fn bench(options: &Options) -> anyhow::Result<()> {
             plotted.push((workload, subjects, figures));
         }
     }
+    if let Some(path) = &options.plot {
+        fs::write(path, table::svg(&plotted)).with_context(|| path.display().to_string())?;
+    }
     if is_wanted("drain") {
         rest::drain(options)?;
     }
     if is_wanted("idle") {
         rest::idle(options)?;
-    }
-    if let Some(path) = &options.plot {
-        fs::write(path, table::svg(&plotted)).with_context(|| path.display().to_string())?;
     }
     Ok(())
 }
