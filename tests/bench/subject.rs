@@ -397,8 +397,13 @@ impl Running {
         match &mut process.voice {
             Voice::Answers(questions, answers) => ask(questions, answers),
             Voice::Prints(file, peer) => {
-                kill(process.pid, Signal::SIGINT)?;
-                process.child.wait()?;
+                // Some miss a signal now and then.
+                let deadline = Instant::now() + Duration::from_secs(30);
+                while process.child.try_wait()?.is_none() {
+                    ensure!(Instant::now() < deadline, "it does not end");
+                    kill(process.pid, Signal::SIGINT)?;
+                    thread::sleep(Duration::from_millis(500));
+                }
                 let number = if peer.has_port {
                     port.into()
                 } else {

@@ -1,6 +1,12 @@
 //! Carries out the attach plan by trying.
 
-use std::{error::Error as StdError, io, thread};
+use std::{
+    collections::HashMap,
+    error::Error as StdError,
+    fs, io,
+    sync::{Mutex, PoisonError},
+    thread,
+};
 
 use aya::{
     Btf, Ebpf,
@@ -8,9 +14,11 @@ use aya::{
 };
 
 use super::{
-    cgroup,
+    btf_ids::{self, Functions},
+    cgroup, mounts,
     plan::{Choice, HookPoint, Signal},
-    refusal, tracefs,
+    refusal,
+    walk::Walk,
 };
 use crate::{Error, ErrorKind, Hook, Protocol};
 
@@ -24,7 +32,7 @@ pub(super) fn attach(
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .spawn_scoped(scope, || {
-                let tracefs = tracefs::make_visible();
+                let tracefs = mounts::make_tracefs_visible();
                 if let Err(error) = &tracefs {
                     log::info!("no tracefs: {error}");
                 }
@@ -59,6 +67,7 @@ fn attach_signal(
                 attach_choice(ebpf, choice)
             } else {
                 // Not asked, aya does not remember that there was none.
+                unload_all(ebpf, choice);
                 Err(io::Error::new(io::ErrorKind::NotFound, "no tracefs").into())
             };
             match attached {
@@ -102,7 +111,7 @@ fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Vec<String>, Progra
         match attach_program(program, *point) {
             Ok(()) => programs.push(point.to_string()),
             Err(error) if index == 0 || refusal::is_want(&error) => {
-                unload(program);
+                unload_all(ebpf, choice);
                 return Err(error);
             }
             Err(error) => log::debug!("{point}: {}", chain(&error)),
@@ -112,40 +121,33 @@ fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Vec<String>, Progra
 }
 
 pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
-    let loaded = program.fd().is_ok();
+    // It may be there already: loaded ahead, or for another hook.
+    if program.fd().is_err() {
+        load(program, point)?;
+    }
     match (program, point) {
         (Program::RawTracePoint(program), HookPoint::RawTracepoint(name)) => {
-            program.load()?;
             program.attach(name)?;
         }
         (Program::TracePoint(program), HookPoint::Tracepoint(category, name)) => {
-            if !loaded {
-                program.load()?;
-            }
             program.attach(category, name)?;
         }
-        (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(name)) => {
-            program.load(name, &Btf::from_sys_fs()?)?;
+        (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(_)) => {
             program.attach()?;
         }
         (Program::KProbe(program), HookPoint::Kprobe(function)) => {
-            program.load()?;
             program.attach(function, 0)?;
         }
-        (Program::FEntry(program), HookPoint::Fentry(function)) => {
-            program.load(function, &Btf::from_sys_fs()?)?;
+        (Program::FEntry(program), HookPoint::Fentry(_)) => {
             program.attach()?;
         }
         (Program::CgroupSock(program), HookPoint::Cgroup(_)) => {
-            program.load()?;
             program.attach(cgroup::root()?, CgroupAttachMode::Single)?;
         }
         (Program::CgroupSockAddr(program), HookPoint::Cgroup(_)) => {
-            program.load()?;
             program.attach(cgroup::root()?, CgroupAttachMode::Single)?;
         }
         (Program::CgroupSkb(program), HookPoint::Cgroup(_)) => {
-            program.load()?;
             program.attach(
                 cgroup::root()?,
                 CgroupSkbAttachType::Egress,
@@ -155,6 +157,89 @@ pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<
         _ => return Err(ProgramError::UnexpectedProgramType),
     }
     Ok(())
+}
+
+fn load(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
+    match (program, point) {
+        (Program::RawTracePoint(program), _) => program.load(),
+        (Program::TracePoint(program), _) => program.load(),
+        (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(name)) => {
+            program.load(name, &Btf::from_sys_fs()?)
+        }
+        (Program::KProbe(program), _) => {
+            // The kernel would load it, and then not attach it.
+            fs::metadata(KPROBES)?;
+            program.load()
+        }
+        (Program::FEntry(program), HookPoint::Fentry(function)) => {
+            program.load(function, &Btf::from_sys_fs()?)
+        }
+        (Program::CgroupSock(program), _) => program.load(),
+        (Program::CgroupSockAddr(program), _) => program.load(),
+        (Program::CgroupSkb(program), _) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// Loads what will probably be attached, on every CPU at once: most of a start is the kernel's verifier at work. What fails here is tried again when it
+/// is its turn, and then it is told why.
+pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], functions: &Functions) {
+    let mut programs: HashMap<_, _> = ebpf.programs_mut().collect();
+    let has_kprobes = fs::exists(KPROBES).unwrap_or(false);
+    let is_likely = |choice: &&Choice| match choice.hooks[0].1 {
+        HookPoint::Kprobe(_) => has_kprobes,
+        // They are what is taken where nothing else is to be had, and need all of the kernel's BTF.
+        HookPoint::BtfTracepoint(_) | HookPoint::Fentry(_) => false,
+        _ => true,
+    };
+    let slots = plan.iter().flat_map(|signal| signal.slots);
+    let hooks = slots
+        .filter_map(|slot| slot.iter().find(is_likely))
+        .flat_map(|choice| choice.hooks);
+    let walks: Vec<_> = walks
+        .iter()
+        .filter_map(|walk| Some((walk, programs.remove(walk.program)?)))
+        .collect();
+    let load_walks = || {
+        if let Ok(ids) = btf_ids::of_functions(functions) {
+            for (walk, program) in walks {
+                let _ = walk.load(program, &ids);
+            }
+        }
+    };
+    // The longest first.
+    let mut jobs: Vec<Box<dyn FnOnce() + Send>> = vec![Box::new(load_walks)];
+    for (name, point) in hooks {
+        if let Some(program) = programs.remove(name) {
+            jobs.push(Box::new(move || drop(load(program, *point))));
+        }
+    }
+    let threads = jobs
+        .len()
+        .min(thread::available_parallelism().map_or(1, usize::from));
+    let jobs = Mutex::new(jobs.into_iter());
+    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some(job) = next() {
+            job();
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            // Without that thread it takes longer.
+            let _ = thread::Builder::new().spawn_scoped(scope, work);
+        }
+        work();
+    });
+}
+
+/// What the kernel has if it has kprobes; aya asks the same.
+const KPROBES: &str = "/sys/bus/event_source/devices/kprobe/type";
+
+fn unload_all(ebpf: &mut Ebpf, choice: &Choice) {
+    for (name, _) in choice.hooks {
+        ebpf.program_mut(name).map(unload);
+    }
 }
 
 /// Takes a program out of the kernel, if it is there.

@@ -7,41 +7,56 @@ use aya::{BtfError, Endianness};
 
 use super::btf::{Btf, MAGIC, VERSION, kind};
 
-/// BTF with these functions, as far as the kernel has them.
+/// Names of functions, each with its id.
+pub(super) type Functions = Vec<(String, u32)>;
+
+/// Those of these functions that the kernel has.
+pub(super) fn find(btf: &Btf<'_>, names: impl IntoIterator<Item = String>) -> Functions {
+    let names = names.into_iter();
+    names
+        .filter_map(|name| btf.function(&name).map(|id| (name, id)))
+        .collect()
+}
+
+/// BTF with these functions.
 ///
 /// # Errors
 ///
 /// aya does not take it, which would be our mistake.
-pub(super) fn of_functions(btf: &Btf<'_>, names: &[&str]) -> Result<aya::Btf, BtfError> {
+pub(super) fn of_functions(functions: &Functions) -> Result<aya::Btf, BtfError> {
     let mut strings = vec![0];
     let mut wanted = Vec::new();
-    for name in names {
-        if let Some(id) = btf.function(name) {
-            wanted.push((id, strings.len() as u32));
-            strings.extend(name.as_bytes());
-            strings.push(0);
-        }
+    for (name, id) in functions {
+        wanted.push((*id, strings.len() as u32));
+        strings.extend(name.as_bytes());
+        strings.push(0);
     }
     let last = wanted.iter().map(|(id, _)| *id).max().unwrap_or(0);
     // The name, the kind, and what neither of the two kinds uses.
     let record = |name, kind: u32| [name, kind << 24, 0].map(u32::to_le_bytes).concat();
     let filler = record(0, kind::FWD);
-    let mut types = filler.repeat(last as usize);
-    for (id, name) in wanted {
-        // The first type has id 1.
-        let at = (id as usize - 1) * filler.len();
-        types[at..at + filler.len()].copy_from_slice(&record(name, kind::FUNC));
-    }
+    let types_len = last * filler.len() as u32;
     let header = [
         MAGIC | VERSION << 16,
-        24,
+        HEADER_LEN,
         0,
-        types.len() as u32,
-        types.len() as u32,
+        types_len,
+        types_len,
         strings.len() as u32,
     ];
-    let mut bytes: Vec<u8> = header.into_iter().flat_map(u32::to_le_bytes).collect();
-    bytes.extend(types);
+    let len = HEADER_LEN as usize + types_len as usize + strings.len();
+    let mut bytes = Vec::with_capacity(len);
+    bytes.extend(header.into_iter().flat_map(u32::to_le_bytes));
+    for _ in 0..last {
+        bytes.extend(&filler);
+    }
+    for (id, name) in wanted {
+        // The first type has id 1.
+        let at = HEADER_LEN as usize + (id as usize - 1) * filler.len();
+        bytes[at..at + filler.len()].copy_from_slice(&record(name, kind::FUNC));
+    }
     bytes.extend(strings);
     aya::Btf::parse(&bytes, Endianness::Little)
 }
+
+const HEADER_LEN: u32 = 24;

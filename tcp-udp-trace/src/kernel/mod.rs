@@ -6,6 +6,7 @@ mod btf;
 mod btf_ids;
 mod cgroup;
 mod filter;
+mod mounts;
 mod needs;
 mod offsets;
 mod perf;
@@ -13,7 +14,6 @@ mod plan;
 mod privileges;
 mod refusal;
 mod ring;
-mod tracefs;
 mod walk;
 
 use std::{
@@ -91,9 +91,12 @@ impl Kernel {
             return Err(Error::new(ErrorKind::Unsupported, what));
         };
         needs::check(config.protocol)?;
-        let vmlinux = offsets::read_btf()?;
-        let btf = offsets::parse(&vmlinux)?;
-        let offsets = offsets::resolve(&btf)?;
+        let walks = walk::wanted(config);
+        let (offsets, functions) = {
+            let vmlinux = offsets::read_btf()?;
+            let btf = offsets::parse(&vmlinux)?;
+            (offsets::resolve(&btf)?, walk::functions(&btf, &walks))
+        };
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
                 ErrorKind::Unsupported,
@@ -121,7 +124,7 @@ impl Kernel {
             Buffer::Ring => (with_ring, ring_bytes),
             Buffer::Perf => (with_perf, cpus as u32),
         };
-        let mut loader = EbpfLoader::new();
+        let mut loader = loader();
         if buffer == Buffer::Ring {
             loader.map_max_entries("LATE", (ring_bytes / 2).max(MIN_RING_BYTES));
         }
@@ -141,6 +144,14 @@ impl Kernel {
         let log = log.transpose().map_err(|source| {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
         })?;
+        let on_request = [
+            (config.retransmits, &plan::RETRANSMIT),
+            (config.resets, &plan::RESET),
+        ];
+        let on_request = on_request.into_iter().filter(|(wanted, _)| *wanted);
+        let plan: Vec<_> = plan.iter().chain(on_request.map(|(_, s)| s)).collect();
+        // Not while the maps are made: who runs out of memory meanwhile is killed, where the maker of a map gets an error.
+        attach::load_ahead(&mut ebpf, &plan, &walks, &functions);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
@@ -151,15 +162,9 @@ impl Kernel {
         // Before the first event.
         let mut filters = Filters::default();
         filters.install(&mut ebpf, &config.filter.compile()?, config.protocol)?;
-        let on_request = [
-            (config.retransmits, &plan::RETRANSMIT),
-            (config.resets, &plan::RESET),
-        ];
-        let on_request = on_request.into_iter().filter(|(wanted, _)| *wanted);
-        let plan: Vec<_> = plan.iter().chain(on_request.map(|(_, s)| s)).collect();
         let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol)?;
         // Only now: a socket made meanwhile has met the hooks.
-        let walks = walk::start(&mut ebpf, config, &btf);
+        let walks = walk::start(&mut ebpf, config);
         hooks.extend(walks.hooks);
         hooks.push(ring::hook(buffer));
         Ok((
@@ -302,7 +307,8 @@ impl Kernel {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
     let btf = offsets::parse(bytes)?;
-    let functions = btf_ids::of_functions(&btf, &["bpf_iter_task_file", "bpf_iter_tcp"]);
+    let names = ["bpf_iter_task_file", "bpf_iter_tcp"].map(String::from);
+    let functions = btf_ids::of_functions(&btf_ids::find(&btf, names));
     assert!(functions.is_ok(), "aya does not take what we made for it");
     offsets::resolve(&btf).map(|_| ())
 }
@@ -321,6 +327,21 @@ impl Drop for Kernel {
     fn drop(&mut self) {
         self.detach();
     }
+}
+
+/// A loader that does not know the kernel's BTF, as far as that can be had.
+///
+/// aya's loader begins by reading all of it, which takes most of the time and memory of a start, and nothing in our objects refers to it.
+fn loader<'a>() -> EbpfLoader<'a> {
+    let without_btf = || {
+        if let Err(error) = mounts::hide_btf() {
+            log::debug!("the kernel's BTF cannot be hidden from the loader: {error}");
+        }
+        EbpfLoader::new()
+    };
+    let thread = thread::Builder::new().spawn(without_btf);
+    let made = thread.ok().and_then(|thread| thread.join().ok());
+    made.unwrap_or_default()
 }
 
 /// Loads the programs that are run by us.

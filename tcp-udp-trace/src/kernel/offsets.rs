@@ -1,6 +1,9 @@
 //! Where the fields that the programs read are on the running kernel.
 
-use std::{fs, io};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+};
 
 use tcp_udp_trace_common::{ABSENT, FIELDS, Offsets};
 
@@ -10,6 +13,10 @@ use crate::{Error, ErrorKind};
 /// The kernel's description of its own types.
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
+/// More room than it takes; what is not used costs nothing. When something of up to 32 MiB is freed, glibc believes that there will be more of that
+/// size, and keeps megabytes that we do not need any more.
+const CAPACITY: usize = 33 << 20;
+
 /// Without these nothing can be said of a socket; without any other, one detail is missing.
 const REQUIRED: &[tcp_udp_trace_common::Field] = {
     use tcp_udp_trace_common::Field::{Family, LocalPort, Protocol, RemotePort, State};
@@ -18,7 +25,9 @@ const REQUIRED: &[tcp_udp_trace_common::Field] = {
 
 /// Reads the running kernel's BTF.
 pub(super) fn read_btf() -> Result<Vec<u8>, Error> {
-    fs::read(VMLINUX).map_err(|source| {
+    let mut btf = Vec::with_capacity(CAPACITY);
+    let read = File::open(VMLINUX).and_then(|mut file| file.read_to_end(&mut btf));
+    read.map(|_| btf).map_err(|source| {
         let (kind, what) = match source.kind() {
             io::ErrorKind::NotFound => (
                 ErrorKind::Unsupported,

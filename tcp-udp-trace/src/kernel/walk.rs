@@ -7,23 +7,30 @@ use std::{
 };
 
 use aya::{
-    BtfError, Ebpf,
-    programs::{Iter, ProgramError},
+    Ebpf,
+    programs::{Iter, Program, ProgramError},
 };
 
 use super::{
     attach::{chain, unload},
     btf::Btf,
-    btf_ids, offsets,
+    btf_ids::{self, Functions},
+    offsets,
     privileges::{Privileges, SYS_PTRACE},
 };
 use crate::{Hook, Protocol, builder::Config, enrich};
 
 /// A program, and the kernel's iterator (`bpf_iter_…`) that runs it.
 #[derive(Debug, Clone, Copy)]
-struct Walk {
-    program: &'static str,
+pub(super) struct Walk {
+    pub(super) program: &'static str,
     iterator: &'static str,
+}
+
+impl Walk {
+    pub(super) fn load(self, program: &mut Program, ids: &aya::Btf) -> Result<(), ProgramError> {
+        <&mut Iter>::try_from(program)?.load(self.iterator, ids)
+    }
 }
 
 /// Through every file that a process has open: the sockets that are older than the tracer, and whose they are.
@@ -79,16 +86,15 @@ pub(super) struct Walks {
 
 /// Takes the snapshot of what is there already, and prepares the samples if they are wanted. What the kernel refuses of this is missing, and
 /// told in the hooks' notes.
-pub(super) fn start(ebpf: &mut Ebpf, config: &Config, btf: &Btf<'_>) -> Walks {
+pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Walks {
     let Config {
         protocol,
         sample_interval,
         ..
     } = *config;
     let (files, sockets) = (files(protocol), sockets(protocol));
-    let btf = ids(btf, [files, sockets]);
     let mut hooks = Vec::new();
-    let snapshot = load(ebpf, files, &btf)
+    let snapshot = load(ebpf, files)
         .and_then(|()| open_walk(ebpf, files))
         .and_then(walk_through)
         .map(drop);
@@ -98,7 +104,7 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config, btf: &Btf<'_>) -> Walks {
     hooks.push(hook("snapshot", files, snapshot, NO_SNAPSHOT));
     let mut samples = SampleScope::Nothing;
     if sample_interval.is_some() {
-        let loaded = load(ebpf, sockets, &btf);
+        let loaded = load(ebpf, sockets);
         let mut hook = hook("sample", sockets, loaded, NO_SAMPLES);
         if hook.note.is_none() {
             hook.programs.insert(0, "netlink:sock_diag".into());
@@ -130,9 +136,7 @@ pub(super) fn open(ebpf: &mut Ebpf) -> Result<File, String> {
 
 /// Loads what [`through_tasks`] runs.
 pub(super) fn load_tasks(ebpf: &mut Ebpf) -> Result<(), String> {
-    let vmlinux = offsets::read_btf().map_err(|error| chain(&error))?;
-    let btf = offsets::parse(&vmlinux).map_err(|error| chain(&error))?;
-    load(ebpf, TASKS, &ids(&btf, [TASKS]))
+    load(ebpf, TASKS)
 }
 
 /// Walks through all tasks, and says how many the program counted.
@@ -144,10 +148,20 @@ pub(super) fn unload_tasks(ebpf: &mut Ebpf) {
     ebpf.program_mut(TASKS.program).map(unload);
 }
 
-/// What aya needs to know of the kernel's BTF to load these.
-fn ids<const N: usize>(btf: &Btf<'_>, walks: [Walk; N]) -> Result<aya::Btf, BtfError> {
-    let names = walks.map(|walk| format!("bpf_iter_{}", walk.iterator));
-    btf_ids::of_functions(btf, &names.each_ref().map(String::as_str))
+/// The walks of a tracer.
+pub(super) fn wanted(config: &Config) -> Vec<Walk> {
+    let samples = config.sample_interval.is_some();
+    let samples = samples.then(|| sockets(config.protocol));
+    [files(config.protocol)]
+        .into_iter()
+        .chain(samples)
+        .collect()
+}
+
+/// The functions of the kernel that aya must know to load these.
+pub(super) fn functions(btf: &Btf<'_>, walks: &[Walk]) -> Functions {
+    let name = |walk: &Walk| format!("bpf_iter_{}", walk.iterator);
+    btf_ids::find(btf, walks.iter().map(name))
 }
 
 fn sockets(protocol: Protocol) -> Walk {
@@ -157,12 +171,18 @@ fn sockets(protocol: Protocol) -> Walk {
     }
 }
 
-fn load(ebpf: &mut Ebpf, walk: Walk, btf: &Result<aya::Btf, BtfError>) -> Result<(), String> {
-    let btf = btf.as_ref().map_err(|error| chain(error))?;
-    let program = program(ebpf, walk).map_err(|error| chain(&error))?;
-    program
-        .load(walk.iterator, btf)
-        .map_err(|error| chain(&error))
+/// Loads the program of a walk, if it was not loaded ahead.
+fn load(ebpf: &mut Ebpf, walk: Walk) -> Result<(), String> {
+    let program = ebpf.program_mut(walk.program);
+    let program = program.ok_or("the object does not have it")?;
+    if program.fd().is_ok() {
+        return Ok(());
+    }
+    let vmlinux = offsets::read_btf().map_err(|error| chain(&error))?;
+    let btf = offsets::parse(&vmlinux).map_err(|error| chain(&error))?;
+    let ids = btf_ids::of_functions(&functions(&btf, &[walk]));
+    let ids = ids.map_err(|error| chain(&error))?;
+    walk.load(program, &ids).map_err(|error| chain(&error))
 }
 
 fn open_walk(ebpf: &mut Ebpf, walk: Walk) -> Result<File, String> {
