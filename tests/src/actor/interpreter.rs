@@ -258,13 +258,13 @@ pub(super) fn send(mut socket: &Socket, mut bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-pub(super) fn receive_exactly(mut socket: &Socket, mut bytes: u64) -> io::Result<()> {
+pub(super) fn receive_exactly(socket: &Socket, mut bytes: u64) -> io::Result<()> {
     let mut buffer = [0; 64 << 10];
     while bytes > 0 {
         let most = usize::try_from(bytes)
             .unwrap_or(usize::MAX)
             .min(buffer.len());
-        match socket.read(&mut buffer[..most])? {
+        match read(socket, &mut buffer[..most])? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             read => bytes -= read as u64,
         }
@@ -272,13 +272,23 @@ pub(super) fn receive_exactly(mut socket: &Socket, mut bytes: u64) -> io::Result
     Ok(())
 }
 
-pub(super) fn receive_all(mut socket: &Socket) -> io::Result<u64> {
+pub(super) fn receive_all(socket: &Socket) -> io::Result<u64> {
     let mut buffer = [0; 64 << 10];
     let mut bytes = 0;
     loop {
-        match socket.read(&mut buffer)? {
+        match read(socket, &mut buffer)? {
             0 => return Ok(bytes),
             read => bytes += read as u64,
+        }
+    }
+}
+
+/// io_uring tells its process of what it has done in the way of a signal, which interrupts a read.
+fn read(mut socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match socket.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
         }
     }
 }
