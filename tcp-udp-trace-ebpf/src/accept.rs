@@ -5,7 +5,7 @@ use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Tcp, filter::no_state, kind
 use crate::{
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Sock, read, read_at},
+    sock::{Sock, Socket as _, read, read_at},
     track,
 };
 

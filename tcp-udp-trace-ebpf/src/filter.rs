@@ -20,7 +20,7 @@ use tcp_udp_trace_common::{
 use crate::{
     anomaly,
     owner::{self, leader},
-    sock::{Sock, read},
+    sock::{Sock, Socket as _, read},
     track,
     udp::Datagrams,
     walk::Step,

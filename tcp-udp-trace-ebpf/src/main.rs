@@ -40,40 +40,50 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{AF_INET, Peer, kind, origin};
 
-use crate::{sock::Sock, tcp::Program, walk::Step};
+use crate::{
+    sock::{Sock, TcpSock},
+    tcp::Program,
+    walk::Step,
+};
 
 // ---- signal `state`: inet_sock_set_state(sk, old, new) ------------------------------------------------------
 //
 // Two programs hear each transition, because the kernel skips a program that is already active on the CPU
 // (a softirq, or on preemptible kernels another task, interrupted it). Whichever comes first reports it.
 
-#[raw_tracepoint(tracepoint = "inet_sock_set_state")]
-fn tcp_state_raw(ctx: RawTracePointContext) -> i32 {
-    tcp::changed(
-        ctx.as_ptr(),
-        Program::First,
-        Sock::new(ctx.arg(0)),
-        ctx.arg(1),
-        ctx.arg(2),
-    );
+#[btf_tracepoint(function = "inet_sock_set_state")]
+fn tcp_state_btf(ctx: BtfTracePointContext) -> i32 {
+    let sk: *mut c_void = ctx.arg(0);
+    if let Some(socket) = TcpSock::new(sk) {
+        tcp::changed(
+            ctx.as_ptr(),
+            Program::First,
+            Sock::new(sk as u64),
+            socket,
+            ctx.arg(1),
+            ctx.arg(2),
+        );
+    }
     0
 }
 
 #[tracepoint]
 fn tcp_state_tp(ctx: TracePointContext) -> u32 {
     // Layout: events/sock/inet_sock_set_state/format, the same on every kernel since 4.16.
-    let sk = field::<u64>(&ctx, 8);
-    let (old, new) = (field::<i32>(&ctx, 16), field::<i32>(&ctx, 20));
-    tcp::changed(ctx.as_ptr(), Program::Second, Sock::new(sk), old, new);
+    let sk = Sock::new(field(&ctx, 8));
+    let (old, new) = (field(&ctx, 16), field(&ctx, 20));
+    tcp::changed(ctx.as_ptr(), Program::Second, sk, sk, old, new);
     0
 }
 
-#[btf_tracepoint(function = "inet_sock_set_state")]
-fn tcp_state_btf(ctx: BtfTracePointContext) -> i32 {
+#[raw_tracepoint(tracepoint = "inet_sock_set_state")]
+fn tcp_state_raw(ctx: RawTracePointContext) -> i32 {
+    let sk = Sock::new(ctx.arg(0));
     tcp::changed(
         ctx.as_ptr(),
         Program::Second,
-        Sock::new(ctx.arg(0)),
+        sk,
+        sk,
         ctx.arg(1),
         ctx.arg(2),
     );

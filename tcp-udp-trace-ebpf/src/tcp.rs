@@ -8,7 +8,7 @@ use crate::{
     anomaly,
     emit::{self, Context, Weight},
     filter, owner,
-    sock::Sock,
+    sock::{Sock, Socket},
     track,
 };
 
@@ -31,17 +31,24 @@ pub(crate) enum Program {
 
 /// The socket goes from one state to another.
 #[inline(always)]
-pub(crate) fn changed(ctx: Context, program: Program, sk: Sock, from: i32, to: i32) {
+pub(crate) fn changed(
+    ctx: Context,
+    program: Program,
+    sk: Sock,
+    socket: impl Socket,
+    from: i32,
+    to: i32,
+) {
     let (from, to) = (from as u8, to as u8);
     let tracked = track::get(sk);
     if from == to || tracked.as_ref().is_some_and(|tracked| tracked.state == to) {
         // Not a change, or one that the other program has reported.
         return;
     }
-    if !sk.is_tcp() {
+    if !socket.is_tcp() {
         return;
     }
-    let family = sk.family();
+    let family = socket.family();
     if family != AF_INET && family != AF_INET6 {
         if program == Program::First {
             anomaly::unknown_family();
@@ -63,7 +70,7 @@ pub(crate) fn changed(ctx: Context, program: Program, sk: Sock, from: i32, to: i
                     anomaly::missed();
                 }
                 tracked.state = to;
-                report(ctx, sk, family, tracked, (from, to), true);
+                report(ctx, sk, socket, family, tracked, (from, to), true);
                 return;
             }
             (syn::UNKNOWN, owner::UNKNOWN)
@@ -73,7 +80,7 @@ pub(crate) fn changed(ctx: Context, program: Program, sk: Sock, from: i32, to: i
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if begins && track::remember(sk, &tracked) || program == Program::First {
-        report(ctx, sk, family, &mut tracked, (from, to), false);
+        report(ctx, sk, socket, family, &mut tracked, (from, to), false);
     }
 }
 
@@ -141,6 +148,7 @@ fn owner_of_listener(child: Sock) -> Owner {
 fn report(
     ctx: Context,
     sk: Sock,
+    socket: impl Socket,
     family: u16,
     tracked: &mut Tracked,
     (from, to): (u8, u8),
@@ -164,16 +172,16 @@ fn report(
         weight,
         |record: &mut StateChange| {
             let port = if from == CLOSE {
-                sk.bound_port()
+                socket.bound_port()
             } else {
-                sk.connected_port()
+                socket.connected_port()
             };
-            sk.describe(tracked, family, from, port, &mut record.socket);
+            socket.describe(tracked, family, from, port, &mut record.socket);
             record.from = from;
             record.to = to;
             record._pad = [0; 2];
             record.error = if to == CLOSE {
-                sk.get::<u32>(Field::Error)
+                socket.get(Field::Error)
             } else {
                 0
             };
@@ -189,7 +197,7 @@ pub(crate) fn ended(ctx: Context, sk: Sock) {
             // Its close escaped both programs.
             anomaly::missed();
             let state = tracked.state;
-            report(ctx, sk, sk.family(), tracked, (state, CLOSE), false);
+            report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE), false);
         }
         track::end(sk);
     }

@@ -26,7 +26,7 @@ use crate::{
     anomaly,
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Sock, read},
+    sock::{Sock, Socket as _, read},
     track,
 };
 

@@ -13,7 +13,7 @@ use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 use super::{Datagrams, Direction, ETH_P_IP, addresses, count, key_of, local6, used};
 use crate::{
     emit::Context,
-    sock::{Sock, read, read_at},
+    sock::{Sock, Socket as _, read, read_at},
 };
 
 /// Threads that are in a receive, and from which peer.

@@ -9,12 +9,12 @@ use std::{
 };
 
 use aya::{
-    Btf, Ebpf,
+    Ebpf,
     programs::{CgroupAttachMode, CgroupSkbAttachType, Program, ProgramError},
 };
 
 use super::{
-    btf_ids::{self, Functions},
+    btf_ids::{self, Ids},
     cgroup, mounts,
     plan::{Choice, HookPoint, Signal},
     refusal,
@@ -123,7 +123,7 @@ fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Vec<String>, Progra
 pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
     // It may be there already: loaded ahead, or for another hook.
     if program.fd().is_err() {
-        load(program, point)?;
+        load(program, point, None)?;
     }
     match (program, point) {
         (Program::RawTracePoint(program), HookPoint::RawTracepoint(name)) => {
@@ -159,12 +159,25 @@ pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<
     Ok(())
 }
 
-fn load(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
+/// Loads a program. What aya must know of the kernel's BTF for that is in `ids`, or looked up.
+fn load(
+    program: &mut Program,
+    point: HookPoint,
+    ids: Option<&aya::Btf>,
+) -> Result<(), ProgramError> {
+    let looked_up;
+    let ids = match (ids, point.target()) {
+        (None, Some(target)) => {
+            looked_up = btf_ids::look_up(target)?;
+            Some(&looked_up)
+        }
+        (ids, _) => ids,
+    };
     match (program, point) {
         (Program::RawTracePoint(program), _) => program.load(),
         (Program::TracePoint(program), _) => program.load(),
         (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(name)) => {
-            program.load(name, &Btf::from_sys_fs()?)
+            program.load(name, ids.ok_or(ProgramError::NotLoaded)?)
         }
         (Program::KProbe(program), _) => {
             // The kernel would load it, and then not attach it.
@@ -172,7 +185,7 @@ fn load(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
             program.load()
         }
         (Program::FEntry(program), HookPoint::Fentry(function)) => {
-            program.load(function, &Btf::from_sys_fs()?)
+            program.load(function, ids.ok_or(ProgramError::NotLoaded)?)
         }
         (Program::CgroupSock(program), _) => program.load(),
         (Program::CgroupSockAddr(program), _) => program.load(),
@@ -183,13 +196,15 @@ fn load(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
 
 /// Loads what will probably be attached, on every CPU at once: most of a start is the kernel's verifier at work. What fails here is tried again when it
 /// is its turn, and then it is told why.
-pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], functions: &Functions) {
+pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], ids: &Ids) {
+    let ids = btf_ids::for_aya(ids).ok();
+    let ids = ids.as_ref();
     let mut programs: HashMap<_, _> = ebpf.programs_mut().collect();
     let has_kprobes = fs::exists(KPROBES).unwrap_or(false);
     let is_likely = |choice: &&Choice| match choice.hooks[0].1 {
         HookPoint::Kprobe(_) => has_kprobes,
-        // They are what is taken where nothing else is to be had, and need all of the kernel's BTF.
-        HookPoint::BtfTracepoint(_) | HookPoint::Fentry(_) => false,
+        // It is what is taken where nothing else is to be had.
+        HookPoint::Fentry(_) => false,
         _ => true,
     };
     let slots = plan.iter().flat_map(|signal| signal.slots);
@@ -201,9 +216,9 @@ pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], func
         .filter_map(|walk| Some((walk, programs.remove(walk.program)?)))
         .collect();
     let load_walks = || {
-        if let Ok(ids) = btf_ids::of_functions(functions) {
+        if let Some(ids) = ids {
             for (walk, program) in walks {
-                let _ = walk.load(program, &ids);
+                let _ = walk.load(program, ids);
             }
         }
     };
@@ -211,7 +226,7 @@ pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], func
     let mut jobs: Vec<Box<dyn FnOnce() + Send>> = vec![Box::new(load_walks)];
     for (name, point) in hooks {
         if let Some(program) = programs.remove(name) {
-            jobs.push(Box::new(move || drop(load(program, *point))));
+            jobs.push(Box::new(move || drop(load(program, *point, ids))));
         }
     }
     let threads = jobs

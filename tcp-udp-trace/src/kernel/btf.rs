@@ -141,12 +141,12 @@ impl<'a> Btf<'a> {
             .find_map(|aggregate| self.walk(aggregate, members, &mut budget))
     }
 
-    /// The id of a function.
-    pub(crate) fn function(&self, name: &str) -> Option<u32> {
+    /// The id of the type of that kind and name.
+    pub(crate) fn id(&self, kind: u32, name: &str) -> Option<u32> {
         let is_it = |offset: &u32| {
             let header = self.types.get(*offset as usize..).and_then(words);
             header.is_some_and(|[string, info]| {
-                (info >> 24) & 0x7f == kind::FUNC && self.is_name(string, name)
+                (info >> 24) & 0x7f == kind && self.is_name(string, name)
             })
         };
         let index = self.offsets.iter().position(is_it)?;
@@ -643,9 +643,9 @@ mod tests {
         let wanted = b.add("bpf_iter_tcp", kind::FUNC << 24, prototype, &[]);
         let data = b.build();
         let btf = Btf::parse(&data).expect("well-formed BTF");
-        assert_eq!(btf.function("bpf_iter_tcp"), Some(wanted));
-        assert_eq!(btf.function("bpf_iter_tcp_seq"), Some(longer));
-        assert_eq!(btf.function("bpf_iter"), None);
+        assert_eq!(btf.id(kind::FUNC, "bpf_iter_tcp"), Some(wanted));
+        assert_eq!(btf.id(kind::FUNC, "bpf_iter_tcp_seq"), Some(longer));
+        assert_eq!(btf.id(kind::FUNC, "bpf_iter"), None);
     }
 
     #[test]

@@ -1,37 +1,88 @@
-//! The little of the kernel's BTF that aya needs to load a program which refers to a function of the kernel: that function's id.
+//! The little of the kernel's BTF that aya needs to load a program which refers to a function or a tracepoint of the kernel: its id.
 //!
-//! aya would parse all of it, for tens of milliseconds and megabytes, and then look for one name. So it is given BTF in which the same
-//! functions have the same ids, and everything else has no name.
+//! aya would parse all of it, for tens of milliseconds and megabytes, and then look for one name. So it is given BTF in which what it
+//! looks for has the same id, and everything else has no name.
 
-use aya::{BtfError, Endianness};
+use std::io;
 
-use super::btf::{Btf, MAGIC, VERSION, kind};
+use aya::{BtfError, Endianness, programs::ProgramError};
 
-/// Names of functions, each with its id.
-pub(super) type Functions = Vec<(String, u32)>;
+use super::{
+    btf::{Btf, MAGIC, VERSION, kind},
+    offsets,
+};
 
-/// Those of these functions that the kernel has.
-pub(super) fn find(btf: &Btf<'_>, names: impl IntoIterator<Item = String>) -> Functions {
-    let names = names.into_iter();
-    names
-        .filter_map(|name| btf.function(&name).map(|id| (name, id)))
+/// What aya looks up by its name.
+#[derive(Debug, Clone)]
+pub(super) struct Target {
+    kind: u32,
+    name: String,
+}
+
+impl Target {
+    /// What an iterator's program is loaded for.
+    pub(super) fn iterator(name: &str) -> Self {
+        Self {
+            kind: kind::FUNC,
+            name: format!("bpf_iter_{name}"),
+        }
+    }
+
+    pub(super) fn tracepoint(name: &str) -> Self {
+        Self {
+            kind: kind::TYPEDEF,
+            name: format!("btf_trace_{name}"),
+        }
+    }
+
+    pub(super) fn function(name: &str) -> Self {
+        Self {
+            kind: kind::FUNC,
+            name: name.into(),
+        }
+    }
+}
+
+/// Some of what a kernel has, each with its id.
+pub(super) type Ids = Vec<(Target, u32)>;
+
+/// Those of these that the kernel has.
+pub(super) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = Target>) -> Ids {
+    let targets = targets.into_iter();
+    targets
+        .filter_map(|target| Some((btf.id(target.kind, &target.name)?, target)))
+        .map(|(id, target)| (target, id))
         .collect()
 }
 
-/// BTF with these functions.
+/// BTF with only this, if the running kernel has it.
+///
+/// # Errors
+///
+/// The kernel's BTF cannot be read.
+pub(super) fn look_up(target: Target) -> Result<aya::Btf, ProgramError> {
+    let ids = || {
+        let vmlinux = offsets::read_btf()?;
+        Ok::<_, crate::Error>(find(&offsets::parse(&vmlinux)?, [target]))
+    };
+    let ids = ids().map_err(io::Error::other)?;
+    Ok(for_aya(&ids)?)
+}
+
+/// BTF with these.
 ///
 /// # Errors
 ///
 /// aya does not take it, which would be our mistake.
-pub(super) fn of_functions(functions: &Functions) -> Result<aya::Btf, BtfError> {
+pub(super) fn for_aya(ids: &Ids) -> Result<aya::Btf, BtfError> {
     let mut strings = vec![0];
     let mut wanted = Vec::new();
-    for (name, id) in functions {
-        wanted.push((*id, strings.len() as u32));
+    for (Target { kind, name }, id) in ids {
+        wanted.push((*id, *kind, strings.len() as u32));
         strings.extend(name.as_bytes());
         strings.push(0);
     }
-    let last = wanted.iter().map(|(id, _)| *id).max().unwrap_or(0);
+    let last = wanted.iter().map(|(id, ..)| *id).max().unwrap_or(0);
     // The name, the kind, and what neither of the two kinds uses.
     let record = |name, kind: u32| [name, kind << 24, 0].map(u32::to_le_bytes).concat();
     let filler = record(0, kind::FWD);
@@ -50,10 +101,10 @@ pub(super) fn of_functions(functions: &Functions) -> Result<aya::Btf, BtfError> 
     for _ in 0..last {
         bytes.extend(&filler);
     }
-    for (id, name) in wanted {
+    for (id, kind, name) in wanted {
         // The first type has id 1.
         let at = HEADER_LEN as usize + (id as usize - 1) * filler.len();
-        bytes[at..at + filler.len()].copy_from_slice(&record(name, kind::FUNC));
+        bytes[at..at + filler.len()].copy_from_slice(&record(name, kind));
     }
     bytes.extend(strings);
     aya::Btf::parse(&bytes, Endianness::Little)

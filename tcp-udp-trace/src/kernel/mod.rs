@@ -91,11 +91,14 @@ impl Kernel {
             return Err(Error::new(ErrorKind::Unsupported, what));
         };
         needs::check(config.protocol)?;
+        let plan = plan::wanted(config);
         let walks = walk::wanted(config);
-        let (offsets, functions) = {
+        let (offsets, ids) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
-            (offsets::resolve(&btf)?, walk::functions(&btf, &walks))
+            let targets = plan.iter().flat_map(|signal| signal.targets());
+            let targets = targets.chain(walks.iter().map(|walk| walk.target()));
+            (offsets::resolve(&btf)?, btf_ids::find(&btf, targets))
         };
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
@@ -105,15 +108,10 @@ impl Kernel {
             .with_source(source)
         })?;
         // Every map of the object is made; those of the other protocol as small as can be.
-        let (plan, tcp_sockets, udp_sockets, flows) = match config.protocol {
-            Protocol::Tcp => (plan::TCP, config.max_sockets, 1, 1),
+        let (tcp_sockets, udp_sockets, flows) = match config.protocol {
+            Protocol::Tcp => (config.max_sockets, 1, 1),
             // Each CPU may be about to put one more together.
-            Protocol::Udp => (
-                plan::UDP,
-                1,
-                config.max_sockets + cpus as u32,
-                config.max_flows,
-            ),
+            Protocol::Udp => (1, config.max_sockets + cpus as u32, config.max_flows),
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
@@ -144,14 +142,8 @@ impl Kernel {
         let log = log.transpose().map_err(|source| {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
         })?;
-        let on_request = [
-            (config.retransmits, &plan::RETRANSMIT),
-            (config.resets, &plan::RESET),
-        ];
-        let on_request = on_request.into_iter().filter(|(wanted, _)| *wanted);
-        let plan: Vec<_> = plan.iter().chain(on_request.map(|(_, s)| s)).collect();
         // Not while the maps are made: who runs out of memory meanwhile is killed, where the maker of a map gets an error.
-        attach::load_ahead(&mut ebpf, &plan, &walks, &functions);
+        attach::load_ahead(&mut ebpf, &plan, &walks, &ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
@@ -307,9 +299,9 @@ impl Kernel {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
     let btf = offsets::parse(bytes)?;
-    let names = ["bpf_iter_task_file", "bpf_iter_tcp"].map(String::from);
-    let functions = btf_ids::of_functions(&btf_ids::find(&btf, names));
-    assert!(functions.is_ok(), "aya does not take what we made for it");
+    let targets = ["task_file", "tcp"].map(btf_ids::Target::iterator);
+    let ids = btf_ids::for_aya(&btf_ids::find(&btf, targets));
+    assert!(ids.is_ok(), "aya does not take what we made for it");
     offsets::resolve(&btf).map(|_| ())
 }
 

@@ -3,6 +3,9 @@
 //! What works on which kernel was measured (docs/kernels.md), but nothing here asks for a version or a feature:
 //! each choice is tried, and the first that the running kernel accepts is taken.
 
+use super::btf_ids::Target;
+use crate::{Protocol, builder::Config};
+
 /// Something that a tracer needs to hear about.
 pub(super) struct Signal {
     pub(super) name: &'static str,
@@ -33,6 +36,37 @@ pub(super) enum HookPoint {
     Cgroup(&'static str),
 }
 
+/// The signals of a tracer.
+pub(super) fn wanted(config: &Config) -> Vec<&'static Signal> {
+    let always = match config.protocol {
+        Protocol::Tcp => TCP,
+        Protocol::Udp => UDP,
+    };
+    let on_request = [(config.retransmits, &RETRANSMIT), (config.resets, &RESET)];
+    let on_request = on_request.into_iter().filter(|(wanted, _)| *wanted);
+    always.iter().chain(on_request.map(|(_, s)| s)).collect()
+}
+
+impl Signal {
+    /// What of the kernel's BTF its programs may be loaded with.
+    pub(super) fn targets(&self) -> impl Iterator<Item = Target> {
+        let choices = self.slots.iter().copied().flatten();
+        let hooks = choices.flat_map(|choice| choice.hooks);
+        hooks.filter_map(|(_, point)| point.target())
+    }
+}
+
+impl HookPoint {
+    /// What of the kernel's BTF must be known to load a program for it.
+    pub(super) fn target(self) -> Option<Target> {
+        match self {
+            BtfTracepoint(name) => Some(Target::tracepoint(name)),
+            Fentry(function) => Some(Target::function(function)),
+            _ => None,
+        }
+    }
+}
+
 impl Choice {
     pub(super) fn needs_tracefs(&self) -> bool {
         self.hooks
@@ -46,13 +80,13 @@ use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, RawTracepoint, Tracepoint
 /// What `TcpTracer` attaches.
 ///
 /// Two programs hear each state change, because the kernel skips one that is already active on the CPU: up to half of all
-/// transitions with one raw tracepoint on 7.2, none with both.
+/// transitions with one program on 7.2, none with both.
 #[rustfmt::skip]
-pub(super) const TCP: &[Signal] = &[
+const TCP: &[Signal] = &[
     Signal { name: "state", required: true, slots: &[
-        &[best(&[("tcp_state_raw", RawTracepoint("inet_sock_set_state"))])],
+        &[best(&[("tcp_state_btf", BtfTracepoint("inet_sock_set_state"))])],
         &[best(&[("tcp_state_tp", Tracepoint("sock", "inet_sock_set_state"))]),
-          worse(&[("tcp_state_btf", BtfTracepoint("inet_sock_set_state"))], NO_TRACEFS_STATE)],
+          worse(&[("tcp_state_raw", RawTracepoint("inet_sock_set_state"))], NO_TRACEFS_STATE)],
     ] },
     Signal { name: "end", required: false, slots: &[
         &[best(&[("tcp_end_raw", RawTracepoint("tcp_destroy_sock"))])],
@@ -70,12 +104,12 @@ pub(super) const TCP: &[Signal] = &[
 
 /// What it attaches on request, beside that.
 #[rustfmt::skip]
-pub(super) const RETRANSMIT: Signal = Signal { name: "retransmit", required: false, slots: &[&[
+const RETRANSMIT: Signal = Signal { name: "retransmit", required: false, slots: &[&[
     best(&[("tcp_retransmit_err", RawTracepoint("tcp_retransmit_skb"))]),
     best(&[("tcp_retransmit", RawTracepoint("tcp_retransmit_skb"))]),
 ]] };
 #[rustfmt::skip]
-pub(super) const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
+const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
     best(&[("tcp_reset_sent", RawTracepoint("tcp_send_reset")),
            ("tcp_reset_received", RawTracepoint("tcp_receive_reset"))]),
 ]] };
@@ -85,7 +119,7 @@ pub(super) const RESET: Signal = Signal { name: "reset", required: false, slots:
 /// Sockets live and send at the cgroup on every kernel: those hooks are never skipped, run in the caller's own context where it
 /// matters, and see each datagram once, after everything that could still refuse it.
 #[rustfmt::skip]
-pub(super) const UDP: &[Signal] = &[
+const UDP: &[Signal] = &[
     Signal { name: "life", required: true, slots: &[&[
         best(&[("udp_create", Cgroup("sock_create")), ("udp_release", Cgroup("sock_release"))]),
     ]] },

@@ -13,9 +13,7 @@ use aya::{
 
 use super::{
     attach::{chain, unload},
-    btf::Btf,
-    btf_ids::{self, Functions},
-    offsets,
+    btf_ids::{self, Target},
     privileges::{Privileges, SYS_PTRACE},
 };
 use crate::{Hook, Protocol, builder::Config, enrich};
@@ -28,6 +26,10 @@ pub(super) struct Walk {
 }
 
 impl Walk {
+    pub(super) fn target(self) -> Target {
+        Target::iterator(self.iterator)
+    }
+
     pub(super) fn load(self, program: &mut Program, ids: &aya::Btf) -> Result<(), ProgramError> {
         <&mut Iter>::try_from(program)?.load(self.iterator, ids)
     }
@@ -158,12 +160,6 @@ pub(super) fn wanted(config: &Config) -> Vec<Walk> {
         .collect()
 }
 
-/// The functions of the kernel that aya must know to load these.
-pub(super) fn functions(btf: &Btf<'_>, walks: &[Walk]) -> Functions {
-    let name = |walk: &Walk| format!("bpf_iter_{}", walk.iterator);
-    btf_ids::find(btf, walks.iter().map(name))
-}
-
 fn sockets(protocol: Protocol) -> Walk {
     match protocol {
         Protocol::Tcp => SOCKETS[0],
@@ -178,11 +174,9 @@ fn load(ebpf: &mut Ebpf, walk: Walk) -> Result<(), String> {
     if program.fd().is_ok() {
         return Ok(());
     }
-    let vmlinux = offsets::read_btf().map_err(|error| chain(&error))?;
-    let btf = offsets::parse(&vmlinux).map_err(|error| chain(&error))?;
-    let ids = btf_ids::of_functions(&functions(&btf, &[walk]));
-    let ids = ids.map_err(|error| chain(&error))?;
-    walk.load(program, &ids).map_err(|error| chain(&error))
+    let ids = btf_ids::look_up(walk.target());
+    ids.and_then(|ids| walk.load(program, &ids))
+        .map_err(|error| chain(&error))
 }
 
 fn open_walk(ebpf: &mut Ebpf, walk: Walk) -> Result<File, String> {
