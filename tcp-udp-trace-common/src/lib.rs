@@ -219,8 +219,17 @@ pub struct FlowKey {
 pub struct Flow {
     /// Its totals.
     pub traffic: Traffic,
-    /// When it was last reported: `CLOCK_BOOTTIME`, nanoseconds.
-    pub reported: u64,
+    /// Whether the next datagram shall be reported: one of [`report`], or when it was found that nobody wants this flow (`CLOCK_BOOTTIME`,
+    /// nanoseconds).
+    pub report: u64,
+}
+
+/// Values of [`Flow::report`].
+pub mod report {
+    /// It shall.
+    pub const NEXT: u64 = 0;
+    /// User space will look by itself.
+    pub const LATER: u64 = u64::MAX;
 }
 
 /// A question about a flow, in the form of a packet: the programs that can be asked take packets.
@@ -231,6 +240,8 @@ pub struct FlowQuery {
     pub _header: [u64; 2],
     /// The flow.
     pub key: FlowKey,
+    /// The totals that are known. If there is nothing new, the next datagram shall be reported.
+    pub known: Traffic,
     /// The answer: its totals.
     pub traffic: Traffic,
     /// Not 0 if the flow has ended and shall be forgotten.
@@ -353,5 +364,5 @@ const _: () = {
     assert!(size_of::<UdpTracked>() == 112);
     assert!(size_of::<FlowKey>() == 32);
     assert!(size_of::<Flow>() == 40);
-    assert!(size_of::<FlowQuery>() == 88);
+    assert!(size_of::<FlowQuery>() == 120);
 };

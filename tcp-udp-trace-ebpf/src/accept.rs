@@ -5,7 +5,7 @@ use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Tcp, filter::no_state, kind
 use crate::{
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Sock, Socket as _, read, read_at},
+    sock::{Copied, Sock, Socket as _, read, read_at},
     track,
 };
 
@@ -21,11 +21,12 @@ const IORING_OP_ACCEPT: u8 = 13;
 /// The current process has accepted this socket, if it is one of TCP.
 #[inline(always)]
 pub(crate) fn accepted(ctx: Context, sk: Sock) {
-    let family = sk.family();
+    let socket = &Copied::new(sk);
+    let family = socket.family();
     if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || track::is_stopping() {
         return;
     }
-    let state = sk.get::<u8>(Field::State);
+    let state = socket.get::<u8>(Field::State);
     if state == TCP_CLOSE {
         // The peer reset it while it waited: its life is over, and its end was reported.
         return;
@@ -50,11 +51,11 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         return;
     }
     emit::record(ctx, kind::ACCEPT, Weight::Vital, |record: &mut Tcp| {
-        sk.describe(
+        socket.describe(
             tracked,
             family,
             state,
-            sk.connected_port(),
+            socket.connected_port(),
             &mut record.socket,
         );
     });

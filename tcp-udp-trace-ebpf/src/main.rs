@@ -38,10 +38,10 @@ use aya_ebpf::{
         SockAddrContext, SockContext, TcContext, TracePointContext,
     },
 };
-use tcp_udp_trace_common::{AF_INET, Peer, kind, origin};
+use tcp_udp_trace_common::{AF_INET, Field, Peer, kind, origin};
 
 use crate::{
-    sock::{Sock, TcpSock},
+    sock::{Sock, Socket as _, TcpSock},
     tcp::Program,
     walk::Step,
 };
@@ -299,6 +299,7 @@ fn udp_recv_length_tp(ctx: TracePointContext) -> u32 {
     udp::receive::received(
         ctx.as_ptr(),
         Sock::new(field(&ctx, 8)),
+        field(&ctx, 18),
         field(&ctx, 20),
         field(&ctx, 24),
     );
@@ -307,7 +308,9 @@ fn udp_recv_length_tp(ctx: TracePointContext) -> u32 {
 
 #[raw_tracepoint(tracepoint = "sock_recv_length")]
 fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
-    udp::receive::received(ctx.as_ptr(), Sock::new(ctx.arg(0)), ctx.arg(1), ctx.arg(2));
+    let sk = Sock::new(ctx.arg(0));
+    let protocol = sk.get(Field::Protocol);
+    udp::receive::received(ctx.as_ptr(), sk, protocol, ctx.arg(1), ctx.arg(2));
     0
 }
 
@@ -391,8 +394,8 @@ const IPPROTO_UDP: u32 = 17;
 #[inline(always)]
 fn field<T: Copy>(ctx: &TracePointContext, offset: usize) -> T {
     // SAFETY: the verifier refuses the program unless `offset` lies in the context of a tracepoint, and
-    // attaching fails if the tracepoint's record is shorter.
-    unsafe { ctx.as_ptr().byte_add(offset).cast::<T>().read() }
+    // attaching fails if the tracepoint's record is shorter. Volatile, because the verifier refuses one load of two fields.
+    unsafe { ctx.as_ptr().byte_add(offset).cast::<T>().read_volatile() }
 }
 
 // The kernel calls licence-protected helpers only for a program that says "GPL". The object is under

@@ -14,7 +14,7 @@ use crate::{track, udp::peer6};
 static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
 
 const IPPROTO_TCP: u16 = 6;
-const IPPROTO_UDP: u16 = 17;
+pub(crate) const IPPROTO_UDP: u16 = 17;
 const TCP_FIN_WAIT1: u8 = 4;
 const TCP_FIN_WAIT2: u8 = 5;
 const TCP_LAST_ACK: u8 = 9;
@@ -42,6 +42,8 @@ plain! {
     // Two addresses or ports side by side.
     [u32; 2] = [0; 2],
     [u16; 2] = [0; 2],
+    // The beginning of a socket.
+    [u64; COMMON / 8] = [0; COMMON / 8],
 }
 
 /// Whether this kernel has `field`.
@@ -212,6 +214,47 @@ impl Socket for Sock {
     #[inline(always)]
     fn get_into<T: Plain>(self, to: &mut T, field: Field) {
         read_into(to, self.0, field);
+    }
+}
+
+/// A copy of what is read most of a socket, made at once.
+pub(crate) struct Copied {
+    sk: Sock,
+    common: [u64; COMMON / 8],
+}
+
+/// How much of `struct sock` is copied: addresses, ports, state, cookie and flags, on every kernel so far.
+const COMMON: usize = 104;
+
+impl Copied {
+    #[inline(always)]
+    pub(crate) fn new(sk: Sock) -> Self {
+        Self {
+            sk,
+            common: read_at(sk.0),
+        }
+    }
+}
+
+impl Socket for &Copied {
+    #[inline(always)]
+    fn get<T: Plain>(self, field: Field) -> T {
+        let offset = offset(field) as usize;
+        if offset > COMMON - size_of::<T>() {
+            return self.sk.get(field);
+        }
+        // SAFETY: it is in the copy. Volatile, for the compiler not to make one load of several.
+        unsafe {
+            (&raw const self.common)
+                .byte_add(offset)
+                .cast::<T>()
+                .read_volatile()
+        }
+    }
+
+    #[inline(always)]
+    fn get_into<T: Plain>(self, to: &mut T, field: Field) {
+        *to = self.get(field);
     }
 }
 

@@ -19,14 +19,14 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Flow, FlowKey, FlowQuery, Owner, Peer, Traffic, Udp, UdpTracked,
-    kind, origin,
+    kind, origin, report,
 };
 
 use crate::{
     anomaly,
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Sock, Socket as _, read},
+    sock::{Sock, Socket, read},
     track,
 };
 
@@ -42,7 +42,7 @@ static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(65_536, 0
 #[map]
 static CONNECTING: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 
-/// How long a flow is not reported again, in nanoseconds.
+/// How long nobody is asked again whether a flow is wanted, in nanoseconds.
 #[unsafe(no_mangle)]
 static INTERVAL: Global<u64> = Global::new(1_000_000_000);
 
@@ -104,8 +104,7 @@ pub(crate) fn begin(
     let fresh = UdpTracked {
         sk: 0,
         id,
-        // SAFETY: the helper takes nothing and cannot fail.
-        born: unsafe { bpf_ktime_get_boot_ns() },
+        born: now(),
         cgroup: 0,
         netns: 0,
         approximate: 0,
@@ -172,10 +171,12 @@ const DRAFT: u64 = 1 << 62;
 /// The name of a socket where no helper tells its cookie.
 #[inline(always)]
 pub(crate) fn key_of(sk: Sock) -> u64 {
-    match sk.get::<u64>(Field::Cookie) {
-        0 => sk.0,
-        cookie => cookie,
-    }
+    key(sk, sk.get(Field::Cookie))
+}
+
+#[inline(always)]
+fn key(sk: Sock, cookie: u64) -> u64 {
+    if cookie == 0 { sk.0 } else { cookie }
 }
 
 /// The socket, tracked from now on if it was not; the current process uses it.
@@ -218,10 +219,8 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
         peer: datagrams.peer,
         _pad: 0,
     };
-    // SAFETY: the helper takes nothing and cannot fail.
-    let now = unsafe { bpf_ktime_get_boot_ns() };
     let mut flow = FLOWS.get_ptr_mut(flow_key);
-    let mut report = false;
+    let mut is_new = false;
     if flow.is_none() {
         let fresh = Flow {
             traffic: Traffic {
@@ -230,10 +229,10 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
                 tx_packets: 0,
                 rx_packets: 0,
             },
-            reported: now,
+            report: report::LATER,
         };
         // Another CPU may have been first: then it reports.
-        report = FLOWS
+        is_new = FLOWS
             .insert(flow_key, fresh, u64::from(BPF_NOEXIST))
             .is_ok();
         flow = FLOWS.get_ptr_mut(flow_key);
@@ -241,11 +240,16 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
     // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
     if let Some(flow) = flow.and_then(|flow| unsafe { flow.as_mut() }) {
         add(&mut flow.traffic, datagrams);
-        if report || now.wrapping_sub(flow.reported) >= INTERVAL.load() {
-            flow.reported = now;
-            if filter::wants_udp(kind::FLOW, tracked, datagrams) {
+        // Most datagrams end here, without a look at the clock: that would take as long as finding the flow.
+        if is_new || flow.report != report::LATER && is_due(flow.report) {
+            flow.report = report::LATER;
+            if !filter::wants_udp(kind::FLOW, tracked, datagrams) {
+                flow.report = now();
+            } else {
                 tracked.flows = 1;
-                record(ctx, kind::FLOW, key, tracked, datagrams, &flow.traffic, 0);
+                if !record(ctx, kind::FLOW, key, tracked, datagrams, &flow.traffic, 0) {
+                    flow.report = report::NEXT;
+                }
             }
         }
     }
@@ -266,6 +270,17 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
             );
         }
     }
+}
+
+#[inline(always)]
+fn is_due(report: u64) -> bool {
+    report == report::NEXT || now().wrapping_sub(report) >= INTERVAL.load()
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: the helper takes nothing and cannot fail.
+    unsafe { bpf_ktime_get_boot_ns() }
 }
 
 #[inline(always)]
@@ -344,7 +359,7 @@ fn report(
 
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.
 #[inline(always)]
-pub(crate) fn addresses(sk: Sock) -> Datagrams {
+pub(crate) fn addresses(sk: impl Socket) -> Datagrams {
     // A socket that was disconnected still shows parts of its last peer.
     let connected = sk.get::<u8>(Field::State) == TCP_ESTABLISHED;
     let port = if connected {
@@ -385,7 +400,7 @@ pub(crate) fn addresses(sk: Sock) -> Datagrams {
 
 /// The local address of an IPv6 socket, for a peer of this family.
 #[inline(always)]
-fn local6(sk: Sock, family: u16) -> [u32; 4] {
+fn local6(sk: impl Socket, family: u16) -> [u32; 4] {
     let local = sk.get::<[u32; 4]>(Field::LocalAddr6);
     // Of an IPv4-mapped address, and of `::`, the last word is the IPv4 address.
     if family == AF_INET {
@@ -395,16 +410,31 @@ fn local6(sk: Sock, family: u16) -> [u32; 4] {
     }
 }
 
-/// User space asks for the totals of a flow; 1 if it is known.
+/// User space asks for the totals of a flow; 1 if it is there.
 #[inline(always)]
 pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
     let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
     let forget = ctx.load::<u64>(offset_of!(FlowQuery, forget))?;
+    let known = ctx.load::<Traffic>(offset_of!(FlowQuery, known))?;
     // SAFETY: the map is preallocated, so its memory stays, though another flow may move in; then the answer is one that
     // nobody waits for.
-    let Some(flow) = (unsafe { FLOWS.get(key) }) else {
+    let Some(flow) = FLOWS
+        .get_ptr_mut(key)
+        .and_then(|flow| unsafe { flow.as_mut() })
+    else {
         return Ok(0);
     };
+    if flow.traffic.tx_packets == known.tx_packets && flow.traffic.rx_packets == known.rx_packets {
+        // SAFETY: a valid pointer. Atomic, and so before what follows: a datagram is counted before it looks at this, and this is written before
+        // the counts are read again. One of the two finds the other.
+        unsafe {
+            let report = &raw mut flow.report;
+            if report.read_volatile() == report::LATER {
+                // One more than the highest number.
+                atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 1);
+            }
+        }
+    }
     ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
     if forget != 0 {
         let _ = FLOWS.remove(key);

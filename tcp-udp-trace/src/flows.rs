@@ -1,9 +1,8 @@
 //! When the totals of a flow are reported.
 //!
-//! The kernel counts each datagram in a map and writes a record only for a flow's first one, and then at most once per
-//! interval, when a datagram comes. What came after that record would be told late or never, so each report sets a date, one
-//! interval ahead, on which the map is looked at: has the flow changed, it is reported and gets a new date; has it not, it
-//! is left to the kernel, which writes a record for the next datagram.
+//! The kernel counts each datagram in a map and writes a record only for a flow's first one. The rest is asked for: each report sets a date, one
+//! interval ahead, on which the map is looked at. Has the flow changed, it is reported and gets a new date; has it not, the kernel is told so, and writes
+//! a record for the next datagram.
 //!
 //! Knows nothing of clocks and kernels: the caller gives the time, and looks into the map.
 
@@ -39,8 +38,9 @@ struct Reported {
 
 /// What the kernel's map knows of flows.
 pub(crate) trait FlowMap {
-    /// The totals of a flow; `None` if it had to make room for others.
-    fn totals(&self, flow: &FlowKey) -> Option<Traffic>;
+    /// The totals of a flow; `None` if it had to make room for others. If they are no others than those `known`, there will be a record of the
+    /// next datagram.
+    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Traffic>;
     /// The last totals of a flow that has ended, or must make room.
     fn take(&mut self, flow: &FlowKey) -> Option<Traffic>;
 }
@@ -74,8 +74,8 @@ impl Flows {
         let now = event.uptime;
         let date = now + self.interval;
         if let Some(flow) = self.flows.get_mut(&key) {
-            // Told already, or soon to be told.
-            if event.traffic == flow.event.traffic || flow.due.is_some_and(|due| now < due) {
+            if flow.due.is_some_and(|due| now < due) {
+                // Soon to be told.
                 return;
             }
             flow.event = event.clone();
@@ -126,7 +126,7 @@ impl Flows {
                 continue;
             };
             flow.due = None;
-            match map.totals(&key) {
+            match map.totals(&key, flow.event.traffic) {
                 Some(traffic) if traffic != flow.event.traffic => {
                     flow.event.traffic = traffic;
                     stamp(&mut flow.event);
@@ -173,7 +173,7 @@ impl Flows {
         mut emit: impl FnMut(Event),
     ) {
         for (key, Reported { mut event, .. }) in self.flows.drain() {
-            match map.totals(&key) {
+            match map.totals(&key, event.traffic) {
                 Some(traffic) if traffic != event.traffic => {
                     event.traffic = traffic;
                     stamp(&mut event);
@@ -234,7 +234,7 @@ mod tests {
     struct Map(HashMap<FlowKey, Traffic>);
 
     impl FlowMap for Map {
-        fn totals(&self, flow: &FlowKey) -> Option<Traffic> {
+        fn totals(&self, flow: &FlowKey, _known: Traffic) -> Option<Traffic> {
             self.0.get(flow).copied()
         }
 

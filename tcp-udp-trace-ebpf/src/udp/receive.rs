@@ -10,15 +10,23 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
-use super::{Datagrams, Direction, ETH_P_IP, addresses, count, key_of, local6, used};
+use super::{Datagrams, Direction, ETH_P_IP, addresses, count, key, key_of, local6, used};
 use crate::{
     emit::Context,
-    sock::{Sock, Socket as _, read, read_at},
+    sock::{Copied, IPPROTO_UDP, Sock, Socket as _, read, read_at},
 };
 
-/// Threads that are in a receive, and from which peer.
+/// Threads that receive, and from which peer.
 #[map]
-static RECEIVING: LruHashMap<u64, Peer> = LruHashMap::with_max_entries(4096, 0);
+static RECEIVING: LruHashMap<u64, From> = LruHashMap::with_max_entries(4096, 0);
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct From {
+    peer: Peer,
+    /// Not 0 until the receive has ended. The entry stays: to make one takes ten times as long as to find it.
+    is_receiving: u32,
+}
 
 /// Bit of `sk_shutdown`.
 const RCV_SHUTDOWN: u8 = 1;
@@ -69,38 +77,59 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
 /// The current thread receives from this peer (`user_ip`, `user_port` of the hook).
 #[inline(always)]
 pub(crate) fn receiving(peer: Peer) {
-    let _ = RECEIVING.insert(bpf_get_current_pid_tgid(), peer, u64::from(BPF_ANY));
+    let thread = bpf_get_current_pid_tgid();
+    let from = From {
+        peer,
+        is_receiving: 1,
+    };
+    match RECEIVING.get_ptr_mut(thread) {
+        // SAFETY: a valid pointer into the map, which is preallocated; only this thread has this entry.
+        Some(entry) => unsafe { *entry = from },
+        None => drop(RECEIVING.insert(thread, from, u64::from(BPF_ANY))),
+    }
 }
 
-/// `sock_recv_length(sk, ret, flags)`: a receive of the current thread has ended.
+/// Whether the current thread has been told in this receive from whom; and if ever, where that is.
 #[inline(always)]
-pub(crate) fn received(ctx: Context, sk: Sock, result: i32, flags: i32) {
-    if !sk.is_udp() {
+fn end_of_receive() -> (bool, Option<&'static From>) {
+    let from = RECEIVING.get_ptr_mut(bpf_get_current_pid_tgid());
+    // SAFETY: a valid pointer into the map, which is preallocated; only this thread has this entry.
+    let from = from.and_then(|from| unsafe { from.as_mut() });
+    match from {
+        Some(from) => {
+            let is_receiving = from.is_receiving != 0;
+            from.is_receiving = 0;
+            (is_receiving, Some(from))
+        }
+        None => (false, None),
+    }
+}
+
+/// `sock_recv_length(sk, protocol, ret, flags)`: a receive of the current thread has ended.
+#[inline(always)]
+pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags: i32) {
+    if protocol != IPPROTO_UDP {
         return;
     }
-    let thread = bpf_get_current_pid_tgid();
-    // SAFETY: only this thread writes the entry.
-    let from = unsafe { RECEIVING.get(thread) }.copied();
-    if from.is_some() {
-        let _ = RECEIVING.remove(thread);
-    }
+    let (is_told, from) = end_of_receive();
     // After a shutdown, reading gives 0 without a datagram.
     let shut = result == 0 && sk.get::<u8>(Field::Shutdown) & RCV_SHUTDOWN != 0;
     if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {
         return;
     }
+    let socket = &Copied::new(sk);
     // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
-    let mut datagrams = addresses(sk);
+    let mut datagrams = addresses(socket);
     datagrams.direction = Direction::Received;
     datagrams.bytes = result as u64;
     datagrams.packets = 1;
-    if let Some(from) = from {
-        if from.family != datagrams.peer.family {
-            datagrams.local = local6(sk, from.family);
+    if let Some(From { peer, .. }) = from.filter(|_| is_told) {
+        if peer.family != datagrams.peer.family {
+            datagrams.local = local6(socket, peer.family);
         }
-        datagrams.peer = from;
+        datagrams.peer = *peer;
     }
-    let key = key_of(sk);
+    let key = key(sk, socket.get(Field::Cookie));
     if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
         if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
             tracked.approximate = 1;

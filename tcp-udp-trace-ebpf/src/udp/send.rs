@@ -42,6 +42,13 @@ struct UdpHeader {
     _checksum: u16,
 }
 
+/// A packet's headers, if nothing stands between them.
+#[repr(C)]
+struct Headers<Ip> {
+    ip: Ip,
+    udp: UdpHeader,
+}
+
 /// A packet leaves a socket: past netfilter, so it was not refused, and before it is cut up, so it is one datagram or one batch
 /// of equal ones.
 #[inline(always)]
@@ -51,35 +58,36 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
         let skb = &*ctx.skb.skb;
         (skb.protocol as u16, skb.gso_segs, skb.__bindgen_anon_2.sk)
     };
-    let (source, destination, family, offset) = match protocol {
+    // One load for the headers as they nearly always are.
+    let (source, destination, family, udp) = match protocol {
         ETH_P_IP => {
-            let Ok(ip) = ctx.load::<Ipv4Header>(0) else {
+            let Ok(Headers { ip, mut udp }) = ctx.load::<Headers<Ipv4Header>>(0) else {
                 return;
             };
             if ip.protocol != IPPROTO_UDP {
                 return;
             }
-            let offset = usize::from(ip.version_and_length & 0xf) * 4;
-            (
-                [ip.source, 0, 0, 0],
-                [ip.destination, 0, 0, 0],
-                AF_INET,
-                offset,
-            )
+            let length = usize::from(ip.version_and_length & 0xf) * 4;
+            if length != size_of::<Ipv4Header>() {
+                let Ok(behind) = ctx.load(length) else { return };
+                udp = behind;
+            }
+            let (source, destination) = ([ip.source, 0, 0, 0], [ip.destination, 0, 0, 0]);
+            (source, destination, AF_INET, udp)
         }
         ETH_P_IPV6 => {
-            let Ok(ip) = ctx.load::<Ipv6Header>(0) else {
+            let Ok(Headers { ip, mut udp }) = ctx.load::<Headers<Ipv6Header>>(0) else {
                 return;
             };
-            let Some(offset) = skip_extensions(ctx, ip.next) else {
-                return;
-            };
-            (ip.source, ip.destination, AF_INET6, offset)
+            if ip.next != IPPROTO_UDP {
+                let Some(Ok(behind)) = skip_extensions(ctx, ip.next).map(|at| ctx.load(at)) else {
+                    return;
+                };
+                udp = behind;
+            }
+            (ip.source, ip.destination, AF_INET6, udp)
         }
         _ => return,
-    };
-    let Ok(udp) = ctx.load::<UdpHeader>(offset) else {
-        return;
     };
     if sk.is_null() {
         return;

@@ -200,9 +200,11 @@ impl Kernel {
     }
 
     /// Asks for the totals of a flow.
-    fn ask_flow(&self, flow: &FlowKey, forget: bool) -> Option<Traffic> {
+    fn ask_flow(&self, flow: &FlowKey, known: Traffic, forget: bool) -> Option<Traffic> {
         let mut query = FlowQuery::new_zeroed();
         query.key = *flow;
+        query.known.tx_packets = known.tx_packets;
+        query.known.rx_packets = known.rx_packets;
         query.forget = u64::from(forget);
         let question = query;
         let mut options = TestRunOptions::new();
@@ -306,12 +308,12 @@ pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
 }
 
 impl FlowMap for Kernel {
-    fn totals(&self, flow: &FlowKey) -> Option<Traffic> {
-        self.ask_flow(flow, false)
+    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Traffic> {
+        self.ask_flow(flow, known, false)
     }
 
     fn take(&mut self, flow: &FlowKey) -> Option<Traffic> {
-        self.ask_flow(flow, true)
+        self.ask_flow(flow, Traffic::default(), true)
     }
 }
 
