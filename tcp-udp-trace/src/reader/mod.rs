@@ -43,7 +43,7 @@ use crate::{
 /// How long the reader sleeps when nothing happens. It does not have to wake at all, but for a record that was
 /// being written just while it asked to be woken; so it looks once soon, and then rarely.
 const FIRST_NAP: Duration = Duration::from_millis(50);
-const NAP: Duration = Duration::from_secs(1);
+const NAP: Duration = Duration::from_secs(5);
 
 /// The tasks of a tracer.
 #[derive(Debug)]
