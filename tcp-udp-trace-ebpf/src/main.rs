@@ -95,7 +95,6 @@ fn tcp_state_raw(ctx: RawTracePointContext) -> i32 {
 #[raw_tracepoint(tracepoint = "tcp_destroy_sock")]
 fn tcp_end_raw(ctx: RawTracePointContext) -> i32 {
     tcp::ended(ctx.as_ptr(), Sock::new(ctx.arg(0)));
-    anomaly::tell();
     0
 }
 
@@ -193,7 +192,6 @@ fn udp_release(ctx: SockContext) -> i32 {
     let (protocol, key) = unsafe { ((*ctx.sock).protocol, bpf_get_socket_cookie(ctx.as_ptr())) };
     if protocol == IPPROTO_UDP {
         udp::closed(ctx.as_ptr(), key, ctx.as_ptr());
-        anomaly::tell();
     }
     1
 }
@@ -373,6 +371,7 @@ fn walk_tasks(ctx: *mut c_void) -> i32 {
 #[raw_tracepoint]
 fn ask_arm(_ctx: RawTracePointContext) -> i32 {
     emit::arm();
+    anomaly::tell();
     anomaly::lost_so_far().cast_signed()
 }
 

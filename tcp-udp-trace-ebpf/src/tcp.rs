@@ -70,7 +70,7 @@ pub(crate) fn changed(
                     anomaly::missed();
                 }
                 tracked.state = to;
-                report(ctx, sk, socket, family, tracked, (from, to), true);
+                report(ctx, sk, socket, family, tracked, (from, to));
                 return;
             }
             (syn::UNKNOWN, owner::UNKNOWN)
@@ -80,7 +80,7 @@ pub(crate) fn changed(
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if begins && track::remember(sk, &tracked) || program == Program::First {
-        report(ctx, sk, socket, family, &mut tracked, (from, to), false);
+        report(ctx, sk, socket, family, &mut tracked, (from, to));
     }
 }
 
@@ -142,8 +142,7 @@ fn owner_of_listener(child: Sock) -> Owner {
     owner::UNKNOWN
 }
 
-/// Reports a change of state. That of a socket that `may_be_late` is written into another place if it finds no room; which is twice the work for
-/// the verifier, so it is not for what is rare.
+/// Reports a change of state.
 #[inline(always)]
 fn report(
     ctx: Context,
@@ -152,14 +151,13 @@ fn report(
     family: u16,
     tracked: &mut Tracked,
     (from, to): (u8, u8),
-    may_be_late: bool,
 ) {
     let states = no_state(from & 0xf) | no_state(to & 0xf);
     if !filter::wants_tcp(kind::STATE_CHANGE, states, sk, tracked) {
         return;
     }
     let is_vital = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
-    let weight = if to == CLOSE && may_be_late {
+    let weight = if to == CLOSE {
         Weight::Last
     } else if is_vital(from) || is_vital(to) {
         Weight::Vital
@@ -197,7 +195,7 @@ pub(crate) fn ended(ctx: Context, sk: Sock) {
             // Its close escaped both programs.
             anomaly::missed();
             let state = tracked.state;
-            report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE), false);
+            report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
         }
         track::end(sk);
     }

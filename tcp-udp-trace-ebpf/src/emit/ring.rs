@@ -4,7 +4,7 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     macros::map,
-    maps::{RingBuf, ring_buf::RingBufEntry},
+    maps::RingBuf,
 };
 
 use super::{Context, Record, Weight, head, is_armed};
@@ -40,29 +40,24 @@ pub(crate) fn record<R: Record>(
         anomaly::lost(kind);
         return false;
     }
-    if let Some(entry) = EVENTS.reserve(0) {
-        write(entry, kind, fill, wake(before, after));
-        return true;
-    }
-    if weight == Weight::Last {
-        if let Some(entry) = LATE.reserve(0) {
-            // The reader has been woken long ago.
-            write(entry, kind, fill, u64::from(BPF_RB_NO_WAKEUP));
-            return true;
-        }
-    }
-    anomaly::lost(kind);
-    false
-}
-
-#[inline(always)]
-fn write<R: Record>(mut entry: RingBufEntry<R>, kind: u32, fill: impl Fn(&mut R), wake: u64) {
+    let (entry, wake) = match EVENTS.reserve::<R>(0) {
+        Some(entry) => (Some(entry), wake(before, after)),
+        // The reader has been woken long ago.
+        None if weight == Weight::Last => (LATE.reserve(0), u64::from(BPF_RB_NO_WAKEUP)),
+        None => (None, 0),
+    };
+    // What is written is written in one place, whichever ring it goes to: half the work for the verifier.
+    let Some(mut entry) = entry else {
+        anomaly::lost(kind);
+        return false;
+    };
     // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes
     // only, and all of it is written before it is read or submitted.
     let record = unsafe { entry.assume_init_mut() };
     *record.head() = head(kind);
     fill(record);
     entry.submit(wake);
+    true
 }
 
 /// How to submit a record that fills the ring from `before` to `after`: it wakes the reader if that asked for it, or if the ring fills up.

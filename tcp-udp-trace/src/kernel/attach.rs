@@ -196,9 +196,13 @@ fn load(
 
 /// Loads what will probably be attached, on every CPU at once: most of a start is the kernel's verifier at work. What fails here is tried again when it
 /// is its turn, and then it is told why.
-pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], ids: &Ids) {
-    let ids = btf_ids::for_aya(ids).ok();
-    let ids = ids.as_ref();
+pub(super) fn load_ahead(
+    ebpf: &mut Ebpf,
+    plan: &[&Signal],
+    walks: &[Walk],
+    questions: &[&str],
+    ids: &Ids,
+) {
     let mut programs: HashMap<_, _> = ebpf.programs_mut().collect();
     let has_kprobes = fs::exists(KPROBES).unwrap_or(false);
     let is_likely = |choice: &&Choice| match choice.hooks[0].1 {
@@ -211,23 +215,33 @@ pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], ids:
     let hooks = slots
         .filter_map(|slot| slot.iter().find(is_likely))
         .flat_map(|choice| choice.hooks);
+    let hooks = hooks.filter_map(|(name, point)| Some((*point, programs.remove(name)?)));
+    let (with_ids, others): (Vec<_>, Vec<_>) =
+        hooks.partition(|(point, _)| point.target().is_some());
+    let mut take = |name: &&str| programs.remove(*name);
+    let questions: Vec<_> = questions.iter().filter_map(&mut take).collect();
     let walks: Vec<_> = walks
         .iter()
-        .filter_map(|walk| Some((walk, programs.remove(walk.program)?)))
+        .filter_map(|walk| Some((walk, take(&walk.program)?)))
         .collect();
-    let load_walks = || {
-        if let Some(ids) = ids {
-            for (walk, program) in walks {
-                let _ = walk.load(program, ids);
-            }
+    // To make the ids takes as long as to load a program, so it is one of the jobs.
+    let load_with_ids = || {
+        let Ok(ids) = btf_ids::for_aya(ids) else {
+            return;
+        };
+        for (point, program) in with_ids {
+            let _ = load(program, point, Some(&ids));
+        }
+        for (walk, program) in walks {
+            let _ = walk.load(program, &ids);
         }
     };
-    // The longest first.
-    let mut jobs: Vec<Box<dyn FnOnce() + Send>> = vec![Box::new(load_walks)];
-    for (name, point) in hooks {
-        if let Some(program) = programs.remove(name) {
-            jobs.push(Box::new(move || drop(load(program, *point, ids))));
-        }
+    let mut jobs: Vec<Box<dyn FnOnce() + Send>> = vec![Box::new(load_with_ids)];
+    for (point, program) in others {
+        jobs.push(Box::new(move || drop(load(program, point, None))));
+    }
+    for program in questions {
+        jobs.push(Box::new(move || drop(load_question(program))));
     }
     let threads = jobs
         .len()
@@ -246,6 +260,18 @@ pub(super) fn load_ahead(ebpf: &mut Ebpf, plan: &[&Signal], walks: &[Walk], ids:
         }
         work();
     });
+}
+
+/// Loads a program that is attached nowhere, but run by us.
+pub(super) fn load_question(program: &mut Program) -> Result<(), ProgramError> {
+    if program.fd().is_ok() {
+        return Ok(());
+    }
+    match program {
+        Program::RawTracePoint(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
 }
 
 /// What the kernel has if it has kprobes; aya asks the same.

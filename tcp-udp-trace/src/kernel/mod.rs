@@ -107,6 +107,10 @@ impl Kernel {
             )
             .with_source(source)
         })?;
+        let questions: &[_] = match config.protocol {
+            Protocol::Tcp => &[ASK_ARM, ASK_FILTER],
+            Protocol::Udp => &[ASK_ARM, ASK_FILTER, ASK_FLOW],
+        };
         // Every map of the object is made; those of the other protocol as small as can be.
         let (tcp_sockets, udp_sockets, flows) = match config.protocol {
             Protocol::Tcp => (config.max_sockets, 1, 1),
@@ -124,7 +128,7 @@ impl Kernel {
         };
         let mut loader = loader();
         if buffer == Buffer::Ring {
-            loader.map_max_entries("LATE", (ring_bytes / 2).max(MIN_RING_BYTES));
+            loader.map_max_entries("LATE", (ring_bytes / 4).max(MIN_RING_BYTES));
         }
         let mut ebpf = loader
             .override_global("OFFSETS", &offsets[..], true)
@@ -143,14 +147,17 @@ impl Kernel {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
         })?;
         // Not while the maps are made: who runs out of memory meanwhile is killed, where the maker of a map gets an error.
-        attach::load_ahead(&mut ebpf, &plan, &walks, &ids);
+        attach::load_ahead(&mut ebpf, &plan, &walks, questions, &ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
-        load_questions(&mut ebpf, config.protocol).map_err(|source| {
-            refusal::of_program(&source, "a program that the reader asks", config.protocol)
-                .with_source(source)
-        })?;
+        for name in questions {
+            let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
+            program.and_then(attach::load_question).map_err(|source| {
+                refusal::of_program(&source, "a program that the reader asks", config.protocol)
+                    .with_source(source)
+            })?;
+        }
         // Before the first event.
         let mut filters = Filters::default();
         filters.install(&mut ebpf, &config.filter.compile()?, config.protocol)?;
@@ -336,19 +343,6 @@ fn loader<'a>() -> EbpfLoader<'a> {
     let thread = thread::Builder::new().spawn(without_btf);
     let made = thread.ok().and_then(|thread| thread.join().ok());
     made.unwrap_or_default()
-}
-
-/// Loads the programs that are run by us.
-fn load_questions(ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), ProgramError> {
-    for name in [ASK_ARM, ASK_FILTER] {
-        let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
-        <&mut RawTracePoint>::try_from(program)?.load()?;
-    }
-    if protocol == Protocol::Udp {
-        let program = ebpf.program_mut(ASK_FLOW).ok_or(ProgramError::NotLoaded)?;
-        <&mut SchedClassifier>::try_from(program)?.load()?;
-    }
-    Ok(())
 }
 
 fn take_map<M>(
