@@ -79,6 +79,9 @@ mod json;
 #[cfg(target_os = "linux")]
 mod kernel;
 mod kind;
+#[cfg(all(micro_bench, target_os = "linux"))]
+#[doc(hidden)]
+pub mod micro;
 mod process;
 mod progress;
 mod queue;

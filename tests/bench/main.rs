@@ -124,6 +124,9 @@ fn bench(options: &Options) -> anyhow::Result<()> {
     if is_wanted("drain") {
         rest::drain(options)?;
     }
+    if is_wanted("latency") {
+        rest::latency(options)?;
+    }
     if is_wanted("idle") {
         rest::idle(options)?;
     }

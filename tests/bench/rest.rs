@@ -1,13 +1,18 @@
 //! What is not a rate: how fast a consumer drains what has gathered, and what a tracer does on an idle machine.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     thread,
     time::Duration,
 };
 
+use futures_util::StreamExt as _;
 use integration_tests::actor::{Actor, Command};
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::Signal,
+    time::{ClockId, clock_gettime},
+};
+use tcp_udp_trace::{DEFAULT_LATENCY, EventKind, TcpTracer};
 
 use crate::{
     Options, child,
@@ -48,16 +53,84 @@ pub(crate) fn drain(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Many sockets, and nothing happens.
+/// How long it takes until the consumer has an event, where few come.
+pub(crate) fn latency(options: &Options) -> anyhow::Result<()> {
+    let connections = if options.quick { 20 } else { 200 };
+    println!("\n### Latency, 40 connections a second\n");
+    println!("| `latency` | median, ms | 99 of 100, ms | longest, ms |\n|---|---|---|---|");
+    for gather in [DEFAULT_LATENCY, Duration::ZERO] {
+        let mut late = late(gather, connections)?;
+        late.sort_unstable();
+        let at = |percent: usize| late[(late.len() - 1) * percent / 100].as_secs_f64() * 1e3;
+        let name = if gather == DEFAULT_LATENCY {
+            "default"
+        } else {
+            "none"
+        };
+        println!(
+            "| {} ms ({name}) | {:.2} | {:.2} | {:.2} |",
+            gather.as_millis(),
+            at(50),
+            at(99),
+            at(100),
+        );
+    }
+    Ok(())
+}
+
+/// For each state change of so many connections, how late the consumer has it.
+fn late(gather: Duration, connections: u32) -> anyhow::Result<Vec<Duration>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let builder = TcpTracer::builder().sample_interval(None).latency(gather);
+        let mut tracer = builder.start().await?;
+        let handle = tracer.handle();
+        let traffic = thread::spawn(move || -> anyhow::Result<()> {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+            for _ in 0..connections {
+                let client = TcpStream::connect(listener.local_addr()?)?;
+                drop((listener.accept()?, client));
+                // It is the rate that is wanted here.
+                thread::sleep(Duration::from_millis(25));
+            }
+            handle.stop();
+            Ok(())
+        });
+        let mut late = Vec::new();
+        while let Some(event) = tracer.next().await {
+            let now = Duration::from(clock_gettime(ClockId::CLOCK_BOOTTIME)?);
+            if matches!(event.kind, EventKind::StateChange { .. }) {
+                late.push(now.saturating_sub(event.uptime));
+            }
+        }
+        traffic.join().unwrap()?;
+        Ok(late)
+    })
+}
+
+/// Nothing happens, without sockets and with many.
 pub(crate) fn idle(options: &Options) -> anyhow::Result<()> {
-    const HOLDERS: u32 = 8;
+    // Two rounds of samples.
+    let time = Duration::from_secs(if options.quick { 1 } else { 13 });
+    println!("\n### Idle, with hardly a socket\n");
+    idle_tracers(options, time)?;
     let (tcp, udp) = if options.quick {
         (8_000, 2_000)
     } else {
         (80_000, 20_000)
     };
-    // Two rounds of samples.
-    let time = Duration::from_secs(if options.quick { 1 } else { 13 });
+    let holders = hold(tcp, udp)?;
+    println!("\n### Idle, with {tcp} TCP and {udp} UDP sockets\n");
+    idle_tracers(options, time)?;
+    drop(holders);
+    Ok(())
+}
+
+/// Processes that have so many sockets open.
+fn hold(tcp: u32, udp: u32) -> anyhow::Result<Vec<Actor>> {
+    const HOLDERS: u32 = 8;
     let mut holders = Vec::new();
     for index in 0..HOLDERS {
         let mut holder = Actor::spawn("holder")?;
@@ -72,7 +145,10 @@ pub(crate) fn idle(options: &Options) -> anyhow::Result<()> {
     for holder in &mut holders {
         holder.finish()?;
     }
-    println!("\n### Idle, with {tcp} TCP and {udp} UDP sockets\n");
+    Ok(holders)
+}
+
+fn idle_tracers(options: &Options, time: Duration) -> anyhow::Result<()> {
     println!("| tracer | wake-ups a second | CPU, ms a second | peak RSS, MB |\n|---|---|---|---|");
     for workload in workload::all(options.quick) {
         // One of each protocol.

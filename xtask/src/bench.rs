@@ -1,10 +1,10 @@
 //! `cargo xtask bench`: what tracing costs, beside other tools and beside the least that it could cost.
 
-use std::{path::PathBuf, process::Command};
+use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{deps, ebpf, process, workspace};
+use crate::{deps, ebpf, process, test, vm, workspace};
 
 /// Measure what tracing costs: no tracer, ours, other tools if they are installed, and the floor. Prints tables in Markdown.
 #[derive(clap::Args)]
@@ -21,9 +21,23 @@ pub(crate) struct Args {
     /// Draw the rates that were kept.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+    /// On these kernels in emulated VMs, one after the other: `6.12,7.2`, or `all`. Little traffic; only the ratios tell something.
+    #[arg(
+        long,
+        value_name = "KERNELS",
+        value_delimiter = ',',
+        conflicts_with = "plot"
+    )]
+    vm: Vec<String>,
+    /// The micro-benchmarks of decoding and of the queue.
+    #[arg(long, conflicts_with_all = ["vm", "plot", "quick", "rounds"])]
+    micro: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.micro {
+        return micro(args.only.as_deref());
+    }
     deps::ensure(&deps::TESTS)?;
     let floor = ebpf::floor();
     process::run(
@@ -32,24 +46,57 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             .args(["build", "--release", "--package", "integration-tests"])
             .args(["--bin", "bench"]),
     )?;
-    let mut bench = process::as_root(workspace::target_dir().join("release/bench"));
-    match floor {
-        Ok(object) => {
-            bench.arg("--floor").arg(object);
-        }
-        Err(error) => eprintln!("without the floor: {error:#}"),
-    }
-    if args.quick {
-        bench.arg("--quick");
+    let program = workspace::target_dir().join("release/bench");
+    let mut options: Vec<OsString> = Vec::new();
+    if args.quick || !args.vm.is_empty() {
+        options.push("--quick".into());
     }
     if let Some(rounds) = args.rounds {
-        bench.args(["--rounds", &rounds.to_string()]);
+        options.extend(["--rounds".into(), rounds.to_string().into()]);
     }
     if let Some(only) = &args.only {
-        bench.args(["--only", only]);
+        options.extend(["--only".into(), only.into()]);
     }
     if let Some(plot) = &args.plot {
-        bench.arg("--plot").arg(plot);
+        options.extend(["--plot".into(), plot.into()]);
     }
-    process::run(&mut bench)
+    if let Err(error) = &floor {
+        eprintln!("without the floor: {error:#}");
+    }
+    if args.vm.is_empty() {
+        if let Ok(object) = floor {
+            options.extend(["--floor".into(), object.into()]);
+        }
+        return process::run(process::as_root(program).args(options));
+    }
+    let mut files = Vec::new();
+    if let Ok(object) = &floor {
+        files.push((object.as_path(), FLOOR_IN_GUEST));
+        options.extend(["--floor".into(), FLOOR_IN_GUEST.into()]);
+    }
+    let job = vm::Job {
+        program: &program,
+        args: &options,
+        files: &files,
+    };
+    let kernels = test::kernels(&args.vm, false)?;
+    if !test::report::print(&vm::run(&kernels, &job, NonZeroUsize::MIN)) {
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+const FLOOR_IN_GUEST: &str = "/tests/floor.o";
+
+/// They see what is private of the library, which is made visible for them only, as it is for the fuzzers.
+fn micro(only: Option<&str>) -> Result<()> {
+    process::run(
+        Command::new(workspace::cargo())
+            .current_dir(workspace::root())
+            .env("RUSTFLAGS", "--cfg micro_bench")
+            .args(["bench", "--package", "tcp-udp-trace", "--bench", "micro"])
+            .arg("--target-dir")
+            .arg(workspace::target_dir().join("micro"))
+            .args(only),
+    )
 }

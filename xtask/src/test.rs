@@ -78,12 +78,17 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
     }
     // After the local run, not beside it: the tests measure time.
     let jobs = args.jobs.unwrap_or_else(vm::default_jobs);
-    rows.extend(vm::run(kernels, &program, &program_args, jobs));
+    let job = vm::Job {
+        program: &program,
+        args: &program_args,
+        files: &[],
+    };
+    rows.extend(vm::run(kernels, &job, jobs));
     Ok(rows)
 }
 
 /// The kernels that `names` select from the table.
-fn kernels(names: &[String], everything: bool) -> Result<Vec<&'static Kernel>> {
+pub(crate) fn kernels(names: &[String], everything: bool) -> Result<Vec<&'static Kernel>> {
     if everything || names.iter().any(|name| name == "all") {
         return Ok(KERNELS.iter().collect());
     }

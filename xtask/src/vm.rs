@@ -44,15 +44,18 @@ pub(crate) fn fetch(kernels: &[&Kernel]) -> Result<()> {
     Ok(())
 }
 
-/// Runs `program` with `args` on each of `kernels`, `jobs` guests at a time, and returns one row for each.
+/// What runs in a guest.
+pub(crate) struct Job<'a> {
+    pub(crate) program: &'a Path,
+    pub(crate) args: &'a [OsString],
+    /// Files that the program needs, and where.
+    pub(crate) files: &'a [(&'a Path, &'a str)],
+}
+
+/// Runs a job on each of `kernels`, `jobs` guests at a time, and returns one row for each.
 ///
 /// What keeps a kernel from being tried (no QEMU, no mirror) becomes a row that says so; the others still run.
-pub(crate) fn run(
-    kernels: &[&'static Kernel],
-    program: &Path,
-    args: &[OsString],
-    jobs: NonZeroUsize,
-) -> Vec<Row> {
+pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize) -> Vec<Row> {
     if let Err(error) = deps::ensure(&deps::VM) {
         let not_run =
             |kernel: &&Kernel| Row::new(kernel.name, Outcome::NotRun(format!("{error:#}")));
@@ -70,7 +73,7 @@ pub(crate) fn run(
                         .unwrap_or_else(PoisonError::into_inner)
                         .pop_front();
                     let Some((index, kernel)) = next else { break };
-                    let row = run_one(kernel, program, args);
+                    let row = run_one(kernel, job);
                     rows.lock()
                         .unwrap_or_else(PoisonError::into_inner)
                         .push((index, row));
@@ -83,14 +86,14 @@ pub(crate) fn run(
     rows.into_iter().map(|(_, row)| row).collect()
 }
 
-fn run_one(kernel: &'static Kernel, program: &Path, args: &[OsString]) -> Row {
+fn run_one(kernel: &'static Kernel, job: &Job<'_>) -> Row {
     let installed = match kernel.cached_or_fetch() {
         Ok(installed) => installed,
         Err(error) => return Row::new(kernel.name, Outcome::NotRun(format!("{error:#}"))),
     };
     let name = format!("{} ({})", kernel.name, installed.release);
     let started = Instant::now();
-    let mut row = boot_with_retry(kernel, &installed, program, args)
+    let mut row = boot_with_retry(kernel, &installed, job)
         .unwrap_or_else(|error| Row::new("", Outcome::Broken(format!("{error:#}"))));
     row.name = name;
     row.elapsed = started.elapsed();
@@ -102,22 +105,17 @@ const BOOTS: usize = 3;
 
 /// Boots the guest; again if the guest itself crashed, which emulation makes it do now and then, for the tests that had not ended. The note
 /// tells of that, since our programs could be the cause as well.
-fn boot_with_retry(
-    kernel: &Kernel,
-    installed: &kernel::Installed,
-    program: &Path,
-    args: &[OsString],
-) -> Result<Row> {
+fn boot_with_retry(kernel: &Kernel, installed: &kernel::Installed, job: &Job<'_>) -> Result<Row> {
     let logs = workspace::cache_dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let initrd = logs.join(format!("{}.initramfs", kernel.name));
     let log = logs.join(format!("{}.log", kernel.name));
     // What a filter selects is little, and may be run again.
-    let resumes = args.is_empty();
-    let mut args = args.to_vec();
+    let resumes = job.args.is_empty();
+    let mut args = job.args.to_vec();
     let (mut crashes, mut counts) = (Vec::new(), Counts::default());
     loop {
-        fs::write(&initrd, initramfs::build(installed, program, &args)?)
+        fs::write(&initrd, initramfs::build(installed, job, &args)?)
             .with_context(|| format!("cannot write {}", initrd.display()))?;
         let ended = guest::boot(kernel.name, &installed.vmlinuz, &initrd, &log)?;
         // The image is as large as the test program; the log is what one wants afterwards.

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{cpio::Archive, kernel::Installed, modules};
+use super::{Job, cpio::Archive, kernel::Installed, modules};
 use crate::{process, workspace};
 
 const INIT: &str = include_str!("init.sh");
@@ -31,8 +31,8 @@ const FOLDERS: &[&str] = &[
     "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", "/bin", "/sbin",
 ];
 
-/// Builds an image that runs `program` with `args` and ends. Not compressed: the guest would be slow to unpack it.
-pub(super) fn build(kernel: &Installed, program: &Path, args: &[OsString]) -> Result<Vec<u8>> {
+/// Builds an image that runs the job's program with `args` and ends. Not compressed: the guest would be slow to unpack it.
+pub(super) fn build(kernel: &Installed, job: &Job<'_>, args: &[OsString]) -> Result<Vec<u8>> {
     let mut files = BTreeMap::new();
     files.insert("/init".to_owned(), INIT.as_bytes().to_vec());
     files.insert(
@@ -44,7 +44,10 @@ pub(super) fn build(kernel: &Installed, program: &Path, args: &[OsString]) -> Re
         b"127.0.0.1 localhost\n::1 localhost\n".to_vec(),
     );
     files.insert("/tests/run".to_owned(), run_script(args).into_bytes());
-    add_program(&mut files, program, "/tests/integration")?;
+    add_program(&mut files, job.program, "/tests/integration")?;
+    for (path, destination) in job.files {
+        files.insert((*destination).to_owned(), read(path)?);
+    }
     for (name, destination) in PROGRAMS {
         let path = workspace::find_program(name)
             .with_context(|| format!("`{name}` is missing: run `cargo xtask setup`"))?;

@@ -1,0 +1,60 @@
+//! What one event costs between the ring and the consumer. Run by `cargo xtask bench --micro`, which makes the library show what it needs.
+
+#[cfg(not(micro_bench))]
+fn main() {}
+
+#[cfg(micro_bench)]
+fn main() {
+    divan::main();
+}
+
+#[cfg(micro_bench)]
+mod micro {
+    use divan::{Bencher, black_box, counter::ItemsCount};
+    use tcp_udp_trace::{Event, micro};
+
+    #[divan::bench]
+    fn decode_state_change(bencher: Bencher<'_, '_>) {
+        decode(bencher, &micro::state_change());
+    }
+
+    #[divan::bench]
+    fn decode_accept(bencher: Bencher<'_, '_>) {
+        decode(bencher, &micro::accept());
+    }
+
+    #[divan::bench]
+    fn decode_send(bencher: Bencher<'_, '_>) {
+        decode(bencher, &micro::send());
+    }
+
+    fn decode(bencher: Bencher<'_, '_>, record: &[u8]) {
+        bencher
+            .counter(ItemsCount::new(1_usize))
+            .bench_local(|| micro::event(black_box(record)));
+    }
+
+    /// Through a queue that has room for all of it.
+    #[divan::bench(args = [1, 64, 1024])]
+    fn queue(bencher: Bencher<'_, '_>, batch: usize) {
+        pass(bencher, batch, batch);
+    }
+
+    /// Half of it is shed.
+    #[divan::bench(args = [64, 1024])]
+    fn queue_that_sheds(bencher: Bencher<'_, '_>, batch: usize) {
+        pass(bencher, batch, batch / 2);
+    }
+
+    fn pass(bencher: Bencher<'_, '_>, batch: usize, capacity: usize) {
+        let event = micro::event(&micro::state_change());
+        let between = micro::Between::new(capacity);
+        bencher
+            .counter(ItemsCount::new(batch))
+            .with_inputs(|| vec![event.clone(); batch])
+            .bench_local_refs(|events: &mut Vec<Event>| {
+                between.push(events);
+                between.take_all(|event| drop(black_box(event)));
+            });
+    }
+}
