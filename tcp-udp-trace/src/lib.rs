@@ -79,7 +79,7 @@ mod json;
 #[cfg(target_os = "linux")]
 mod kernel;
 mod kind;
-#[cfg(all(micro_bench, target_os = "linux"))]
+#[cfg(all(any(test, micro_bench), target_os = "linux"))]
 #[doc(hidden)]
 pub mod micro;
 mod process;

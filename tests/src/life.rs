@@ -475,11 +475,11 @@ impl Life {
 /// Time, age and counters never go back, and belong together.
 fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
     let first = &events[0];
-    let EventKind::StateChange { from, .. } = first.kind else {
+    let EventKind::StateChange { from, to, .. } = first.kind else {
         bail!("a life begins with a state, not with {first}")
     };
     // It has begun to be seen at some time before.
-    let age_at_first = if matches!(from, Close | Listen) {
+    let age_at_first = if matches!((from, to), (Close, _) | (Listen, SynRecv)) {
         Duration::ZERO
     } else {
         first.socket.age
