@@ -40,6 +40,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     deps::ensure(&deps::TESTS)?;
     let floor = ebpf::floor();
+    let floor = floor.inspect_err(|error| eprintln!("without the floor: {error:#}"));
+    let floor = floor.ok();
     process::run(
         Command::new(workspace::cargo())
             .current_dir(workspace::root())
@@ -60,18 +62,17 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if let Some(plot) = &args.plot {
         options.extend(["--plot".into(), plot.into()]);
     }
-    if let Err(error) = &floor {
-        eprintln!("without the floor: {error:#}");
-    }
     if args.vm.is_empty() {
-        if let Ok(object) = floor {
+        if let Some(object) = floor {
             options.extend(["--floor".into(), object.into()]);
         }
         return process::run(process::as_root(program).args(options));
     }
-    let mut files = Vec::new();
-    if let Ok(object) = &floor {
-        files.push((object.as_path(), FLOOR_IN_GUEST));
+    let files: Vec<_> = floor
+        .iter()
+        .map(|path| (path.as_path(), FLOOR_IN_GUEST))
+        .collect();
+    if floor.is_some() {
         options.extend(["--floor".into(), FLOOR_IN_GUEST.into()]);
     }
     let job = vm::Job {
