@@ -56,15 +56,15 @@ impl fmt::Debug for Comm {
 #[error(
     "not a process name: at most 15 bytes, none of them NUL, a backslash only as part of \\xNN"
 )]
-pub struct ParseCommError;
+pub struct ParseCommError(());
 
 impl FromStr for Comm {
     type Err = ParseCommError;
 
     fn from_str(s: &str) -> Result<Self, ParseCommError> {
-        let name = unescape(s).ok_or(ParseCommError)?;
+        let name = unescape(s).ok_or(ParseCommError(()))?;
         if name.len() >= Self::LEN || name.contains(&0) {
-            return Err(ParseCommError);
+            return Err(ParseCommError(()));
         }
         Ok(Self::from_bytes(&name))
     }
@@ -100,13 +100,13 @@ mod tests {
     #[test]
     fn keeps_at_most_fifteen_bytes() {
         assert_eq!(Comm::from_bytes(&[b'x'; 40]).as_bytes(), [b'x'; 15]);
-        assert_eq!("x".repeat(16).parse::<Comm>(), Err(ParseCommError));
+        assert_eq!("x".repeat(16).parse::<Comm>(), Err(ParseCommError(())));
     }
 
     #[test]
     fn rejects_what_display_never_writes() {
         for text in [r"\", r"\x", r"\x1", r"\xgg", r"\x00", r"\n"] {
-            assert_eq!(text.parse::<Comm>(), Err(ParseCommError), "{text}");
+            assert_eq!(text.parse::<Comm>(), Err(ParseCommError(())), "{text}");
         }
     }
 }

@@ -154,7 +154,7 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         kind,
         process: process(&record.owner, clock)?,
         socket,
-        traffic: record.traffic.into(),
+        traffic: traffic(record.traffic),
     };
     Ok(Decoded {
         event,
@@ -167,20 +167,19 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
     })
 }
 
-impl From<tcp_udp_trace_common::Traffic> for Traffic {
-    fn from(traffic: tcp_udp_trace_common::Traffic) -> Self {
-        let tcp_udp_trace_common::Traffic {
-            tx_bytes,
-            rx_bytes,
-            tx_packets,
-            rx_packets,
-        } = traffic;
-        Self {
-            tx_bytes,
-            rx_bytes,
-            tx_packets,
-            rx_packets,
-        }
+/// The totals of a record.
+pub(crate) fn traffic(totals: tcp_udp_trace_common::Traffic) -> Traffic {
+    let tcp_udp_trace_common::Traffic {
+        tx_bytes,
+        rx_bytes,
+        tx_packets,
+        rx_packets,
+    } = totals;
+    Traffic {
+        tx_bytes,
+        rx_bytes,
+        tx_packets,
+        rx_packets,
     }
 }
 

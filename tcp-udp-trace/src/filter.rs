@@ -61,6 +61,7 @@ pub struct Filter {
 
 /// A family of addresses. An IPv4-mapped IPv6 address is the IPv4 address that it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Family {
     /// IPv4.
     Ipv4,

@@ -192,7 +192,9 @@ impl FromStr for Kind {
 
     fn from_str(name: &str) -> Result<Self, UnknownKind> {
         let mut kinds = Self::ALL.iter().copied();
-        kinds.find(|kind| kind.name() == name).ok_or(UnknownKind)
+        kinds
+            .find(|kind| kind.name() == name)
+            .ok_or(UnknownKind(()))
     }
 }
 
@@ -201,7 +203,7 @@ impl FromStr for Kind {
 #[error(
     "not a kind of event: state_change, accept, retransmit, reset, connect, flow, send, receive, close or sample"
 )]
-pub struct UnknownKind;
+pub struct UnknownKind(());
 
 /// A number for each kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -233,6 +235,6 @@ mod tests {
         for kind in Kind::ALL {
             assert_eq!(kind.name().parse(), Ok(*kind));
         }
-        assert_eq!("lost".parse::<Kind>(), Err(UnknownKind));
+        assert_eq!("lost".parse::<Kind>(), Err(UnknownKind(())));
     }
 }

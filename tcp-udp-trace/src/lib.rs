@@ -50,6 +50,11 @@
 //!
 //! - `serde`: `Serialize` and `Deserialize` for [`Event`], [`Stats`] and what is in them.
 #![forbid(unsafe_code)]
+#![warn(
+    clippy::exhaustive_enums,
+    clippy::exhaustive_structs,
+    clippy::must_use_candidate
+)]
 #![cfg_attr(
     not(target_os = "linux"),
     allow(dead_code, reason = "there, nothing can be started")

@@ -5,6 +5,7 @@
     reason = "a command-line program talks to whoever runs it"
 )]
 
+mod api;
 mod bench;
 mod deps;
 mod ebpf;
@@ -25,6 +26,7 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Verb {
+    Api(api::Args),
     Ebpf(ebpf::Args),
     Fuzz(fuzz::Args),
     /// Check formatting, lints, documentation and the project's own rules.
@@ -39,6 +41,7 @@ enum Verb {
 
 fn main() -> ExitCode {
     let result = match Verb::parse() {
+        Verb::Api(args) => api::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Lint => lint::run(),

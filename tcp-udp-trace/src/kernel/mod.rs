@@ -41,6 +41,7 @@ use self::filter::{ASK_FILTER, Filters};
 use crate::{
     Buffer, Error, ErrorKind, Hook, Process, Protocol, Traffic,
     builder::Config,
+    decode,
     filter::{Compiled, Standing},
     flows::FlowMap,
 };
@@ -219,7 +220,7 @@ impl Kernel {
         options.data_out = Some(query.as_mut_bytes());
         let program: &SchedClassifier = self.ebpf.program(ASK_FLOW)?.try_into().ok()?;
         let answer = program.test_run(options).ok()?;
-        (answer.return_value == 1).then(|| query.traffic.into())
+        (answer.return_value == 1).then(|| decode::traffic(query.traffic))
     }
 
     /// What the programs have counted.
