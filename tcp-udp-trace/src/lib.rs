@@ -50,6 +50,7 @@
 //!
 //! - `serde`: `Serialize` and `Deserialize` for [`Event`], [`Stats`] and what is in them.
 #![forbid(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(
     clippy::exhaustive_enums,
     clippy::exhaustive_structs,

@@ -5,7 +5,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::{process, workspace};
 
@@ -95,6 +95,17 @@ pub(crate) const FUZZ: Group = Group {
     }],
 };
 
+/// The spell checker comes as a Python package, which takes a second, where compiling it takes minutes.
+const SPELLING: Group = Group {
+    purpose: "installing the spell checker",
+    packages: &[Package {
+        name: "python3-pip",
+        probe: Probe::Program("pip"),
+    }],
+};
+
+const TYPOS_VERSION: &str = "1.52.0";
+
 /// The version that goes with the pinned compiler: both on LLVM 22.
 const BPF_LINKER_VERSION: &str = "0.13.0";
 
@@ -179,6 +190,33 @@ pub(crate) fn ensure_cargo_fuzz() -> Result<()> {
     }
     let mut command = Command::new(workspace::cargo());
     process::run(command.args(["install", "--locked", "cargo-fuzz"]))
+}
+
+/// The spell checker: the user's, or one that is installed where git does not look.
+pub(crate) fn typos() -> Result<PathBuf> {
+    let folder = workspace::cache_dir().join("pip");
+    let ours = folder.join("bin/typos");
+    if ours.is_file() {
+        return Ok(ours);
+    }
+    if let Some(program) = workspace::find_program("typos") {
+        return Ok(program);
+    }
+    ensure(&SPELLING)
+        .context("or install the spell checker by yourself: `cargo install typos-cli`")?;
+    let mut command = Command::new("pip");
+    command
+        .args([
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--root-user-action=ignore",
+            "--target",
+        ])
+        .arg(folder)
+        .arg(format!("typos=={TYPOS_VERSION}"));
+    process::run(&mut command)?;
+    Ok(ours)
 }
 
 fn is_debian_like() -> bool {

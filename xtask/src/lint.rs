@@ -1,12 +1,13 @@
 //! `cargo xtask lint`: formatting, clippy, documentation, and rules that no tool knows.
 
+mod links;
 mod off_linux;
 
 use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::{process, workspace};
+use crate::{deps, process, workspace};
 
 const EBPF: &str = "tcp-udp-trace-ebpf";
 const LIBRARY: &str = "tcp-udp-trace";
@@ -28,6 +29,8 @@ const FORBIDDEN: &[(&str, &str)] = &[
 
 pub(crate) fn run() -> Result<()> {
     forbidden_files()?;
+    links::check()?;
+    spelling()?;
     cargo(&["fmt", "--all", "--check"])?;
     cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"])?;
     clippy(&[
@@ -49,6 +52,16 @@ pub(crate) fn run() -> Result<()> {
     }
     off_linux::check()?;
     document()
+}
+
+/// Among what git tracks; `typos.toml` has the exceptions.
+fn spelling() -> Result<()> {
+    let typos = deps::typos()?;
+    process::run(
+        Command::new(typos)
+            .current_dir(workspace::root())
+            .args(["--format", "brief"]),
+    )
 }
 
 fn clippy(args: &[&str]) -> Result<()> {
@@ -73,8 +86,9 @@ fn ebpf_clippy(features: &[&str]) -> Result<()> {
     process::run(&mut command)
 }
 
+/// All of it; and the library once more as docs.rs builds it.
 fn document() -> Result<()> {
-    let mut command = cargo_command(&[
+    let mut all = cargo_command(&[
         "doc",
         "--no-deps",
         "--workspace",
@@ -82,7 +96,15 @@ fn document() -> Result<()> {
         EBPF,
         "--all-features",
     ]);
-    process::run(command.env("RUSTDOCFLAGS", "-D warnings"))
+    process::run(all.env("RUSTDOCFLAGS", "-D warnings"))?;
+    let mut library = cargo_command(&["doc", "--no-deps", "--package", LIBRARY, "--all-features"]);
+    process::run(
+        library
+            .arg("--target-dir")
+            .arg(workspace::target_dir().join("api"))
+            .env("RUSTDOCFLAGS", "-D warnings --cfg docsrs")
+            .env("RUSTC_BOOTSTRAP", "1"),
+    )
 }
 
 fn cargo(args: &[&str]) -> Result<()> {

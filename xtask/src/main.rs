@@ -12,6 +12,7 @@ mod ebpf;
 mod fuzz;
 mod lint;
 mod miri;
+mod package;
 mod process;
 mod soak;
 mod test;
@@ -32,6 +33,7 @@ enum Verb {
     /// Check formatting, lints, documentation and the project's own rules.
     Lint,
     Miri(miri::Args),
+    Package(package::Args),
     Test(test::Args),
     Soak(soak::Args),
     Bench(bench::Args),
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
         Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Lint => lint::run(),
         Verb::Miri(args) => miri::run(&args),
+        Verb::Package(args) => package::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),

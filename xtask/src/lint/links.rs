@@ -1,0 +1,112 @@
+//! Does every link between our own pages lead somewhere? Links to elsewhere are not followed: that would take a network, and be somebody
+//! else's fault.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use pulldown_cmark::{Event, Parser, Tag, TagEnd};
+
+use crate::{process, workspace};
+
+pub(super) fn check() -> Result<()> {
+    let pages = process::stdout(
+        Command::new("git")
+            .args(["ls-files", "*.md"])
+            .current_dir(workspace::root()),
+    )?;
+    let mut broken = Vec::new();
+    for page in pages.lines() {
+        let path = workspace::root().join(page);
+        for link in links(&read(&path)?) {
+            if !leads_somewhere(&path, &link)? {
+                broken.push(format!("{page}: {link}"));
+            }
+        }
+    }
+    ensure!(
+        broken.is_empty(),
+        "these links lead nowhere:\n{}",
+        broken.join("\n")
+    );
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn links(page: &str) -> Vec<String> {
+    Parser::new(page)
+        .filter_map(|event| match event {
+            Event::Start(Tag::Link { dest_url, .. } | Tag::Image { dest_url, .. }) => {
+                Some(dest_url.into_string())
+            }
+            _ => None,
+        })
+        .collect()
+}
+
+fn leads_somewhere(page: &Path, link: &str) -> Result<bool> {
+    if link.contains("://") || link.starts_with("mailto:") {
+        return Ok(true);
+    }
+    let (file, section) = link.split_once('#').unwrap_or((link, ""));
+    let target = if file.is_empty() {
+        page.to_owned()
+    } else {
+        page.parent()
+            .map_or_else(PathBuf::new, |folder| folder.join(file))
+    };
+    if section.is_empty() {
+        return Ok(target.exists());
+    }
+    Ok(target.is_file() && sections(&read(&target)?).contains(&section.to_owned()))
+}
+
+/// The names that sites which show Markdown give to its headings.
+fn sections(page: &str) -> Vec<String> {
+    let mut sections = Vec::new();
+    let mut heading: Option<String> = None;
+    for event in Parser::new(page) {
+        match (event, &mut heading) {
+            (Event::Start(Tag::Heading { .. }), _) => heading = Some(String::new()),
+            (Event::Text(text) | Event::Code(text), Some(heading)) => heading.push_str(&text),
+            (Event::End(TagEnd::Heading(_)), Some(text)) => {
+                sections.push(slug(text));
+                heading = None;
+            }
+            _ => {}
+        }
+    }
+    sections
+}
+
+fn slug(heading: &str) -> String {
+    heading
+        .to_lowercase()
+        .chars()
+        .filter(|c| c.is_alphanumeric() || " -_".contains(*c))
+        .map(|c| if c == ' ' { '-' } else { c })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headings_have_the_names_that_links_use() {
+        let page = "# Bird's eye\n\n## `Lost`, and why\n";
+        assert_eq!(sections(page), ["birds-eye", "lost-and-why"]);
+    }
+
+    #[test]
+    fn links_and_pictures_are_found() {
+        let page = "[a](b.md#c) ![d](e.svg)\n\n[f]: g.md\n[h][f] `[no](link)`\n";
+        assert_eq!(links(page), ["b.md#c", "e.svg", "g.md"]);
+    }
+}
