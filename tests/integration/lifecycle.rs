@@ -11,6 +11,7 @@ use aya::maps::MapType;
 use futures_util::{FutureExt as _, StreamExt as _, stream::FusedStream as _};
 use integration_tests::{
     kernel::{BpfObjects, is_emulated, open_files},
+    page,
     suite::Test,
     trace,
 };
@@ -48,21 +49,13 @@ fn start_needs_a_runtime() -> anyhow::Result<()> {
 
 fn every_signal_has_a_hook() -> anyhow::Result<()> {
     let runtime = runtime()?;
-    let tracer = runtime.block_on(trace::tcp().start())?;
+    let tracer = runtime.block_on(trace::tcp().retransmits(true).resets(true).start())?;
     let hooks = tracer.handle().hooks();
-    eprintln!(
-        "hooks: {}",
-        hooks
-            .iter()
-            .map(ToString::to_string)
-            .collect::<Vec<_>>()
-            .join(" ")
-    );
-    ensure!(!hooks.is_empty());
-    for hook in hooks {
+    for hook in &hooks {
+        eprintln!("{hook}");
         ensure!(!hook.programs.is_empty(), "{hook}");
     }
-    Ok(())
+    page::check(&hooks)
 }
 
 /// A kernel without ring buffers refuses a map that is one, whatever it is for.

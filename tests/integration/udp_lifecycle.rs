@@ -11,6 +11,7 @@ use futures_util::{StreamExt as _, stream};
 use integration_tests::{
     actor::{Actor, Operation, ReceiveCall, SendCall},
     kernel::{BpfObjects, is_emulated, open_files},
+    page,
     suite::Test,
     talker::Talker,
     trace::{self, Trace, check_conservation},
@@ -244,7 +245,7 @@ fn every_signal_has_a_hook() -> anyhow::Result<()> {
     let receive = hooks.iter().find(|hook| hook.signal == "receive");
     let has_note = receive.is_some_and(|hook| hook.note.is_some());
     ensure!(trace.names_every_peer() != has_note, "{hooks:?}");
-    Ok(())
+    page::check(&hooks)
 }
 
 /// By turns closed and dropped, with a socket open all the time. Nothing is left.

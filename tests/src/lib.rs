@@ -26,6 +26,7 @@ pub mod kernel;
 pub mod life;
 pub mod load;
 pub mod netns;
+pub mod page;
 pub mod privileges;
 mod sampled;
 pub mod scene;

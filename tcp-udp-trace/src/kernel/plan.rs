@@ -176,3 +176,85 @@ impl std::fmt::Display for HookPoint {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, env, fs};
+
+    use super::*;
+
+    const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/kernels.md");
+    /// The table is the lines that begin so, and the two above them.
+    const ROW: &str = "| `";
+    const RULE: &str = "|---|---|---|";
+
+    /// The cells that the plan knows: signal, hooks, cost.
+    fn rows() -> Vec<[String; 3]> {
+        let signals = TCP.iter().chain([&RETRANSMIT, &RESET]).chain(UDP);
+        let mut rows = Vec::new();
+        for signal in signals {
+            for (index, choices) in signal.slots.iter().enumerate() {
+                let nth = match (signal.slots.len(), index) {
+                    (1, _) => "",
+                    (_, 0) => ", first program",
+                    (_, _) => ", second program",
+                };
+                for Choice { hooks, cost } in *choices {
+                    let mut points: Vec<_> = hooks
+                        .iter()
+                        .map(|(_, point)| format!("`{point}`"))
+                        .collect();
+                    points.dedup();
+                    rows.push([
+                        format!("`{}`{nth}", signal.name),
+                        points.join(", "),
+                        cost.unwrap_or_default().to_owned(),
+                    ]);
+                }
+            }
+        }
+        // Two programs may share a hook.
+        rows.dedup();
+        rows
+    }
+
+    /// The page with the plan's rows; the marks of the kernels, which the integration tests check, stay with their hooks.
+    fn with_plan(page: &str) -> String {
+        let (above, below) = page.split_once(RULE).expect("the table of the plan");
+        let (columns, below) = below.split_once('\n').expect("rows");
+        let kernels = columns.matches("---").count();
+        let is_row = |line: &&str| line.starts_with(ROW);
+        let marks: HashMap<_, _> = below
+            .lines()
+            .take_while(is_row)
+            .filter_map(|row| {
+                let cells: Vec<_> = row.split('|').map(str::trim).collect();
+                Some((
+                    (cells.get(1)?.to_string(), cells.get(2)?.to_string()),
+                    cells.get(4..cells.len() - 1)?.join(" | "),
+                ))
+            })
+            .collect();
+        let mut table = String::new();
+        for [signal, hooks, cost] in rows() {
+            let none = vec![""; kernels].join(" | ");
+            let marks = marks.get(&(signal.clone(), hooks.clone())).unwrap_or(&none);
+            table += &format!("| {signal} | {hooks} | {cost} | {marks} |\n");
+        }
+        let rest: Vec<_> = below.lines().skip_while(is_row).collect();
+        format!("{above}{RULE}{columns}\n{table}{}\n", rest.join("\n"))
+    }
+
+    #[test]
+    fn the_page_shows_the_plan() {
+        let page = fs::read_to_string(PAGE).expect("docs/kernels.md");
+        let expected = with_plan(&page);
+        if env::var_os("BLESS").is_some() {
+            fs::write(PAGE, &expected).expect("docs/kernels.md can be written");
+        }
+        assert!(
+            page == expected,
+            "docs/kernels.md does not show the plan: run this with BLESS=1, and mark what each kernel takes"
+        );
+    }
+}

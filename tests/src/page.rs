@@ -1,0 +1,64 @@
+//! What docs/kernels.md says of the hooks of each kernel.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use anyhow::{Context as _, ensure};
+use tcp_udp_trace::Hook;
+
+const PAGE: &str = include_str!("../../docs/kernels.md");
+/// Kernels stand in the columns behind signal, hooks and cost.
+const FIRST_KERNEL: usize = 3;
+
+/// Whether these hooks, attached to the kernel that runs here, are those that the page says it takes.
+pub fn check(hooks: &[Hook]) -> anyhow::Result<()> {
+    let table: Vec<Vec<&str>> = PAGE
+        .lines()
+        .filter(|line| line.starts_with("| `") || line.starts_with("| signal |"))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    let (header, rows) = table.split_first().context("no table in the page")?;
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let version: Vec<_> = release.split('.').take(2).collect();
+    let has_kprobes = Path::new("/sys/bus/event_source/devices/kprobe").exists();
+    let kernel = version.join(".") + if has_kprobes { "" } else { " hardened" };
+    let Some(column) = header
+        .iter()
+        .skip(FIRST_KERNEL)
+        .position(|name| *name == kernel)
+    else {
+        eprintln!("{kernel} is no kernel of docs/kernels.md: nothing to compare with");
+        return Ok(());
+    };
+    let column = FIRST_KERNEL + column;
+    let mut compared = 0;
+    for Hook {
+        signal, programs, ..
+    } in hooks
+    {
+        let name = format!("`{signal}`");
+        let choices: Vec<Vec<String>> = rows
+            .iter()
+            .filter(|row| row[0].starts_with(&name) && row.get(column) == Some(&"●"))
+            .map(|row| {
+                row[1]
+                    .split(", ")
+                    .map(|hook| hook.replace('`', ""))
+                    .collect()
+            })
+            .collect();
+        // What is the same everywhere is not in the table.
+        if choices.is_empty() && ["snapshot", "sample", "buffer"].contains(&signal.as_str()) {
+            continue;
+        }
+        let taken: BTreeSet<_> = programs.iter().collect();
+        let firsts: BTreeSet<_> = choices.iter().filter_map(|choice| choice.first()).collect();
+        let all: BTreeSet<_> = choices.iter().flatten().collect();
+        ensure!(
+            firsts.is_subset(&taken) && taken.is_subset(&all),
+            "docs/kernels.md says of {signal} on {kernel}: {choices:?}, but it is {programs:?}"
+        );
+        compared += 1;
+    }
+    ensure!(compared >= 4, "only {compared} signals were compared");
+    Ok(())
+}
