@@ -3,6 +3,8 @@
 //! The packages are made as for publishing. Then a crate of nobody's, outside of the workspace, depends on what is in them, and is compiled with
 //! each combination of features; on its search path are a C linker and nothing else.
 
+mod dependencies;
+
 use std::{
     fs,
     os::unix::fs::symlink,
@@ -10,7 +12,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::{process, workspace};
@@ -30,14 +32,17 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let metadata = metadata(&workspace::root().join("Cargo.toml"))?;
+    let metadata = metadata_of(&workspace::root().join("Cargo.toml"))?;
     let library = package(&metadata, LIBRARY)?;
     let packages = pack(library, args.allow_dirty)?;
     let stranger = Stranger::new(&packages, text(library, "rust_version")?)?;
     for features in subsets(&features(library)?) {
         stranger.check(&features)?;
     }
-    stranger.ensure_rust_version(text(library, "rust_version")?)?;
+    dependencies::check(
+        &metadata_of(&stranger.folder.join("Cargo.toml"))?,
+        text(library, "rust_version")?,
+    )?;
     eprintln!("a stranger's crate compiles with what would be published");
     Ok(())
 }
@@ -126,27 +131,6 @@ impl Stranger {
             .env("RUSTFLAGS", "-D warnings");
         process::run(&mut command)
     }
-
-    /// Whether all that it is made of declares to do with this version of Rust. Ours is kept to it by clippy (`incompatible_msrv`).
-    fn ensure_rust_version(&self, declared: &str) -> Result<()> {
-        let too_new: Vec<_> = metadata(&self.folder.join("Cargo.toml"))?["packages"]
-            .as_array()
-            .context("no packages in the metadata")?
-            .iter()
-            .filter_map(|package| {
-                let wants = package["rust_version"].as_str()?;
-                let is_newer = version(wants) > version(declared);
-                is_newer.then(|| format!("{} {}: {wants}", package["name"], package["version"]))
-            })
-            .collect();
-        if !too_new.is_empty() {
-            bail!(
-                "these dependencies want a newer Rust than {declared}:\n{}",
-                too_new.join("\n")
-            );
-        }
-        Ok(())
-    }
 }
 
 /// The first example of README.md, as somebody would paste it.
@@ -160,7 +144,7 @@ fn first_example() -> Result<String> {
     example.context("README.md has no example")
 }
 
-fn metadata(manifest: &Path) -> Result<Value> {
+fn metadata_of(manifest: &Path) -> Result<Value> {
     let output = process::stdout(
         Command::new(workspace::cargo())
             .args([
@@ -215,15 +199,6 @@ fn subsets<'a>(features: &[&'a str]) -> Vec<Vec<&'a str>> {
     })
 }
 
-fn version(text: &str) -> Vec<u32> {
-    let mut parts: Vec<_> = text
-        .split('.')
-        .filter_map(|part| part.parse().ok())
-        .collect();
-    parts.resize(3, 0);
-    parts
-}
-
 fn recreate(folder: &Path) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder)
@@ -241,11 +216,5 @@ mod tests {
         assert_eq!(subsets(&[]), [vec![""; 0]]);
         let expected: [&[&str]; 4] = [&[], &["a"], &["b"], &["a", "b"]];
         assert_eq!(subsets(&["a", "b"]), expected);
-    }
-
-    #[test]
-    fn versions_are_compared_as_numbers() {
-        assert!(version("1.100") > version("1.87.0"));
-        assert_eq!(version("1.87"), version("1.87.0"));
     }
 }
