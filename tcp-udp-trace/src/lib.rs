@@ -214,7 +214,7 @@
 )]
 #![cfg_attr(
     not(target_os = "linux"),
-    allow(dead_code, reason = "there, nothing can be started")
+    allow(dead_code, unused_imports, reason = "there, nothing can be started")
 )]
 
 mod builder;

@@ -24,9 +24,11 @@ mod bytes;
 mod delivery;
 mod exhaustion;
 mod faults;
+mod filter_changes;
 mod filters;
 mod lifecycle;
 mod namespaces;
+mod overflow;
 mod owner;
 mod privileges;
 mod samples;
@@ -49,8 +51,8 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "delivery::first_event_after_a_pause_wakes_the_reader",
     "delivery::what_moves_between_cpus_stays_in_order",
     "delivery::churn_across_namespaces_under_load",
-    "delivery::closes_outlive_a_flood_of_datagrams",
-    "delivery::ring_overflow_is_counted_where_it_happened",
+    "overflow::closes_outlive_a_flood_of_datagrams",
+    "overflow::ring_overflow_is_counted_where_it_happened",
     "lifecycle::every_signal_has_a_hook",
     "lifecycle::stop_ends_the_stream_after_the_last_event",
     "samples::tcp_sample_is_of_the_socket_of_the_state_changes",
@@ -74,7 +76,9 @@ fn main() -> ExitCode {
         bytes::trials(),
         anomalies::trials(),
         delivery::trials(),
+        overflow::trials(),
         filters::trials(),
+        filter_changes::trials(),
         lifecycle::trials(),
         privileges::trials(),
         faults::trials(),

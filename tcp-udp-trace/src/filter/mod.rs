@@ -1,0 +1,331 @@
+//! Which events are wanted.
+//!
+//! The kernel side decides before it makes a record ([`Compiled`] is what it is told). What user space produces itself, the totals
+//! of UDP flows and the end of their sockets, is decided here, by the same rules ([`Filter::matches`]).
+
+mod compiled;
+mod network;
+mod text;
+
+use std::net::{IpAddr, SocketAddr};
+
+pub(crate) use self::compiled::Compiled;
+use self::network::Cidr;
+use crate::{Comm, Error, ErrorKind, Event, Kind, Process, TcpState};
+
+/// Which events a tracer shall report; without any restriction, all.
+///
+/// It works in the kernel: an event that is not wanted is turned out before it is written, and costs neither room in the buffer nor a
+/// wake-up ([`Fate::rejected`](crate::Fate::rejected) counts them). What it restricts are the events, not what they tell: totals stay those of the
+/// whole socket, from its beginning.
+///
+/// Values of the same setting are alternatives (`pid` and `pid_tree` count as the same one), different settings must all hold:
+///
+/// ```
+/// # use tcp_udp_trace::Filter;
+/// // Ports 80 or 443, and user 1000.
+/// let filter = Filter::new().port(80).port(443).uid(1000);
+/// assert_eq!(filter, "port=80,443 uid=1000".parse()?);
+/// # Ok::<(), tcp_udp_trace::Error>(())
+/// ```
+///
+/// At most 511 values and 511 networks in all. An event whose process, address or cgroup is not known passes no restriction of that. A gap ([`Lost`](crate::EventKind::Lost)) passes always.
+/// Everything is checked when the filter is used: [`filter`](crate::TcpTracerBuilder::filter),
+/// [`set_filter`](crate::TracerHandle::set_filter).
+///
+/// # Text
+///
+/// [`FromStr`](std::str::FromStr) and `Display` know a text form: settings separated by blanks, each `name=value,value`. The names are those of the
+/// methods; `kind` and `state` have the names of [`Kind`] and [`TcpState`], `family` is `ipv4` or `ipv6`, networks are `address/length` or one
+/// address, a `comm` has blanks, commas and what cannot be printed as `\xNN`, `exclude_self` stands alone.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[must_use = "a filter does nothing until a tracer has it"]
+pub struct Filter {
+    pids: Vec<u32>,
+    pid_trees: Vec<u32>,
+    uids: Vec<u32>,
+    comms: Vec<Comm>,
+    ports: Vec<u16>,
+    local: Vec<Cidr>,
+    remote: Vec<Cidr>,
+    cgroups: Vec<u64>,
+    namespaces: Vec<u32>,
+    families: Vec<Family>,
+    kinds: Vec<Kind>,
+    states: Vec<TcpState>,
+    exclude_self: bool,
+}
+
+/// A family of addresses. An IPv4-mapped IPv6 address is the IPv4 address that it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Family {
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+impl Filter {
+    /// One that lets everything pass.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sockets that this process owns. An id as the kernel's first PID namespace has it, as in [`Process::pid`]; not 0.
+    pub fn pid(mut self, pid: u32) -> Self {
+        self.pids.push(pid);
+        self
+    }
+
+    /// Sockets that this process or a descendant of it owns: those that it has at the moment (by their chain of living parents),
+    /// and all that they will ever have. A socket stays in when its process has ended. The process must
+    /// be there when the filter is used. At most 4,096 processes at a time ([`Stats::untracked_processes`](crate::Stats::untracked_processes)
+    /// counts those beyond).
+    ///
+    /// It takes two more programs in the kernel, at `sched_process_fork` and `sched_process_free`.
+    pub fn pid_tree(mut self, pid: u32) -> Self {
+        self.pid_trees.push(pid);
+        self
+    }
+
+    /// Sockets that the kernel charges to this user: [`Socket::uid`](crate::Socket::uid).
+    pub fn uid(mut self, uid: u32) -> Self {
+        self.uids.push(uid);
+        self
+    }
+
+    /// Sockets that a process of this name owns: all of [`Process::comm`], as it was when the process became the owner; not empty.
+    pub fn comm(mut self, comm: Comm) -> Self {
+        self.comms.push(comm);
+        self
+    }
+
+    /// Sockets with this port, on either side; not 0.
+    pub fn port(mut self, port: u16) -> Self {
+        self.ports.push(port);
+        self
+    }
+
+    /// Sockets whose address on this side is in this network: `length` is how many bits of it count, 0 to 32 or 128; the others must be 0.
+    pub fn local(mut self, address: impl Into<IpAddr>, length: u8) -> Self {
+        let address = address.into();
+        self.local.push(Cidr { address, length });
+        self
+    }
+
+    /// Sockets whose peer's address is in this network, as for [`local`](Self::local). A UDP socket that is not connected has no peer, but each of
+    /// its flows and datagrams has.
+    pub fn remote(mut self, address: impl Into<IpAddr>, length: u8) -> Self {
+        let address = address.into();
+        self.remote.push(Cidr { address, length });
+        self
+    }
+
+    /// Sockets that were made in this cgroup, not in one below it: [`Socket::cgroup`](crate::Socket::cgroup); not 0.
+    pub fn cgroup(mut self, id: u64) -> Self {
+        self.cgroups.push(id);
+        self
+    }
+
+    /// Sockets of this network namespace: [`Socket::netns`](crate::Socket::netns); not 0.
+    pub fn netns(mut self, inode: u32) -> Self {
+        self.namespaces.push(inode);
+        self
+    }
+
+    /// Sockets whose addresses are of this family.
+    pub fn family(mut self, family: Family) -> Self {
+        self.families.push(family);
+        self
+    }
+
+    /// Events of this kind. Those of the other protocol are no mistake: two tracers may have the same filter.
+    pub fn kind(mut self, kind: Kind) -> Self {
+        self.kinds.push(kind);
+        self
+    }
+
+    /// TCP: state changes from or to this state, and accepts and samples of sockets that are in it. UDP: no restriction.
+    pub fn state(mut self, state: TcpState) -> Self {
+        self.states.push(state);
+        self
+    }
+
+    /// No sockets that the tracing process itself owns.
+    pub fn exclude_self(mut self) -> Self {
+        self.exclude_self = true;
+        self
+    }
+
+    /// Whether an event that user space made of what the programs had let pass before is still wanted. What the programs alone know of a
+    /// process, `standing` tells.
+    pub(crate) fn matches(&self, event: &Event, standing: impl Fn(&Process) -> Standing) -> bool {
+        fn one_of<T: PartialEq>(wanted: &[T], value: &T) -> bool {
+            wanted.is_empty() || wanted.contains(value)
+        }
+        let (process, socket) = (event.process.as_ref(), &event.socket);
+        let owner = |wants: &dyn Fn(&Process) -> bool| process.is_some_and(wants);
+        let ports = [socket.local.port(), socket.remote.port()];
+        let within = |networks: &[Cidr], address: SocketAddr| {
+            networks.is_empty() || networks.iter().any(|n| n.contains(address.ip()))
+        };
+        let Some(kind) = Kind::of(event) else {
+            return true;
+        };
+        one_of(&self.kinds, &kind)
+            && one_of(&self.uids, &socket.uid)
+            && one_of(&self.cgroups, &socket.cgroup)
+            && one_of(&self.namespaces, &socket.netns)
+            && one_of(&self.families, &Family::of(socket.local.ip()))
+            && (self.ports.is_empty() || ports.iter().any(|port| self.ports.contains(port)))
+            && within(&self.local, socket.local)
+            && within(&self.remote, socket.remote)
+            && (self.comms.is_empty() || owner(&|process| self.comms.contains(&process.comm)))
+            && (!self.exclude_self || !owner(&|process| standing(process).is_own))
+            && (self.pids.is_empty() && self.pid_trees.is_empty()
+                || owner(&|process| self.pids.contains(&process.pid))
+                || !self.pid_trees.is_empty() && owner(&|process| standing(process).is_kin))
+    }
+
+    /// Whether samples are wanted at all.
+    pub(crate) fn wants_samples(&self) -> bool {
+        self.kinds.is_empty() || self.kinds.contains(&Kind::Sample)
+    }
+
+    /// Whether anything in this network namespace is wanted.
+    pub(crate) fn wants_netns(&self, inode: u64) -> bool {
+        self.namespaces.is_empty()
+            || self
+                .namespaces
+                .iter()
+                .any(|&wanted| u64::from(wanted) == inode)
+    }
+}
+
+/// What a process is to a filter.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Standing {
+    /// One of a tree's.
+    pub(crate) is_kin: bool,
+    /// The tracing process itself.
+    pub(crate) is_own: bool,
+}
+
+impl Family {
+    fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::Ipv4,
+            IpAddr::V6(_) => Self::Ipv6,
+        }
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "ipv4",
+            Self::Ipv6 => "ipv6",
+        }
+    }
+}
+
+fn invalid(what: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidFilter, what)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{Ipv4Addr, Ipv6Addr},
+        time::{Duration, SystemTime},
+    };
+
+    use super::*;
+    use crate::{EventKind, LossStage, Origin, Protocol};
+
+    pub(super) fn everything() -> Filter {
+        let comm = Comm::from_bytes(b"a b,c\\\n");
+        Filter::new()
+            .pid(1)
+            .pid(2)
+            .pid_tree(3)
+            .uid(0)
+            .comm(comm)
+            .port(443)
+            .local(Ipv4Addr::LOCALHOST, 32)
+            .remote(Ipv4Addr::new(10, 0, 0, 0), 8)
+            .remote(Ipv6Addr::UNSPECIFIED, 0)
+            .cgroup(7)
+            .netns(8)
+            .family(Family::Ipv4)
+            .family(Family::Ipv6)
+            .kind(Kind::StateChange)
+            .state(TcpState::Established)
+            .exclude_self()
+    }
+
+    #[test]
+    fn user_space_decides_as_the_kernel_does() {
+        let mut event = Event::gap(
+            0,
+            LossStage::Ring,
+            Protocol::Udp,
+            SystemTime::UNIX_EPOCH,
+            Duration::ZERO,
+        );
+        event.kind = EventKind::Flow { approximate: false };
+        event.socket.local = "127.0.0.1:50".parse().unwrap();
+        event.socket.remote = "10.1.2.3:53".parse().unwrap();
+        event.socket.uid = 1000;
+        let matches = |event: &Event, text: &str, standing| {
+            let filter = text.parse::<Filter>().unwrap();
+            filter.matches(event, |_| standing)
+        };
+        let nobody = Standing::default();
+        for text in [
+            "",
+            "port=53",
+            "port=50,1",
+            "uid=1000",
+            "remote=10.0.0.0/8",
+            "family=ipv4",
+            "kind=flow",
+            "state=LISTEN",
+            "exclude_self",
+        ] {
+            assert!(matches(&event, text, nobody), "{text}");
+        }
+        for text in [
+            "port=54",
+            "uid=0",
+            "remote=11.0.0.0/8",
+            "remote=::/0",
+            "local=10.0.0.0/8",
+            "family=ipv6",
+            "kind=close",
+            "cgroup=1",
+            "netns=1",
+            "pid=7",
+            "comm=x",
+            "pid_tree=7",
+        ] {
+            assert!(!matches(&event, text, nobody), "{text}");
+        }
+        event.process = Some(Process {
+            pid: 7,
+            tid: 7,
+            uid: 0,
+            comm: Comm::from_bytes(b"x"),
+            origin: Origin::User,
+            started: Duration::ZERO,
+            details: None,
+        });
+        let kin = Standing {
+            is_kin: true,
+            is_own: true,
+        };
+        assert!(matches(&event, "pid=7,8 comm=x", nobody));
+        assert!(!matches(&event, "pid_tree=1", nobody));
+        assert!(matches(&event, "pid_tree=1", kin));
+        assert!(!matches(&event, "exclude_self", kin));
+    }
+}

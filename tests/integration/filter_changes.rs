@@ -1,0 +1,221 @@
+//! A filter that is changed while events come, and what it spares.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use futures_util::StreamExt as _;
+use integration_tests::{
+    actor::{Actor, Command},
+    life::{ACTIVE_CLIENT, Life, PASSIVE_SERVER},
+    scene::{Scene, loopback},
+    suite::Test,
+    trace::{Trace, check_conservation, show},
+};
+use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter, Kind, TcpTracer, UdpTracer};
+
+use crate::filters::connect;
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            filter_that_makes_no_sense_changes_nothing,
+            flows_that_are_not_wanted_any_more,
+        ],
+        Solitude: [
+            what_is_not_wanted_takes_no_room,
+            changes_under_load_miss_nothing,
+        ],
+    ]
+}
+
+/// The error names the setting, and the filter of before stays.
+fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
+    let mut scene = Scene::new()?;
+    let port = scene.listener.local.port();
+    scene.trace.set_filter(Filter::new().port(port))?;
+    let ended = {
+        let actor = Actor::spawn("ended")?;
+        let pid = actor.pid();
+        actor.kill()?;
+        pid
+    };
+    let nonsense = [
+        (Filter::new().port(0), "port is 0".to_owned()),
+        (
+            Filter::new().port(port).pid_tree(ended),
+            format!("pid_tree is {ended}: there is no such process"),
+        ),
+    ];
+    for (filter, message) in nonsense {
+        let error = scene.trace.set_filter(filter).err().context("accepted")?;
+        let error: &tcp_udp_trace::Error = error.downcast_ref().context("another error")?;
+        ensure!(error.kind() == ErrorKind::InvalidFilter, "{error:?}");
+        ensure!(error.to_string().starts_with(&message), "{error}");
+    }
+    ensure!(scene.trace.handle().filter() == Some(Filter::new().port(port)));
+    let elsewhere = scene.server.listen(loopback(false))?;
+    connect(&mut scene.client, &elsewhere, &mut scene.server)?;
+    let connection = scene.connect()?;
+    scene.close(&connection)?;
+    let client = scene.client_life(&connection, ACTIVE_CLIENT)?;
+    let server = scene.server_life(&connection, PASSIVE_SERVER)?;
+    scene.finish(&[client, server])
+}
+
+/// What user space has to say of a flow by itself, it does not say when the filter has changed meanwhile.
+fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
+    let builder = |builder: tcp_udp_trace::UdpTracerBuilder| {
+        let builder = builder.interval(Duration::from_secs(3600));
+        builder.sample_interval(None)
+    };
+    let trace = Trace::start_udp_with(builder)?;
+    let [sender, first, second] = [(); 3].map(|()| UdpSocket::bind(loopback(false)));
+    let (sender, first, second) = (sender?, first?, second?);
+    let to = [first.local_addr()?, second.local_addr()?];
+    for to in to {
+        // The second one is told by user space only.
+        for _ in 0..2 {
+            sender.send_to(b"datagram", to)?;
+        }
+    }
+    trace.wait_count(2)?;
+    trace.set_filter(Filter::new().port(to[1].port()))?;
+    drop(sender);
+    let events = trace.wait_count(3)?;
+    let of = |peer: SocketAddr| {
+        let flows = events.iter().filter(|event| event.socket.remote == peer);
+        let told = flows.map(|event| (event.kind.clone(), event.traffic.tx_packets));
+        told.collect::<Vec<_>>()
+    };
+    let flow = |packets| (EventKind::Flow { approximate: false }, packets);
+    ensure!(of(to[0]) == [flow(1)], "{}", show(&events));
+    ensure!(of(to[1]) == [flow(1), flow(2)], "{}", show(&events));
+    let handle = trace.handle().clone();
+    trace.finish_all()?;
+    let stats = handle.stats();
+    // The flow, and the close of the socket, which has neither port.
+    ensure!(
+        stats.kinds.flow.filtered == 1 && stats.kinds.close.filtered == 1,
+        "{stats:?}"
+    );
+    Ok(())
+}
+
+/// Nobody empties the ring, which has room for twenty events; thousands that are not wanted come before those that are.
+fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
+    const RING_BYTES: u32 = 4096;
+    const UNWANTED: u32 = 300;
+    let mut server = Actor::spawn("server")?;
+    let [wanted, unwanted] = [(); 2].map(|()| server.listen(loopback(false)));
+    let (wanted, unwanted) = (wanted?, unwanted?);
+    let mut client = Actor::spawn("client")?;
+    let receiver = UdpSocket::bind(loopback(false))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let tcp = TcpTracer::builder()
+        .ring_bytes(RING_BYTES)
+        .filter(Filter::new().port(wanted.local.port()))
+        .sample_interval(None);
+    let udp = UdpTracer::builder()
+        .ring_bytes(RING_BYTES)
+        .filter(
+            Filter::new()
+                .kind(Kind::Send)
+                .port(receiver.local_addr()?.port()),
+        )
+        .per_datagram(true)
+        .sample_interval(None);
+    let (mut tcp, mut udp) =
+        runtime.block_on(async { anyhow::Ok((tcp.start().await?, udp.start().await?)) })?;
+    for _ in 0..UNWANTED {
+        connect(&mut client, &unwanted, &mut server)?;
+        // Its own port is the only one that is not wanted: it has a peer, but no socket receives that.
+        let sender = UdpSocket::bind(loopback(false))?;
+        for _ in 0..10 {
+            sender.send_to(b"unwanted", sender.local_addr()?)?;
+        }
+    }
+    connect(&mut client, &wanted, &mut server)?;
+    UdpSocket::bind(loopback(false))?.send_to(b"wanted", receiver.local_addr()?)?;
+    let handles = [tcp.handle(), udp.handle()];
+    for handle in &handles {
+        handle.stop();
+    }
+    let (tcp, udp) = runtime.block_on(async {
+        let events: (Vec<Event>, Vec<Event>) =
+            (tcp.by_ref().collect().await, udp.by_ref().collect().await);
+        tcp.close().await?;
+        udp.close().await?;
+        anyhow::Ok(events)
+    })?;
+    let [tcp_stats, udp_stats] = handles.map(|handle| handle.stats());
+    for stats in [&tcp_stats, &udp_stats] {
+        check_conservation(stats)?;
+        ensure!(stats.ring_lost + stats.queue_shed == 0, "{stats:?}");
+    }
+    // Five changes of state at either end, and the accept.
+    ensure!(tcp.len() == 11, "{}", show(&tcp));
+    ensure!(udp.len() == 1, "{}", show(&udp));
+    ensure!(
+        tcp_stats.rejected >= u64::from(UNWANTED) * 11,
+        "{tcp_stats:?}"
+    );
+    ensure!(
+        udp_stats.kinds.send.rejected >= u64::from(UNWANTED) * 10,
+        "{udp_stats:?}"
+    );
+    Ok(())
+}
+
+/// Filters follow each other as fast as they can; what each of them lets pass, none misses.
+fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
+    const CONNECTIONS: u32 = 2_000;
+    let trace = Trace::start_with(|builder| builder.sample_interval(None))?;
+    let mut server = Actor::spawn("server")?;
+    let listener = server.listen(loopback(false))?;
+    let mut client = Actor::spawn("client")?;
+    let port = listener.local.port();
+    trace.set_filter(Filter::new().port(port))?;
+    server.begin(&Command::Serve(listener.fd, CONNECTIONS))?;
+    client.begin(&Command::Churn {
+        to: listener.local,
+        connections: CONNECTIONS,
+        seed: 1,
+    })?;
+    let began = Instant::now();
+    let mut changes = 0;
+    let is_over = |trace: &Trace| {
+        let closed = trace.events().iter().filter(|e| e.is_close()).count();
+        closed >= 2 * CONNECTIONS as usize
+    };
+    while !is_over(&trace) && began.elapsed() < Duration::from_secs(120) {
+        for _ in 0..100 {
+            let other = 1 + changes % 1000;
+            trace.set_filter(
+                Filter::new()
+                    .port(port)
+                    .port(other)
+                    .local(Ipv4Addr::LOCALHOST, 32),
+            )?;
+            changes += 1;
+        }
+    }
+    let mut expected = Vec::new();
+    let (client_is, server_is) = (client.who()?, server.who()?);
+    for end in client.finish_exchanges()? {
+        expected.push(Life::of_client_exchange(&client_is, &end));
+    }
+    for end in server.finish_exchanges()? {
+        expected.push(Life::of_server_exchange(&server_is, &server_is, &end));
+    }
+    let mut lives = trace.finish(expected.len())?;
+    for life in &expected {
+        lives.check(life)?;
+    }
+    eprintln!("{changes} changes of the filter during {CONNECTIONS} connections");
+    Ok(())
+}
