@@ -5,7 +5,8 @@ use std::{net::SocketAddr, thread::sleep, time::Duration};
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::Actor,
-    life::{ACTIVE_CLIENT, Life, Lives},
+    life::{ACTIVE_CLIENT, Life},
+    lives::Lives,
     netns::{FAR, ip, veth},
     scene::{Connection, Scene, loopback},
     suite::Test,

@@ -12,7 +12,8 @@ use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command, Exchange},
     kernel,
-    life::{Life, Lives},
+    life::Life,
+    lives::Lives,
     netns::Netns,
     scene::loopback,
     suite::Test,

@@ -3,7 +3,7 @@
 //!
 //! A test runs in its own network namespace ([`suite`], [`netns`]). The traffic is made by real processes
 //! ([`actor`]), which count what they do. A [`trace`] collects the events of the test's namespaces until as
-//! many sockets are closed as the test closed, ends, and hands them over grouped into lives. A [`life`] is
+//! many sockets are closed as the test closed, ends, and hands them over grouped into [`lives`]. A [`life`] is
 //! what one socket must have shown, from its first event to its last. A [`scene`] is the usual
 //! beginning: a tracer, a server that listens, a client.
 //!
@@ -24,6 +24,7 @@ pub mod actor;
 pub mod cgroup;
 pub mod kernel;
 pub mod life;
+pub mod lives;
 pub mod load;
 pub mod netns;
 pub mod page;

@@ -7,7 +7,8 @@ use tcp_udp_trace::TcpState;
 
 use crate::{
     actor::{Actor, Command, Endpoint},
-    life::{ACTIVE_CLIENT, LISTENER, Life, Lives, PASSIVE_SERVER},
+    life::{ACTIVE_CLIENT, LISTENER, Life, PASSIVE_SERVER},
+    lives::Lives,
     netns::{FAR, Netns, veth},
     trace::Trace,
 };

@@ -17,7 +17,7 @@ use tcp_udp_trace::{
 
 use crate::{
     actor::Actor,
-    life::Lives,
+    lives::Lives,
     netns::Netns,
     sampled::{self, Sampled},
     scene::loopback,
