@@ -12,7 +12,7 @@ use std::{
 
 use tokio::sync::{Notify, oneshot};
 
-use super::attached::{Attached, BATCH};
+use super::attached::Attached;
 use crate::{
     Error, ErrorKind, Filter, Hook, Protocol, Stats, builder::Config, enrich, kernel::SampleScope,
     queue::Queue, samples::Samples,
@@ -54,7 +54,7 @@ impl Limits {
         let (ring, queue) = (config.ring_bytes as usize / parts, config.queue);
         Self {
             sockets: config.max_sockets as usize,
-            step: (ring / RECORD / 8).min(queue / 4).clamp(1, BATCH),
+            step: (ring / RECORD / 8).min(queue / 4).max(1),
         }
     }
 }
