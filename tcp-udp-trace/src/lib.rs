@@ -14,7 +14,7 @@
 //! }
 //! ```
 //!
-//! As root, that prints a line for each thing that happens to a TCP socket of the machine:
+//! Beside this crate it takes `futures-util`, and `tokio` with its features `macros` and `rt-multi-thread`. As root, it prints a line for each thing that happens to a TCP socket of the machine:
 //!
 //! ```text
 //! 2026-11-22T01:00:38.558462946Z tcp 127.0.0.1:0 > 127.0.0.1:8123 CLOSE->SYN_SENT curl[32680] tx 0 B/0 rx 0 B/0
