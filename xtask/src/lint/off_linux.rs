@@ -61,7 +61,10 @@ fn write_changed(from: &Path, to: &Path) -> Result<()> {
                 "target_os = \"linux\"",
                 &format!("target_os = \"{ELSEWHERE}\""),
             )
-            .replace(", \"tcp-udp-trace-ebpf\", \"xtask\", \"tests\"]", "]")
+            .replace(
+                ", \"tcp-udp-trace-ebpf\", \"xtask\", \"tests\", \"examples\"]",
+                "]",
+            )
             .replace(", \"xtask\", \"tests\"]", "]")
             .into_bytes();
     }

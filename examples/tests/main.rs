@@ -1,0 +1,44 @@
+//! The examples, run on real traffic, and what they tell compared with what was sent. Run as root; takes the arguments of `cargo test`.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, and so its threads"
+)]
+
+use std::process::ExitCode;
+
+use integration_tests::{
+    actor,
+    suite::{Needs, Test},
+};
+
+/// Tests, named after their module and their function.
+macro_rules! tests {
+    ($($topic:ident :: $name:ident),+ $(,)?) => {
+        [$(Test {
+            topic: stringify!($topic),
+            name: stringify!($name),
+            needs: Needs::Nothing,
+            body: $topic::$name,
+        }),+]
+    };
+}
+
+mod tcplife;
+mod tool;
+mod trace;
+mod traffic;
+
+fn main() -> ExitCode {
+    if let Some(code) = actor::run_if_asked() {
+        return code;
+    }
+    let arguments = libtest_mimic::Arguments::from_args();
+    let tests = tests![
+        trace::json_has_the_bytes,
+        trace::ends_after_its_duration,
+        trace::ends_when_nobody_reads,
+        tcplife::each_connection_is_one_line,
+    ];
+    let trials = tests.map(Test::trial);
+    libtest_mimic::run(&arguments, trials.into()).exit_code()
+}
