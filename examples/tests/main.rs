@@ -23,6 +23,7 @@ macro_rules! tests {
     };
 }
 
+mod ndjson;
 mod tcplife;
 mod tool;
 mod trace;
@@ -38,6 +39,8 @@ fn main() -> ExitCode {
         trace::ends_after_its_duration,
         trace::ends_when_nobody_reads,
         tcplife::each_connection_is_one_line,
+        ndjson::no_line_is_lost_or_cut,
+        ndjson::old_files_go,
     ];
     let trials = tests.map(Test::trial);
     libtest_mimic::run(&arguments, trials.into()).exit_code()

@@ -1,8 +1,10 @@
 //! An example that runs, and the lines that it writes.
 
 use std::{
+    env, fs,
     io::{self, BufRead, BufReader},
-    process::{Child, Command, Stdio},
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
@@ -140,5 +142,34 @@ impl Lines {
     /// All lines until the end of the pipe.
     pub(crate) fn rest(&self) -> Vec<String> {
         self.0.iter().collect()
+    }
+}
+
+/// A folder of this test, removed when dropped.
+pub(crate) struct Folder(PathBuf);
+
+impl Folder {
+    /// With this name somewhere in it.
+    pub(crate) fn new(name: &str) -> io::Result<Self> {
+        let path = env::temp_dir().join(format!("tcp-udp-trace-{name}-{}", process::id()));
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// How many files are in it.
+    pub(crate) fn count(&self) -> io::Result<usize> {
+        Ok(fs::read_dir(&self.0)?.count())
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What is left lies in the folder for such things.
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
