@@ -1,10 +1,14 @@
 //! What the examples share.
 
+mod growth;
+
 use std::io;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tcp_udp_trace::TracerHandle;
 use tokio::signal::unix::{SignalKind, signal};
+
+pub use growth::Growth;
 
 /// Before Linux 5.11, the tracers' maps count against the limit on locked memory. The library must not change it; a program may.
 pub fn raise_memlock_limit() {

@@ -24,6 +24,7 @@ macro_rules! tests {
 }
 
 mod ndjson;
+mod prometheus;
 mod tcplife;
 mod tool;
 mod trace;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         tcplife::each_connection_is_one_line,
         ndjson::no_line_is_lost_or_cut,
         ndjson::old_files_go,
+        prometheus::counters_have_the_bytes,
     ];
     let trials = tests.map(Test::trial);
     libtest_mimic::run(&arguments, trials.into()).exit_code()

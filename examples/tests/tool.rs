@@ -18,7 +18,7 @@ use nix::{
 use tcp_udp_trace::Stats;
 
 /// How long anything may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running example. It is killed when dropped.
 pub(crate) struct Tool {
