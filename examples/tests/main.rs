@@ -24,6 +24,7 @@ macro_rules! tests {
 }
 
 mod ndjson;
+mod otlp;
 mod prometheus;
 mod tcplife;
 mod tool;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         ndjson::no_line_is_lost_or_cut,
         ndjson::old_files_go,
         prometheus::counters_have_the_bytes,
+        otlp::collector_gets_everything_by_the_end,
     ];
     let trials = tests.map(Test::trial);
     libtest_mimic::run(&arguments, trials.into()).exit_code()
