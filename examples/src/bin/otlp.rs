@@ -14,8 +14,9 @@
     reason = "it is a program for a terminal, or a service"
 )]
 
-use std::{env, ffi::OsStr};
+use std::{env, ffi::OsStr, io};
 
+use anyhow::Context as _;
 use clap::Parser;
 use examples::Growth;
 use futures_util::{StreamExt as _, stream};
@@ -36,6 +37,7 @@ use tcp_udp_trace::{
     Event, EventKind, Filter, Process, Protocol, Stats, TcpState, TcpTracer, TracerHandle,
     UdpTracer,
 };
+use tracing_subscriber::filter::LevelFilter;
 
 /// Send what the machine's processes send and receive to an OpenTelemetry collector. Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
 #[derive(Parser)]
@@ -51,6 +53,11 @@ const NAME: &str = "tcp-udp-trace";
 async fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     examples::raise_memlock_limit();
+    // That the collector cannot be reached, or the tracer must shed events.
+    tracing_subscriber::fmt()
+        .with_max_level(LevelFilter::WARN)
+        .with_writer(io::stderr)
+        .init();
     let mut resource = Resource::builder();
     if env::var_os("OTEL_SERVICE_NAME").is_none() {
         resource = resource.with_service_name(NAME);
@@ -83,8 +90,11 @@ async fn main() -> anyhow::Result<()> {
     tcp.close().await?;
     udp.close().await?;
     // They block until the collector has what is left.
-    tokio::task::spawn_blocking(move || loggers.shutdown().and(meters.shutdown())).await??;
-    Ok(())
+    let flushed = tokio::task::spawn_blocking(move || (loggers.shutdown(), meters.shutdown()));
+    let (records, metrics) = flushed.await?;
+    records
+        .and(metrics)
+        .context("the collector has not got everything")
 }
 
 /// What becomes of events.
