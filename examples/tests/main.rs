@@ -28,6 +28,7 @@ mod otlp;
 mod prometheus;
 mod tcplife;
 mod tool;
+mod top;
 mod trace;
 mod traffic;
 
@@ -45,6 +46,8 @@ fn main() -> ExitCode {
         ndjson::old_files_go,
         prometheus::counters_have_the_bytes,
         otlp::collector_gets_everything_by_the_end,
+        top::picture_shows_processes_and_bytes,
+        top::screen_ends_with_q,
     ];
     let trials = tests.map(Test::trial);
     libtest_mimic::run(&arguments, trials.into()).exit_code()

@@ -80,6 +80,11 @@ impl Tool {
         self.end()
     }
 
+    /// Whether it has not ended yet.
+    pub(crate) fn is_running(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
     /// Waits until it has ended well.
     pub(crate) fn end(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;

@@ -30,8 +30,13 @@ pub(crate) struct Connection {
 impl Pair {
     /// With these names.
     pub(crate) fn new(client: &str, server: &str) -> anyhow::Result<Self> {
+        Self::at(client, server, loopback(false))
+    }
+
+    /// With these names, the server listening there.
+    pub(crate) fn at(client: &str, server: &str, address: SocketAddr) -> anyhow::Result<Self> {
         let (client, mut server) = (Actor::spawn(client)?, Actor::spawn(server)?);
-        let listener = server.listen(loopback(false))?;
+        let listener = server.listen(address)?;
         Ok(Self {
             client,
             server,
