@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         tcplife::each_connection_is_one_line,
         ndjson::no_line_is_lost_or_cut,
         ndjson::old_files_go,
+        ndjson::what_was_there_stays,
         prometheus::counters_have_the_bytes,
         otlp::collector_gets_everything_by_the_end,
         top::picture_shows_processes_and_bytes,

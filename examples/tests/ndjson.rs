@@ -101,7 +101,6 @@ pub(crate) fn no_line_is_lost_or_cut() -> anyhow::Result<()> {
 pub(crate) fn old_files_go() -> anyhow::Result<()> {
     let folder = Folder::new("ndjson-keep")?;
     let file = folder.path().join("events");
-    // Another run goes on where the one before has ended.
     for _ in 0..2 {
         run(&file, 5000, 2)?;
         ensure!(folder.count()? == 3);
@@ -112,5 +111,23 @@ pub(crate) fn old_files_go() -> anyhow::Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// A run goes on where the one before has ended; or with a new line, if that was killed in the middle of one.
+pub(crate) fn what_was_there_stays() -> anyhow::Result<()> {
+    const CUT: &str = "{\"time\":";
+    let folder = Folder::new("ndjson-stays")?;
+    let file = folder.path().join("events");
+    fs::write(&file, CUT)?;
+    let (_, stats) = run(&file, 100_000_000, 1)?;
+    let text = fs::read_to_string(&file)?;
+    let mut lines = text.lines();
+    ensure!(lines.next() == Some(CUT));
+    let count = lines
+        .map(serde_json::from_str::<Event>)
+        .filter(Result::is_ok)
+        .count();
+    ensure!(count as u64 == stats.delivered, "{count} of {stats:?}");
     Ok(())
 }

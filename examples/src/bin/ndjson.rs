@@ -15,6 +15,7 @@ use std::{
     fs::{self, File},
     io::{self, BufWriter, Write as _},
     num::NonZeroU32,
+    os::unix::fs::FileExt as _,
     path::PathBuf,
 };
 
@@ -67,6 +68,15 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether the file has only whole lines: who wrote it before may have been killed.
+fn ends_a_line(file: &File) -> io::Result<bool> {
+    let mut last = [b'\n'];
+    if let Some(end) = file.metadata()?.len().checked_sub(1) {
+        file.read_exact_at(&mut last, end)?;
+    }
+    Ok(last == [b'\n'])
+}
+
 /// A file of lines that is set aside before it would become too large.
 struct Log {
     path: PathBuf,
@@ -80,8 +90,12 @@ struct Log {
 
 impl Log {
     fn open(path: PathBuf, max_bytes: u64, keep: u32) -> anyhow::Result<Self> {
-        let file = File::options().append(true).create(true).open(&path);
-        let file = file.with_context(|| path.display().to_string())?;
+        let mut options = File::options();
+        let file = options.read(true).append(true).create(true).open(&path);
+        let mut file = file.with_context(|| path.display().to_string())?;
+        if !ends_a_line(&file)? {
+            file.write_all(b"\n")?;
+        }
         let size = file.metadata()?.len();
         Ok(Self {
             path,
