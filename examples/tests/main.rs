@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         ndjson::old_files_go,
         ndjson::what_was_there_stays,
         prometheus::counters_have_the_bytes,
+        prometheus::retransmissions_are_counted,
         otlp::collector_gets_everything_by_the_end,
         top::picture_shows_processes_and_bytes,
         top::screen_ends_with_q,

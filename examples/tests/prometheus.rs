@@ -3,12 +3,17 @@
 use std::{
     collections::BTreeMap,
     io::{Read as _, Write as _},
-    net::TcpStream,
+    net::{SocketAddr, TcpStream},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
+use integration_tests::{
+    actor::Actor,
+    netns::{FAR, ip, veth},
+    tcp_info,
+};
 
 use crate::{
     tool::{PATIENCE, Tool},
@@ -90,9 +95,49 @@ pub(crate) fn counters_have_the_bytes() -> anyhow::Result<()> {
     tool.terminate()
 }
 
+/// The far end loses its address for a while: what is sent meanwhile is sent again and again.
+pub(crate) fn retransmissions_are_counted() -> anyhow::Result<()> {
+    let far = veth()?;
+    let filter = format!("{} comm=prom-resender", here()?);
+    let args = [
+        "--listen",
+        "127.0.0.1:0",
+        "--retransmits",
+        "--filter",
+        &filter,
+    ];
+    let mut tool = Tool::start(env!("CARGO_BIN_EXE_prometheus"), &args)?;
+    let client = Actor::spawn("prom-resender")?;
+    let mut server = far.run(|| Actor::spawn("prom-far"))?;
+    let listener = server.listen(SocketAddr::new(FAR.parse()?, 0))?;
+    let mut pair = Pair {
+        client,
+        server,
+        listener,
+    };
+    let connection = pair.connect()?;
+    let socket = pair.client.lend(&connection.client)?;
+    let resent = || -> anyhow::Result<u64> {
+        let info = tcp_info::of(&socket)?;
+        let total = info.iter().find(|(name, _)| *name == "total_retrans");
+        total.map(|(_, total)| *total).context("no total_retrans")
+    };
+    far.run(|| ip(&format!("addr del {FAR}/24 dev far0")))?;
+    pair.client.send(&connection.client, 1000)?;
+    while resent()? < 2 {
+        thread::sleep(Duration::from_millis(10));
+    }
+    far.run(|| ip(&format!("addr add {FAR}/24 dev far0")))?;
+    pair.server.receive(&connection.server, 1000)?;
+    let resent = resent()? as f64;
+    let name = r#"tcp_retransmits_total{process="prom-resender"}"#;
+    wait_for(&tool, &[(name, resent)])?;
+    tool.terminate()
+}
+
 /// Scrapes until all of these are so.
 fn wait_for(tool: &Tool, wanted: &[(&str, f64)]) -> anyhow::Result<()> {
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let told = scrape(tool)?;
         if wanted
@@ -102,7 +147,7 @@ fn wait_for(tool: &Tool, wanted: &[(&str, f64)]) -> anyhow::Result<()> {
             return Ok(());
         }
         ensure!(
-            std::time::Instant::now() < deadline,
+            Instant::now() < deadline,
             "{told:#?} instead of {wanted:#?}"
         );
         thread::sleep(Duration::from_millis(50));
