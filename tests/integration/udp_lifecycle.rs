@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    thread,
     time::Duration,
 };
 
@@ -10,13 +11,16 @@ use anyhow::ensure;
 use futures_util::{StreamExt as _, stream};
 use integration_tests::{
     actor::{Actor, Operation, ReceiveCall, SendCall},
+    cgroup::{self, Cgroup},
     kernel::{BpfObjects, is_emulated, open_files},
     page,
-    suite::Test,
+    scene::loopback,
+    suite::{Test, skip},
     talker::Talker,
     trace::{self, Trace, check_conservation},
     udp_scene::{Family, Site, UdpTraces, connected},
 };
+use nix::sched::{CloneFlags, unshare};
 use tcp_udp_trace::{EventKind, Protocol};
 use tokio::runtime::{Builder, Runtime};
 
@@ -38,6 +42,9 @@ pub(crate) fn trials() -> Vec<Test> {
         ],
         Solitude: [
             start_and_stop_over_and_over,
+        ],
+        Process: [
+            in_a_cgroup_namespace,
         ],
     ]
 }
@@ -281,4 +288,46 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     drop(runtime);
     ensure!(open_files()? == files);
     seen.await_freed()
+}
+
+/// As in a container into which the machine's cgroups are mounted: sockets of other cgroups are seen, too. Without them only its own are, and
+/// the hooks say so.
+fn in_a_cgroup_namespace() -> anyhow::Result<()> {
+    let Some(cgroup) = Cgroup::new("namespace")? else {
+        return skip("no cgroup v2");
+    };
+    let mut outside = Actor::spawn("outside")?;
+    outside.open(loopback(false))?;
+    let home = cgroup.enter()?;
+    unshare(CloneFlags::CLONE_NEWCGROUP)?;
+    let trace = Trace::start_udp()?;
+    ensure!(!is_partial(&trace), "{:?}", trace.handle().hooks());
+    let pid = outside.pid();
+    let mut talker = Talker::with(outside, loopback(false))?;
+    talker.bind_to(loopback(false))?;
+    talker.send(SendCall::SendTo, Some(talker.local()), &[100])?;
+    talker.receive(ReceiveCall::RecvFrom, 1)?;
+    talker.close()?;
+    trace.wait_for("what is outside", |event| {
+        let owner = event.process.as_ref().map(|process| process.pid);
+        event.is_close() && owner == Some(pid) && event.traffic.rx_bytes == 100
+    })?;
+    trace.finish_all()?;
+
+    let partial = || {
+        cgroup::mount_own()?;
+        let trace = Trace::start_udp()?;
+        ensure!(is_partial(&trace), "{:?}", trace.handle().hooks());
+        trace.finish_all().map(drop)
+    };
+    // Only that thread, and those of its tracer, do not see the machine's any more.
+    thread::scope(|scope| scope.spawn(partial).join().unwrap())?;
+    drop(home);
+    Ok(())
+}
+
+fn is_partial(trace: &Trace) -> bool {
+    let hooks = trace.handle().hooks();
+    let mut notes = hooks.iter().filter_map(|hook| hook.note.as_deref());
+    notes.any(|note| note.contains("cgroup namespace"))
 }

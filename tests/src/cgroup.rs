@@ -1,7 +1,9 @@
 //! Control groups.
 
 use std::{
-    fs,
+    env,
+    fs::{self, File},
+    io::Write as _,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process,
@@ -10,6 +12,10 @@ use std::{
 };
 
 use anyhow::Context as _;
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
 
 use crate::suite::skip;
 
@@ -35,10 +41,55 @@ impl Cgroup {
         Ok(fs::write(self.path.join("cgroup.procs"), pid.to_string())?)
     }
 
+    /// Moves this process here, as long as the returned value lives.
+    pub fn enter(self) -> anyhow::Result<Entered> {
+        let root = mount_point().context("no cgroup v2")?;
+        self.adopt(process::id())?;
+        let home = File::options()
+            .write(true)
+            .open(root.join("cgroup.procs"))?;
+        Ok(Entered {
+            home,
+            _cgroup: self,
+        })
+    }
+
     /// The id of the cgroup, which is its directory's inode number.
     pub fn id(&self) -> anyhow::Result<u64> {
         Ok(self.path.metadata()?.ino())
     }
+}
+
+/// This process is in a cgroup; when dropped, it goes to the root, and the cgroup is removed.
+#[derive(Debug)]
+pub struct Entered {
+    /// Open, because it may be out of sight by then.
+    home: File,
+    _cgroup: Cgroup,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        write!(self.home, "{}", process::id()).unwrap();
+    }
+}
+
+/// Gives the calling thread a mount namespace in which there is no cgroup v2 but one that begins at the root of its cgroup namespace.
+pub fn mount_own() -> anyhow::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    while let Some(point) = mount_point() {
+        umount2(&point, MntFlags::MNT_DETACH)?;
+    }
+    let (own, flags) = (env::temp_dir(), MsFlags::empty());
+    Ok(mount(
+        Some("none"),
+        &own,
+        Some("cgroup2"),
+        flags,
+        None::<&str>,
+    )?)
 }
 
 /// A cgroup of either version with a limit of memory, and this process in it as long as this lives.
@@ -114,7 +165,7 @@ pub fn of_process(pid: u32) -> Option<u64> {
 /// Where cgroup v2 is mounted.
 #[must_use]
 pub fn mount_point() -> Option<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let mounts = fs::read_to_string("/proc/thread-self/mounts").ok()?;
     mounts
         .lines()
         .find_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {

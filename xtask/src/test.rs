@@ -22,7 +22,7 @@ pub(crate) struct Args {
     /// The unit and documentation tests.
     #[arg(long)]
     unit: bool,
-    /// The integration tests on the kernel that runs here, as root.
+    /// The integration tests and those of the examples on the kernel that runs here, as root.
     #[arg(long)]
     local: bool,
     /// The integration tests on these kernels in VMs: `5.10,6.1`, or `all`.
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Result<Vec<Row>> {
     deps::ensure(&deps::TESTS)?;
-    let program = suite::build_integration()?;
+    let program = suite::build(&suite::INTEGRATION)?;
     let program_args: Vec<OsString> = args
         .filter
         .iter()
@@ -74,7 +74,9 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
 
     let mut rows = Vec::new();
     if args.local || everything {
+        let examples = suite::build(&suite::EXAMPLES)?;
         rows.push(suite::local(&program, &program_args)?);
+        rows.push(suite::run("examples", &examples, &program_args)?);
     }
     // After the local run, not beside it: the tests measure time.
     let jobs = args.jobs.unwrap_or_else(vm::default_jobs);

@@ -73,7 +73,7 @@ fn attach_signal(
             match attached {
                 Ok(programs) => {
                     hook.programs.extend(programs);
-                    hook.note = hook.note.or(choice.cost.map(Into::into));
+                    hook.note = hook.note.or_else(|| note(choice));
                     break;
                 }
                 Err(error) if refusal::is_want(&error) => {
@@ -101,6 +101,15 @@ fn attach_signal(
         }
         _ => Ok(hook),
     }
+}
+
+/// What this choice costs here.
+fn note(choice: &Choice) -> Option<String> {
+    let is_cgroup = matches!(choice.hooks[0].1, HookPoint::Cgroup(_));
+    if is_cgroup && cgroup::root().is_ok_and(|root| !root.is_whole) {
+        return Some(cgroup::PARTIAL.into());
+    }
+    choice.cost.map(Into::into)
 }
 
 /// Attaches a choice: all of its hooks, or at least the first.
@@ -142,14 +151,14 @@ pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<
             program.attach()?;
         }
         (Program::CgroupSock(program), HookPoint::Cgroup(_)) => {
-            program.attach(cgroup::root()?, CgroupAttachMode::Single)?;
+            program.attach(cgroup::root()?.folder, CgroupAttachMode::Single)?;
         }
         (Program::CgroupSockAddr(program), HookPoint::Cgroup(_)) => {
-            program.attach(cgroup::root()?, CgroupAttachMode::Single)?;
+            program.attach(cgroup::root()?.folder, CgroupAttachMode::Single)?;
         }
         (Program::CgroupSkb(program), HookPoint::Cgroup(_)) => {
             program.attach(
-                cgroup::root()?,
+                cgroup::root()?.folder,
                 CgroupSkbAttachType::Egress,
                 CgroupAttachMode::Single,
             )?;

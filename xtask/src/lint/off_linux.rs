@@ -68,7 +68,10 @@ fn copy_renamed(from: &Path, to: &Path) -> Result<()> {
                 "target_os = \"linux\"",
                 &format!("target_os = \"{ELSEWHERE}\""),
             )
-            .replace(", \"tcp-udp-trace-ebpf\", \"xtask\", \"tests\"]", "]")
+            .replace(
+                ", \"tcp-udp-trace-ebpf\", \"xtask\", \"tests\", \"examples\"]",
+                "]",
+            )
             .replace(", \"xtask\", \"tests\"]", "]")
             .into_bytes();
     }

@@ -17,9 +17,26 @@ use super::{
 };
 use crate::{process, workspace};
 
-/// The package and the test target with the integration tests.
-const INTEGRATION_PACKAGE: &str = "integration-tests";
-const INTEGRATION_TARGET: &str = "integration";
+/// Tests that are a program of their own, to be run as root.
+pub(super) struct Program {
+    package: &'static str,
+    target: &'static str,
+    profile: &'static str,
+}
+
+/// Optimized, because emulated guests run it too.
+pub(super) const INTEGRATION: Program = Program {
+    package: "integration-tests",
+    target: "integration",
+    profile: "release",
+};
+
+/// Not optimized: that would take several times as long as the tests do.
+pub(super) const EXAMPLES: Program = Program {
+    package: "examples",
+    target: "examples",
+    profile: "dev",
+};
 
 /// What `timeout` exits with when it had to end the program; a test program's own codes are 0 and 101.
 const TIMED_OUT: i32 = 124;
@@ -34,7 +51,9 @@ pub(super) fn unit(filter: Option<&str>) -> Result<Row> {
             "--exclude",
             "tcp-udp-trace-ebpf",
             "--exclude",
-            INTEGRATION_PACKAGE,
+            INTEGRATION.package,
+            "--exclude",
+            EXAMPLES.package,
         ])
         .arg("--")
         .args(filter);
@@ -44,6 +63,11 @@ pub(super) fn unit(filter: Option<&str>) -> Result<Row> {
 /// Runs the integration tests on the kernel that runs here.
 pub(super) fn local(program: &Path, args: &[OsString]) -> Result<Row> {
     let release = process::stdout(Command::new("uname").arg("-r"))?;
+    run(&format!("local ({})", release.trim()), program, args)
+}
+
+/// Runs a program of tests as root.
+pub(super) fn run(name: &str, program: &Path, args: &[OsString]) -> Result<Row> {
     let seconds = TIMEOUT.as_secs();
     // Not by a timer of ours: through sudo we may not kill what we started.
     let mut command = process::as_root("timeout");
@@ -51,23 +75,21 @@ pub(super) fn local(program: &Path, args: &[OsString]) -> Result<Row> {
         .args(["--kill-after=10", &seconds.to_string()])
         .arg(program)
         .args(args);
-    counted(&format!("local ({})", release.trim()), &mut command)
+    counted(name, &mut command)
 }
 
-/// Builds the integration tests and returns the path of the program.
-pub(super) fn build_integration() -> Result<PathBuf> {
+/// Builds a program of tests and returns its path.
+pub(super) fn build(program: &Program) -> Result<PathBuf> {
+    let Program {
+        package,
+        target,
+        profile,
+    } = program;
     let mut command = Command::new(workspace::cargo());
     command
         .current_dir(workspace::root())
-        // Optimized, because emulated guests run it too.
-        .args([
-            "test",
-            "--release",
-            "--package",
-            INTEGRATION_PACKAGE,
-            "--test",
-            INTEGRATION_TARGET,
-        ])
+        .args(["test", "--profile", profile, "--package", package])
+        .args(["--test", target])
         .args(["--no-run", "--message-format=json-render-diagnostics"])
         .stderr(Stdio::inherit());
     eprintln!("$ {}", process::shell_line(&command));
@@ -75,10 +97,12 @@ pub(super) fn build_integration() -> Result<PathBuf> {
     messages
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == INTEGRATION_TARGET)
+        .filter(|message| {
+            message["target"]["name"] == *target && message["target"]["kind"][0] == "test"
+        })
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
         .with_context(|| {
-            format!("cargo built no program for the test target {INTEGRATION_TARGET} of {INTEGRATION_PACKAGE}")
+            format!("cargo built no program for the test target {target} of {package}")
         })
 }
 

@@ -1,0 +1,53 @@
+//! From totals to what was added.
+
+use std::{net::SocketAddr, num::NonZeroUsize};
+
+use lru::LruCache;
+use tcp_udp_trace::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, Event, EventKind, Protocol, Traffic};
+
+/// A TCP socket, or a UDP flow.
+type Key = (Protocol, u64, SocketAddr);
+
+/// Events tell what a socket has carried so far; a counter wants to know what has been added since the event before. Of sockets older than
+/// the tracer, what they had carried before is not counted.
+///
+/// It remembers as many sockets and flows as the tracers do by default.
+#[derive(Debug)]
+pub struct Growth {
+    known: LruCache<Key, Traffic>,
+}
+
+impl Default for Growth {
+    fn default() -> Self {
+        let capacity = DEFAULT_MAX_SOCKETS + DEFAULT_MAX_FLOWS;
+        Self {
+            known: LruCache::new(NonZeroUsize::new(capacity as usize).unwrap_or(NonZeroUsize::MIN)),
+        }
+    }
+}
+
+impl Growth {
+    /// What this event adds to those before it: bytes sent, and bytes received.
+    pub fn of(&mut self, event: &Event) -> (u64, u64) {
+        let (socket, total) = (&event.socket, event.traffic);
+        let key = (socket.protocol, socket.id, socket.remote);
+        let before = match (socket.protocol, &event.kind) {
+            (_, EventKind::Lost { .. }) => return (0, 0),
+            // A socket's first event is its beginning, when it has carried nothing, or it is older than the tracer.
+            (Protocol::Tcp, _) => self.known.put(key, total).unwrap_or(total),
+            // Flows are counted from their first datagram that the tracer saw.
+            (_, EventKind::Flow { .. }) => self.known.put(key, total).unwrap_or_default(),
+            // A UDP socket's other events tell what all its flows have carried together.
+            _ => return (0, 0),
+        };
+        if event.is_close() {
+            self.known.pop(&key);
+        }
+        // Fewer than before: the tracer had to forget the flow, and counts anew.
+        let since = |total: u64, before| total.checked_sub(before).unwrap_or(total);
+        (
+            since(total.tx_bytes, before.tx_bytes),
+            since(total.rx_bytes, before.rx_bytes),
+        )
+    }
+}
