@@ -48,6 +48,7 @@ fn main() -> ExitCode {
         prometheus::counters_have_the_bytes,
         prometheus::retransmissions_are_counted,
         otlp::collector_gets_everything_by_the_end,
+        otlp::three_capabilities_are_enough,
         top::picture_shows_processes_and_bytes,
         top::screen_ends_with_q,
     ];
