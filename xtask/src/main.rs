@@ -5,6 +5,8 @@
     reason = "a command-line program talks to whoever runs it"
 )]
 
+mod apt;
+mod arch;
 mod bench;
 mod deps;
 mod ebpf;

@@ -12,10 +12,10 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use super::{
-    TIMEOUT,
+    TIMEOUT, cross,
     report::{Outcome, Output, Row},
 };
-use crate::{process, workspace};
+use crate::{arch::Arch, process, workspace};
 
 /// The package and the test target with the integration tests.
 const INTEGRATION_PACKAGE: &str = "integration-tests";
@@ -54,8 +54,8 @@ pub(super) fn local(program: &Path, args: &[OsString]) -> Result<Row> {
     counted(&format!("local ({})", release.trim()), &mut command)
 }
 
-/// Builds the integration tests and returns the path of the program.
-pub(super) fn build_integration() -> Result<PathBuf> {
+/// Builds the integration tests for `arch` and returns the path of the program.
+pub(super) fn build_integration(arch: &'static Arch) -> Result<PathBuf> {
     let mut command = Command::new(workspace::cargo());
     command
         .current_dir(workspace::root())
@@ -70,6 +70,7 @@ pub(super) fn build_integration() -> Result<PathBuf> {
         ])
         .args(["--no-run", "--message-format=json-render-diagnostics"])
         .stderr(Stdio::inherit());
+    cross::target(&mut command, arch)?;
     eprintln!("$ {}", process::shell_line(&command));
     let messages = process::stdout(&mut command)?;
     messages
