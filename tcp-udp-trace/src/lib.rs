@@ -38,7 +38,7 @@
 //!
 //! # What it needs
 //!
-//! Linux 5.10 or newer with BTF, on x86_64; root, or `CAP_BPF` and `CAP_PERFMON`, and for UDP `CAP_NET_ADMIN` too; a Tokio
+//! Linux 5.10 or newer with BTF, on x86_64 or aarch64; root, or `CAP_BPF` and `CAP_PERFMON`, and for UDP `CAP_NET_ADMIN` too; a Tokio
 //! runtime with I/O and time. It finds out by itself which hooks the kernel allows, and says so: [`TracerHandle::hooks`]. To
 //! build: stable Rust and nothing else; the eBPF object is part of the crate.
 //!
