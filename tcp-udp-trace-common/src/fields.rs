@@ -17,15 +17,15 @@ pub struct WantedField {
 }
 
 macro_rules! fields {
-    ($($name:ident: $size:literal = $path:literal,)+) => {
+    ($($(#[$cfg:meta])? $name:ident: $size:literal = $path:literal,)+) => {
         /// A field of a kernel structure: an index into [`FIELDS`] and [`Offsets`].
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Field {
-            $(#[doc = concat!("`", $path, "`")] $name,)+
+            $($(#[$cfg])? #[doc = concat!("`", $path, "`")] $name,)+
         }
 
         /// Every field, in the order of [`Field`].
-        pub const FIELDS: &[WantedField] = &[$(WantedField { path: $path, size: $size },)+];
+        pub const FIELDS: &[WantedField] = &[$($(#[$cfg])? WantedField { path: $path, size: $size },)+];
     };
 }
 
@@ -74,7 +74,10 @@ fields! {
     FilePrivate: 8 = "file.private_data",
     SocketFile: 8 = "socket.file",
     SocketSock: 8 = "socket.sk",
+    #[cfg(not(target_arch = "aarch64"))]
     SyscallNumber: 8 = "pt_regs.orig_ax",
+    #[cfg(target_arch = "aarch64")]
+    SyscallNumber: 4 = "pt_regs.syscallno",
     SockType: 2 = "sock.sk_type",
     Shutdown: 1 = "sock.sk_shutdown",
     Drops: 4 = "sock.sk_drops",

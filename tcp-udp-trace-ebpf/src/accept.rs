@@ -6,14 +6,10 @@ use crate::{
     emit::{self, Context, Weight},
     filter, owner,
     sock::{Copied, Sock, Socket as _, read, read_at},
-    track,
+    syscall, track,
 };
 
 const TCP_CLOSE: u8 = 7;
-
-/// `__NR_accept` and `__NR_accept4` of x86_64.
-const SYS_ACCEPT: u64 = 43;
-const SYS_ACCEPT4: u64 = 288;
 
 /// `IORING_OP_ACCEPT` of `io_uring.h`.
 const IORING_OP_ACCEPT: u8 = 13;
@@ -72,10 +68,7 @@ pub(crate) fn accepted_as(ctx: Context, fd: i64) {
 /// The current process returns from a system call.
 #[inline(always)]
 pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
-    if matches!(
-        read::<u64>(regs, Field::SyscallNumber),
-        SYS_ACCEPT | SYS_ACCEPT4
-    ) {
+    if matches!(syscall::number(regs), syscall::ACCEPT | syscall::ACCEPT4) {
         accepted_as(ctx, result);
     }
 }

@@ -19,6 +19,7 @@ mod emit;
 mod filter;
 mod owner;
 mod sock;
+mod syscall;
 mod tcp;
 mod track;
 mod udp;

@@ -27,7 +27,7 @@ use crate::{
     emit::{self, Context, Weight},
     filter, owner,
     sock::{Sock, Socket, read},
-    track,
+    syscall, track,
 };
 
 /// The sockets by cookie, which the kernel never reuses.
@@ -55,8 +55,6 @@ const SOCK_DGRAM: u16 = 2;
 /// `skb->protocol` of IPv4, network byte order.
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
 const TCP_ESTABLISHED: u8 = 1;
-/// `__NR_connect` of x86_64.
-const SYS_CONNECT: u64 = 42;
 /// `IORING_OP_CONNECT` of `io_uring.h`.
 const IORING_OP_CONNECT: u8 = 16;
 
@@ -469,7 +467,7 @@ pub(crate) fn connected(ctx: Context, result: i64) {
 /// The current process returns from a system call.
 #[inline(always)]
 pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
-    if read::<u64>(regs, Field::SyscallNumber) == SYS_CONNECT {
+    if syscall::number(regs) == syscall::CONNECT {
         connected(ctx, result);
     }
 }

@@ -56,7 +56,7 @@
 //!
 //! # Kernels
 //!
-//! Linux 5.10 or newer with BTF (`/sys/kernel/btf/vmlinux`), on x86_64; UDP takes cgroup v2. Nothing depends on a version: each hook is tried,
+//! Linux 5.10 or newer with BTF (`/sys/kernel/btf/vmlinux`), on x86_64 or aarch64; UDP takes cgroup v2. Nothing depends on a version: each hook is tried,
 //! and [`TracerHandle::hooks`] says which were taken and what they cost. `docs/kernels.md` in the repository tells what each kernel gives. To build: stable Rust, and nothing
 //! else, because the eBPF programs are part of the crate, compiled; on other systems than Linux it compiles, and `start` fails with
 //! [`ErrorKind::Unsupported`].

@@ -49,6 +49,6 @@ pub(crate) struct Tasks {
 pub(crate) async fn start(_: Config) -> Result<(Arc<Shared>, Tasks), Error> {
     Err(Error::new(
         ErrorKind::Unsupported,
-        "eBPF is Linux: this library traces only there, on x86_64, from kernel 5.10 on",
+        "eBPF is Linux: this library traces only there, on x86_64 and aarch64, from kernel 5.10 on",
     ))
 }

@@ -372,17 +372,22 @@ fn seccomp_filter_is_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Raw tracepoints are enough.
+/// Raw tracepoints are enough; those of system calls know them by number.
 fn seccomp_filter_of_perf_events_costs_hooks() -> anyhow::Result<()> {
     refuse(libc::SYS_perf_event_open, Errno::EPERM)?;
     let scene = Scene::new()?;
-    let hooks = scene.trace.handle().hooks();
-    let programs = hooks.iter().flat_map(|hook| &hook.programs);
-    for program in programs {
-        let is_perf = program.starts_with("kprobe:") || program.starts_with("tracepoint:");
-        ensure!(!is_perf, "{program}");
+    let udp = Trace::start_udp()?;
+    for trace in [&scene.trace, &udp] {
+        let hooks = trace.handle().hooks();
+        let programs = hooks.iter().flat_map(|hook| &hook.programs);
+        for program in programs {
+            let is_perf = program.starts_with("kprobe:") || program.starts_with("tracepoint:");
+            ensure!(!is_perf, "{program}");
+        }
     }
-    scene.check_transfer(1_000, 2_000)
+    scene.check_transfer(1_000, 2_000)?;
+    let lives = Site::new(Family::V4, true)?.close()?;
+    udp.finish_udp(lives.len())?.check_all(&lives)
 }
 
 /// Its root is no root.

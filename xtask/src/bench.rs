@@ -4,7 +4,7 @@ use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{deps, ebpf, process, test, vm, workspace};
+use crate::{arch::Arch, deps, ebpf, process, test, vm, workspace};
 
 /// Measure what tracing costs: no tracer, ours, other tools if they are installed, and the floor. Prints tables in Markdown.
 #[derive(clap::Args)]
@@ -76,6 +76,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         options.extend(["--floor".into(), FLOOR_IN_GUEST.into()]);
     }
     let job = vm::Job {
+        arch: Arch::host()?,
         program: &program,
         args: &options,
         files: &files,

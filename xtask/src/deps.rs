@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{process, workspace};
+use crate::{arch::Arch, process, workspace};
 
 /// Programs that one verb needs, each with the Debian package that has it.
 pub(crate) struct Group {
@@ -31,10 +31,7 @@ enum Probe {
 pub(crate) const EBPF: Group = Group {
     purpose: "building the eBPF object",
     packages: &[
-        Package {
-            name: "rustc-web",
-            probe: Probe::File("/usr/bin/rustc"),
-        },
+        RUSTC,
         Package {
             name: "libstd-rust-web-dev-bpf",
             probe: Probe::File("/usr/lib/rustlib/bpfel-unknown-none"),
@@ -54,6 +51,11 @@ pub(crate) const EBPF: Group = Group {
     ],
 };
 
+const RUSTC: Package = Package {
+    name: "rustc-web",
+    probe: Probe::File("/usr/bin/rustc"),
+};
+
 /// What the integration tests call to set up links and impairments.
 pub(crate) const TESTS: Group = Group {
     purpose: "running the integration tests",
@@ -68,10 +70,6 @@ pub(crate) const VM: Group = Group {
     purpose: "running the tests on other kernels",
     packages: &[
         Package {
-            name: "qemu-system-x86",
-            probe: Probe::Program("qemu-system-x86_64"),
-        },
-        Package {
             name: "busybox-static",
             probe: Probe::Program("busybox"),
         },
@@ -84,6 +82,56 @@ pub(crate) const VM: Group = Group {
             probe: Probe::Program("zstd"),
         },
     ],
+};
+
+pub(crate) const QEMU_X86_64: Group = Group {
+    purpose: "running the tests on x86_64",
+    packages: &[Package {
+        name: "qemu-system-x86",
+        probe: Probe::Program("qemu-system-x86_64"),
+    }],
+};
+
+pub(crate) const QEMU_AARCH64: Group = Group {
+    purpose: "running the tests on aarch64",
+    packages: &[Package {
+        name: "qemu-system-arm",
+        probe: Probe::Program("qemu-system-aarch64"),
+    }],
+};
+
+pub(crate) const LINKER_X86_64: Group = Group {
+    purpose: "linking the tests for x86_64",
+    packages: &[
+        Package {
+            name: "gcc-x86-64-linux-gnu",
+            probe: Probe::Program("x86_64-linux-gnu-gcc"),
+        },
+        Package {
+            name: "libc6-dev-amd64-cross",
+            probe: Probe::File("/usr/x86_64-linux-gnu/lib/libc.so"),
+        },
+    ],
+};
+
+pub(crate) const LINKER_AARCH64: Group = Group {
+    purpose: "linking the tests for aarch64",
+    packages: &[
+        Package {
+            name: "gcc-aarch64-linux-gnu",
+            probe: Probe::Program("aarch64-linux-gnu-gcc"),
+        },
+        Package {
+            name: "libc6-dev-arm64-cross",
+            probe: Probe::File("/usr/aarch64-linux-gnu/lib/libc.so"),
+        },
+    ],
+};
+
+/// A compiler whose standard library Debian has for every architecture.
+pub(crate) const CROSS_RUSTC: Group = Group {
+    purpose: "compiling for another architecture",
+    packages: &[RUSTC],
 };
 
 /// libFuzzer is C++.
@@ -140,7 +188,8 @@ impl Probe {
 
 /// `cargo xtask setup`: installs whatever any verb needs and is not there.
 pub(crate) fn setup() -> Result<()> {
-    let missing: Vec<_> = [&EBPF, &TESTS, &VM, &FUZZ]
+    // What is needed for other architectures, `--arch` installs.
+    let missing: Vec<_> = [&EBPF, &TESTS, &VM, &FUZZ, Arch::host()?.qemu_package]
         .into_iter()
         .flat_map(Group::missing)
         .collect();

@@ -28,8 +28,8 @@ const PROFILE: &str = "bpf";
 /// The architectures that the library carries an object for, as `std::env::consts::ARCH` names them.
 ///
 /// The programs read kernel structures by offsets that they get at load time, but which register holds which argument
-/// of a probed function is fixed at compile time.
-const ARCHITECTURES: &[&str] = &["x86_64"];
+/// of a probed function is fixed at compile time, and so are the numbers of system calls.
+const ARCHITECTURES: &[&str] = &["x86_64", "aarch64"];
 
 /// What is built of the programs for each architecture: what the object's name says of it, and the features.
 const VARIANTS: &[(&str, &[&str])] = &[("", &[]), ("-perf", &["--features", "perf"])];

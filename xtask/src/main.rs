@@ -6,6 +6,8 @@
 )]
 
 mod api;
+mod apt;
+mod arch;
 mod bench;
 mod deps;
 mod ebpf;

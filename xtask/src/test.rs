@@ -1,5 +1,6 @@
 //! `cargo xtask test`: unit tests, then the integration tests on the kernel that runs here and on others in VMs.
 
+mod cross;
 pub(crate) mod report;
 mod suite;
 
@@ -9,6 +10,7 @@ use anyhow::{Context as _, Result};
 
 use self::report::Row;
 use crate::{
+    arch::Arch,
     deps,
     vm::{self, KERNELS, Kernel},
 };
@@ -28,6 +30,9 @@ pub(crate) struct Args {
     /// The integration tests on these kernels in VMs: `5.10,6.1`, or `all`.
     #[arg(long, value_name = "KERNELS", value_delimiter = ',')]
     vm: Vec<String>,
+    /// The integration tests on kernels of this architecture, `aarch64` or `x86_64`, in VMs: on 6.12, unless `--vm` names others.
+    #[arg(long, value_parser = Arch::named, conflicts_with_all = ["unit", "local"])]
+    arch: Option<&'static Arch>,
     /// Only bring the cached kernels up to date.
     #[arg(long)]
     fetch_only: bool,
@@ -41,12 +46,28 @@ pub(crate) struct Args {
     rest: Vec<OsString>,
 }
 
+impl Args {
+    fn arch(&self) -> Result<&'static Arch> {
+        self.arch.map_or_else(Arch::host, Ok)
+    }
+}
+
+/// Where `--arch` alone runs the tests: what differs between architectures differs little between kernels.
+const KERNEL_OF_ARCH: &str = "6.12";
+
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let everything = !args.unit && !args.local && args.vm.is_empty();
-    let kernels = kernels(&args.vm, everything)?;
+    let everything = !args.unit && !args.local && args.vm.is_empty() && args.arch.is_none();
+    let kernels = if args.arch.is_some() && args.vm.is_empty() {
+        kernels(&[KERNEL_OF_ARCH.to_owned()], false)?
+    } else {
+        kernels(&args.vm, everything)?
+    };
     if args.fetch_only {
         let all: Vec<_> = KERNELS.iter().collect();
-        return vm::fetch(if kernels.is_empty() { &all } else { &kernels });
+        return vm::fetch(
+            if kernels.is_empty() { &all } else { &kernels },
+            args.arch()?,
+        );
     }
 
     let mut rows = Vec::new();
@@ -64,7 +85,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Result<Vec<Row>> {
     deps::ensure(&deps::TESTS)?;
-    let program = suite::build(&suite::INTEGRATION)?;
+    let arch = args.arch()?;
+    let program = suite::build(&suite::INTEGRATION, arch)?;
     let program_args: Vec<OsString> = args
         .filter
         .iter()
@@ -74,13 +96,14 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
 
     let mut rows = Vec::new();
     if args.local || everything {
-        let examples = suite::build(&suite::EXAMPLES)?;
+        let examples = suite::build(&suite::EXAMPLES, arch)?;
         rows.push(suite::local(&program, &program_args)?);
         rows.push(suite::run("examples", &examples, &program_args)?);
     }
     // After the local run, not beside it: the tests measure time.
     let jobs = args.jobs.unwrap_or_else(vm::default_jobs);
     let job = vm::Job {
+        arch,
         program: &program,
         args: &program_args,
         files: &[],

@@ -2,12 +2,12 @@
 //!
 //! Plain emulation is enough: a stock cloud kernel boots in seconds, and no machine that runs the tests needs KVM.
 
-mod apt;
 mod cpio;
 mod guest;
 mod initramfs;
 mod kernel;
 mod modules;
+mod userland;
 
 use std::{
     collections::VecDeque,
@@ -22,9 +22,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use self::guest::Ended;
 pub(crate) use self::kernel::{KERNELS, Kernel};
+use self::{guest::Ended, userland::Userland};
 use crate::{
+    arch::Arch,
     deps,
     test::report::{Counts, Outcome, Row},
     workspace,
@@ -36,16 +37,17 @@ pub(crate) fn default_jobs() -> NonZeroUsize {
 }
 
 /// Fetches the newest packages of `kernels`, keeping what is cached where the mirror has no such kernel any more.
-pub(crate) fn fetch(kernels: &[&Kernel]) -> Result<()> {
+pub(crate) fn fetch(kernels: &[&Kernel], arch: &'static Arch) -> Result<()> {
     for kernel in kernels {
-        let installed = kernel.fetch()?;
-        eprintln!("{}: {}", kernel.name, installed.release);
+        let installed = kernel.fetch(arch)?;
+        eprintln!("{}: {}", kernel.name_on(arch), installed.release);
     }
     Ok(())
 }
 
 /// What runs in a guest.
 pub(crate) struct Job<'a> {
+    pub(crate) arch: &'static Arch,
     pub(crate) program: &'a Path,
     pub(crate) args: &'a [OsString],
     /// Files that the program needs, and where.
@@ -56,11 +58,19 @@ pub(crate) struct Job<'a> {
 ///
 /// What keeps a kernel from being tried (no QEMU, no mirror) becomes a row that says so; the others still run.
 pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize) -> Vec<Row> {
-    if let Err(error) = deps::ensure(&deps::VM) {
-        let not_run =
-            |kernel: &&Kernel| Row::new(kernel.name, Outcome::NotRun(format!("{error:#}")));
-        return kernels.iter().map(not_run).collect();
-    }
+    let prepared = deps::ensure(&deps::VM)
+        .and_then(|()| deps::ensure(job.arch.qemu_package))
+        .and_then(|()| Userland::of(job.arch));
+    let userland = match prepared {
+        Ok(userland) => userland,
+        Err(error) => {
+            let not_run = |kernel: &&Kernel| {
+                let outcome = Outcome::NotRun(format!("{error:#}"));
+                Row::new(kernel.name_on(job.arch), outcome)
+            };
+            return kernels.iter().map(not_run).collect();
+        }
+    };
 
     let queue: Mutex<VecDeque<_>> = Mutex::new(kernels.iter().enumerate().collect());
     let rows = Mutex::new(Vec::new());
@@ -73,7 +83,7 @@ pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize
                         .unwrap_or_else(PoisonError::into_inner)
                         .pop_front();
                     let Some((index, kernel)) = next else { break };
-                    let row = run_one(kernel, job);
+                    let row = run_one(kernel, job, &userland);
                     rows.lock()
                         .unwrap_or_else(PoisonError::into_inner)
                         .push((index, row));
@@ -86,16 +96,16 @@ pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize
     rows.into_iter().map(|(_, row)| row).collect()
 }
 
-fn run_one(kernel: &'static Kernel, job: &Job<'_>) -> Row {
-    let installed = match kernel.cached_or_fetch() {
+fn run_one(kernel: &'static Kernel, job: &Job<'_>, userland: &Userland) -> Row {
+    let name = kernel.name_on(job.arch);
+    let installed = match kernel.cached_or_fetch(job.arch) {
         Ok(installed) => installed,
-        Err(error) => return Row::new(kernel.name, Outcome::NotRun(format!("{error:#}"))),
+        Err(error) => return Row::new(name, Outcome::NotRun(format!("{error:#}"))),
     };
-    let name = format!("{} ({})", kernel.name, installed.release);
     let started = Instant::now();
-    let mut row = boot_with_retry(kernel, &installed, job)
+    let mut row = boot_with_retry(&name, &installed, job, userland)
         .unwrap_or_else(|error| Row::new("", Outcome::Broken(format!("{error:#}"))));
-    row.name = name;
+    row.name = format!("{name} ({})", installed.release);
     row.elapsed = started.elapsed();
     row
 }
@@ -105,19 +115,24 @@ const BOOTS: usize = 3;
 
 /// Boots the guest; again if the guest itself crashed, which emulation makes it do now and then, for the tests that had not ended. The note
 /// tells of that, since our programs could be the cause as well.
-fn boot_with_retry(kernel: &Kernel, installed: &kernel::Installed, job: &Job<'_>) -> Result<Row> {
+fn boot_with_retry(
+    name: &str,
+    installed: &kernel::Installed,
+    job: &Job<'_>,
+    userland: &Userland,
+) -> Result<Row> {
     let logs = workspace::cache_dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
-    let initrd = logs.join(format!("{}.initramfs", kernel.name));
-    let log = logs.join(format!("{}.log", kernel.name));
+    let initrd = logs.join(format!("{name}.initramfs"));
+    let log = logs.join(format!("{name}.log"));
     // What a filter selects is little, and may be run again.
     let resumes = job.args.is_empty();
     let mut args = job.args.to_vec();
     let (mut crashes, mut counts) = (Vec::new(), Counts::default());
     loop {
-        fs::write(&initrd, initramfs::build(installed, job, &args)?)
+        fs::write(&initrd, initramfs::build(installed, job, &args, userland)?)
             .with_context(|| format!("cannot write {}", initrd.display()))?;
-        let ended = guest::boot(kernel.name, &installed.vmlinuz, &initrd, &log)?;
+        let ended = guest::boot(job.arch, name, &installed.vmlinuz, &initrd, &log)?;
         // The image is as large as the test program; the log is what one wants afterwards.
         fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
         let mut failures = Vec::new();
@@ -132,10 +147,10 @@ fn boot_with_retry(kernel: &Kernel, installed: &kernel::Installed, job: &Job<'_>
             }
             Ended::Crashed { cause, output } => {
                 let number = crashes.len() + 1;
-                let crash_log = logs.join(format!("{}.crash{number}.log", kernel.name));
+                let crash_log = logs.join(format!("{name}.crash{number}.log"));
                 fs::rename(&log, &crash_log).context("cannot keep the log of a crashed guest")?;
                 let crash = format!("the guest crashed ({cause}); log: {}", crash_log.display());
-                eprintln!("[{}] {crash}", kernel.name);
+                eprintln!("[{name}] {crash}");
                 crashes.push(crash.clone());
                 if number < BOOTS {
                     if resumes {

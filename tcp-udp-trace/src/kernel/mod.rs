@@ -53,8 +53,15 @@ static OBJECTS: Option<[&[u8]; 2]> = Some([
     aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.x86_64.o"),
 ]);
 
-/// None yet for this architecture.
-#[cfg(not(target_arch = "x86_64"))]
+/// See above.
+#[cfg(target_arch = "aarch64")]
+static OBJECTS: Option<[&[u8]; 2]> = Some([
+    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.aarch64.o"),
+    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.aarch64.o"),
+]);
+
+/// None for this architecture.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 static OBJECTS: Option<[&[u8]; 2]> = None;
 
 /// No ring can be smaller.

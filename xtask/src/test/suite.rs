@@ -12,10 +12,10 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use super::{
-    TIMEOUT,
+    TIMEOUT, cross,
     report::{Outcome, Output, Row},
 };
-use crate::{process, workspace};
+use crate::{arch::Arch, process, workspace};
 
 /// Tests that are a program of their own, to be run as root.
 pub(super) struct Program {
@@ -78,8 +78,8 @@ pub(super) fn run(name: &str, program: &Path, args: &[OsString]) -> Result<Row> 
     counted(name, &mut command)
 }
 
-/// Builds a program of tests and returns its path.
-pub(super) fn build(program: &Program) -> Result<PathBuf> {
+/// Builds a program of tests for `arch` and returns its path.
+pub(super) fn build(program: &Program, arch: &'static Arch) -> Result<PathBuf> {
     let Program {
         package,
         target,
@@ -92,6 +92,7 @@ pub(super) fn build(program: &Program) -> Result<PathBuf> {
         .args(["--test", target])
         .args(["--no-run", "--message-format=json-render-diagnostics"])
         .stderr(Stdio::inherit());
+    cross::target(&mut command, arch)?;
     eprintln!("$ {}", process::shell_line(&command));
     let messages = process::stdout(&mut command)?;
     messages

@@ -12,7 +12,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::test::{self, report::Output};
+use crate::{
+    arch::Arch,
+    test::{self, report::Output},
+};
 
 /// How long a guest may take until the tests begin. It takes about three seconds on an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -32,15 +35,10 @@ const CRASH_SIGNS: &[&str] = &[
     "kernel BUG at",
 ];
 
-/// The guest's hardware.
-///
-/// `cx16=off`: QEMU's emulation of `cmpxchg16b` crashes two-CPU guests of 6.12. An oops becomes a panic, and a panic
-/// ends QEMU, so that a crash is known at once and not by a timeout.
-const QEMU_ARGS: &[&str] = &[
+/// The guest's hardware, whatever its architecture.
+const HARDWARE: &[&str] = &[
     "-accel",
     "tcg,thread=multi",
-    "-cpu",
-    "max,cx16=off",
     "-smp",
     "2",
     "-m",
@@ -54,9 +52,10 @@ const QEMU_ARGS: &[&str] = &[
     "-nic",
     "none",
     "-no-reboot",
-    "-append",
-    "console=ttyS0 quiet oops=panic softlockup_panic=1 panic=-1 tut_vm",
 ];
+
+/// The kernel's parameters. An oops becomes a panic, and a panic ends QEMU, so that a crash is known at once and not by a timeout.
+const PARAMETERS: &str = "quiet oops=panic softlockup_panic=1 panic=-1 tut_vm";
 
 /// How a boot ended.
 pub(super) enum Ended {
@@ -70,10 +69,19 @@ pub(super) enum Ended {
 
 /// Boots a guest and waits for its end. The console goes to `log`, what the tests write also to our standard output,
 /// each line after `name`.
-pub(super) fn boot(name: &str, vmlinuz: &Path, initrd: &Path, log: &Path) -> Result<Ended> {
+pub(super) fn boot(
+    arch: &Arch,
+    name: &str,
+    vmlinuz: &Path,
+    initrd: &Path,
+    log: &Path,
+) -> Result<Ended> {
     let mut qemu = Qemu(
-        Command::new("qemu-system-x86_64")
-            .args(QEMU_ARGS)
+        Command::new(arch.qemu)
+            .args(arch.machine)
+            .args(HARDWARE)
+            .arg("-append")
+            .arg(format!("console={} {PARAMETERS}", arch.console))
             .arg("-kernel")
             .arg(vmlinuz)
             .arg("-initrd")
@@ -82,7 +90,7 @@ pub(super) fn boot(name: &str, vmlinuz: &Path, initrd: &Path, log: &Path) -> Res
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
-            .context("cannot start qemu-system-x86_64: run `cargo xtask setup`")?,
+            .with_context(|| format!("cannot start {}: run `cargo xtask setup`", arch.qemu))?,
     );
     let console = qemu
         .0

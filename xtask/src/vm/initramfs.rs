@@ -4,18 +4,17 @@ use std::{
     collections::{BTreeMap, btree_map::Entry},
     ffi::OsString,
     fs,
-    path::{Path, PathBuf},
-    process::Command,
+    path::Path,
 };
 
 use anyhow::{Context as _, Result};
 
-use super::{Job, cpio::Archive, kernel::Installed, modules};
-use crate::{process, workspace};
+use super::{Job, cpio::Archive, kernel::Installed, modules, userland::Userland};
+use crate::process;
 
 const INIT: &str = include_str!("init.sh");
 
-/// Programs of this machine that the guest gets: common tools, and what the tests set links up with.
+/// Programs that the guest gets: common tools, and what the tests set links up with.
 ///
 /// The shell is not busybox's, which takes its own `ip` over the one on the search path.
 const PROGRAMS: &[(&str, &str)] = &[
@@ -32,7 +31,12 @@ const FOLDERS: &[&str] = &[
 ];
 
 /// Builds an image that runs the job's program with `args` and ends. Not compressed: the guest would be slow to unpack it.
-pub(super) fn build(kernel: &Installed, job: &Job<'_>, args: &[OsString]) -> Result<Vec<u8>> {
+pub(super) fn build(
+    kernel: &Installed,
+    job: &Job<'_>,
+    args: &[OsString],
+    userland: &Userland,
+) -> Result<Vec<u8>> {
     let mut files = BTreeMap::new();
     files.insert("/init".to_owned(), INIT.as_bytes().to_vec());
     files.insert(
@@ -44,14 +48,12 @@ pub(super) fn build(kernel: &Installed, job: &Job<'_>, args: &[OsString]) -> Res
         b"127.0.0.1 localhost\n::1 localhost\n".to_vec(),
     );
     files.insert("/tests/run".to_owned(), run_script(args).into_bytes());
-    add_program(&mut files, job.program, "/tests/integration")?;
+    add_program(&mut files, userland, job.program, "/tests/integration")?;
     for (path, destination) in job.files {
         files.insert((*destination).to_owned(), read(path)?);
     }
     for (name, destination) in PROGRAMS {
-        let path = workspace::find_program(name)
-            .with_context(|| format!("`{name}` is missing: run `cargo xtask setup`"))?;
-        add_program(&mut files, &path, destination)?;
+        add_program(&mut files, userland, &userland.program(name)?, destination)?;
     }
 
     let (modules, missing) = modules::load_order(&kernel.modules)?;
@@ -82,32 +84,17 @@ fn run_script(args: &[OsString]) -> String {
 /// Adds the program at `path` as `destination`, and its shared libraries where its loader looks for them.
 fn add_program(
     files: &mut BTreeMap<String, Vec<u8>>,
+    userland: &Userland,
     path: &Path,
     destination: &str,
 ) -> Result<()> {
     files.insert(destination.to_owned(), read(path)?);
-    for library in shared_libraries(path)? {
-        let name = library.to_string_lossy().into_owned();
-        if let Entry::Vacant(entry) = files.entry(name) {
+    for (library, destination) in userland.libraries(path)? {
+        if let Entry::Vacant(entry) = files.entry(destination) {
             entry.insert(read(&library)?);
         }
     }
     Ok(())
-}
-
-/// The absolute paths in what `ldd` prints: the libraries and the loader. None for a static program.
-fn shared_libraries(program: &Path) -> Result<Vec<PathBuf>> {
-    let output = Command::new("ldd")
-        .arg(program)
-        .output()
-        .context("cannot start ldd")?;
-    // For a static program ldd fails, saying so.
-    let text = String::from_utf8_lossy(&output.stdout);
-    Ok(text
-        .split_whitespace()
-        .filter(|word| word.starts_with('/') && !word.ends_with(':'))
-        .map(PathBuf::from)
-        .collect())
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {

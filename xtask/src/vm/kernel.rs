@@ -3,21 +3,18 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Context as _, Result, bail};
 
-use super::apt::Suite;
-use crate::{process, workspace};
+use crate::{apt::Archive, arch::Arch, workspace};
 
 /// One kernel of the table.
-#[derive(Debug)]
 pub(crate) struct Kernel {
     /// What `--vm` calls it.
     pub(crate) name: &'static str,
     suite: &'static str,
-    /// How its packages are named: `PREFIX` + what moves with each update + `SUFFIX`.
+    /// How its packages are named: `PREFIX` + what moves with each update + `-cloud-` + Debian's architecture + `SUFFIX`.
     prefixes: &'static [&'static str],
     moving_part_starts_with: &'static str,
     suffix: &'static str,
@@ -32,21 +29,21 @@ pub(crate) const KERNELS: &[Kernel] = &[
         suite: "bullseye",
         prefixes: &["linux-image-"],
         moving_part_starts_with: "5.10.",
-        suffix: "-cloud-amd64-unsigned",
+        suffix: "-unsigned",
     },
     Kernel {
         name: "6.1",
         suite: "bookworm",
         prefixes: &["linux-image-"],
         moving_part_starts_with: "6.1.",
-        suffix: "-cloud-amd64-unsigned",
+        suffix: "-unsigned",
     },
     Kernel {
         name: "6.12",
         suite: "trixie",
         prefixes: &["linux-image-"],
         moving_part_starts_with: "6.12.",
-        suffix: "-cloud-amd64-unsigned",
+        suffix: "-unsigned",
     },
     Kernel {
         name: "7.2",
@@ -54,7 +51,7 @@ pub(crate) const KERNELS: &[Kernel] = &[
         // The first is the kernel; newer packaging has the modules apart.
         prefixes: &["linux-binary-", "linux-modules-"],
         moving_part_starts_with: "7.2.",
-        suffix: "-cloud-amd64",
+        suffix: "",
     },
 ];
 
@@ -67,17 +64,26 @@ pub(crate) struct Installed {
 }
 
 impl Kernel {
+    /// What its results, logs and files are called.
+    pub(crate) fn name_on(&self, arch: &Arch) -> String {
+        if arch.is_host() {
+            self.name.to_owned()
+        } else {
+            format!("{}-{arch}", self.name)
+        }
+    }
+
     /// The kernel from the cache, or else from the mirror.
-    pub(crate) fn cached_or_fetch(&self) -> Result<Installed> {
-        match self.newest_cached() {
+    pub(crate) fn cached_or_fetch(&self, arch: &'static Arch) -> Result<Installed> {
+        match self.newest_cached(arch) {
             Some(installed) => Ok(installed),
-            None => self.fetch(),
+            None => self.fetch(arch),
         }
     }
 
     /// The newest one that the mirror has, or else whatever is cached.
-    pub(crate) fn fetch(&self) -> Result<Installed> {
-        match (self.fetch_newest(), self.newest_cached()) {
+    pub(crate) fn fetch(&self, arch: &'static Arch) -> Result<Installed> {
+        match (self.fetch_newest(arch), self.newest_cached(arch)) {
             (Ok(installed), _) => Ok(installed),
             (Err(error), Some(cached)) => {
                 eprintln!(
@@ -93,62 +99,51 @@ impl Kernel {
         }
     }
 
-    fn folder(&self) -> PathBuf {
-        workspace::cache_dir().join("kernels").join(self.name)
+    fn folder(&self, arch: &Arch) -> PathBuf {
+        workspace::cache_dir()
+            .join("kernels")
+            .join(self.name_on(arch))
     }
 
-    fn newest_cached(&self) -> Option<Installed> {
-        let releases = fs::read_dir(self.folder())
+    fn newest_cached(&self, arch: &Arch) -> Option<Installed> {
+        let releases = fs::read_dir(self.folder(arch))
             .ok()?
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
             .filter(|name| name.starts_with(self.moving_part_starts_with));
         let newest = releases.max_by_key(|release| version_key(release))?;
-        Installed::open(&self.folder(), &newest).ok()
+        Installed::open(&self.folder(arch), &newest).ok()
     }
 
-    fn fetch_newest(&self) -> Result<Installed> {
-        let state = workspace::cache_dir().join("apt").join(self.suite);
-        let suite = Suite::open(self.suite, &state)?;
+    fn fetch_newest(&self, arch: &'static Arch) -> Result<Installed> {
+        let archive = Archive::of_suite(self.suite, arch)?;
         let [kernel_prefix, ..] = self.prefixes else {
             bail!("no packages in the table")
         };
-        let release = suite
+        let suffix = format!("-cloud-{}{}", arch.debian, self.suffix);
+        let release = archive
             .package_names(kernel_prefix)?
             .iter()
-            .filter_map(|name| name.strip_prefix(kernel_prefix)?.strip_suffix(self.suffix))
+            .filter_map(|name| name.strip_prefix(kernel_prefix)?.strip_suffix(&*suffix))
             .filter(|moving| moving.starts_with(self.moving_part_starts_with))
             .max_by_key(|moving| version_key(moving))
             .map(str::to_owned)
             .with_context(|| {
                 format!(
                     "the mirror has no {kernel_prefix}{}*{} in {}: the table in xtask/src/vm/kernel.rs wants an update",
-                    self.moving_part_starts_with, self.suffix, self.suite
+                    self.moving_part_starts_with, suffix, self.suite
                 )
             })?;
 
-        let folder = self.folder();
-        if folder.join(&release).is_dir() {
-            return Installed::open(&folder, &release);
+        let folder = self.folder(arch);
+        if !folder.join(&release).is_dir() {
+            eprintln!("{}: fetching {release}", self.name_on(arch));
+            let packages: Vec<_> = self
+                .prefixes
+                .iter()
+                .map(|prefix| format!("{prefix}{release}{suffix}"))
+                .collect();
+            archive.unpack(&packages, &folder.join(&release))?;
         }
-        eprintln!("{}: fetching {release}", self.name);
-        // Unpacked under a name that no release has, then renamed: an interrupted run leaves nothing that looks whole.
-        let partial = folder.join("partial");
-        if partial.exists() {
-            fs::remove_dir_all(&partial).context("cannot remove what an interrupted run left")?;
-        }
-        for prefix in self.prefixes {
-            let package = suite.download(&format!("{prefix}{release}{}", self.suffix), &folder)?;
-            process::stdout(
-                Command::new("dpkg-deb")
-                    .arg("-x")
-                    .arg(&package)
-                    .arg(&partial),
-            )
-            .context("cannot unpack the kernel package")?;
-            fs::remove_file(&package).context("cannot remove an unpacked package")?;
-        }
-        fs::rename(&partial, folder.join(&release))
-            .context("cannot move the unpacked kernel into place")?;
         Installed::open(&folder, &release)
     }
 }

@@ -1,0 +1,87 @@
+//! The architectures whose kernels the tests run on: this machine's, and others, for which the tests are compiled here and which
+//! QEMU emulates all the same.
+
+use std::{env::consts, fmt};
+
+use anyhow::{Context as _, Result};
+
+use crate::deps::{self, Group};
+
+pub(crate) struct Arch {
+    /// As Rust calls it.
+    name: &'static str,
+    /// As Debian calls it.
+    pub(crate) debian: &'static str,
+    /// What emulates it.
+    pub(crate) qemu: &'static str,
+    pub(crate) qemu_package: &'static Group,
+    /// What links programs for it elsewhere.
+    pub(crate) linker: &'static Group,
+    /// The guest's hardware.
+    pub(crate) machine: &'static [&'static str],
+    /// The device of the guest's console.
+    pub(crate) console: &'static str,
+}
+
+const ARCHES: &[Arch] = &[
+    Arch {
+        name: "x86_64",
+        debian: "amd64",
+        qemu: "qemu-system-x86_64",
+        qemu_package: &deps::QEMU_X86_64,
+        linker: &deps::LINKER_X86_64,
+        // QEMU's emulation of `cmpxchg16b` crashes two-CPU guests of 6.12.
+        machine: &["-cpu", "max,cx16=off"],
+        console: "ttyS0",
+    },
+    Arch {
+        name: "aarch64",
+        debian: "arm64",
+        qemu: "qemu-system-aarch64",
+        qemu_package: &deps::QEMU_AARCH64,
+        linker: &deps::LINKER_AARCH64,
+        // Not `max`: signing pointers takes most of the time when it is emulated.
+        machine: &["-machine", "virt", "-cpu", "neoverse-n1"],
+        console: "ttyAMA0",
+    },
+];
+
+impl Arch {
+    /// This machine's.
+    pub(crate) fn host() -> Result<&'static Self> {
+        Self::named(consts::ARCH)
+    }
+
+    pub(crate) fn named(name: &str) -> Result<&'static Self> {
+        ARCHES
+            .iter()
+            .find(|arch| arch.name == name)
+            .with_context(|| {
+                let known: Vec<_> = ARCHES.iter().map(|arch| arch.name).collect();
+                format!(
+                    "the tests know nothing of {name}: only of {}",
+                    known.join(", ")
+                )
+            })
+    }
+
+    pub(crate) fn is_host(&self) -> bool {
+        self.name == consts::ARCH
+    }
+
+    /// The target that Rust compiles for.
+    pub(crate) fn target(&self) -> String {
+        format!("{self}-unknown-linux-gnu")
+    }
+
+    /// How GNU's tools for it are called, and Debian's folders of libraries.
+    pub(crate) fn gnu(&self) -> String {
+        format!("{self}-linux-gnu")
+    }
+}
+
+impl fmt::Display for Arch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
