@@ -221,26 +221,26 @@ fn connect(ctx: &SockAddrContext) -> i32 {
         )
     };
     if protocol == IPPROTO_UDP && udp::used(key, sk.cast()).is_some() {
-        udp::connecting(key);
+        udp::connect::connecting(key);
     }
     1
 }
 
 #[tracepoint]
 fn udp_connect_exit(ctx: TracePointContext) -> u32 {
-    udp::connected(ctx.as_ptr(), field(&ctx, 16));
+    udp::connect::connected(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sys_exit")]
 fn udp_connect_sys_exit(ctx: RawTracePointContext) -> i32 {
-    udp::returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
+    udp::connect::returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
     0
 }
 
 #[tracepoint]
 fn udp_connect_uring(ctx: TracePointContext) -> u32 {
-    udp::completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
+    udp::connect::completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
     0
 }
 

@@ -1,5 +1,6 @@
 //! What happens to a UDP socket: datagrams are counted in maps, per socket and per flow, and few things are records.
 
+pub(crate) mod connect;
 pub(crate) mod receive;
 pub(crate) mod send;
 
@@ -11,8 +12,8 @@ use core::{
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
+    bindings::BPF_NOEXIST,
+    helpers::bpf_ktime_get_boot_ns,
     macros::map,
     maps::{HashMap, LruHashMap},
     programs::TcContext,
@@ -27,7 +28,7 @@ use crate::{
     emit::{self, Context, Weight},
     filter, owner,
     sock::{Sock, Socket, read},
-    syscall, track,
+    track,
 };
 
 /// The sockets by cookie, which the kernel never reuses.
@@ -37,10 +38,6 @@ static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536,
 /// The flows. When it is full, the least recently used make room; user space notices and counts that.
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(65_536, 0);
-
-/// Threads that are in a `connect`, and with which socket.
-#[map]
-static CONNECTING: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 
 /// How long nobody is asked again whether a flow is wanted, in nanoseconds.
 #[unsafe(no_mangle)]
@@ -55,8 +52,6 @@ const SOCK_DGRAM: u16 = 2;
 /// `skb->protocol` of IPv4, network byte order.
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
 const TCP_ESTABLISHED: u8 = 1;
-/// `IORING_OP_CONNECT` of `io_uring.h`.
-const IORING_OP_CONNECT: u8 = 16;
 
 /// Which way a datagram goes.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -438,46 +433,6 @@ pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
         let _ = FLOWS.remove(key);
     }
     Ok(1)
-}
-
-/// The current thread begins to connect the socket.
-#[inline(always)]
-pub(crate) fn connecting(key: u64) {
-    let thread = bpf_get_current_pid_tgid();
-    // If it does not fit, the event will be missing; with 4096 threads in `connect` at once.
-    let _ = CONNECTING.insert(thread, key, u64::from(BPF_ANY));
-}
-
-/// The current thread's `connect`, if it was in one, has ended with this result.
-#[inline(always)]
-pub(crate) fn connected(ctx: Context, result: i64) {
-    let thread = bpf_get_current_pid_tgid();
-    // SAFETY: only this thread writes the entry.
-    let Some(&key) = (unsafe { CONNECTING.get(thread) }) else {
-        return;
-    };
-    let _ = CONNECTING.remove(thread);
-    let Some(tracked) = get(key) else { return };
-    let sk = Sock::new(tracked.sk);
-    if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
-        report(ctx, kind::CONNECT, key, tracked, sk, 0);
-    }
-}
-
-/// The current process returns from a system call.
-#[inline(always)]
-pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
-    if syscall::number(regs) == syscall::CONNECT {
-        connected(ctx, result);
-    }
-}
-
-/// The current process's io_uring has finished a request.
-#[inline(always)]
-pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
-    if read::<u8>(request, Field::IoOpcode) == IORING_OP_CONNECT {
-        connected(ctx, i64::from(result));
-    }
 }
 
 /// The socket's last descriptor is closed.

@@ -1,0 +1,60 @@
+//! A process gives a socket a peer.
+
+use aya_ebpf::{
+    bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid, macros::map, maps::LruHashMap,
+};
+use tcp_udp_trace_common::{Field, kind};
+
+use super::{TCP_ESTABLISHED, get, report};
+use crate::{
+    emit::Context,
+    sock::{Sock, Socket as _, read},
+    syscall,
+};
+
+/// Threads that are in a `connect`, and with which socket.
+#[map]
+static CONNECTING: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
+
+/// `IORING_OP_CONNECT` of `io_uring.h`.
+const IORING_OP_CONNECT: u8 = 16;
+
+/// The current thread begins to connect the socket.
+#[inline(always)]
+pub(crate) fn connecting(key: u64) {
+    let thread = bpf_get_current_pid_tgid();
+    // If it does not fit, the event will be missing; with 4096 threads in `connect` at once.
+    let _ = CONNECTING.insert(thread, key, u64::from(BPF_ANY));
+}
+
+/// The current thread's `connect`, if it was in one, has ended with this result.
+#[inline(always)]
+pub(crate) fn connected(ctx: Context, result: i64) {
+    let thread = bpf_get_current_pid_tgid();
+    // SAFETY: only this thread writes the entry.
+    let Some(&key) = (unsafe { CONNECTING.get(thread) }) else {
+        return;
+    };
+    let _ = CONNECTING.remove(thread);
+    let Some(tracked) = get(key) else { return };
+    let sk = Sock::new(tracked.sk);
+    if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
+        report(ctx, kind::CONNECT, key, tracked, sk, 0);
+    }
+}
+
+/// The current process returns from a system call.
+#[inline(always)]
+pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
+    if syscall::number(regs) == syscall::CONNECT {
+        connected(ctx, result);
+    }
+}
+
+/// The current process's io_uring has finished a request.
+#[inline(always)]
+pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
+    if read::<u8>(request, Field::IoOpcode) == IORING_OP_CONNECT {
+        connected(ctx, i64::from(result));
+    }
+}
