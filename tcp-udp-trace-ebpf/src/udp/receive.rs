@@ -117,19 +117,22 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
     if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {
         return;
     }
-    let socket = &Copied::new(sk);
-    // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
-    let mut datagrams = addresses(socket);
-    datagrams.direction = Direction::Received;
-    datagrams.bytes = result as u64;
-    datagrams.packets = 1;
-    if let Some(From { peer, .. }) = from.filter(|_| is_told) {
-        if peer.family != datagrams.peer.family {
-            datagrams.local = local6(socket, peer.family);
+    // The copy ends with the block: its room on the stack is needed for what comes.
+    let (datagrams, key) = {
+        let socket = &Copied::new(sk);
+        // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
+        let mut datagrams = addresses(socket);
+        datagrams.direction = Direction::Received;
+        datagrams.bytes = result as u64;
+        datagrams.packets = 1;
+        if let Some(From { peer, .. }) = from.filter(|_| is_told) {
+            if peer.family != datagrams.peer.family {
+                datagrams.local = local6(socket, peer.family);
+            }
+            datagrams.peer = *peer;
         }
-        datagrams.peer = *peer;
-    }
-    let key = key(sk, socket.get(Field::Cookie));
+        (datagrams, key(sk, socket.get(Field::Cookie)))
+    };
     if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
         if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
             tracked.approximate = 1;
