@@ -9,7 +9,6 @@ use std::{
 };
 
 use anyhow::{bail, ensure};
-use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{
     Buffer, Error, Event, EventKind, Filter, Kind, Stats, TcpState, TcpTracer, TcpTracerBuilder,
     TracerHandle, UdpTracer, UdpTracerBuilder,
@@ -17,6 +16,7 @@ use tcp_udp_trace::{
 
 use crate::{
     actor::Actor,
+    collect::{Tracer, collect},
     lives::Lives,
     netns::Netns,
     sampled::{self, Sampled},
@@ -158,7 +158,7 @@ impl Trace {
         let (ready, started) = mpsc::channel();
         let thread = thread::Builder::new().name("trace".into()).spawn({
             let shared = Arc::clone(&shared);
-            move || collect(start, &shared, &ready)
+            move || collect(start, |event| shared.put(event), &ready)
         })?;
         match started.recv() {
             Ok(handle) => Ok(Self {
@@ -397,50 +397,6 @@ pub fn bytes_for_a_cpu(bytes: u32) -> u32 {
         Some(Buffer::Perf) => bytes * cpus as u32,
         _ => bytes,
     }
-}
-
-/// What both tracers can do.
-trait Tracer: Stream<Item = Event> + Unpin {
-    fn handle(&self) -> TracerHandle;
-    async fn close(self) -> Result<Stats, Error>;
-}
-
-impl Tracer for TcpTracer {
-    fn handle(&self) -> TracerHandle {
-        self.handle()
-    }
-
-    async fn close(self) -> Result<Stats, Error> {
-        self.close().await
-    }
-}
-
-impl Tracer for UdpTracer {
-    fn handle(&self) -> TracerHandle {
-        self.handle()
-    }
-
-    async fn close(self) -> Result<Stats, Error> {
-        self.close().await
-    }
-}
-
-fn collect<T: Tracer>(
-    start: impl AsyncFnOnce() -> Result<T, Error>,
-    shared: &Shared,
-    ready: &mpsc::Sender<TracerHandle>,
-) -> anyhow::Result<Stats> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        let mut tracer = start().await?;
-        ready.send(tracer.handle())?;
-        while let Some(event) = tracer.next().await {
-            shared.put(event);
-        }
-        Ok(tracer.close().await?)
-    })
 }
 
 fn check(stats: &Stats, collected: &Collected) -> anyhow::Result<()> {

@@ -1,0 +1,51 @@
+//! A tracer of either protocol, run to its end.
+
+use std::sync::mpsc;
+
+use futures_util::{Stream, StreamExt as _};
+use tcp_udp_trace::{Error, Event, Stats, TcpTracer, TracerHandle, UdpTracer};
+
+/// What both tracers can do.
+pub(crate) trait Tracer: Stream<Item = Event> + Unpin {
+    fn handle(&self) -> TracerHandle;
+    async fn close(self) -> Result<Stats, Error>;
+}
+
+impl Tracer for TcpTracer {
+    fn handle(&self) -> TracerHandle {
+        self.handle()
+    }
+
+    async fn close(self) -> Result<Stats, Error> {
+        self.close().await
+    }
+}
+
+impl Tracer for UdpTracer {
+    fn handle(&self) -> TracerHandle {
+        self.handle()
+    }
+
+    async fn close(self) -> Result<Stats, Error> {
+        self.close().await
+    }
+}
+
+/// Runs a tracer until it ends: hands out its handle when it is ready, and each event.
+pub(crate) fn collect<T: Tracer>(
+    start: impl AsyncFnOnce() -> Result<T, Error>,
+    mut put: impl FnMut(Event),
+    ready: &mpsc::Sender<TracerHandle>,
+) -> anyhow::Result<Stats> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let mut tracer = start().await?;
+        ready.send(tracer.handle())?;
+        while let Some(event) = tracer.next().await {
+            put(event);
+        }
+        Ok(tracer.close().await?)
+    })
+}
