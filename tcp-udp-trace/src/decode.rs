@@ -200,6 +200,10 @@ fn process(owner: &Owner, clock: BootClock) -> Result<Option<Process>, Malformed
         started,
         ..
     } = owner;
+    // Where CPUs see each other's writes in another order, it may have been read while it was being written: it was all 0 before.
+    if [u64::from(pid), tid.into(), started].contains(&0) {
+        return Ok(None);
+    }
     Ok(Some(Process {
         pid,
         tid,
@@ -280,6 +284,8 @@ mod tests {
         record.socket.remote_port = 443;
         record.socket.owner.origin = origin::CREATOR;
         record.socket.owner.pid = 4242;
+        record.socket.owner.tid = 4243;
+        record.socket.owner.started = 5;
         record.socket.owner.comm = zerocopy::transmute!(*b"curl\0\0\0\0\0\0\0\0\0\0\0\0");
         record
     }
@@ -323,6 +329,20 @@ mod tests {
         assert_eq!(decoded.event.socket.cookie, Some(77));
         record.socket.cookie = 78;
         assert_eq!(super::decode(record.as_bytes(), clock(), known), Ok(None));
+    }
+
+    #[test]
+    fn an_owner_read_while_it_was_written_is_none() {
+        let check = |lose_it: fn(&mut Owner)| {
+            let mut record = record();
+            lose_it(&mut record.socket.owner);
+            let decoded = decode(record.as_bytes()).expect("a well-formed record");
+            assert_eq!(decoded.event.process, None);
+        };
+        check(|owner| owner.origin = origin::NONE);
+        check(|owner| owner.pid = 0);
+        check(|owner| owner.tid = 0);
+        check(|owner| owner.started = 0);
     }
 
     #[test]
