@@ -5,7 +5,7 @@ mod growth;
 use std::io;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use tcp_udp_trace::TracerHandle;
+use tcp_udp_trace::{Event, Protocol, TracerHandle};
 use tokio::signal::unix::{SignalKind, signal};
 
 pub use growth::Growth;
@@ -32,4 +32,13 @@ pub fn stop_at_signal(handles: Vec<TracerHandle>) -> io::Result<()> {
         handles.iter().for_each(TracerHandle::stop);
     });
     Ok(())
+}
+
+/// The protocol of an event, as metrics call it.
+#[must_use]
+pub fn transport(event: &Event) -> &'static str {
+    match event.socket.protocol {
+        Protocol::Udp => "udp",
+        _ => "tcp",
+    }
 }

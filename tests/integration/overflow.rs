@@ -7,8 +7,8 @@ use std::{
 };
 
 use anyhow::ensure;
-use futures_util::StreamExt as _;
 use integration_tests::{
+    collect::rest,
     netns::Netns,
     scene::Scene,
     suite::Test,
@@ -43,7 +43,7 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
         .ring_bytes(trace::bytes_for_a_cpu(RING_BYTES))
         .queue(1 << 20)
         .sample_interval(None);
-    let mut tracer = runtime.block_on(builder.start())?;
+    let tracer = runtime.block_on(builder.start())?;
     let reference = Trace::start()?;
     for _ in 0..20 {
         let connection = scene.connect()?;
@@ -51,10 +51,7 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     }
     let reference = reference.finish_in_order(40)?;
     tracer.handle().stop();
-    let (events, stats) = runtime.block_on(async {
-        let events: Vec<Event> = tracer.by_ref().collect().await;
-        anyhow::Ok((events, tracer.close().await?))
-    })?;
+    let (events, stats) = runtime.block_on(rest(tracer))?;
     check_conservation(&stats)?;
     let lost = |event: &Event| lost(event, LossStage::Ring);
     let told: u64 = events.iter().map(lost).sum();
@@ -137,7 +134,7 @@ fn overflow(policy: OverflowPolicy) -> anyhow::Result<(Vec<What>, Vec<Event>)> {
         .queue(QUEUE)
         .overflow(policy)
         .sample_interval(None);
-    let mut tracer = runtime.block_on(builder.start())?;
+    let tracer = runtime.block_on(builder.start())?;
     let reference = Trace::start()?;
     for _ in 0..20 {
         let connection = scene.connect()?;
@@ -162,8 +159,7 @@ fn overflow(policy: OverflowPolicy) -> anyhow::Result<(Vec<What>, Vec<Event>)> {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         handle.stop();
-        let events: Vec<Event> = tracer.by_ref().collect().await;
-        Ok((events, tracer.close().await?))
+        Ok(rest(tracer).await?)
     })?;
     check_conservation(&stats)?;
     ensure!(
@@ -215,7 +211,7 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
         .enable_all()
         .build()?;
     let builder = trace::udp().per_datagram(true).sample_interval(None);
-    let mut tracer = runtime.block_on(
+    let tracer = runtime.block_on(
         builder
             .ring_bytes(trace::bytes_for_a_cpu(1 << 16))
             .queue(64)
@@ -234,10 +230,7 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
         .collect();
     drop(sockets);
     tracer.handle().stop();
-    let (events, stats) = runtime.block_on(async {
-        let events: Vec<Event> = tracer.by_ref().collect().await;
-        anyhow::Ok((events, tracer.close().await?))
-    })?;
+    let (events, stats) = runtime.block_on(rest(tracer))?;
     check_conservation(&stats)?;
     let closed: HashSet<_> = events
         .iter()
@@ -281,17 +274,14 @@ fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
         .buffer(Buffer::Ring)
         .ring_bytes(4096)
         .sample_interval(None);
-    let mut tracer = runtime.block_on(builder.start())?;
+    let tracer = runtime.block_on(builder.start())?;
     for connection in 1..=CONNECTIONS {
         let ends = scene.connect()?;
         scene.upload(&ends, connection)?;
         scene.close(&ends)?;
     }
     tracer.handle().stop();
-    let (events, stats) = runtime.block_on(async {
-        let events: Vec<Event> = tracer.by_ref().collect().await;
-        anyhow::Ok((events, tracer.close().await?))
-    })?;
+    let (events, stats) = runtime.block_on(rest(tracer))?;
     check_conservation(&stats)?;
     ensure!(stats.ring_lost > 4 * CONNECTIONS, "{stats:?}");
     let closes = || {

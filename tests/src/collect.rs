@@ -6,8 +6,11 @@ use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{Error, Event, Stats, TcpTracer, TracerHandle, UdpTracer};
 
 /// What both tracers can do.
-pub(crate) trait Tracer: Stream<Item = Event> + Unpin {
+#[allow(async_fn_in_trait, reason = "only these two have it")]
+pub trait Tracer: Stream<Item = Event> + Unpin {
+    /// Its handle.
     fn handle(&self) -> TracerHandle;
+    /// Detaches it.
     async fn close(self) -> Result<Stats, Error>;
 }
 
@@ -29,6 +32,15 @@ impl Tracer for UdpTracer {
     async fn close(self) -> Result<Stats, Error> {
         self.close().await
     }
+}
+
+/// Every event that a tracer which was stopped still has, and its counts.
+pub async fn rest(mut tracer: impl Tracer) -> Result<(Vec<Event>, Stats), Error> {
+    let mut events = Vec::new();
+    while let Some(event) = tracer.next().await {
+        events.push(event);
+    }
+    Ok((events, tracer.close().await?))
 }
 
 /// Runs a tracer until it ends: hands out its handle when it is ready, and each event.

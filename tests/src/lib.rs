@@ -22,7 +22,7 @@
 
 pub mod actor;
 pub mod cgroup;
-mod collect;
+pub mod collect;
 pub mod kernel;
 pub mod life;
 pub mod lives;

@@ -51,9 +51,12 @@ pub(crate) const EBPF: Group = Group {
     ],
 };
 
+/// Debian's compiler; rustup's proxy of the same name comes earlier on the search path, hence the absolute path.
+pub(crate) const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+
 const RUSTC: Package = Package {
     name: "rustc-web",
-    probe: Probe::File("/usr/bin/rustc"),
+    probe: Probe::File(DEBIAN_RUSTC),
 };
 
 /// What the integration tests call to set up links and impairments.

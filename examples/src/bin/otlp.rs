@@ -34,8 +34,7 @@ use opentelemetry_sdk::{
 };
 use opentelemetry_semantic_conventions::{attribute, metric};
 use tcp_udp_trace::{
-    Event, EventKind, Filter, Process, Protocol, Stats, TcpState, TcpTracer, TracerHandle,
-    UdpTracer,
+    Event, EventKind, Filter, Process, Stats, TcpState, TcpTracer, TracerHandle, UdpTracer,
 };
 use tracing_subscriber::filter::LevelFilter;
 
@@ -173,7 +172,7 @@ impl Export {
             if bytes > 0 {
                 let attributes = [
                     by_name.clone(),
-                    KeyValue::new(attribute::NETWORK_TRANSPORT, transport(event)),
+                    KeyValue::new(attribute::NETWORK_TRANSPORT, examples::transport(event)),
                     KeyValue::new(attribute::NETWORK_IO_DIRECTION, direction),
                 ];
                 self.bytes.add(bytes, &attributes);
@@ -248,12 +247,5 @@ fn executable_name(process: Option<&Process>) -> String {
     {
         Some(name) => name.trim_end_matches(" (deleted)").to_owned(),
         None => process.comm.to_string(),
-    }
-}
-
-fn transport(event: &Event) -> &'static str {
-    match event.socket.protocol {
-        Protocol::Udp => "udp",
-        _ => "tcp",
     }
 }

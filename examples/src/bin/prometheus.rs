@@ -24,8 +24,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use tcp_udp_trace::{
-    Comm, Event, EventKind, Filter, Protocol, SampleInfo, Stats, TcpState, TcpTracer, TracerHandle,
-    UdpTracer,
+    Comm, Event, EventKind, Filter, SampleInfo, Stats, TcpState, TcpTracer, TracerHandle, UdpTracer,
 };
 use tokio::net::TcpListener;
 
@@ -198,7 +197,7 @@ impl Metrics {
         }
         self.connections.set(self.open.len() as i64);
         let (tx, rx) = self.growth.of(event);
-        let protocol = transport(event.socket.protocol);
+        let protocol = examples::transport(event);
         for (direction, bytes) in [("transmit", tx), ("receive", rx)] {
             if bytes > 0 {
                 let labels = Bytes {
@@ -223,13 +222,6 @@ impl Metrics {
             self.names.insert(process.comm);
         }
         process.comm.to_string()
-    }
-}
-
-fn transport(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::Udp => "udp",
-        _ => "tcp",
     }
 }
 

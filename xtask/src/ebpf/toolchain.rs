@@ -11,10 +11,10 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use super::TARGET;
-use crate::{deps, process, workspace};
-
-/// Debian's compiler; rustup's proxy of the same name comes earlier on the search path, hence the absolute path.
-const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+use crate::{
+    deps::{self, DEBIAN_RUSTC},
+    process, workspace,
+};
 
 /// Where the programs of the pinned LLVM are; the search path has them only under suffixed names.
 const DEBIAN_LLVM_BIN: &str = "/usr/lib/llvm-22/bin";

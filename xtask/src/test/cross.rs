@@ -4,10 +4,12 @@ use std::{path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result};
 
-use crate::{apt::Archive, arch::Arch, deps, process, workspace};
-
-/// Debian's compiler; see `ebpf/toolchain.rs`.
-const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+use crate::{
+    apt::Archive,
+    arch::Arch,
+    deps::{self, DEBIAN_RUSTC},
+    process, workspace,
+};
 
 /// Lets a cargo command compile for `arch`: by the compiler that compiles everything else, if it has a standard library for that, else by
 /// Debian's.
