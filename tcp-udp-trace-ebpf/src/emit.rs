@@ -15,7 +15,7 @@ use tcp_udp_trace_common::Head;
 #[cfg(feature = "perf")]
 pub(crate) use self::perf::{is_crowded, record};
 #[cfg(not(feature = "perf"))]
-pub(crate) use self::ring::{is_crowded, record};
+pub(crate) use self::ring::{fill, is_crowded, record};
 use crate::anomaly;
 
 /// Not 0 while the reader sleeps and wants to be woken by the next record.

@@ -376,6 +376,13 @@ fn ask_arm(_ctx: RawTracePointContext) -> i32 {
     anomaly::lost_so_far().cast_signed()
 }
 
+/// How many eighths of the ring are filled.
+#[cfg(not(feature = "perf"))]
+#[raw_tracepoint]
+fn ring_fill(_ctx: RawTracePointContext) -> i32 {
+    emit::fill().cast_signed()
+}
+
 /// The filter changes, or what it says is asked.
 #[raw_tracepoint]
 fn ask_filter(ctx: RawTracePointContext) -> i32 {

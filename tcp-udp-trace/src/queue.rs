@@ -1,8 +1,10 @@
 //! The bounded queue between the reader and the consumer.
 //!
-//! When it is full it sheds the oldest event, as the system that this crate re-implements did, or the newest if so told; but first what
-//! tells neither the beginning nor the end of anything. What was shed is counted, and stands in the stream as [`EventKind::Lost`] where it
-//! is missing.
+//! While it is full, the reader keeps what it has ([`Queue::offer`]) and waits ([`Queue::poll_room`]).
+//! Only when the buffer behind the reader fills up too does the reader push more than fits
+//! ([`Queue::push`]). Then the queue sheds the oldest event, as the system that this crate
+//! re-implements did, or the newest if so configured. Lifecycle events are shed last. Shed events are
+//! counted, and stand in the stream as [`EventKind::Lost`] where they are missing.
 
 use std::{
     collections::VecDeque,
@@ -39,6 +41,10 @@ struct State {
     counts: Counts,
     logged: Option<Instant>,
     consumer: Option<Waker>,
+    /// The reader, while it waits for room.
+    reader: Option<Waker>,
+    /// The consumer is gone: events that come now are discarded.
+    is_abandoned: bool,
     /// Set when no more events will come.
     end: Option<Result<(), Error>>,
 }
@@ -83,6 +89,8 @@ impl Queue {
                 counts: Counts::default(),
                 logged: None,
                 consumer: None,
+                reader: None,
+                is_abandoned: false,
                 end: None,
             }),
             progress: Progress::default(),
@@ -94,14 +102,28 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Appends as many events of the batch as there is room for, and wakes the consumer. The rest
+    /// stays in the batch.
+    pub(crate) fn offer(&self, batch: &mut Vec<Event>) {
+        self.append(batch, State::room);
+    }
+
     /// Appends a batch, shedding what is beyond the capacity, and wakes the consumer.
     pub(crate) fn push(&self, batch: &mut Vec<Event>) {
+        self.append(batch, |_| usize::MAX);
+    }
+
+    fn append(&self, batch: &mut Vec<Event>, room: impl FnOnce(&State) -> usize) {
         if batch.is_empty() {
             return;
         }
         let mut state = self.lock();
+        let appended = room(&state).min(batch.len());
+        if appended == 0 {
+            return;
+        }
         let shed_before = state.counts.shed;
-        for event in batch.drain(..) {
+        for event in batch.drain(..appended) {
             state.push(event);
         }
         let shed = (state.counts.shed != shed_before)
@@ -121,10 +143,13 @@ impl Queue {
     pub(crate) fn poll_pop(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         let mut state = self.lock();
         if let Some(event) = state.pop() {
-            let has_room_now = state.len() == state.room_to_spare();
-            drop(state);
-            if has_room_now {
+            if state.len() == state.room_to_spare() {
+                let reader = state.reader.take();
+                drop(state);
                 self.progress.made();
+                if let Some(reader) = reader {
+                    reader.wake();
+                }
             }
             return Poll::Ready(Some(event));
         }
@@ -138,6 +163,17 @@ impl Queue {
         {
             state.consumer = Some(cx.waker().clone());
         }
+        Poll::Pending
+    }
+
+    /// Ready when the queue is at most half full, or nothing is kept any more: so the reader wakes
+    /// once for many events.
+    pub(crate) fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.lock();
+        if state.is_abandoned || state.len() <= state.room_to_spare() {
+            return Poll::Ready(());
+        }
+        state.reader = Some(cx.waker().clone());
         Poll::Pending
     }
 
@@ -170,9 +206,10 @@ impl Queue {
         state.end.is_some() && state.len() == 0 && state.gaps.is_empty()
     }
 
-    /// Throws away what nobody will take, and gives the error that ended the stream, if one did.
-    pub(crate) fn discard(&self) -> Result<(), Error> {
+    /// The consumer is gone: discards the events that are here, and those that are still to come.
+    pub(crate) fn abandon(&self) {
         let mut state = self.lock();
+        state.is_abandoned = true;
         let State {
             vital,
             other,
@@ -183,7 +220,17 @@ impl Queue {
             counts.discarded.add(&event);
         }
         state.gaps.clear();
-        state.end.replace(Ok(())).unwrap_or(Ok(()))
+        let reader = state.reader.take();
+        drop(state);
+        self.progress.made();
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
+    /// The error that ended the stream, if one did. Only the first call gives it.
+    pub(crate) fn take_result(&self) -> Result<(), Error> {
+        self.lock().end.replace(Ok(())).unwrap_or(Ok(()))
     }
 
     pub(crate) fn counts(&self) -> Counts {
@@ -196,6 +243,15 @@ impl State {
         self.vital.len() + self.other.len()
     }
 
+    /// How many events can be appended without shedding one.
+    fn room(&self) -> usize {
+        if self.is_abandoned {
+            usize::MAX
+        } else {
+            self.capacity - self.len()
+        }
+    }
+
     /// How many events may be in the queue for it to have room to spare.
     fn room_to_spare(&self) -> usize {
         self.capacity / 2
@@ -205,7 +261,13 @@ impl State {
         let place = self.next;
         self.next += 1;
         if let EventKind::Lost { count, .. } = event.kind {
-            self.miss(place, &event, 0, count);
+            if !self.is_abandoned {
+                self.miss(place, &event, 0, count);
+            }
+            return;
+        }
+        if self.is_abandoned {
+            self.counts.discarded.add(&event);
             return;
         }
         let is_vital = event.is_vital();

@@ -37,12 +37,13 @@ impl Tracer {
     }
 
     async fn close(mut self) -> Result<Stats, Error> {
+        self.shared.queue.abandon();
         self.shared.stop();
         if let Err(source) = (&mut self.tasks.reader).await {
             let error = Error::new(ErrorKind::NoRuntime, "the reader did not come to its end");
             return Err(error.with_source(source));
         }
-        self.shared.queue.discard()?;
+        self.shared.queue.take_result()?;
         Ok(self.shared.stats())
     }
 }
@@ -54,6 +55,7 @@ impl Drop for Tracer {
             mem::forget(Arc::clone(&self.shared));
             return;
         }
+        self.shared.queue.abandon();
         self.shared.release();
         self.tasks.reader.abort();
         if let Some(enrichment) = &self.tasks.enrichment {

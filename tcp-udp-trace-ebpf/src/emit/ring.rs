@@ -72,8 +72,14 @@ fn wake(before: u64, after: u64) -> u64 {
     }
 }
 
+/// How many eighths of the ring are filled.
+#[inline(always)]
+pub(crate) fn fill() -> u32 {
+    (EVENTS.query(u64::from(BPF_RB_AVAIL_DATA)) >> WAKE_SHIFT.load()) as u32
+}
+
 /// Whether the ring has no room to spare for records that could come later just as well.
 #[inline(always)]
 pub(crate) fn is_crowded() -> bool {
-    EVENTS.query(u64::from(BPF_RB_AVAIL_DATA)) >> WAKE_SHIFT.load() != 0
+    fill() != 0
 }

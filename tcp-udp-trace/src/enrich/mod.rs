@@ -149,7 +149,11 @@ impl Round<'_> {
             }
             shared.wake.notify_one();
             let are_taken = || shared.is_over() || shared.samples.taken() >= expected;
-            if !shared.queue.progress.wait(PATIENCE, are_taken) {
+            // While the queue is full, the reader leaves records in the ring.
+            while !shared.queue.progress.wait(PATIENCE, are_taken) {
+                if !shared.queue.has_room_to_spare() {
+                    continue;
+                }
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
                     "the reader does not take the samples",

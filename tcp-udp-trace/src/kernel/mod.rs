@@ -75,7 +75,9 @@ const SHARE: u32 = 8;
 /// would keep the kernel from running others.
 const ASK_ARM: &str = "ask_arm";
 const ASK_FLOW: &str = "ask_flow";
-const QUESTIONS: [&str; 3] = [ASK_ARM, ASK_FLOW, ASK_FILTER];
+/// Only in the object with a ring.
+const RING_FILL: &str = "ring_fill";
+const QUESTIONS: [&str; 4] = [ASK_ARM, ASK_FLOW, ASK_FILTER, RING_FILL];
 
 /// Programs and maps in the kernel, and what they are attached to. Dropping it removes everything.
 pub(crate) struct Kernel {
@@ -115,10 +117,6 @@ impl Kernel {
             )
             .with_source(source)
         })?;
-        let questions: &[_] = match config.protocol {
-            Protocol::Tcp => &[ASK_ARM, ASK_FILTER],
-            Protocol::Udp => &[ASK_ARM, ASK_FILTER, ASK_FLOW],
-        };
         // Every map of the object is made; those of the other protocol as small as can be.
         let (tcp_sockets, udp_sockets, flows) = match config.protocol {
             Protocol::Tcp => (config.max_sockets, 1, 1),
@@ -127,6 +125,9 @@ impl Kernel {
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
+        let mut questions = vec![ASK_ARM, ASK_FILTER];
+        questions.extend((buffer == Buffer::Ring).then_some(RING_FILL));
+        questions.extend((config.protocol == Protocol::Udp).then_some(ASK_FLOW));
         // As the loader rounds it.
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
@@ -155,7 +156,7 @@ impl Kernel {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
         })?;
         // Not while the maps are made: who runs out of memory meanwhile is killed, where the maker of a map gets an error.
-        attach::load_ahead(&mut ebpf, &plan, &walks, questions, &ids);
+        attach::load_ahead(&mut ebpf, &plan, &walks, &questions, &ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
@@ -205,7 +206,17 @@ impl Kernel {
 
     /// Asks to be woken by the next record; gives how many records the ring has refused so far, modulo 2³².
     pub(crate) fn arm(&self) -> io::Result<u32> {
-        let program = self.ebpf.program(ASK_ARM).ok_or(ProgramError::NotLoaded);
+        self.run(ASK_ARM)
+    }
+
+    /// How many eighths of the ring are filled.
+    pub(crate) fn ring_fill(&self) -> Option<u32> {
+        self.run(RING_FILL).ok()
+    }
+
+    /// Runs a program that takes no arguments, and returns its result.
+    fn run(&self, name: &str) -> io::Result<u32> {
+        let program = self.ebpf.program(name).ok_or(ProgramError::NotLoaded);
         let program: Result<&RawTracePoint, _> = program.and_then(TryFrom::try_from);
         let answer =
             program.and_then(|program| program.test_run(RawTracePointRunOptions::default()));

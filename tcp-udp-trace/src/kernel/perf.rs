@@ -28,6 +28,8 @@ pub(crate) struct Perf {
     buffers: Vec<Sampler>,
     /// None of them holds more bytes.
     most: usize,
+    /// How many of the largest records the large buffers hold together.
+    capacity: usize,
     /// Readable when one of the buffers wakes its reader.
     wakes: Epoll,
     /// The maps of the buffers: they forget them when they are closed.
@@ -66,6 +68,7 @@ impl Perf {
         Ok(Self {
             buffers,
             most: large.max(MAX_PAGE),
+            capacity: bytes / size_of::<Udp>(),
             wakes,
             _maps: maps,
             taken: Taken::default(),
@@ -75,6 +78,15 @@ impl Perf {
     /// How many CPUs have buffers.
     pub(super) fn cpus(&self) -> usize {
         (self.buffers.len() / 2).max(1)
+    }
+
+    /// Takes the records out of the buffers, whose fill level cannot be read, and returns whether the
+    /// reader's own memory now holds three quarters of what the buffers can hold.
+    pub(super) fn is_nearly_full(&mut self) -> bool {
+        for buffer in &mut self.buffers {
+            empty(buffer, self.most, &mut self.taken.records);
+        }
+        self.taken.records.len() >= self.capacity / 4 * 3
     }
 
     /// Hands the next record to `take`; false if there is none.

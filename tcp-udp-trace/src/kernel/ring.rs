@@ -11,7 +11,7 @@ use aya::{
 use tcp_udp_trace_common::Head;
 use zerocopy::FromBytes as _;
 
-use super::{perf::Perf, refusal, take_map};
+use super::{Kernel, SHARE, perf::Perf, refusal, take_map};
 use crate::{Buffer, Error, Hook, builder::Config};
 
 /// The records that the programs have written.
@@ -139,6 +139,17 @@ impl Ring {
         match self {
             Self::Ring(_) => 1,
             Self::Perf(perf) => perf.cpus(),
+        }
+    }
+
+    /// Whether the last quarter has been reached, so that records must be taken out now. Records other
+    /// than lifecycle events find no room in the last eighth.
+    pub(crate) fn is_nearly_full(&mut self, kernel: &Kernel) -> bool {
+        const LIMIT: u32 = SHARE - SHARE / 4;
+        match self {
+            // If the kernel does not answer, records are safer in the queue.
+            Self::Ring(_) => kernel.ring_fill().is_none_or(|eighths| eighths >= LIMIT),
+            Self::Perf(perf) => perf.is_nearly_full(),
         }
     }
 

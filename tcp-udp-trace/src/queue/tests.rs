@@ -164,19 +164,49 @@ fn ends_after_the_last_event_and_keeps_the_error() {
     assert!(!queue.is_finished());
     assert_eq!(drain(&queue), [1]);
     assert!(queue.is_finished());
-    assert_eq!(queue.discard().map_err(|e| e.kind()), Err(ErrorKind::Read));
+    assert_eq!(
+        queue.take_result().map_err(|e| e.kind()),
+        Err(ErrorKind::Read)
+    );
 }
 
 #[test]
 fn counts_what_is_thrown_away() {
     let queue = queue(2);
     queue.push(&mut vec![event(1), event(2), event(3)]);
-    assert!(queue.discard().is_ok());
+    queue.abandon();
     assert_eq!(totals(&queue), [0, 1, 2]);
+    // The reader need not wait for a consumer that is gone.
+    queue.offer(&mut vec![event(4), lost_in_ring(5), event(6), event(7)]);
+    assert_eq!(totals(&queue), [0, 1, 5]);
+    assert_eq!(drain(&queue), [0; 0]);
 }
 
 #[test]
-fn wakes_the_consumer_once_a_batch() {
+fn leaves_what_does_not_fit_to_the_reader() {
+    let queue = queue(4);
+    let mut batch = (1..=7).map(event).collect();
+    queue.offer(&mut batch);
+    assert_eq!(batch, [event(5), event(6), event(7)]);
+    let (reader, wakes) = counting_waker();
+    let mut cx = Context::from_waker(&reader);
+    assert!(queue.poll_room(&mut cx).is_pending());
+    let mut consumer = Context::from_waker(Waker::noop());
+    assert!(queue.poll_pop(&mut consumer).is_ready());
+    assert_eq!(wakes(), 0, "there is room for one event only");
+    assert!(queue.poll_pop(&mut consumer).is_ready());
+    assert_eq!(wakes(), 1, "half of the queue is free");
+    assert!(queue.poll_room(&mut cx).is_ready());
+    queue.offer(&mut batch);
+    assert_eq!(batch, [event(7)]);
+    assert!(queue.poll_room(&mut cx).is_pending());
+    queue.abandon();
+    assert_eq!(wakes(), 2, "the consumer is gone");
+    assert_eq!(totals(&queue), [2, 0, 4]);
+}
+
+/// A waker, and how often it was woken.
+fn counting_waker() -> (Waker, impl Fn() -> usize) {
     struct Count(AtomicUsize);
     impl Wake for Count {
         fn wake(self: Arc<Self>) {
@@ -185,6 +215,12 @@ fn wakes_the_consumer_once_a_batch() {
     }
     let count = Arc::new(Count(AtomicUsize::new(0)));
     let waker = Waker::from(Arc::clone(&count));
+    (waker, move || count.0.load(Ordering::Relaxed))
+}
+
+#[test]
+fn wakes_the_consumer_once_a_batch() {
+    let (waker, wakes) = counting_waker();
     let queue = queue(8);
     assert!(
         queue
@@ -193,5 +229,5 @@ fn wakes_the_consumer_once_a_batch() {
     );
     queue.push(&mut vec![event(1), event(2)]);
     queue.push(&mut vec![event(3)]);
-    assert_eq!(count.0.load(Ordering::Relaxed), 1);
+    assert_eq!(wakes(), 1);
 }

@@ -103,6 +103,12 @@ impl Attached {
         }
     }
 
+    /// Whether so little room is left between the programs and the reader that records must not stay
+    /// there.
+    pub(super) fn is_ring_nearly_full(&mut self) -> bool {
+        self.ring.get_mut().is_nearly_full(&self.kernel)
+    }
+
     /// Only what this filter lets pass is reported from now on.
     pub(super) fn set_filter(&mut self, filter: Filter) -> Result<(), Error> {
         self.kernel.set_filter(&filter.compile()?)?;

@@ -55,6 +55,17 @@ pub(crate) struct Tasks {
 /// Everything of ours has left the kernel.
 struct Gone;
 
+/// How the records that the reader found have ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Drained {
+    /// There were none.
+    Nothing,
+    /// All of them are in the queue.
+    All,
+    /// The queue is full, and the ring has room: records stay there.
+    HeldUp,
+}
+
 /// Loads, attaches and starts to read.
 pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error> {
     let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
@@ -132,6 +143,7 @@ impl Drop for Reader {
             ErrorKind::NoRuntime,
             "the runtime was shut down while the tracer was in use",
         );
+        self.shared.queue.push(&mut self.batch);
         self.shared.queue.finish(Err(ended));
     }
 }
@@ -152,11 +164,8 @@ impl Reader {
             }
         })
         .await;
-        if self.drain().await.is_ok() {
-            self.with_attached(Attached::report_last)
-                .unwrap_or_default();
-            self.hand_over().await;
-        }
+        // A `Gone` is the work of the tracer's drop, which leaves nothing to do.
+        let _ = self.drain_rest().await;
         self.blocking(Shared::release).await;
         self.shared.queue.finish(result);
     }
@@ -165,56 +174,95 @@ impl Reader {
     async fn read_until_stopped(&mut self) -> Result<(), Option<io::Error>> {
         let mut nap = FIRST_NAP;
         loop {
-            let mut taken = self.drain().await?;
+            let mut drained = self.drain().await?;
             let mut pause = self.latency;
-            if taken == 0 {
+            if drained == Drained::Nothing {
                 self.arm()?;
-                self.hand_over().await;
                 // A record may have come just before the programs knew that we want to be woken.
-                taken = self.drain().await?;
+                drained = self.drain().await?;
                 pause = nap;
                 nap = NAP;
             }
-            if taken > 0 {
+            if drained != Drained::Nothing {
                 nap = FIRST_NAP;
                 pause = self.latency;
             }
             if self.shared.is_stopping() {
                 return Ok(());
             }
-            let due = self.with_attached(Attached::report_flows)?;
-            self.hand_over().await;
-            if let Some(due) = due {
-                pause = pause.min(due);
+            if drained == Drained::HeldUp {
+                self.wait_for_room(FIRST_NAP).await?;
+                continue;
             }
-            self.wait(pause).await?;
+            let due = self.with_attached(Attached::report_flows)?;
+            self.complete().await;
+            if self.hand_over()? {
+                self.wait(due.map_or(pause, |due| pause.min(due))).await?;
+            }
         }
     }
 
-    /// Takes all records that are in the ring, and says how many.
-    async fn drain(&mut self) -> Result<usize, Gone> {
-        let mut total = 0;
+    /// Moves records from the ring to the queue until the ring is empty or the queue is full.
+    async fn drain(&mut self) -> Result<Drained, Gone> {
+        let mut drained = Drained::Nothing;
         loop {
+            if !self.hand_over()? {
+                return Ok(Drained::HeldUp);
+            }
             let (taken, sampled) = self.with_attached(Attached::read)?;
-            self.hand_over().await;
+            self.complete().await;
+            let is_handed_over = self.hand_over()?;
             if sampled > 0 {
                 self.shared.samples.taken_in(sampled);
                 self.shared.queue.progress.made();
             }
-            total += taken;
+            if !is_handed_over {
+                return Ok(Drained::HeldUp);
+            }
+            if taken > 0 {
+                drained = Drained::All;
+            }
             if taken < BATCH {
-                return Ok(total);
+                return Ok(drained);
             }
             task::yield_now().await;
         }
     }
 
-    /// Hands over what is in the batch.
-    async fn hand_over(&mut self) {
+    /// Moves the records that were there when the programs were detached, at the consumer's pace.
+    async fn drain_rest(&mut self) -> Result<(), Gone> {
+        while self.drain().await? == Drained::HeldUp {
+            self.room().await;
+        }
+        self.with_attached(Attached::report_last)?;
+        self.complete().await;
+        while !self.hand_over()? {
+            self.room().await;
+        }
+        Ok(())
+    }
+
+    /// Completes the events of the batch.
+    async fn complete(&mut self) {
         if let Some(details) = &mut self.details {
             details.fill(&mut self.batch).await;
         }
-        self.shared.queue.push(&mut self.batch);
+    }
+
+    /// Moves the batch to the queue: as far as the queue has room, and the rest too if the ring fills
+    /// up, by shedding others. False if events are left in the batch.
+    fn hand_over(&mut self) -> Result<bool, Gone> {
+        self.shared.queue.offer(&mut self.batch);
+        if self.batch.is_empty() {
+            return Ok(true);
+        }
+        let Some(attached) = &mut *self.shared.attached() else {
+            return Err(Gone);
+        };
+        if attached.is_ring_nearly_full() {
+            self.shared.queue.push(&mut self.batch);
+        }
+        Ok(self.batch.is_empty())
     }
 
     /// Runs `f`, which may put events into the batch.
@@ -236,6 +284,21 @@ impl Reader {
             Ok(())
         })?;
         armed.map_err(Some)
+    }
+
+    /// Waits until the queue has room for a while.
+    async fn room(&self) {
+        poll_fn(|cx| self.shared.queue.poll_room(cx)).await;
+    }
+
+    /// Waits until the queue has room, the ring has filled by another part, or the time is over.
+    async fn wait_for_room(&self, time: Duration) -> Result<(), Option<io::Error>> {
+        let mut wait = pin!(self.wait(time));
+        poll_fn(|cx| match self.shared.queue.poll_room(cx) {
+            Poll::Ready(()) => Poll::Ready(Ok(())),
+            Poll::Pending => wait.as_mut().poll(cx),
+        })
+        .await
     }
 
     /// Waits until somebody wakes us, or the time is over.
