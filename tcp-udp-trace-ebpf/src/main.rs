@@ -368,9 +368,12 @@ fn walk_tasks(ctx: *mut c_void) -> i32 {
 // system call is in a map, the kernel skips every kprobe and classic tracepoint program on that CPU, and on a preemptible
 // kernel that lasts as long as the caller is preempted there.
 
+// aya-ebpf's macro for raw tracepoints returns 0 whatever the function returns, so these do without it.
+
 /// The reader is about to sleep; returns how many records the ring has refused so far.
-#[raw_tracepoint]
-fn ask_arm(_ctx: RawTracePointContext) -> i32 {
+#[unsafe(link_section = "raw_tp")]
+#[unsafe(no_mangle)]
+fn ask_arm(_ctx: *mut c_void) -> i32 {
     emit::arm();
     anomaly::tell();
     anomaly::lost_so_far().cast_signed()
@@ -378,15 +381,17 @@ fn ask_arm(_ctx: RawTracePointContext) -> i32 {
 
 /// How many eighths of the ring are filled.
 #[cfg(not(feature = "perf"))]
-#[raw_tracepoint]
-fn ring_fill(_ctx: RawTracePointContext) -> i32 {
+#[unsafe(link_section = "raw_tp")]
+#[unsafe(no_mangle)]
+fn ring_fill(_ctx: *mut c_void) -> i32 {
     emit::fill().cast_signed()
 }
 
 /// The filter changes, or what it says is asked.
-#[raw_tracepoint]
-fn ask_filter(ctx: RawTracePointContext) -> i32 {
-    filter::asked(&ctx)
+#[unsafe(link_section = "raw_tp")]
+#[unsafe(no_mangle)]
+fn ask_filter(ctx: *mut c_void) -> i32 {
+    filter::asked(&RawTracePointContext::new(ctx))
 }
 
 /// The totals of a flow.

@@ -4,7 +4,7 @@ use std::{ops::RangeInclusive, time::Duration};
 
 use crate::{Error, ErrorKind, Filter, Protocol, TcpTracer, UdpTracer, tracer::Tracer};
 
-/// How many events may wait for the consumer before the oldest are shed.
+/// How many decoded events may wait for the consumer.
 pub const DEFAULT_QUEUE: usize = 1024;
 /// The size of the buffer between kernel and reader, in bytes.
 pub const DEFAULT_RING_BYTES: u32 = 2 << 20;
@@ -34,7 +34,7 @@ const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration:
 const SAMPLE_INTERVAL: RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_secs(86_400);
 
-/// Which events are shed when the queue is full.
+/// Which events are shed when the queue is full and the buffer behind it fills up.
 ///
 /// Either way, events that tell the beginning or the end of something go last: state changes to or from `CLOSE`, `LISTEN` and
 /// `ESTABLISHED`, accepts, and the closes of UDP sockets. They are shed only if the queue is full of nothing else.
@@ -67,7 +67,8 @@ pub enum Buffer {
     ///   two and to a page: a busy CPU may lose events while others have room. Each CPU has an eighth of its share (at least a page) in
     ///   addition, for what begins or ends something.
     /// - Two descriptors for each CPU, and locked memory: if it is more than `kernel.perf_event_mlock_kb` (516 KiB, for each CPU) and
-    ///   `ulimit -l` allow together, it takes `CAP_IPC_LOCK`. The reader may have as much in its own memory again.
+    ///   `ulimit -l` allow together, it takes `CAP_IPC_LOCK`. While the queue is full, the reader
+    ///   moves the records to its own memory, up to twice as much.
     /// - What happens on a CPU that is brought up after the start is lost, and counted.
     /// - A sample may take the room of an event: at most an eighth of a CPU's share at a time.
     /// - What the programs find strange is not logged, only counted ([`Stats`](crate::Stats)).
@@ -161,14 +162,21 @@ macro_rules! builder {
                 Self { config: Config::new($protocol) }
             }
 
-            /// How many events may wait for the consumer; beyond that some are shed ([`overflow`](Self::overflow)), and a
-            /// [`Lost`](crate::EventKind::Lost) stands in their place. It is logged, at most every 10 s. 1 to 16,777,216, default [`DEFAULT_QUEUE`].
+            /// How many decoded events may wait for the consumer. 1 to 16,777,216, default
+            /// [`DEFAULT_QUEUE`].
+            ///
+            /// While the queue is full, records stay in the buffer between kernel and reader
+            /// ([`ring_bytes`](Self::ring_bytes)), and 256 events with the reader. Once three quarters
+            /// of that buffer are filled, events are shed ([`overflow`](Self::overflow)), and a
+            /// [`Lost`](crate::EventKind::Lost) stands in their place. That is logged, at most every
+            /// 10 s.
             pub fn queue(mut self, events: usize) -> Self {
                 self.config.queue = events;
                 self
             }
 
-            /// Which events are shed when the queue is full. Default the oldest.
+            /// Which events are shed when the queue is full and the buffer behind it fills up. Default
+            /// the oldest.
             pub fn overflow(mut self, policy: OverflowPolicy) -> Self {
                 self.config.overflow = policy;
                 self
@@ -300,7 +308,18 @@ impl UdpTracerBuilder {
 
 #[cfg(test)]
 mod tests {
+    use tcp_udp_trace_common::StateChange;
+
     use super::*;
+
+    /// The crate's documentation says how many TCP events the default ring holds before the queue sheds.
+    #[test]
+    fn default_ring_holds_what_the_documentation_says() {
+        const HEADER: usize = 8;
+        let record = size_of::<StateChange>() + HEADER;
+        let events = DEFAULT_RING_BYTES as usize / 4 * 3 / record;
+        assert_eq!(events / 100 * 100, 8_900);
+    }
 
     #[test]
     fn settings_out_of_range_name_themselves() {

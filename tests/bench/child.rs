@@ -2,7 +2,8 @@
 
 use std::{
     env,
-    io::{self, BufRead as _, Write as _},
+    fs::File,
+    io::{self, BufRead as _, LineWriter, Write as _},
     os::unix::process::CommandExt as _,
     process::Command,
     sync::{
@@ -40,6 +41,8 @@ pub(crate) const PEER: &str = "--peer";
 pub(crate) const READY: &str = "ready\n";
 
 const TCP: &str = "ours";
+/// Everything at its default, on the runtime of `#[tokio::main]`, and each event printed.
+const TCP_README: &str = "ours: README's program";
 const TCP_EVERYTHING: &str = "ours: everything, samples each second";
 const TCP_QUEUE: &str = "ours, queue of 262,144";
 const UDP: &str = "ours: flows";
@@ -50,7 +53,7 @@ pub(crate) const DRAIN: &str = "ours, a large ring";
 /// How our tracer is set up for a comparison.
 pub(crate) fn setups(protocol: Protocol) -> impl Iterator<Item = &'static str> {
     let setups: &[_] = match protocol {
-        Protocol::Tcp => &[TCP, TCP_QUEUE, TCP_EVERYTHING],
+        Protocol::Tcp => &[TCP, TCP_README, TCP_QUEUE, TCP_EVERYTHING],
         Protocol::Udp => &[UDP, UDP_EVERYTHING],
     };
     setups.iter().copied()
@@ -107,16 +110,20 @@ struct Count {
 }
 
 fn ours(setup: &str) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let mut runtime = match setup {
+        TCP_README => tokio::runtime::Builder::new_multi_thread(),
+        _ => tokio::runtime::Builder::new_current_thread(),
+    };
+    let runtime = runtime.enable_all().build()?;
+    // As the standard output, it is written to at the end of each line.
+    let mut output = LineWriter::new(File::options().write(true).open("/dev/null")?);
     let second = Duration::from_secs(1);
     runtime.block_on(async {
         let began = Instant::now();
         let tcp = TcpTracer::builder();
         let udp = UdpTracer::builder();
         match setup {
-            TCP | TCP_QUEUE | TCP_EVERYTHING => {
+            TCP | TCP_README | TCP_QUEUE | TCP_EVERYTHING => {
                 let tcp = match setup {
                     TCP_QUEUE => tcp.queue(1 << 18),
                     TCP_EVERYTHING => tcp
@@ -129,6 +136,10 @@ fn ours(setup: &str) -> anyhow::Result<()> {
                 let tracer = tcp.start().await?;
                 let handle = tracer.handle();
                 read(tracer, handle, began.elapsed(), |event| {
+                    if setup == TCP_README {
+                        // Like `println!`, which cannot fail but by a panic.
+                        let _ = writeln!(output, "{event}");
+                    }
                     u64::from(matches!(event.kind, EventKind::StateChange { .. }))
                 })
                 .await
@@ -162,7 +173,7 @@ async fn read(
     mut tracer: impl Stream<Item = Event> + Unpin,
     handle: TracerHandle,
     start: Duration,
-    weigh: impl Fn(&Event) -> u64,
+    mut weigh: impl FnMut(&Event) -> u64,
 ) -> anyhow::Result<()> {
     let netns = Netns::current()?.inode()?;
     let count = Arc::new(Count::default());
@@ -234,7 +245,7 @@ fn attach_raw(program: &mut RawTracePoint) -> anyhow::Result<()> {
 }
 
 fn attach_egress(program: &mut CgroupSkb) -> anyhow::Result<()> {
-    let root = std::fs::File::open(cgroup::mount_point().context("no cgroup v2")?)?;
+    let root = File::open(cgroup::mount_point().context("no cgroup v2")?)?;
     program.load()?;
     program.attach(root, CgroupSkbAttachType::Egress, CgroupAttachMode::Single)?;
     Ok(())

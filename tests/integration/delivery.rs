@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    fs,
     net::{SocketAddr, TcpListener},
     thread::sleep,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -11,6 +10,7 @@ use std::{
 use anyhow::ensure;
 use integration_tests::{
     actor::{Actor, Command},
+    crowd::remember_closed_connections,
     kernel,
     life::{CLOCK_ERROR, LISTENER, Life},
     load::Load,
@@ -129,15 +129,6 @@ fn churn(servers: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow:
     ensure!(stats.untracked == 0, "{stats:?}");
     eprintln!("{made} connections in {traffic:.1?}; {stats:?}");
     Ok(())
-}
-
-/// A small machine has room for a few thousand connections in TIME_WAIT. Beyond that the kernel forgets them, and answers
-/// the end of the peer with a reset, which a tracer rightly reports.
-fn remember_closed_connections() -> anyhow::Result<()> {
-    Ok(fs::write(
-        "/proc/sys/net/ipv4/tcp_max_tw_buckets",
-        "262144",
-    )?)
 }
 
 /// Two tracers of one process see the same, each with ids of its own.

@@ -295,8 +295,6 @@ pub(crate) fn start_and_stop(round: u64) -> anyhow::Result<()> {
 }
 
 pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    runtime.unwrap().block_on(future)
+    // The runtime of `#[tokio::main]`.
+    tokio::runtime::Runtime::new().unwrap().block_on(future)
 }

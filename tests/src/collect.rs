@@ -49,10 +49,8 @@ pub(crate) fn collect<T: Tracer>(
     mut put: impl FnMut(Event),
     ready: &mpsc::Sender<TracerHandle>,
 ) -> anyhow::Result<Stats> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
+    // The runtime of `#[tokio::main]`.
+    tokio::runtime::Runtime::new()?.block_on(async {
         let mut tracer = start().await?;
         ready.send(tracer.handle())?;
         while let Some(event) = tracer.next().await {

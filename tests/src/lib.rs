@@ -23,6 +23,7 @@
 pub mod actor;
 pub mod cgroup;
 pub mod collect;
+pub mod crowd;
 pub mod kernel;
 pub mod life;
 pub mod lives;
