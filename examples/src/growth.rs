@@ -40,7 +40,7 @@ impl Growth {
             // A UDP socket's other events tell what all its flows have carried together.
             _ => return (0, 0),
         };
-        if event.is_close() {
+        if event.is_end() {
             self.known.pop(&key);
         }
         // Fewer than before: the tracer had to forget the flow, and counts anew.

@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         trace::ends_after_its_duration,
         trace::ends_when_nobody_reads,
         tcplife::each_connection_is_one_line,
+        tcplife::connection_that_was_there_before_is_marked,
         ndjson::no_line_is_lost_or_cut,
         ndjson::old_files_go,
         ndjson::what_was_there_stays,

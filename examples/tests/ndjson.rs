@@ -82,7 +82,7 @@ pub(crate) fn no_line_is_lost_or_cut() -> anyhow::Result<()> {
         stats.emitted == stats.delivered + stats.filtered,
         "{stats:?}"
     );
-    let ends = events.iter().filter(|event| event.is_close());
+    let ends = events.iter().filter(|event| event.is_end());
     let told: BTreeSet<_> = ends
         .map(|event| (event.traffic.tx_bytes, event.traffic.rx_bytes))
         .collect();
@@ -91,7 +91,7 @@ pub(crate) fn no_line_is_lost_or_cut() -> anyhow::Result<()> {
         let of_one = events
             .iter()
             .filter(|event| event.socket.protocol == protocol);
-        let closes = of_one.filter(|event| event.is_close());
+        let closes = of_one.filter(|event| event.is_end());
         let of_one: Vec<_> = closes.map(|event| event.uptime).collect();
         ensure!(of_one.is_sorted(), "{protocol} is out of order");
     }

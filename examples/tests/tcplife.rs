@@ -37,3 +37,24 @@ pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
     ensure!(told == ends, "{told:#?} instead of {ends:#?}");
     Ok(())
 }
+
+/// Nobody knows how long it lived before: its time is marked.
+pub(crate) fn connection_that_was_there_before_is_marked() -> anyhow::Result<()> {
+    let mut pair = Pair::new("old client", "old-server")?;
+    let old = pair.connect()?;
+    let mut tool = Tool::start(env!("CARGO_BIN_EXE_tcplife"), &["--filter", &here()?])?;
+    let young = pair.connect()?;
+    pair.close(&old)?;
+    pair.close(&young)?;
+    tool.terminate()?;
+
+    let mut lines = tool.output.rest();
+    ensure!(lines.remove(0).contains("TX_BYTES"));
+    ensure!(lines.len() == 4, "{lines:#?}");
+    for line in lines {
+        let is_old = line.contains(&old.client.local.to_string());
+        let time = line.split_whitespace().last().context("an empty line")?;
+        ensure!(time.starts_with('>') == is_old, "{line}");
+    }
+    Ok(())
+}

@@ -31,7 +31,7 @@ pub(crate) fn json_has_the_bytes() -> anyhow::Result<()> {
                 .process
                 .as_ref()
                 .map(|process| process.comm.to_string());
-            event.is_close()
+            event.is_end()
                 && event.socket.protocol == protocol
                 && event.socket.local != pair.listener.local
                 && owner.as_deref() == Some(name)

@@ -68,6 +68,23 @@ pub mod syn {
     pub const NOT_COUNTED: u8 = 2;
 }
 
+/// Whether a socket existed before the programs were attached, in [`TcpSocket::older`] and
+/// [`Udp::older`].
+pub mod older {
+    /// No: the programs saw its beginning.
+    pub const NO: u8 = 0;
+    /// Yes: the programs saw it for the first time, and not at its beginning.
+    pub const YES: u8 = 1;
+    /// Not known: it may be one whose beginning the programs missed.
+    pub const UNKNOWN: u8 = 2;
+
+    /// [`Tracked::syn`](super::Tracked::syn) and [`UdpTracked::flows`](super::UdpTracked::flows)
+    /// have one of these above so many bits.
+    pub const SHIFT: u32 = 4;
+    /// The bits below.
+    pub const REST: u8 = (1 << SHIFT) - 1;
+}
+
 /// `AF_INET`.
 pub const AF_INET: u16 = 2;
 /// `AF_INET6`.
@@ -139,8 +156,8 @@ pub struct TcpSocket {
     pub remote_port: u16,
     /// [`AF_INET`] or [`AF_INET6`].
     pub family: u16,
-    /// Padding.
-    pub _pad: u16,
+    /// One of [`older`].
+    pub older: u16,
 }
 
 /// A TCP socket went from one state to another.
@@ -280,7 +297,9 @@ pub struct Udp {
     /// Local port, host byte order.
     pub local_port: u16,
     /// 1 if [`Traffic::rx_packets`] counts reads that may have been several datagrams each.
-    pub approximate: u16,
+    pub approximate: u8,
+    /// One of [`older`].
+    pub older: u8,
 }
 
 /// What the programs remember of a UDP socket, keyed like [`Udp::key`].
@@ -300,6 +319,7 @@ pub struct UdpTracked {
     /// See [`Udp::approximate`].
     pub approximate: u8,
     /// 1 once a flow of it has been reported: then its close must be, too, for user space to report its flows for the last time.
+    /// And above that, one of [`older`].
     pub flows: u8,
     /// See [`Tracked::kin`].
     pub kin: u16,
@@ -323,7 +343,7 @@ pub struct Tracked {
     pub netns: u32,
     /// The TCP state last reported.
     pub state: u8,
-    /// One of [`syn`].
+    /// One of [`syn`], and above that one of [`older`].
     pub syn: u8,
     /// The [generation](filter::generation) of the filter whose process trees its owner was found to be in: it stays so when the process has ended.
     pub kin: u16,
@@ -332,6 +352,34 @@ pub struct Tracked {
     /// Who called `accept`, the owner from then on. In a place of its own, because another CPU may read the first while this is written:
     /// its origin, written last, tells whether it is there.
     pub acceptor: Owner,
+}
+
+impl Tracked {
+    /// One of [`syn`].
+    #[inline(always)]
+    pub const fn syn(&self) -> u8 {
+        self.syn & older::REST
+    }
+
+    /// One of [`older`].
+    #[inline(always)]
+    pub const fn older(&self) -> u8 {
+        self.syn >> older::SHIFT
+    }
+}
+
+impl UdpTracked {
+    /// Whether a flow of it has been reported.
+    #[inline(always)]
+    pub const fn has_flows(&self) -> bool {
+        self.flows & older::REST != 0
+    }
+
+    /// One of [`older`].
+    #[inline(always)]
+    pub const fn older(&self) -> u8 {
+        self.flows >> older::SHIFT
+    }
 }
 
 /// What went wrong in the kernel, counted there.

@@ -30,9 +30,9 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
     let owner = owner::current(origin::ACCEPTOR);
     let mut fresh;
     let tracked = if let Some(tracked) = track::adopt(sk, state) {
-        if tracked.syn == syn::UNKNOWN {
+        if tracked.syn() == syn::UNKNOWN {
             // Its handshake is older than the tracer, but it is one that this side has not begun.
-            tracked.syn = syn::NOT_COUNTED;
+            tracked.syn |= syn::NOT_COUNTED;
         }
         owner::settle(&mut tracked.acceptor, owner);
         // The one before may have been of another tree.
@@ -40,7 +40,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         tracked
     } else {
         // There is no room to remember it.
-        fresh = track::fresh(sk, state, syn::NOT_COUNTED, owner);
+        fresh = track::fresh(sk, state, syn::NOT_COUNTED | track::met(), owner);
         &mut fresh
     };
     if !filter::wants_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {

@@ -22,6 +22,14 @@ pub(crate) fn lost_so_far() -> u32 {
         .map_or(0, |counters| counters.lost as u32)
 }
 
+/// Whether sockets or state changes have escaped: then the beginning of any socket may have.
+#[inline(always)]
+pub(crate) fn has_missed() -> bool {
+    COUNTERS
+        .get(COUNTED)
+        .is_none_or(|counters| counters.untracked | counters.missed != 0)
+}
+
 /// A record of this kind found the ring full.
 #[inline(always)]
 pub(crate) fn lost(kind: u32) {

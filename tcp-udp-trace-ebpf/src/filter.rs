@@ -73,7 +73,7 @@ pub(crate) fn wants_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked)
 /// Whether an event of UDP is wanted.
 #[inline(always)]
 pub(crate) fn wants_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
-    kind == kind::CLOSE && tracked.flows != 0
+    kind == kind::CLOSE && tracked.has_flows()
         || decide(kind, |word| is_udp_wanted(word, tracked, at))
 }
 

@@ -133,7 +133,7 @@ pub(crate) trait Socket: Copy {
     /// Payload bytes put on the wire, each once, for a socket that leaves `state`.
     #[inline(always)]
     fn tx_bytes(self, tracked: &Tracked, state: u8) -> u64 {
-        if tracked.syn == syn::UNKNOWN {
+        if tracked.syn() == syn::UNKNOWN {
             let sent = self.get::<u64>(Field::BytesSent);
             return sent.wrapping_sub(self.get::<u64>(Field::BytesRetrans));
         }
@@ -149,7 +149,7 @@ pub(crate) trait Socket: Copy {
             TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING
         );
         let fin_sent = fin_queued && next == self.get::<u32>(Field::WriteSeq);
-        sequence.saturating_sub(u64::from(tracked.syn == syn::COUNTED) + u64::from(fin_sent))
+        sequence.saturating_sub(u64::from(tracked.syn() == syn::COUNTED) + u64::from(fin_sent))
     }
 
     /// Payload bytes received in order, given what the kernel counted a moment ago.
@@ -196,7 +196,7 @@ pub(crate) trait Socket: Copy {
         to.local_port = local_port;
         to.remote_port = u16::from_be(self.get(Field::RemotePort));
         to.family = family;
-        to._pad = 0;
+        to.older = tracked.older().into();
         to.rx_bytes = self.rx_bytes(received);
     }
 }
@@ -315,6 +315,12 @@ impl Sock {
         }
         let sk = Self::new(read(socket, Field::SocketSock));
         (sk.0 != 0 && sk.get::<u64>(Field::SkSocket) == socket).then_some(sk)
+    }
+
+    /// Whether a process has, or had, a descriptor of it: the kernel's own sockets have no file.
+    #[inline(always)]
+    pub(crate) fn has_file(self) -> bool {
+        read::<u64>(self.get(Field::SkSocket), Field::SocketFile) != 0
     }
 
     /// The inode of its network namespace.

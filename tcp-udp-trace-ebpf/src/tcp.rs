@@ -73,7 +73,7 @@ pub(crate) fn changed(
                 report(ctx, sk, socket, family, tracked, (from, to));
                 return;
             }
-            (syn::UNKNOWN, owner::UNKNOWN)
+            (syn::UNKNOWN | track::met(), owner::UNKNOWN)
         }
     };
     let mut tracked = track::fresh(sk, to, syn, owner);

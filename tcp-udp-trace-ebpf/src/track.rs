@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray},
 };
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
-use tcp_udp_trace_common::{Owner, Tracked, origin, syn};
+use tcp_udp_trace_common::{Owner, Tracked, older, origin, syn};
 
 use crate::{anomaly, owner, sock::Sock};
 
@@ -51,6 +51,19 @@ pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {
 #[inline(always)]
 pub(crate) fn is_stopping() -> bool {
     STOPPING.get(0).is_none_or(|stopping| *stopping != 0)
+}
+
+/// Whether a socket that the programs meet now, and not at its beginning, is older than they are: one of
+/// [`older`], where it belongs in what is remembered.
+#[inline(always)]
+pub(crate) fn met() -> u8 {
+    // While the programs are being detached, the one that sees beginnings may be gone already.
+    let older = if is_stopping() || anomaly::has_missed() {
+        older::UNKNOWN
+    } else {
+        older::YES
+    };
+    older << older::SHIFT
 }
 
 /// A new life of the socket at this address.
@@ -97,7 +110,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     if let Some(tracked) = get(sk) {
         return Some(tracked);
     }
-    let fresh = fresh(sk, state, syn::UNKNOWN, owner::UNKNOWN);
+    let fresh = fresh(sk, state, syn::UNKNOWN | met(), owner::UNKNOWN);
     // Two hooks may find it at the same time: the first makes its name.
     let is_new = SOCKETS.insert(sk.0, fresh, u64::from(BPF_NOEXIST)).is_ok();
     let tracked = get(sk);

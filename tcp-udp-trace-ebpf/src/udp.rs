@@ -20,7 +20,7 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Flow, FlowKey, FlowQuery, Owner, Peer, Traffic, Udp, UdpTracked,
-    kind, origin, report,
+    kind, older, origin, report,
 };
 
 use crate::{
@@ -142,6 +142,13 @@ pub(crate) fn begin(
             if old.owner.origin != origin::NONE {
                 tracked.owner = old.owner;
             }
+        } else if owner.origin != origin::CREATOR {
+            tracked.flows = if sk.has_file() {
+                track::met()
+            } else {
+                // No hook sees the beginning of the kernel's own sockets.
+                older::UNKNOWN << older::SHIFT
+            };
         }
         let complete: &UdpTracked = tracked;
         let is_ours = UDP_SOCKETS
@@ -239,7 +246,7 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
             if !filter::wants_udp(kind::FLOW, tracked, datagrams) {
                 flow.report = now();
             } else {
-                tracked.flows = 1;
+                tracked.flows |= 1;
                 if !record(ctx, kind::FLOW, key, tracked, datagrams, &flow.traffic, 0) {
                     flow.report = report::NEXT;
                 }
@@ -317,7 +324,8 @@ fn record(
         record.peer = at.peer;
         record.local = at.local;
         record.local_port = at.local_port;
-        record.approximate = tracked.approximate.into();
+        record.approximate = tracked.approximate;
+        record.older = tracked.older();
     })
 }
 

@@ -8,6 +8,8 @@ use crate::{Error, ErrorKind, Filter, Protocol, TcpTracer, UdpTracer, tracer::Tr
 pub const DEFAULT_QUEUE: usize = 1024;
 /// The size of the buffer between kernel and reader, in bytes.
 pub const DEFAULT_RING_BYTES: u32 = 2 << 20;
+/// Of how many parts of that size another ring is one, for the ends of sockets.
+pub(crate) const LATE_SHARE: u32 = 4;
 /// How many sockets are remembered at a time.
 pub const DEFAULT_MAX_SOCKETS: u32 = 65_536;
 /// How long events may gather before the reader takes them, while they come one after the other.
@@ -193,9 +195,10 @@ macro_rules! builder {
             /// 1,073,741,824, rounded up to a power of two, default [`DEFAULT_RING_BYTES`].
             ///
             /// The last eighth is kept for what begins or ends something: state changes to or from `CLOSE`, `LISTEN` and `ESTABLISHED`, accepts, and
-            /// closes of UDP sockets. Beside a ring buffer there is another one half as large, for nothing but the ends of sockets that
-            /// find the first one full: they come a little late, in their place. So while the reader does not run, no flood of other events costs
-            /// the end of a socket, until so many sockets have ended: with the default 7,000.
+            /// closes of UDP sockets. Beside a ring buffer there is another one a quarter as large, for nothing but
+            /// the ends of sockets that find the first one full. They come a little late, in their place. So
+            /// while the reader does not run, no flood of other events costs the end of a socket, until so many
+            /// sockets have ended: with the default 4,468 of TCP, or 4,274 of UDP.
             pub fn ring_bytes(mut self, bytes: u32) -> Self {
                 self.config.ring_bytes = bytes;
                 self
@@ -241,7 +244,8 @@ macro_rules! builder {
             /// Loads and attaches the eBPF programs. When it returns, every hook is attached: there is nothing to wait
             /// for.
             ///
-            /// The work that blocks is done on a thread of the runtime's blocking pool.
+            /// The work that blocks is done on a thread of the runtime's blocking pool. The stream needs the
+            /// runtime to run, as long as it is read: see [without async](crate#without-async).
             ///
             /// # Errors
             ///
@@ -319,6 +323,26 @@ mod tests {
         let record = size_of::<StateChange>() + HEADER;
         let events = DEFAULT_RING_BYTES as usize / 4 * 3 / record;
         assert_eq!(events / 100 * 100, 8_900);
+    }
+
+    #[test]
+    fn documented_sizes_follow_from_the_records() {
+        use tcp_udp_trace_common::{StateChange, Udp};
+        // What a record takes of a ring buffer, with the kernel's header.
+        let [tcp, udp] = [size_of::<StateChange>(), size_of::<Udp>()].map(|size| size as u32 + 8);
+        let room = DEFAULT_RING_BYTES / 8 + DEFAULT_RING_BYTES / LATE_SHARE;
+        let ends = [room / tcp, room / udp].map(|n| format!("{},{:03}", n / 1000, n % 1000));
+        let text = include_str!("builder.rs");
+        for words in [
+            format!(
+                "with the default {} of TCP, or {} of UDP.",
+                ends[0], ends[1]
+            ),
+            format!("one event takes at most {} bytes.", tcp.max(udp)),
+        ] {
+            assert!(text.contains(&words), "the documentation must say: {words}");
+        }
+        assert_eq!(LATE_SHARE, 4, "a quarter");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
 };
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, FlowKey, Head, Owner, StateChange, Tcp, TcpSocket, Udp, kind, origin,
+    AF_INET, AF_INET6, FlowKey, Head, Owner, StateChange, Tcp, TcpSocket, Udp, kind, older, origin,
 };
 use zerocopy::{FromBytes, IntoBytes as _};
 
@@ -147,6 +147,7 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         netns: record.netns,
         cgroup: record.cgroup,
         age: Duration::from_nanos(head.time.saturating_sub(record.born)),
+        older: is_older(record.older.into())?,
     };
     let event = Event {
         time: clock.wall(uptime),
@@ -227,7 +228,17 @@ fn tcp_socket(socket: &TcpSocket, now: u64) -> Result<Socket, Malformed> {
         netns: socket.netns,
         cgroup: socket.cgroup,
         age: Duration::from_nanos(now.saturating_sub(socket.born)),
+        older: is_older(socket.older)?,
     })
+}
+
+fn is_older(known: u16) -> Result<Option<bool>, Malformed> {
+    match u8::try_from(known).map_err(|_| Malformed)? {
+        older::NO => Ok(Some(false)),
+        older::YES => Ok(Some(true)),
+        older::UNKNOWN => Ok(None),
+        _ => Err(Malformed),
+    }
 }
 
 /// An address of a socket; an IPv4-mapped IPv6 address is the IPv4 address that it is.
@@ -312,7 +323,7 @@ mod tests {
         );
         assert_eq!(event.socket.age, Duration::from_nanos(1));
         assert_eq!(event.socket.cookie, None);
-        assert!(event.is_close());
+        assert!(event.is_end() && !event.is_close());
     }
 
     #[test]
@@ -329,6 +340,20 @@ mod tests {
         assert_eq!(decoded.event.socket.cookie, Some(77));
         record.socket.cookie = 78;
         assert_eq!(super::decode(record.as_bytes(), clock(), known), Ok(None));
+    }
+
+    #[test]
+    fn tells_whether_a_socket_is_older() {
+        for (written, read) in [
+            (older::NO, Some(false)),
+            (older::YES, Some(true)),
+            (older::UNKNOWN, None),
+        ] {
+            let mut record = record();
+            record.socket.older = written.into();
+            let decoded = decode(record.as_bytes()).expect("a well-formed record");
+            assert_eq!(decoded.event.socket.older, read);
+        }
     }
 
     #[test]
@@ -369,5 +394,7 @@ mod tests {
         check(|r| r.error = u32::MAX);
         check(|r| r.socket.family = 1);
         check(|r| r.socket.owner.origin = 9);
+        check(|r| r.socket.older = 3);
+        check(|r| r.socket.older = 0x100);
     }
 }

@@ -6,6 +6,9 @@ use std::{error::Error as StdError, fmt};
 ///
 /// The message says what was missing and what to do about it; [`source`](StdError::source) is what the operating
 /// system or a library said.
+///
+/// `Debug` shows the message and below it the causes, for an error that leaves `main`. `{:#?}` shows
+/// the fields.
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -70,8 +73,22 @@ impl fmt::Display for Error {
     }
 }
 
+/// The message and its causes, one a line: so an error that leaves `main` can be read. With `{:#?}`
+/// the fields.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !f.alternate() {
+            f.write_str(&self.0.message)?;
+            let mut cause = StdError::source(self);
+            if cause.is_some() {
+                f.write_str("\n\nCaused by:")?;
+            }
+            while let Some(error) = cause {
+                write!(f, "\n    {error}")?;
+                cause = error.source();
+            }
+            return Ok(());
+        }
         let Inner {
             kind,
             message,
@@ -88,5 +105,27 @@ impl fmt::Debug for Error {
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         self.0.source.as_deref().map(|source| source as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_is_the_message_and_its_causes() {
+        let error = || Error::new(ErrorKind::Permission, "tracing takes CAP_BPF");
+        assert_eq!(format!("{:?}", error()), "tracing takes CAP_BPF");
+        let cause = Error::new(ErrorKind::Load, "the map").with_source("not permitted");
+        assert_eq!(
+            format!("{:?}", error().with_source(cause)),
+            "tracing takes CAP_BPF\n\nCaused by:\n    the map\n    not permitted"
+        );
+        let fields = format!("{:#?}", error().with_source("why"));
+        assert!(
+            fields.starts_with("Error {\n    kind: Permission"),
+            "{fields}"
+        );
+        assert!(fields.contains("\"why\""), "{fields}");
     }
 }

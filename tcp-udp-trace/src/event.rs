@@ -137,7 +137,7 @@ pub struct Socket {
     /// Its protocol.
     pub protocol: Protocol,
     /// Names one life of a socket, from `connect`, `listen` or the handshake to its close. Unique in the
-    /// tracer's life, never reused.
+    /// tracer's life, never reused. Not in the order in which sockets begin: each CPU counts its own.
     pub id: u64,
     /// The kernel's own name of the socket (`SO_COOKIE`), once somebody has asked the kernel for one.
     pub cookie: Option<u64>,
@@ -152,12 +152,21 @@ pub struct Socket {
     /// The cgroup that the socket was made in: the id of its directory in cgroup v2 (its inode number).
     /// 0 when the kernel does not tell.
     pub cgroup: u64,
-    /// How long ago its life began; for a socket older than the tracer, how long ago it was first seen.
+    /// How long ago its life began. Of a socket that is not known to be younger than the tracer
+    /// ([`older`](Self::older)), how long ago the tracer saw it for the first time.
     #[cfg_attr(
         feature = "serde",
         serde(rename = "age_ns", with = "crate::json::nanos")
     )]
     pub age: Duration,
+    /// Whether its life began before the tracer was there. Then its true age is more than
+    /// [`age`](Self::age), and the tracer has not seen its first events.
+    ///
+    /// `None` where that is not known: of a socket whose beginning the tracer may have missed
+    /// ([`Stats::untracked`](crate::Stats::untracked), [`Stats::missed`](crate::Stats::missed)),
+    /// and of the UDP sockets of the kernel itself.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub older: Option<bool>,
 }
 
 /// A transport protocol.
@@ -209,6 +218,7 @@ impl Event {
             netns: 0,
             cgroup: 0,
             age: Duration::ZERO,
+            older: None,
         };
         let kind = EventKind::Lost { count, stage };
         Self {
@@ -238,21 +248,44 @@ impl Event {
         }
     }
 
-    /// Whether this is the moment a connection was established (TCP) or a socket got a peer (UDP).
+    /// Whether a TCP connection begins here, or a UDP socket got a peer.
+    ///
+    /// TCP: the change out of the handshake (`SYN_SENT`, `SYN_RECV`), nearly always to
+    /// `ESTABLISHED`. A socket that is shut down during its handshake goes to `FIN_WAIT1`, and a
+    /// peer's FIN that came with its SYN (TCP Fast Open) leads to `CLOSE_WAIT`.
+    ///
+    /// Each TCP connection that the tracer has seen from its beginning to its end has one such
+    /// event, and one that [`is_close`](Self::is_close). A connection that was there before the
+    /// tracer ([`Socket::older`]) has only the second. UDP events do not pair: a UDP socket may
+    /// connect never or several times, and closes once.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        matches!(
-            self.kind,
-            EventKind::StateChange {
-                to: TcpState::Established,
-                ..
-            } | EventKind::Connect
-        )
+        match self.kind {
+            EventKind::StateChange { from, to, .. } => !from.is_connected() && to.is_connected(),
+            EventKind::Connect => true,
+            _ => false,
+        }
     }
 
-    /// Whether this is the end of the socket's life; its [`traffic`](Self::traffic) is final.
+    /// Whether a TCP connection ends here, or a UDP socket is gone. Its
+    /// [`traffic`](Self::traffic) is final.
+    ///
+    /// Not the end of a listener, and not that of an attempt to connect that failed: see
+    /// [`is_end`](Self::is_end).
     #[must_use]
     pub fn is_close(&self) -> bool {
+        match self.kind {
+            EventKind::StateChange { from, to, .. } => from.is_connected() && to == TcpState::Close,
+            EventKind::Close { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// Whether this is the end of the socket's life ([`Socket::id`]), whatever it was: a
+    /// connection, a listener, an attempt to connect. What is remembered of the socket can be
+    /// forgotten. Only a [`Reset`](EventKind::Reset) that this side sends may follow.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
         matches!(
             self.kind,
             EventKind::StateChange {
@@ -345,5 +378,63 @@ impl fmt::Display for Protocol {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn change(from: TcpState, to: TcpState) -> Event {
+        let (time, uptime) = (SystemTime::UNIX_EPOCH, Duration::ZERO);
+        let error = None;
+        Event {
+            kind: EventKind::StateChange { from, to, error },
+            ..Event::gap(1, LossStage::Ring, Protocol::Tcp, time, uptime)
+        }
+    }
+
+    /// How often a life with these states opens and closes, and how often it ends.
+    fn counts(states: &[TcpState]) -> [usize; 3] {
+        let changes = || states.windows(2).map(|pair| change(pair[0], pair[1]));
+        [Event::is_open, Event::is_close, Event::is_end]
+            .map(|predicate| changes().filter(predicate).count())
+    }
+
+    #[test]
+    fn opens_and_closes_pair_on_every_path() {
+        use TcpState::{
+            Close, CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv,
+            SynSent,
+        };
+        let connections: &[&[TcpState]] = &[
+            &[Close, SynSent, Established, FinWait1, FinWait2, Close],
+            &[Close, SynSent, Established, FinWait1, Closing, Close],
+            &[
+                Close,
+                SynSent,
+                SynRecv,
+                Established,
+                CloseWait,
+                LastAck,
+                Close,
+            ],
+            &[Listen, SynRecv, Established, CloseWait, LastAck, Close],
+            &[Listen, SynRecv, Established, Close],
+            &[Listen, SynRecv, FinWait1, FinWait2, Close],
+            &[Listen, SynRecv, CloseWait, LastAck, Close],
+        ];
+        for states in connections {
+            assert_eq!(counts(states), [1, 1, 1], "{states:?}");
+        }
+        let others: &[&[TcpState]] = &[
+            &[Close, Listen, Close],
+            &[Close, SynSent, Close],
+            &[Close, SynSent, SynRecv, Close],
+            &[Listen, SynRecv, Close],
+        ];
+        for states in others {
+            assert_eq!(counts(states), [0, 0, 1], "{states:?}");
+        }
     }
 }

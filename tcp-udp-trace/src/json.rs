@@ -132,6 +132,7 @@ mod tests {
                 netns: 4_026_531_840,
                 cgroup: 1,
                 age: Duration::from_nanos(1234),
+                older: Some(true),
             },
             traffic: Traffic {
                 tx_bytes: 1,
@@ -167,7 +168,7 @@ mod tests {
                 "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator", "started_ns": 99},
                 "socket": {
                     "protocol": "tcp", "id": 12, "cookie": 77, "local": "127.0.0.1:40000", "remote": "[::1]:443",
-                    "uid": 1000, "netns": 4_026_531_840_u32, "cgroup": 1, "age_ns": 1234
+                    "uid": 1000, "netns": 4_026_531_840_u32, "cgroup": 1, "age_ns": 1234, "older": true
                 },
                 "traffic": {"tx_bytes": 1, "rx_bytes": 2, "tx_packets": 3, "rx_packets": 4}
             })
@@ -243,6 +244,15 @@ mod tests {
             serde_json::from_str::<Event>(&written).expect("read back"),
             hostile
         );
+    }
+
+    #[test]
+    fn a_socket_without_older_is_read() {
+        let mut value = serde_json::to_value(event(EventKind::Accept)).expect("written");
+        let socket = value["socket"].as_object_mut().expect("a socket");
+        socket.remove("older").expect("it is written");
+        let read: Event = serde_json::from_value(value).expect("what 0.1 wrote");
+        assert_eq!(read.socket.older, None);
     }
 
     #[test]

@@ -67,7 +67,9 @@
 //!
 //! ## Only closed connections, with their totals
 //!
-//! Filtered in the kernel: what is not wanted costs no room in the buffers and no wake-up.
+//! Filtered in the kernel: what is not wanted costs no room in the buffers and no wake-up. The filter
+//! passes every change to or from `CLOSE`, also of listeners and of attempts to connect that failed.
+//! [`Event::is_close`] is true of the ends of connections only.
 //!
 //! ```no_run
 //! use futures_util::StreamExt as _;
@@ -77,7 +79,6 @@
 //! let closes = Filter::new().kind(Kind::StateChange).state(TcpState::Close);
 //! let mut tcp = TcpTracer::builder().filter(closes).sample_interval(None).start().await?;
 //! while let Some(event) = tcp.next().await {
-//!     // The state that was left counts for the filter, too.
 //!     if event.is_close() {
 //!         println!("{} bytes out, {} in", event.traffic.tx_bytes, event.traffic.rx_bytes);
 //!     }
@@ -114,6 +115,35 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Each tracer yields its own events in the order in which the kernel wrote them. Between the events of
+//! two tracers there is no order: under load, neighbours in the merged stream may be up to a second apart
+//! in the wrong order. Compare [`Event::uptime`] where it matters. [`Socket::id`] tells sockets apart, and
+//! says nothing of which began first: each CPU counts its own.
+//!
+//! ## Without async
+//!
+//! A task on the runtime reads the events of the kernel, so the runtime must run while the stream is
+//! waited for. [`block_on`](https://docs.rs/tokio/1/tokio/runtime/struct.Runtime.html#method.block_on) of
+//! the runtime does that, with a runtime of either kind:
+//!
+//! ```no_run
+//! use futures_util::StreamExt as _;
+//! use tcp_udp_trace::TcpTracer;
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let runtime = tokio::runtime::Runtime::new()?;
+//!     let mut tcp = runtime.block_on(TcpTracer::builder().start())?;
+//!     while let Some(event) = runtime.block_on(tcp.next()) {
+//!         println!("{event}");
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
+//! Another executor, such as `futures::executor::block_on_stream(tcp)`, works only while the runtime runs
+//! on threads of its own: a multi-thread runtime that is not dropped. Beside a `current_thread` runtime
+//! that nobody drives, it waits for ever.
 //!
 //! ## One tracer for several tasks
 //!

@@ -59,6 +59,16 @@ tcp_states! {
     NewSynRecv = 12 "NEW_SYN_RECV",
 }
 
+impl TcpState {
+    /// Whether the handshake of a socket in this state is over, and the connection is not.
+    pub(crate) const fn is_connected(self) -> bool {
+        !matches!(
+            self,
+            Self::Close | Self::Listen | Self::SynSent | Self::SynRecv | Self::NewSynRecv
+        )
+    }
+}
+
 impl fmt::Display for TcpState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())

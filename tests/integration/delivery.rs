@@ -232,7 +232,7 @@ fn what_moves_between_cpus_stays_in_order() -> anyhow::Result<()> {
     }
     ensure!(lives.len() == sockets, "{} sockets", lives.len());
     for life in lives.values() {
-        let is_in_order = life.len() == 2 && !life[0].is_close() && life[1].is_close();
+        let is_in_order = life.len() == 2 && !life[0].is_end() && life[1].is_end();
         ensure!(
             is_in_order && life[0].uptime < life[1].uptime,
             "{}",

@@ -56,7 +56,7 @@ fn tcp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
     }
     let handle = trace.handle().clone();
     let events = trace.finish_in_order(SOCKETS as usize)?;
-    let (opens, closes): (Vec<_>, Vec<_>) = events.iter().partition(|event| !event.is_close());
+    let (opens, closes): (Vec<_>, Vec<_>) = events.iter().partition(|event| !event.is_end());
     let of_all: HashSet<_> = listeners.iter().map(|listener| listener.local).collect();
     for events in [&opens, &closes] {
         let addresses: HashSet<_> = events.iter().map(|event| event.socket.local).collect();
@@ -176,7 +176,7 @@ fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
         let listener = server.listen(loopback(false))?;
         server.close(&listener)?;
         trace.wait_for("a close", |event| {
-            event.is_close() && event.socket.local == listener.local
+            event.is_end() && event.socket.local == listener.local
         })
     };
     let until = |what: &str, is_so: &dyn Fn(&Stats) -> bool| {

@@ -130,7 +130,7 @@ fn consumer_dropped_in_the_middle_of_a_poll() -> anyhow::Result<()> {
             let event = timeout(PATIENCE, receive.recv()).await?;
             let event = event.context("the stream has ended")?;
             delivered += is_no_gap(&event);
-            if event.socket.local == local && event.is_close() {
+            if event.socket.local == local && event.is_end() {
                 return anyhow::Ok(event);
             }
         }
@@ -297,7 +297,7 @@ fn fork_that_drops_the_tracer() -> anyhow::Result<()> {
         loop {
             let event = timeout(PATIENCE, tracer.next()).await?;
             let event = event.context("the stream has ended")?;
-            if event.socket.local == local && event.is_close() {
+            if event.socket.local == local && event.is_end() {
                 break;
             }
         }
@@ -344,7 +344,7 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     let began = uptime()?;
     let mut site = Site::new(Family::V4, true)?;
     site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    let is_reported = |event: &Event| event.traffic.tx_packets == 3 && !event.is_close();
+    let is_reported = |event: &Event| event.traffic.tx_packets == 3 && !event.is_end();
     flows.wait_for("totals of the flow", is_reported)?;
     site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
     let lives = site.close()?;
@@ -358,7 +358,7 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
         // /proc does not know of time namespaces yet.
         let listener = server.listen(loopback(false))?;
         server.close(&listener)?;
-        trace.wait_for("the end of a listener", Event::is_close)?;
+        trace.wait_for("the end of a listener", Event::is_end)?;
         trace.events().pop().context("it was waited for")?
     };
     let moment = server.moment();

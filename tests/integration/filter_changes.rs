@@ -189,7 +189,7 @@ fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
     let began = Instant::now();
     let mut changes = 0;
     let is_over = |trace: &Trace| {
-        let closed = trace.events().iter().filter(|e| e.is_close()).count();
+        let closed = trace.events().iter().filter(|e| e.is_end()).count();
         closed >= 2 * CONNECTIONS as usize
     };
     while !is_over(&trace) && began.elapsed() < Duration::from_secs(120) {

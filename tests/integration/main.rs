@@ -26,6 +26,7 @@ mod exhaustion;
 mod faults;
 mod filter_changes;
 mod filters;
+mod first_steps;
 mod lifecycle;
 mod namespaces;
 mod overflow;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
         overflow::trials(),
         filters::trials(),
         filter_changes::trials(),
+        first_steps::trials(),
         lifecycle::trials(),
         privileges::trials(),
         faults::trials(),

@@ -324,7 +324,7 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     check_conservation(&stats)?;
     let closed: HashSet<_> = events
         .iter()
-        .filter(|event| event.is_close() && event.socket.netns == netns)
+        .filter(|event| event.is_end() && event.socket.netns == netns)
         .map(|event| event.socket.local)
         .collect();
     ensure!(
@@ -342,7 +342,7 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
             "{told} told of {stage:?}: {stats:?}"
         );
     }
-    let of_sender = |event: &&Event| event.is_close() && event.traffic.tx_packets > 0;
+    let of_sender = |event: &&Event| event.is_end() && event.traffic.tx_packets > 0;
     let sender = events
         .iter()
         .find(of_sender)
@@ -375,7 +375,7 @@ fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
     check_conservation(&stats)?;
     ensure!(stats.ring_lost > 4 * CONNECTIONS, "{stats:?}");
     let closes = || {
-        let closes = events.iter().filter(|event| event.is_close());
+        let closes = events.iter().filter(|event| event.is_end());
         closes.filter(|event| event.socket.netns == netns)
     };
     let (mut sent, mut received): (Vec<_>, Vec<_>) = closes()

@@ -400,7 +400,7 @@ fn process_details() -> anyhow::Result<()> {
     for (pid, name) in pids.into_iter().zip(["client", "server"]) {
         let last = events
             .iter()
-            .rfind(|event| owner(event) == Some(pid) && event.is_close());
+            .rfind(|event| owner(event) == Some(pid) && event.is_end());
         let last = last.expect("it was waited for");
         let details = last
             .process

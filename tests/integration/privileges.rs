@@ -244,7 +244,7 @@ fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
         until(&mut tcp, local, is_sample).await?;
         until(&mut tcp, local, is_sample).await?;
         drop((client, accepted));
-        let close = until(&mut tcp, local, Event::is_close).await?;
+        let close = until(&mut tcp, local, Event::is_end).await?;
         ensure!(close.traffic.tx_bytes == 5, "{close}");
 
         let socket = UdpSocket::bind("127.0.0.1:0")?;
@@ -252,7 +252,7 @@ fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
         socket.send_to(b"to itself", local)?;
         until(&mut udp, local, is_sample).await?;
         drop(socket);
-        let close = until(&mut udp, local, Event::is_close).await?;
+        let close = until(&mut udp, local, Event::is_end).await?;
         ensure!(close.traffic.tx_bytes == 9, "{close}");
         for stats in [tcp.close().await?, udp.close().await?] {
             check_conservation(&stats)?;

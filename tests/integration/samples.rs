@@ -139,7 +139,7 @@ fn tcp_sample_is_of_the_socket_of_the_state_changes() -> anyhow::Result<()> {
             bail!("no events of {sample}")
         };
         ensure!(
-            last.is_close() && last.socket.cookie == sample.socket.cookie,
+            last.is_end() && last.socket.cookie == sample.socket.cookie,
             "{last}"
         );
         ensure!(last.process == sample.process, "{last}");

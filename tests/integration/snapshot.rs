@@ -123,10 +123,7 @@ fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     let Traffic {
         tx_bytes, rx_bytes, ..
     } = last.traffic;
-    ensure!(
-        last.is_close() && (tx_bytes, rx_bytes) == (40, 300),
-        "{last}"
-    );
+    ensure!(last.is_end() && (tx_bytes, rx_bytes) == (40, 300), "{last}");
     Ok(())
 }
 
@@ -302,7 +299,7 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
         if is_whole {
             first = first.min(index);
         }
-        let doubled = seen.insert(index, last.is_close());
+        let doubled = seen.insert(index, last.is_end());
         ensure!(doubled.is_none(), "two sockets for one: {last}");
         // Before it is established, the kernel may not have written them into the socket.
         let known = life
@@ -320,7 +317,7 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
                 None => ensure!(may_be_absent, "no owner: {event}"),
             }
         }
-        if last.is_close() {
+        if last.is_end() {
             let Traffic {
                 tx_bytes, rx_bytes, ..
             } = last.traffic;
@@ -329,7 +326,7 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
                 (tx_bytes, rx_bytes) == (end.sent, end.received),
                 "{end:?}: {last}"
             );
-            let closes = life.iter().filter(|event| event.is_close()).count();
+            let closes = life.iter().filter(|event| event.is_end()).count();
             ensure!(closes == 1, "{closes} closes: {last}");
         }
     }

@@ -450,7 +450,7 @@ fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
             context()
         );
         let last = events.last().unwrap();
-        ensure!(last.is_close(), "not closed:{}", context());
+        ensure!(last.is_end(), "not closed:{}", context());
         // From here on, who it is can be told by the port.
         let (sent, received, pid) = match last.socket.local.port() {
             port if port == socket.local.port() => (1_000, 0, client.pid()),

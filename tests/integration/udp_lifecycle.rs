@@ -218,7 +218,7 @@ fn tracers_of_both_protocols_merge() -> anyhow::Result<()> {
         let both = async {
             while closed.len() < addresses.len() {
                 let event = merged.next().await.expect("it was not stopped");
-                if event.is_close() && addresses.contains(&event.socket.local) {
+                if event.is_end() && addresses.contains(&event.socket.local) {
                     closed.push(event.socket.protocol);
                 }
             }
@@ -310,7 +310,7 @@ fn in_a_cgroup_namespace() -> anyhow::Result<()> {
     talker.close()?;
     trace.wait_for("what is outside", |event| {
         let owner = event.process.as_ref().map(|process| process.pid);
-        event.is_close() && owner == Some(pid) && event.traffic.rx_bytes == 100
+        event.is_end() && owner == Some(pid) && event.traffic.rx_bytes == 100
     })?;
     trace.finish_all()?;
 

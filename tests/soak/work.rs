@@ -212,7 +212,7 @@ where
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     paused = Instant::now();
                 }
-                if event.socket.netns != netns || !event.is_close() || is_other(&event) {
+                if event.socket.netns != netns || !event.is_end() || is_other(&event) {
                     continue;
                 }
                 counted.closes += 1;

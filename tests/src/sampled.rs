@@ -65,7 +65,7 @@ pub(crate) fn check(samples: &[Sampled], events: &[Event]) -> anyhow::Result<()>
                     || event.uptime.abs_diff(other.uptime) > HELD_UP
             };
             if let Some(before) = before {
-                ensure!(!before.is_close(), "a sample after the close");
+                ensure!(!before.is_end(), "a sample after the close");
             }
             if let Some(before) = before.filter(|before| is_ordered(before)) {
                 ensure!(before.uptime <= event.uptime, "time went back");

@@ -96,7 +96,7 @@ impl Shared {
                     ..
                 }
             );
-            collected.closes += usize::from(event.is_close() && !is_stillborn);
+            collected.closes += usize::from(event.is_end() && !is_stillborn);
             collected.events.push(event);
             self.changed.notify_all();
         }
@@ -238,7 +238,7 @@ impl Trace {
             let listener = actor.listen(loopback(false))?;
             actor.close(&listener)?;
             let is_its_end =
-                |event: &&Event| event.is_close() && event.socket.local == listener.local;
+                |event: &&Event| event.is_end() && event.socket.local == listener.local;
             self.wait_for("end of a listener", |event| is_its_end(&event))?;
             let collected = self.shared.lock();
             let end = collected

@@ -385,12 +385,9 @@ impl UdpLife {
     }
 
     fn compare_close(&self, events: &[Event], seen: &[Seen]) -> anyhow::Result<()> {
-        let closes = events.iter().filter(|event| event.is_close()).count();
+        let closes = events.iter().filter(|event| event.is_end()).count();
         let last = events.last().expect("not empty");
-        ensure!(
-            closes == 1 && last.is_close(),
-            "not closed once, at the end"
-        );
+        ensure!(closes == 1 && last.is_end(), "not closed once, at the end");
         let mut totals = Traffic::default();
         for seen in seen {
             seen.add_to(&mut totals);

@@ -1,5 +1,7 @@
 //! One line for each TCP connection when it ends: whose it was, what it carried, how long it lived.
 //!
+//! A connection that was there before this program lived longer than it can tell: its time has a `>`.
+//!
 //! The filter works in the kernel: of everything that happens to a socket, only its beginning and its end reach this program.
 //!
 //! ```text
@@ -40,9 +42,7 @@ async fn main() -> anyhow::Result<()> {
     );
     while let Some(event) = tracer.next().await {
         match event.kind {
-            EventKind::StateChange { from, .. } if event.is_close() && was_connected(from) => {
-                print(&event);
-            }
+            EventKind::StateChange { .. } if event.is_close() => print(&event),
             EventKind::Lost { .. } => eprintln!("{event}"),
             _ => {}
         }
@@ -51,23 +51,22 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether a socket that closed in this state was one end of a connection: not a listener, nor an attempt that failed.
-fn was_connected(last: TcpState) -> bool {
-    use TcpState::{Listen, NewSynRecv, SynRecv, SynSent};
-    !matches!(last, Listen | SynSent | SynRecv | NewSynRecv)
-}
-
 fn print(event: &Event) {
     let (pid, comm) = event.process.as_ref().map_or_else(
         || ("-".to_owned(), "-".to_owned()),
         |process| (process.pid.to_string(), process.comm.to_string()),
     );
+    // When a connection began that is older than the tracer is not known: it lived longer than this.
+    let mark = match event.socket.older {
+        Some(false) => "",
+        _ => ">",
+    };
+    let age = format!("{mark}{:.3}", event.socket.age.as_secs_f64() * 1000.0);
     println!(
-        "{pid:>7} {comm:15} {:>21} {:>21} {:>12} {:>12} {:>12.3}",
+        "{pid:>7} {comm:15} {:>21} {:>21} {:>12} {:>12} {age:>12}",
         event.socket.local.to_string(),
         event.socket.remote.to_string(),
         event.traffic.tx_bytes,
         event.traffic.rx_bytes,
-        event.socket.age.as_secs_f64() * 1000.0,
     );
 }

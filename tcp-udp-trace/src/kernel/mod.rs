@@ -40,7 +40,7 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 use self::filter::{ASK_FILTER, Filters};
 use crate::{
     Buffer, Error, ErrorKind, Hook, Process, Protocol, Traffic,
-    builder::Config,
+    builder::{Config, LATE_SHARE},
     decode,
     filter::{Compiled, Standing},
     flows::FlowMap,
@@ -137,7 +137,7 @@ impl Kernel {
         };
         let mut loader = loader();
         if buffer == Buffer::Ring {
-            loader.map_max_entries("LATE", (ring_bytes / 4).max(MIN_RING_BYTES));
+            loader.map_max_entries("LATE", (ring_bytes / LATE_SHARE).max(MIN_RING_BYTES));
         }
         let mut ebpf = loader
             .override_global("OFFSETS", &offsets[..], true)

@@ -159,7 +159,7 @@ impl Attached {
                 if gap > 0 {
                     batch.push(Event::lost(gap, LossStage::Ring, &event));
                 }
-                if event.is_close() {
+                if event.is_end() {
                     samples.forget(event.socket.cookie);
                 }
                 let before = batch.len();

@@ -6,6 +6,7 @@
 #![allow(clippy::print_stderr, reason = "it is a program for a terminal")]
 
 mod board;
+mod columns;
 mod screen;
 mod svg;
 

@@ -1,0 +1,215 @@
+//! What the first page promises to who begins: which events open and close a connection, which sockets are
+//! older than the tracer, and how to read a tracer without async.
+
+use std::{
+    net::{TcpListener, TcpStream, UdpSocket},
+    thread,
+};
+
+use anyhow::{Context as _, ensure};
+use futures_util::StreamExt as _;
+use integration_tests::{
+    actor::{Actor, Command},
+    scene::loopback,
+    suite::Test,
+    trace::{self, SAMPLE_INTERVAL, Trace, show},
+};
+use tcp_udp_trace::{Event, Filter, Kind, Protocol, TcpState, TcpTracer};
+use tokio::runtime::{Builder, Runtime};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            opens_and_closes_pair,
+            recipe_only_closed_connections,
+            tcp_sockets_older_and_younger,
+            udp_sockets_older_and_younger,
+            blocking_on_the_runtime,
+            blocking_beside_a_runtime_of_several_threads,
+        ],
+    ]
+}
+
+/// Listeners, connections that are accepted, reset and never accepted, attempts that fail: how many sockets
+/// end, and how many of them were connections.
+fn all_sorts() -> anyhow::Result<(usize, usize)> {
+    let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
+    let listener = server.listen(loopback(false))?;
+    for is_reset in [false, true] {
+        let near = client.connect(listener.local)?;
+        let far = server.accept(&listener)?;
+        if is_reset {
+            server.abort(&far)?;
+            client.close(&near)?;
+        } else {
+            client.close(&near)?;
+            ensure!(server.receive_all(&far)? == 0);
+            server.close(&far)?;
+        }
+    }
+    // Never accepted: the end of the listener resets it.
+    let waiting = client.connect(listener.local)?;
+    server.close(&listener)?;
+    client.close(&waiting)?;
+    let refused = client.open(listener.local)?;
+    client.fail(Command::Connect(refused.fd, listener.local))?;
+    client.close(&refused)?;
+    Ok((3 * 2 + 2, 3 * 2))
+}
+
+fn opens_and_closes_pair() -> anyhow::Result<()> {
+    let trace = Trace::start()?;
+    let (ends, connections) = all_sorts()?;
+    let events = trace.finish_in_order(ends)?;
+    let (mut open, mut opens) = (0_i64, 0);
+    for event in &events {
+        ensure!(event.socket.older == Some(false), "{event}");
+        opens += usize::from(event.is_open());
+        open += i64::from(event.is_open()) - i64::from(event.is_close());
+        ensure!(open >= 0, "{open} at {event}:{}", show(&events));
+    }
+    let ended = events.iter().filter(|event| event.is_end()).count();
+    ensure!(
+        (open, opens, ended) == (0, connections, ends),
+        "{open} open, {opens} opened, {ended} ended:{}",
+        show(&events)
+    );
+    Ok(())
+}
+
+fn recipe_only_closed_connections() -> anyhow::Result<()> {
+    let closes = Filter::new().kind(Kind::StateChange).state(TcpState::Close);
+    let trace = Trace::start_with(|builder| builder.filter(closes).sample_interval(None))?;
+    let (ends, connections) = all_sorts()?;
+    let events = trace.finish_in_order(ends)?;
+    let printed: Vec<_> = events.iter().filter(|event| event.is_close()).collect();
+    ensure!(printed.len() == connections, "{}", show(&events));
+    ensure!(
+        printed.iter().all(|event| event.socket.remote.port() != 0),
+        "a listener:{}",
+        show(&events)
+    );
+    Ok(())
+}
+
+/// Each socket of this port has been seen, and is older or not.
+fn check_older(events: &[Event], port: u16, older: bool) -> anyhow::Result<()> {
+    let of_it: Vec<_> = events
+        .iter()
+        .filter(|event| event.socket.local.port() == port)
+        .collect();
+    ensure!(!of_it.is_empty(), "nothing of {port}:{}", show(events));
+    for event in of_it {
+        ensure!(
+            event.socket.older == Some(older),
+            "{:?} of {event}",
+            event.socket.older
+        );
+    }
+    Ok(())
+}
+
+fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
+    let listener = TcpListener::bind(("127.0.0.1", 0))?;
+    let old = TcpStream::connect(listener.local_addr()?)?;
+    let (accepted, _) = listener.accept()?;
+    // Nobody has a descriptor of its other end: the accept is the first event of that.
+    let waiting = TcpStream::connect(listener.local_addr()?)?;
+    let trace = Trace::start_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
+    let young = TcpStream::connect(listener.local_addr()?)?;
+    let (first, _) = listener.accept()?;
+    let (second, _) = listener.accept()?;
+    let port = |stream: &TcpStream| anyhow::Ok(stream.local_addr()?.port());
+    let olds = [port(&old)?, port(&waiting)?];
+    let youngs = [port(&young)?];
+    let each = [(olds[0], true), (olds[1], true), (youngs[0], false)];
+    for (port, older) in each {
+        for is_near in [true, false] {
+            let sample = trace.wait_for_sample("an end", |event| {
+                let ports = [event.socket.local.port(), event.socket.remote.port()];
+                ports[usize::from(!is_near)] == port
+            })?;
+            ensure!(sample.socket.older == Some(older), "{sample}");
+        }
+    }
+    drop((old, accepted, waiting, young, first, second));
+    let listens_at = listener.local_addr()?.port();
+    drop(listener);
+    let events = trace.finish_in_order(7)?;
+    for port in olds {
+        check_older(&events, port, true)?;
+    }
+    check_older(&events, youngs[0], false)?;
+    for event in &events {
+        if event.socket.local.port() == listens_at {
+            let is_of_young = event.socket.remote.port() == youngs[0];
+            ensure!(event.socket.older == Some(!is_of_young), "{event}");
+        }
+    }
+    Ok(())
+}
+
+fn udp_sockets_older_and_younger() -> anyhow::Result<()> {
+    let old = UdpSocket::bind("127.0.0.1:0")?;
+    let trace = Trace::start_udp_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
+    let young = UdpSocket::bind("127.0.0.1:0")?;
+    let (old_is, young_is) = (old.local_addr()?, young.local_addr()?);
+    for (at, older) in [(old_is, true), (young_is, false)] {
+        let sample = trace.wait_for_sample("a socket", |event| event.socket.local == at)?;
+        ensure!(sample.socket.older == Some(older), "{sample}");
+    }
+    // Sending gives a socket its cookie: it stays what it was.
+    old.send_to(b"to the young", young_is)?;
+    young.recv_from(&mut [0; 16])?;
+    young.send_to(b"to the old", old_is)?;
+    old.recv_from(&mut [0; 16])?;
+    drop((old, young));
+    let events = trace.finish_in_order(2)?;
+    check_older(&events, old_is.port(), true)?;
+    check_older(&events, young_is.port(), false)
+}
+
+/// A connection shows in a tracer that is read by `next`.
+fn reads_a_connection(
+    tracer: TcpTracer,
+    mut next: impl FnMut(&mut TcpTracer) -> Option<Event>,
+) -> anyhow::Result<()> {
+    let mut tracer = tracer;
+    let listener = TcpListener::bind(("127.0.0.1", 0))?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let local = client.local_addr()?;
+    loop {
+        let event = next(&mut tracer).context("the stream has ended")?;
+        ensure!(event.socket.protocol == Protocol::Tcp, "{event}");
+        if event.is_open() && event.socket.local == local {
+            return Ok(());
+        }
+    }
+}
+
+fn blocking_on_the_runtime() -> anyhow::Result<()> {
+    for runtime in [
+        Runtime::new()?,
+        Builder::new_current_thread().enable_all().build()?,
+    ] {
+        let tracer = runtime.block_on(trace::tcp().start())?;
+        reads_a_connection(tracer, |tracer| runtime.block_on(tracer.next()))?;
+    }
+    Ok(())
+}
+
+fn blocking_beside_a_runtime_of_several_threads() -> anyhow::Result<()> {
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
+    let tracer = runtime.block_on(trace::tcp().start())?;
+    let reader = thread::spawn(|| {
+        // It drives nothing but what it waits for, like any other executor.
+        let other = Builder::new_current_thread().build()?;
+        reads_a_connection(tracer, |tracer| other.block_on(tracer.next()))
+    });
+    let done = reader.join().unwrap();
+    drop(runtime);
+    done
+}
