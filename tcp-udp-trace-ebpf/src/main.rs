@@ -362,24 +362,37 @@ fn walk_tasks(ctx: *mut c_void) -> i32 {
     walk::NEXT
 }
 
+// ---- pids of another namespace: only where a filter names some ---------------------------------------------------
+
+#[unsafe(link_section = "iter/task")]
+#[unsafe(no_mangle)]
+fn walk_pids(ctx: *mut c_void) -> i32 {
+    filter::numbers(Step::new(ctx));
+    walk::NEXT
+}
+
 // ---- questions of user space -----------------------------------------------------------------------------------
 //
 // Attached nowhere; user space runs them (BPF_PROG_TEST_RUN) instead of reading and writing maps by system calls. While such a
 // system call is in a map, the kernel skips every kprobe and classic tracepoint program on that CPU, and on a preemptible
 // kernel that lasts as long as the caller is preempted there.
 
+// The macro `raw_tracepoint` makes a program that answers 0, whatever the function returns: so not here.
+
 /// The reader is about to sleep; returns how many records the ring has refused so far.
-#[raw_tracepoint]
-fn ask_arm(_ctx: RawTracePointContext) -> i32 {
+#[unsafe(link_section = "raw_tp")]
+#[unsafe(no_mangle)]
+fn ask_arm(_ctx: *mut c_void) -> i32 {
     emit::arm();
     anomaly::tell();
     anomaly::lost_so_far().cast_signed()
 }
 
 /// The filter changes, or what it says is asked.
-#[raw_tracepoint]
-fn ask_filter(ctx: RawTracePointContext) -> i32 {
-    filter::asked(&ctx)
+#[unsafe(link_section = "raw_tp")]
+#[unsafe(no_mangle)]
+fn ask_filter(ctx: *mut c_void) -> i32 {
+    filter::asked(&RawTracePointContext::new(ctx))
 }
 
 /// The totals of a flow.
