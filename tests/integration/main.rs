@@ -21,10 +21,12 @@ macro_rules! trials {
 
 mod anomalies;
 mod bytes;
+mod compared;
 mod delivery;
 mod exhaustion;
 mod faults;
 mod filter_changes;
+mod filter_names;
 mod filters;
 mod lifecycle;
 mod namespaces;
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
         overflow::trials(),
         filters::trials(),
         filter_changes::trials(),
+        filter_names::trials(),
         lifecycle::trials(),
         privileges::trials(),
         faults::trials(),
