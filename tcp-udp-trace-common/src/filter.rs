@@ -150,14 +150,30 @@ pub mod op {
     pub const ADD: u64 = 2;
     /// Remove a value.
     pub const REMOVE: u64 = 3;
-    /// Add the calling process to the set of this tag; the answer is its pid.
-    pub const ADD_CALLER: u64 = 4;
+    /// The answer is the pid of the calling process, as the programs know it.
+    pub const CALLER: u64 = 4;
     /// Add a network: its words.
     pub const ADD_NETWORK: u64 = 5;
     /// Remove a network.
     pub const REMOVE_NETWORK: u64 = 6;
     /// What is this process to the filter? pid, start; the answer has the bits of [`standing`](super::standing).
     pub const STANDING: u64 = 7;
+    /// The answer is the level of the calling process's pid namespace: 0 for the initial one.
+    pub const LEVEL: u64 = 8;
+}
+
+/// The two numbers of a process, as the iterator that translates them writes them: the one in the
+/// reader's pid namespace, and the one in the initial pid namespace (`tgid`).
+#[must_use]
+pub const fn numbers(here: u32, initial: u32) -> [u8; 8] {
+    (here as u64 | (initial as u64) << 32).to_ne_bytes()
+}
+
+/// The inverse of [`numbers`].
+#[must_use]
+pub const fn from_numbers(bytes: [u8; 8]) -> (u32, u32) {
+    let word = u64::from_ne_bytes(bytes);
+    (word as u32, (word >> 32) as u32)
 }
 
 /// What a process is to a filter.

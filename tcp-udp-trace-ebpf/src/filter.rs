@@ -338,6 +338,18 @@ pub(crate) fn task(step: Step) {
     }
 }
 
+/// `iter/task`: writes the numbers of each process that the reader's pid namespace has.
+#[inline(always)]
+pub(crate) fn numbers(step: Step) {
+    let task = step.pointer(1);
+    if task == 0 || leader(task) != task {
+        return;
+    }
+    let level = read(owner::current_pid(), Field::PidLevel);
+    let (here, initial) = (owner::number(task, level), read(task, Field::Tgid));
+    step.write(&filter::numbers(here, initial));
+}
+
 // ---- user space ----------------------------------------------------------------------------------------------------
 
 /// User space changes the filter, or asks about it; see [`op`]. A negative answer is an error, like the kernel's.
@@ -358,17 +370,11 @@ pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
         op::PREPARE => set(NEXT, a),
         op::ADD => result(WANTED.insert(value, 0, u64::from(BPF_ANY))),
         op::REMOVE => result(WANTED.remove(value)),
-        op::ADD_CALLER => {
-            let pid = owner::current(origin::NONE).pid;
-            let value = Value {
-                value: [pid.into(), 0],
-                tag: a,
-            };
-            match WANTED.insert(value, 0, u64::from(BPF_ANY)) {
-                Ok(()) => pid as i32,
-                Err(error) => error,
-            }
-        }
+        op::CALLER => owner::current(origin::NONE).pid as i32,
+        op::LEVEL => match owner::current_pid() {
+            0 => -1,
+            pid => read::<u32>(pid, Field::PidLevel) as i32,
+        },
         op::ADD_NETWORK => result(NETWORKS.insert(key(&network), 0, u64::from(BPF_ANY))),
         op::REMOVE_NETWORK => result(NETWORKS.remove(key(&network))),
         op::STANDING => {

@@ -362,6 +362,15 @@ fn walk_tasks(ctx: *mut c_void) -> i32 {
     walk::NEXT
 }
 
+// ---- pids of another namespace: only where a filter names some ---------------------------------------------------
+
+#[unsafe(link_section = "iter/task")]
+#[unsafe(no_mangle)]
+fn walk_pids(ctx: *mut c_void) -> i32 {
+    filter::numbers(Step::new(ctx));
+    walk::NEXT
+}
+
 // ---- questions of user space -----------------------------------------------------------------------------------
 //
 // Attached nowhere; user space runs them (BPF_PROG_TEST_RUN) instead of reading and writing maps by system calls. While such a

@@ -69,6 +69,23 @@ pub(crate) fn leader(task: u64) -> u64 {
     read(task, Field::GroupLeader)
 }
 
+/// The address of the current process's `struct pid`; 0 where it is not known.
+#[inline(always)]
+pub(crate) fn current_pid() -> u64 {
+    read(leader(current_task()), Field::ThreadPid)
+}
+
+/// The number of a process in its pid namespace of this level: of its `struct pid`, `numbers[level].nr`.
+///
+/// <https://elixir.bootlin.com/linux/v6.12/source/include/linux/pid.h#L50>
+#[inline(always)]
+pub(crate) fn number(leader: u64, level: u32) -> u32 {
+    /// The size of a `struct upid`: a number, and a pointer to its namespace.
+    const EACH: u64 = 16;
+    let pid = read::<u64>(leader, Field::ThreadPid);
+    read(pid + u64::from(level) * EACH, Field::PidNumbers)
+}
+
 /// The address of the current `task_struct`.
 #[inline(always)]
 pub(crate) fn current_task() -> u64 {

@@ -49,14 +49,19 @@ impl Step {
     /// Makes the reading call return a byte more.
     #[inline(always)]
     pub(crate) fn count(self) {
-        let byte = 1_u8;
+        self.write(&[1]);
+    }
+
+    /// Makes the reading call return these bytes, too.
+    #[inline(always)]
+    pub(crate) fn write<const N: usize>(self, bytes: &[u8; N]) {
         // SAFETY: the context begins with a pointer to `struct bpf_iter_meta`, and that with one to the `struct seq_file`. The
         // verifier knows both types, and refuses the program if it is otherwise.
         unsafe {
             let meta = self.0.cast::<*const *mut seq_file>().read();
             // It fails only if the buffer is full: then the thing is shown again, and its second record is one that
             // user space ignores.
-            bpf_seq_write(meta.read(), ptr::from_ref(&byte).cast(), 1);
+            bpf_seq_write(meta.read(), bytes.as_ptr().cast(), N as u32);
         }
     }
 }

@@ -69,14 +69,15 @@ struct Args {
     /// What is between kernel and reader; the ring buffer, if the kernel has one.
     #[arg(long, value_name = "ring|perf", value_parser = buffer)]
     buffer: Option<Buffer>,
-    /// Print only the events of sockets that this process owns.
+    /// Print only the events of sockets that this process owns; a number of this program's pid namespace.
     #[arg(long, value_name = "N")]
     pid: Vec<u32>,
     /// Print only the events of sockets with this port on either side.
     #[arg(long, value_name = "N")]
     port: Vec<u16>,
     /// Print only what passes this filter, such as "pid_tree=1234 remote=10.0.0.0/8 kind=accept,close": any of pid, pid_tree, uid, comm,
-    /// port, local, remote, cgroup, netns, family, kind, state, exclude_self.
+    /// port, local, remote, cgroup (an id or an absolute path), netns, family, kind, state, only_self, exclude_self. A pid is a number of
+    /// this program's pid namespace.
     #[arg(long, value_name = "FILTER", default_value = "")]
     filter: Filter,
 }

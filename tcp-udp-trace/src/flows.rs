@@ -144,6 +144,12 @@ impl Flows {
         }
     }
 
+    /// Whether one of the socket's flows is like this.
+    pub(crate) fn any(&self, socket: u64, is_it: impl Fn(&Event) -> bool) -> bool {
+        let mut keys = self.sockets.get(&socket).into_iter().flatten();
+        keys.any(|key| self.flows.get(key).is_some_and(|flow| is_it(&flow.event)))
+    }
+
     /// The socket is gone: passes on its flows, each for the last time.
     pub(crate) fn close(
         &mut self,

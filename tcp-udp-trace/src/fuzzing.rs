@@ -366,6 +366,10 @@ pub(crate) mod tests {
                 "places",
                 "port=443,53 cgroup=1 netns=4026531840 family=ipv4,ipv6",
             ),
+            (
+                "names",
+                r"only_self cgroup=/a\x20b,7 comm=longer-than-the-kernels STATE=Listen",
+            ),
             ("kinds", "kind=state_change,close state=ESTABLISHED,CLOSE"),
             ("wrong", "pid=0 remote=10.0.0.1/8 color=\u{202e}"),
         ] {

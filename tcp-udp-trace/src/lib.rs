@@ -201,17 +201,18 @@
 //! ## Containers and network namespaces
 //!
 //! Every namespace of the machine is seen, from wherever the tracer runs; [`Socket::netns`] and [`Socket::cgroup`] say whose an event is, and [`Filter::netns`] and
-//! [`Filter::cgroup`] restrict it. In a container the tracer needs its privileges in the initial user namespace, `/sys/fs/cgroup` of the
-//! host for UDP, and for pids that mean something inside the host's pid namespace (`hostPID`): [`Process::pid`] is always that of the initial one.
+//! [`Filter::cgroup_path`] restrict it. In a container the tracer needs its privileges in the initial user namespace, and `/sys/fs/cgroup` of the
+//! host for UDP. A pid in a filter is a number of the tracer's own pid namespace. [`Process::pid`] is always that of the initial one, which
+//! means something inside only in the host's pid namespace (`hostPID`).
 //!
 //! ```no_run
 //! # use std::os::unix::fs::MetadataExt as _;
 //! # use tcp_udp_trace::{Filter, TcpTracer};
 //! # async fn run(pid: u32) -> Result<(), Box<dyn std::error::Error>> {
-//! // The network namespace of a process; and a cgroup, here a service of systemd, by the inode of its directory.
+//! // The network namespace of a process; and a cgroup, here a service of systemd, as `/proc/PID/cgroup` shows it.
 //! let netns = std::fs::metadata(format!("/proc/{pid}/ns/net"))?.ino().try_into()?;
-//! let nginx = std::fs::metadata("/sys/fs/cgroup/system.slice/nginx.service")?.ino();
-//! let tcp = TcpTracer::builder().filter(Filter::new().netns(netns).cgroup(nginx)).start().await?;
+//! let filter = Filter::new().netns(netns).cgroup_path("/system.slice/nginx.service");
+//! let tcp = TcpTracer::builder().filter(filter).start().await?;
 //! # Ok(())
 //! # }
 //! ```

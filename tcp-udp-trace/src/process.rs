@@ -9,7 +9,10 @@ use crate::comm::Comm;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Process {
-    /// Process id (the kernel's `tgid`), as the initial pid namespace numbers it.
+    /// Process id (the kernel's `tgid`), as the initial pid namespace numbers it, wherever the tracer runs.
+    ///
+    /// A tracer in a child pid namespace, such as that of a container, knows its processes by other
+    /// numbers. [`Filter::pid`](crate::Filter::pid) takes those.
     pub pid: u32,
     /// The thread that made the socket this process's own.
     pub tid: u32,

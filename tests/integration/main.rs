@@ -21,10 +21,12 @@ macro_rules! trials {
 
 mod anomalies;
 mod bytes;
+mod compared;
 mod delivery;
 mod exhaustion;
 mod faults;
 mod filter_changes;
+mod filter_names;
 mod filters;
 mod first_steps;
 mod lifecycle;
@@ -81,6 +83,7 @@ fn main() -> ExitCode {
         filters::trials(),
         filter_changes::trials(),
         first_steps::trials(),
+        filter_names::trials(),
         lifecycle::trials(),
         privileges::trials(),
         faults::trials(),

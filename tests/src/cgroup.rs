@@ -54,6 +54,12 @@ impl Cgroup {
         })
     }
 
+    /// The path of its folder.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The id of the cgroup, which is its directory's inode number.
     pub fn id(&self) -> anyhow::Result<u64> {
         Ok(self.path.metadata()?.ino())
@@ -90,6 +96,52 @@ pub fn mount_own() -> anyhow::Result<()> {
         flags,
         None::<&str>,
     )?)
+}
+
+/// A hybrid layout of cgroups in a mount namespace of the calling thread: cgroup v2 at [`UNIFIED`], and
+/// a v1 hierarchy without controllers at [`V1`]. It is removed with this value.
+#[derive(Debug)]
+pub struct Hybrid {
+    /// Keeps the value from being made elsewhere.
+    _private: (),
+}
+
+/// Where cgroup v2 is in the hybrid layout.
+pub const UNIFIED: &str = "/sys/fs/cgroup/unified";
+/// Where the v1 hierarchy is.
+pub const V1: &str = "/sys/fs/cgroup/tut";
+
+impl Hybrid {
+    /// Mounts it; skips the test where the kernel has no cgroup v1.
+    pub fn mount() -> anyhow::Result<Self> {
+        const PLACE: &str = "/sys/fs/cgroup";
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let mount = |what, place: &str, kind, flags, options: Option<&str>| {
+            mount(Some("none"), place, what, flags, options).with_context(|| kind.to_string())
+        };
+        let (none, private) = (MsFlags::empty(), MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+        mount(None, "/", "private", private, None)?;
+        // Whatever is there.
+        while umount2(PLACE, MntFlags::MNT_DETACH).is_ok() {}
+        mount(Some("tmpfs"), PLACE, "tmpfs", none, None)?;
+        for place in [UNIFIED, V1] {
+            fs::create_dir(place)?;
+        }
+        mount(Some("cgroup2"), UNIFIED, "cgroup2", none, None)?;
+        let options = format!("none,name=tut-{}", process::id());
+        let v1 = mount(Some("cgroup"), V1, "cgroup v1", none, Some(&options));
+        if let Err(error) = v1 {
+            return skip(format_args!("no cgroup v1: {error:#}"));
+        }
+        Ok(Self { _private: () })
+    }
+}
+
+impl Drop for Hybrid {
+    fn drop(&mut self) {
+        // The hierarchy ends with its last mount.
+        umount2(V1, MntFlags::empty()).unwrap();
+    }
 }
 
 /// A cgroup of either version with a limit of memory, and this process in it as long as this lives.

@@ -30,6 +30,7 @@ pub mod lives;
 pub mod load;
 pub mod netns;
 pub mod page;
+pub mod pid_namespace;
 pub mod privileges;
 mod sampled;
 pub mod scene;

@@ -38,7 +38,8 @@ const LOCAL_SIDE: u8 = 0;
 const REMOTE_SIDE: u8 = 1;
 
 impl Filter {
-    /// What the kernel side is to be told.
+    /// What the kernel side is to be told, of a [resolved](Self::resolve) filter. Of another one, it
+    /// checks the values.
     ///
     /// # Errors
     ///
@@ -53,10 +54,12 @@ impl Filter {
             local,
             remote,
             cgroups,
+            cgroup_paths: _,
             namespaces,
             families,
             kinds,
             states,
+            only_self: _,
             exclude_self,
         } = self;
         let mut compiled = Compiled {
@@ -176,7 +179,7 @@ mod tests {
         check("port=65536", "port is \"65536\"");
         check("port=0", "port is 0");
         check("comm=", "comm is empty");
-        check("comm=0123456789abcdef", "comm is \"0123456789abcdef\"");
+        check(r"comm=a\x00b", r#"comm is "a\x5cx00b""#);
         check("local=1.2.3.4/33", "local is 1.2.3.4/33: the length");
         check("remote=10.0.0.1/8", "remote is 10.0.0.1/8: it has bits");
         check(
@@ -191,7 +194,11 @@ mod tests {
         check("netns=0", "netns is 0");
         check("family=ipx", "family is \"ipx\"");
         check("kind=lost", "kind is \"lost\"");
-        check("state=established", "state is \"established\"");
+        check("state=open", "state is \"open\"");
+        check(
+            "cgroup=a/b",
+            "cgroup is \"a/b\": an id, or an absolute path",
+        );
         check("color=red", "there is no setting \"color\"");
         check("443", "\"443\": a setting is name=value");
         check(

@@ -5,12 +5,16 @@
 
 mod compiled;
 mod network;
+mod resolved;
 mod text;
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+};
 
-pub(crate) use self::compiled::Compiled;
 use self::network::Cidr;
+pub(crate) use self::{compiled::Compiled, resolved::Names};
 use crate::{Comm, Error, ErrorKind, Event, Kind, Process, TcpState};
 
 /// Which events a tracer shall report; without any restriction, all.
@@ -19,7 +23,8 @@ use crate::{Comm, Error, ErrorKind, Event, Kind, Process, TcpState};
 /// wake-up ([`Fate::rejected`](crate::Fate::rejected) counts them). What it restricts are the events, not what they tell: totals stay those of the
 /// whole socket, from its beginning.
 ///
-/// Values of the same setting are alternatives (`pid` and `pid_tree` count as the same one), different settings must all hold:
+/// Values of the same setting are alternatives, different settings must all hold. `pid`, `pid_tree` and
+/// `only_self` count as the same setting, and so do `cgroup` and `cgroup_path`:
 ///
 /// ```
 /// # use tcp_udp_trace::Filter;
@@ -29,15 +34,28 @@ use crate::{Comm, Error, ErrorKind, Event, Kind, Process, TcpState};
 /// # Ok::<(), tcp_udp_trace::Error>(())
 /// ```
 ///
+/// The end of an unconnected UDP socket has no peer, and perhaps no local address. It passes
+/// [`port`](Self::port), [`local`](Self::local), [`remote`](Self::remote) and
+/// [`family`](Self::family) if one of the socket's flows passes the filter, as far as the tracer
+/// still remembers these flows ([`Stats::flows_evicted`](crate::Stats::flows_evicted)).
+///
 /// At most 511 values and 511 networks in all. An event whose process, address or cgroup is not known passes no restriction of that. A gap ([`Lost`](crate::EventKind::Lost)) passes always.
 /// Everything is checked when the filter is used: [`filter`](crate::TcpTracerBuilder::filter),
 /// [`set_filter`](crate::TracerHandle::set_filter).
 ///
 /// # Text
 ///
-/// [`FromStr`](std::str::FromStr) and `Display` know a text form: settings separated by blanks, each `name=value,value`. The names are those of the
-/// methods; `kind` and `state` have the names of [`Kind`] and [`TcpState`], `family` is `ipv4` or `ipv6`, networks are `address/length` or one
-/// address, a `comm` has blanks, commas and what cannot be printed as `\xNN`, `exclude_self` stands alone.
+/// [`FromStr`](std::str::FromStr) and `Display` know a text form: settings separated by blanks, each
+/// `name=value,value`. The names are those of the methods:
+///
+/// - `kind` and `state` have the names of [`Kind`] and [`TcpState`], `family` is `ipv4` or `ipv6`.
+/// - Networks are `address/length` or one address.
+/// - A `comm` has blanks, commas and what cannot be printed as `\xNN`. Of a longer name, the first
+///   15 bytes are compared, which is what the kernel keeps.
+/// - A `cgroup` is an id, or an absolute path in the same form as a `comm`.
+/// - `only_self` and `exclude_self` stand alone.
+///
+/// Names of settings, kinds, states and families may be in upper or lower case.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[must_use = "a filter does nothing until a tracer has it"]
 pub struct Filter {
@@ -49,10 +67,12 @@ pub struct Filter {
     local: Vec<Cidr>,
     remote: Vec<Cidr>,
     cgroups: Vec<u64>,
+    cgroup_paths: Vec<PathBuf>,
     namespaces: Vec<u32>,
     families: Vec<Family>,
     kinds: Vec<Kind>,
     states: Vec<TcpState>,
+    only_self: bool,
     exclude_self: bool,
 }
 
@@ -72,7 +92,12 @@ impl Filter {
         Self::default()
     }
 
-    /// Sockets that this process owns. An id as the kernel's first PID namespace has it, as in [`Process::pid`]; not 0.
+    /// Sockets that this process owns; not 0.
+    ///
+    /// It is a number of the pid namespace that the tracing process is in, as `/proc` there shows it.
+    /// Outside of containers this is the number in [`Process::pid`]. In a child namespace, the number is
+    /// translated when the filter is used, so the process must exist then. Events keep showing the
+    /// initial namespace's number.
     pub fn pid(mut self, pid: u32) -> Self {
         self.pids.push(pid);
         self
@@ -80,7 +105,7 @@ impl Filter {
 
     /// Sockets that this process or a descendant of it owns: those that it has at the moment (by their chain of living parents),
     /// and all that they will ever have. A socket stays in when its process has ended. The process must
-    /// be there when the filter is used. At most 4,096 processes at a time ([`Stats::untracked_processes`](crate::Stats::untracked_processes)
+    /// be there when the filter is used, and is numbered as for [`pid`](Self::pid). At most 4,096 processes at a time ([`Stats::untracked_processes`](crate::Stats::untracked_processes)
     /// counts those beyond).
     ///
     /// It takes two more programs in the kernel, at `sched_process_fork` and `sched_process_free`.
@@ -96,6 +121,7 @@ impl Filter {
     }
 
     /// Sockets that a process of this name owns: all of [`Process::comm`], as it was when the process became the owner; not empty.
+    /// [`Comm::from_bytes`] takes the first 15 bytes of a longer name, as the kernel does.
     pub fn comm(mut self, comm: Comm) -> Self {
         self.comms.push(comm);
         self
@@ -128,6 +154,24 @@ impl Filter {
         self
     }
 
+    /// Sockets that were made in the cgroup at this path, not in one below it.
+    ///
+    /// The path is absolute, and is one of these:
+    ///
+    /// - the path of the folder, below the mount point of cgroup v2, such as
+    ///   `/sys/fs/cgroup/system.slice/nginx.service`;
+    /// - the path in the cgroup v2 hierarchy, as the line `0::` of `/proc/PID/cgroup` shows it, such as
+    ///   `/system.slice/nginx.service`. It begins at the machine's root cgroup if that is mounted here, else
+    ///   at the root of the cgroup namespace.
+    ///
+    /// The path is looked up once, when the filter is used. If the cgroup is removed and made again, it has
+    /// another id, and the filter must be set again. Refused are paths that do not exist, and those of a
+    /// cgroup v1 hierarchy, by which sockets are not known.
+    pub fn cgroup_path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.cgroup_paths.push(path.into());
+        self
+    }
+
     /// Sockets of this network namespace: [`Socket::netns`](crate::Socket::netns); not 0.
     pub fn netns(mut self, inode: u32) -> Self {
         self.namespaces.push(inode);
@@ -152,6 +196,12 @@ impl Filter {
         self
     }
 
+    /// Sockets that the tracing process itself owns, in whatever pid namespace it is.
+    pub fn only_self(mut self) -> Self {
+        self.only_self = true;
+        self
+    }
+
     /// No sockets that the tracing process itself owns.
     pub fn exclude_self(mut self) -> Self {
         self.exclude_self = true;
@@ -159,17 +209,36 @@ impl Filter {
     }
 
     /// Whether an event that user space made of what the programs had let pass before is still wanted. What the programs alone know of a
-    /// process, `standing` tells.
+    /// process, `standing` tells. The filter is a [resolved](Self::resolve) one.
     pub(crate) fn matches(&self, event: &Event, standing: impl Fn(&Process) -> Standing) -> bool {
-        fn one_of<T: PartialEq>(wanted: &[T], value: &T) -> bool {
-            wanted.is_empty() || wanted.contains(value)
+        self.matches_ends(event) && self.matches_but_ends(event, standing)
+    }
+
+    /// Whether the ports and addresses of an event are wanted.
+    fn matches_ends(&self, event: &Event) -> bool {
+        if Kind::of(event).is_none() {
+            return true;
         }
-        let (process, socket) = (event.process.as_ref(), &event.socket);
-        let owner = |wants: &dyn Fn(&Process) -> bool| process.is_some_and(wants);
-        let ports = [socket.local.port(), socket.remote.port()];
+        let (local, remote) = (event.socket.local, event.socket.remote);
+        let ports = [local.port(), remote.port()];
         let within = |networks: &[Cidr], address: SocketAddr| {
             networks.is_empty() || networks.iter().any(|n| n.contains(address.ip()))
         };
+        one_of(&self.families, &Family::of(local.ip()))
+            && (self.ports.is_empty() || ports.iter().any(|port| self.ports.contains(port)))
+            && within(&self.local, local)
+            && within(&self.remote, remote)
+    }
+
+    /// Whether everything else of an event is wanted. The end of a UDP socket one of whose flows
+    /// [matches](Self::matches) needs no more than that.
+    pub(crate) fn matches_but_ends(
+        &self,
+        event: &Event,
+        standing: impl Fn(&Process) -> Standing,
+    ) -> bool {
+        let (process, socket) = (event.process.as_ref(), &event.socket);
+        let owner = |wants: &dyn Fn(&Process) -> bool| process.is_some_and(wants);
         let Some(kind) = Kind::of(event) else {
             return true;
         };
@@ -177,10 +246,6 @@ impl Filter {
             && one_of(&self.uids, &socket.uid)
             && one_of(&self.cgroups, &socket.cgroup)
             && one_of(&self.namespaces, &socket.netns)
-            && one_of(&self.families, &Family::of(socket.local.ip()))
-            && (self.ports.is_empty() || ports.iter().any(|port| self.ports.contains(port)))
-            && within(&self.local, socket.local)
-            && within(&self.remote, socket.remote)
             && (self.comms.is_empty() || owner(&|process| self.comms.contains(&process.comm)))
             && (!self.exclude_self || !owner(&|process| standing(process).is_own))
             && (self.pids.is_empty() && self.pid_trees.is_empty()
@@ -201,6 +266,11 @@ impl Filter {
                 .iter()
                 .any(|&wanted| u64::from(wanted) == inode)
     }
+}
+
+/// Whether a list lets a value pass: an empty one restricts nothing.
+fn one_of<T: PartialEq>(wanted: &[T], value: &T) -> bool {
+    wanted.is_empty() || wanted.contains(value)
 }
 
 /// What a process is to a filter.
@@ -255,11 +325,13 @@ mod tests {
             .remote(Ipv4Addr::new(10, 0, 0, 0), 8)
             .remote(Ipv6Addr::UNSPECIFIED, 0)
             .cgroup(7)
+            .cgroup_path("/a b,c")
             .netns(8)
             .family(Family::Ipv4)
             .family(Family::Ipv6)
             .kind(Kind::StateChange)
             .state(TcpState::Established)
+            .only_self()
             .exclude_self()
     }
 
@@ -327,5 +399,34 @@ mod tests {
         assert!(!matches(&event, "pid_tree=1", nobody));
         assert!(matches(&event, "pid_tree=1", kin));
         assert!(!matches(&event, "exclude_self", kin));
+    }
+
+    #[test]
+    fn the_end_of_a_socket_whose_flows_match_needs_no_peer() {
+        let mut event = Event::gap(
+            0,
+            LossStage::Ring,
+            Protocol::Udp,
+            SystemTime::UNIX_EPOCH,
+            Duration::ZERO,
+        );
+        event.kind = EventKind::Close {
+            drops: 0,
+            approximate: false,
+        };
+        event.socket.local = "[::]:50".parse().unwrap();
+        event.socket.remote = "[::]:0".parse().unwrap();
+        for (text, but_ends) in [
+            ("port=53", true),
+            ("remote=10.0.0.0/8 family=ipv4 local=10.0.0.1", true),
+            ("kind=flow port=53", false),
+            ("uid=7 port=53", false),
+            ("pid=7", false),
+        ] {
+            let filter = text.parse::<Filter>().unwrap();
+            let nobody = |_: &Process| Standing::default();
+            assert!(!filter.matches(&event, nobody), "{text}");
+            assert_eq!(filter.matches_but_ends(&event, nobody), but_ends, "{text}");
+        }
     }
 }

@@ -2,11 +2,15 @@
 
 use std::{
     fmt::{self, Display},
+    path::{Path, PathBuf},
     str::FromStr,
 };
 
 use super::{Family, Filter, invalid};
-use crate::{Comm, Error, TcpState, escape::Escaped};
+use crate::{
+    Comm, Error, TcpState,
+    escape::{Escaped, unescape},
+};
 
 /// The text form, which parses back to an equal filter.
 impl Display for Filter {
@@ -27,13 +31,23 @@ impl Display for Filter {
         list("port", texts(&self.ports))?;
         list("local", texts(&self.local))?;
         list("remote", texts(&self.remote))?;
-        list("cgroup", texts(&self.cgroups))?;
+        let paths = self.cgroup_paths.iter().map(|path| path_text(path));
+        list(
+            "cgroup",
+            texts(&self.cgroups).into_iter().chain(paths).collect(),
+        )?;
         list("netns", texts(&self.namespaces))?;
         list("family", texts(&self.families))?;
         list("kind", texts(&self.kinds))?;
         list("state", texts(&self.states))?;
-        if self.exclude_self {
-            write!(f, "{blank}exclude_self")?;
+        for (name, is_set) in [
+            ("only_self", self.only_self),
+            ("exclude_self", self.exclude_self),
+        ] {
+            if is_set {
+                write!(f, "{blank}{name}")?;
+                blank = " ";
+            }
         }
         Ok(())
     }
@@ -45,7 +59,16 @@ fn texts<T: Display>(values: &[T]) -> Vec<String> {
 
 /// A name without what separates values.
 fn comm_text(comm: &Comm) -> String {
-    let escaped = Escaped(comm.as_bytes()).to_string();
+    bytes_text(comm.as_bytes())
+}
+
+/// A path without what separates values.
+pub(super) fn path_text(path: &Path) -> String {
+    bytes_text(path.as_os_str().as_encoded_bytes())
+}
+
+fn bytes_text(bytes: &[u8]) -> String {
+    let escaped = Escaped(bytes).to_string();
     let separators = |text: String, c: char| text.replace(c, &format!("\\x{:02x}", u32::from(c)));
     [' ', ','].into_iter().fold(escaped, separators)
 }
@@ -60,16 +83,19 @@ impl FromStr for Filter {
         let mut filter = Self::new();
         for setting in text.split_ascii_whitespace() {
             let Some((name, values)) = setting.split_once('=') else {
-                if setting == "exclude_self" {
-                    filter.exclude_self = true;
-                    continue;
+                match setting.to_ascii_lowercase().as_str() {
+                    "only_self" => filter.only_self = true,
+                    "exclude_self" => filter.exclude_self = true,
+                    _ => {
+                        return Err(invalid(format!(
+                            "{:?}: a setting is name=value, only_self or exclude_self",
+                            Escaped(setting.as_bytes()).to_string()
+                        )));
+                    }
                 }
-                return Err(invalid(format!(
-                    "{:?}: a setting is name=value, or exclude_self",
-                    Escaped(setting.as_bytes()).to_string()
-                )));
+                continue;
             };
-            filter.parse_setting(name, values)?;
+            filter.parse_setting(&name.to_ascii_lowercase(), values)?;
         }
         Ok(filter)
     }
@@ -81,34 +107,72 @@ impl Filter {
             "pid" => parse(name, values, &mut self.pids, number),
             "pid_tree" => parse(name, values, &mut self.pid_trees, number),
             "uid" => parse(name, values, &mut self.uids, number),
-            "comm" => parse(name, values, &mut self.comms, |text| {
-                text.parse().map_err(|error| format!("{error}"))
-            }),
+            "comm" => parse(name, values, &mut self.comms, comm),
             "port" => parse(name, values, &mut self.ports, number),
             "local" => parse(name, values, &mut self.local, str::parse),
             "remote" => parse(name, values, &mut self.remote, str::parse),
-            "cgroup" => parse(name, values, &mut self.cgroups, number),
+            "cgroup" => self.parse_cgroups(name, values),
             "netns" => parse(name, values, &mut self.namespaces, number),
             "family" => parse(name, values, &mut self.families, |text| {
                 let mut families = [Family::Ipv4, Family::Ipv6].into_iter();
-                let named = families.find(|family| family.name() == text);
+                let named = families.find(|family| family.name().eq_ignore_ascii_case(text));
                 named.ok_or_else(|| "it is ipv4 or ipv6".into())
             }),
             "kind" => parse(name, values, &mut self.kinds, |text| {
-                text.parse().map_err(|error| format!("{error}"))
+                let lower = text.to_ascii_lowercase();
+                lower.parse().map_err(|error| format!("{error}"))
             }),
             "state" => parse(name, values, &mut self.states, |text| {
                 let mut states = (0..=u8::MAX).filter_map(TcpState::from_number);
-                let named = states.find(|state| state.name() == text);
+                let named = states.find(|state| state.name().eq_ignore_ascii_case(text));
                 named.ok_or_else(|| "no state of TCP, such as ESTABLISHED".into())
             }),
             _ => Err(invalid(format!(
                 "there is no setting {:?}: there are pid, pid_tree, uid, comm, port, local, remote, cgroup, netns, family, kind, \
-                 state and exclude_self",
+                 state, only_self and exclude_self",
                 Escaped(name.as_bytes()).to_string()
             ))),
         }
     }
+
+    /// Ids and paths, which begin with a slash.
+    fn parse_cgroups(&mut self, name: &str, values: &str) -> Result<(), Error> {
+        for value in values.split(',') {
+            if value.starts_with('/') {
+                parse(name, value, &mut self.cgroup_paths, path)?;
+            } else {
+                parse(name, value, &mut self.cgroups, |text| {
+                    number(text).map_err(|what| format!("an id, or an absolute path: {what}"))
+                })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A process name. The kernel cuts a longer one.
+fn comm(text: &str) -> Result<Comm, String> {
+    match unescape(text) {
+        Some(bytes) if !bytes.contains(&0) => Ok(Comm::from_bytes(&bytes)),
+        _ => Err("not a process name: no NUL, a backslash only as part of \\xNN".into()),
+    }
+}
+
+fn path(text: &str) -> Result<PathBuf, String> {
+    unescape(text)
+        .and_then(path_of)
+        .ok_or_else(|| "a backslash that is not part of \\xNN".into())
+}
+
+#[cfg(unix)]
+fn path_of(bytes: Vec<u8>) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStringExt as _;
+    Some(std::ffi::OsString::from_vec(bytes).into())
+}
+
+#[cfg(not(unix))]
+fn path_of(bytes: Vec<u8>) -> Option<PathBuf> {
+    String::from_utf8(bytes).ok().map(PathBuf::from)
 }
 
 fn number<T: FromStr>(text: &str) -> Result<T, String>
@@ -151,11 +215,38 @@ mod tests {
         let filter = everything();
         assert_eq!(
             filter.to_string(),
-            r"pid=1,2 pid_tree=3 uid=0 comm=a\x20b\x2cc\x5c\x0a port=443 local=127.0.0.1/32 remote=10.0.0.0/8,::/0 cgroup=7 netns=8 family=ipv4,ipv6 kind=state_change state=ESTABLISHED exclude_self"
+            r"pid=1,2 pid_tree=3 uid=0 comm=a\x20b\x2cc\x5c\x0a port=443 local=127.0.0.1/32 remote=10.0.0.0/8,::/0 cgroup=7,/a\x20b\x2cc netns=8 family=ipv4,ipv6 kind=state_change state=ESTABLISHED only_self exclude_self"
         );
         assert_eq!(filter.to_string().parse::<Filter>().unwrap(), filter);
         assert_eq!("".parse::<Filter>().unwrap(), Filter::new());
         let one = "remote=::1".parse::<Filter>().unwrap();
         assert_eq!(one, Filter::new().remote(Ipv6Addr::LOCALHOST, 128));
+    }
+
+    #[test]
+    fn keywords_are_in_upper_or_lower_case() {
+        for (text, plain) in [
+            ("state=established,Fin_Wait2", "state=ESTABLISHED,FIN_WAIT2"),
+            ("KIND=Accept,state_Change", "kind=accept,state_change"),
+            ("Family=IPv4", "family=ipv4"),
+            ("Exclude_Self", "exclude_self"),
+            ("ONLY_SELF Cgroup=/A", "cgroup=/A only_self"),
+            // Names of processes are not keywords.
+            ("comm=Nginx", "comm=Nginx"),
+        ] {
+            assert_eq!(text.parse::<Filter>().unwrap().to_string(), plain);
+        }
+    }
+
+    #[test]
+    fn the_first_15_bytes_of_a_name_are_compared() {
+        for (text, compared) in [
+            ("comm=0123456789abcde", "comm=0123456789abcde"),
+            ("comm=0123456789abcdef", "comm=0123456789abcde"),
+            (r"comm=kworker/u8:2-events_unbound", "comm=kworker/u8:2-ev"),
+            (r"comm=\x0a23456789abcdefghi", r"comm=\x0a23456789abcdef"),
+        ] {
+            assert_eq!(text.parse::<Filter>().unwrap().to_string(), compared);
+        }
     }
 }

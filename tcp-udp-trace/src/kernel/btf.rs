@@ -212,10 +212,14 @@ impl<'a> Btf<'a> {
         self.bytes(place)
     }
 
-    /// Finds a member in a struct or union, or in the anonymous ones inside it.
-    fn member(&self, parent: Place<'a>, name: &str, budget: &mut usize) -> Option<Place<'a>> {
+    /// Finds a member in a struct or union, or in the anonymous ones inside it. Of an array, it is one of the first element.
+    fn member(&self, mut parent: Place<'a>, name: &str, budget: &mut usize) -> Option<Place<'a>> {
         if name.is_empty() {
             return None;
+        }
+        if parent.ty.kind == kind::ARRAY {
+            let [element, _, _] = words(parent.ty.extra)?;
+            parent.ty = self.resolve(element)?;
         }
         let mut open = vec![parent];
         while let Some(parent) = open.pop() {

@@ -14,12 +14,13 @@ use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing};
 
 use super::{
     attach::{attach_program, unload},
+    names::Caller,
     plan::HookPoint,
     refusal, walk,
 };
 use crate::{
-    Error, ErrorKind, Process, Protocol,
-    filter::{Compiled, Standing},
+    Error, ErrorKind, Event, Filter, Process, Protocol,
+    filter::{Compiled, Names as _, Standing},
 };
 
 pub(super) const ASK_FILTER: &str = "ask_filter";
@@ -36,6 +37,8 @@ pub(super) struct Filters {
     generation: u16,
     installed: Installed,
     follows_kin: bool,
+    /// With the names resolved.
+    filter: Filter,
 }
 
 /// What there is of a filter in the maps.
@@ -51,8 +54,34 @@ impl Filters {
         self.generation != 0
     }
 
+    /// Whether an event that user space made is wanted.
+    pub(super) fn want(&self, ebpf: &Ebpf, event: &Event) -> bool {
+        self.filter
+            .matches(event, |process| standing(ebpf, process))
+    }
+
+    /// [`want`](Self::want), whatever the event's ports and addresses are.
+    pub(super) fn want_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
+        self.filter
+            .matches_but_ends(event, |process| standing(ebpf, process))
+    }
+
     /// Lets this be the filter from now on. If that fails, the one of before stays.
     pub(super) fn install(
+        &mut self,
+        ebpf: &mut Ebpf,
+        filter: &Filter,
+        protocol: Protocol,
+    ) -> Result<(), Error> {
+        // What makes no sense is refused as the caller wrote it.
+        filter.compile()?;
+        let resolved = filter.resolve(&mut Caller::new(ebpf))?;
+        self.switch(ebpf, &resolved.compile()?, protocol)?;
+        self.filter = resolved;
+        Ok(())
+    }
+
+    fn switch(
         &mut self,
         ebpf: &mut Ebpf,
         filter: &Compiled,
@@ -97,11 +126,8 @@ impl Filters {
             new.add_network(ebpf, network.wire(generation))?;
         }
         if filter.exclude_self {
-            // Which one that is for the kernel, a PID namespace hides from us.
-            let mut value = Value::new(generation, wire::OWN, [0; 2]);
-            let pid = ask(ebpf, &[op::ADD_CALLER, value.tag]).map_err(refused)?;
-            value.value[0] = pid.cast_unsigned().into();
-            new.values.push(value);
+            let pid = Caller::new(ebpf).own_pid()?;
+            new.add(ebpf, Value::new(generation, wire::OWN, [pid.into(), 0]))?;
         }
         if filter.roots.is_empty() {
             return Ok(());
@@ -192,7 +218,7 @@ fn network_args(op: u64, network: &Network) -> [u64; 4] {
 }
 
 /// What a process is to the filter; nothing, if that cannot be asked.
-pub(super) fn standing(ebpf: &Ebpf, process: &Process) -> Standing {
+fn standing(ebpf: &Ebpf, process: &Process) -> Standing {
     let started = u64::try_from(process.started.as_nanos()).unwrap_or(u64::MAX);
     let bits = ask(ebpf, &[op::STANDING, process.pid.into(), started]).unwrap_or(0);
     Standing {
@@ -202,7 +228,7 @@ pub(super) fn standing(ebpf: &Ebpf, process: &Process) -> Standing {
 }
 
 /// Asks the program; what it answers is not negative.
-fn ask(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
+pub(super) fn ask(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
     let program: &RawTracePoint = ebpf
         .program(ASK_FILTER)
         .ok_or(ProgramError::NotLoaded)

@@ -7,6 +7,7 @@ mod btf_ids;
 mod cgroup;
 mod filter;
 mod mounts;
+mod names;
 mod needs;
 mod offsets;
 mod perf;
@@ -39,10 +40,9 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use self::filter::{ASK_FILTER, Filters};
 use crate::{
-    Buffer, Error, ErrorKind, Hook, Process, Protocol, Traffic,
+    Buffer, Error, ErrorKind, Event, Filter, Hook, Protocol, Traffic,
     builder::{Config, LATE_SHARE},
     decode,
-    filter::{Compiled, Standing},
     flows::FlowMap,
 };
 
@@ -169,7 +169,7 @@ impl Kernel {
         }
         // Before the first event.
         let mut filters = Filters::default();
-        filters.install(&mut ebpf, &config.filter.compile()?, config.protocol)?;
+        filters.install(&mut ebpf, &config.filter, config.protocol)?;
         let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol)?;
         // Only now: a socket made meanwhile has met the hooks.
         let walks = walk::start(&mut ebpf, config);
@@ -266,13 +266,18 @@ impl Kernel {
     }
 
     /// See [`TracerHandle::set_filter`](crate::TracerHandle::set_filter).
-    pub(crate) fn set_filter(&mut self, filter: &Compiled) -> Result<(), Error> {
+    pub(crate) fn set_filter(&mut self, filter: &Filter) -> Result<(), Error> {
         self.filters.install(&mut self.ebpf, filter, self.protocol)
     }
 
-    /// What a process is to the filter.
-    pub(crate) fn standing(&self, process: &Process) -> Standing {
-        filter::standing(&self.ebpf, process)
+    /// Whether the filter lets an event of UDP pass that user space made.
+    pub(crate) fn wants(&self, event: &Event) -> bool {
+        self.filters.want(&self.ebpf, event)
+    }
+
+    /// Whether the filter lets the end of a UDP socket pass whose flows it lets pass.
+    pub(crate) fn wants_end_of_flows(&self, event: &Event) -> bool {
+        self.filters.want_but_ends(&self.ebpf, event)
     }
 
     /// How often the kernel skipped a program that was already active on the CPU, where it tells.

@@ -1,6 +1,7 @@
 //! Iterators: the kernel walks through what there is, and runs a program of ours for each.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io::{self, Read as _},
     thread,
@@ -10,6 +11,8 @@ use aya::{
     Ebpf,
     programs::{Iter, Program, ProgramError},
 };
+
+use tcp_udp_trace_common::filter::from_numbers;
 
 use super::{
     attach::{chain, unload},
@@ -61,6 +64,12 @@ const SOCKETS: [Walk; 2] = [
 /// Through every task: the trees of a filter.
 const TASKS: Walk = Walk {
     program: "walk_tasks",
+    iterator: "task",
+};
+
+/// Through every task: the pids that the caller's pid namespace has.
+const PIDS: Walk = Walk {
+    program: "walk_pids",
     iterator: "task",
 };
 
@@ -143,11 +152,27 @@ pub(super) fn load_tasks(ebpf: &mut Ebpf) -> Result<(), String> {
 
 /// Walks through all tasks, and says how many the program counted.
 pub(super) fn through_tasks(ebpf: &mut Ebpf) -> Result<usize, String> {
-    open_walk(ebpf, TASKS).and_then(walk_through)
+    open_walk(ebpf, TASKS)
+        .and_then(walk_through)
+        .map(|bytes| bytes.len())
 }
 
 pub(super) fn unload_tasks(ebpf: &mut Ebpf) {
     ebpf.program_mut(TASKS.program).map(unload);
+}
+
+/// Returns the processes of the caller's pid namespace: the number of each there, and the initial
+/// pid namespace's.
+pub(super) fn through_pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
+    let bytes = load(ebpf, PIDS)
+        .and_then(|()| open_walk(ebpf, PIDS))
+        .and_then(walk_through);
+    ebpf.program_mut(PIDS.program).map(unload);
+    let bytes = bytes?;
+    let processes = bytes
+        .chunks_exact(8)
+        .map_while(|chunk| chunk.try_into().ok());
+    Ok(processes.map(from_numbers).collect())
 }
 
 /// The walks of a tracer.
@@ -194,13 +219,14 @@ fn program(ebpf: &mut Ebpf, walk: Walk) -> Result<&mut Iter, ProgramError> {
         .try_into()
 }
 
-/// Reads a walk to its end, and says how many bytes it gave.
-fn walk_through(mut file: File) -> Result<usize, String> {
-    let mut bytes = 0;
+/// Reads a walk to its end, and returns the bytes that it gave.
+fn walk_through(mut file: File) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 4096];
     loop {
-        match file.read(&mut [0; 64]) {
+        match file.read(&mut buffer) {
             Ok(0) => return Ok(bytes),
-            Ok(read) => bytes += read,
+            Ok(read) => bytes.extend_from_slice(&buffer[..read]),
             // The kernel pauses after a million things.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error.to_string()),

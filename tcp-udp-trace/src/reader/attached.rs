@@ -111,7 +111,7 @@ impl Attached {
 
     /// Only what this filter lets pass is reported from now on.
     pub(super) fn set_filter(&mut self, filter: Filter) -> Result<(), Error> {
-        self.kernel.set_filter(&filter.compile()?)?;
+        self.kernel.set_filter(&filter)?;
         self.filter = filter;
         Ok(())
     }
@@ -132,7 +132,6 @@ impl Attached {
             lost,
             flows,
             samples,
-            filter,
             ..
         } = self;
         let mut sampled = 0;
@@ -163,18 +162,22 @@ impl Attached {
                     samples.forget(event.socket.cookie);
                 }
                 let before = batch.len();
+                let mut shows_flows = false;
                 match (&event.kind, flow) {
                     (EventKind::Flow { .. }, Some(flow)) => {
                         flows.seen(flow, event, kernel, |event| batch.push(event));
                     }
                     (EventKind::Close { .. }, Some(flow)) => {
+                        // Before the flows go.
+                        shows_flows = !kernel.wants(&event)
+                            && flows.any(flow.socket, |event| kernel.wants(event));
                         let stamp = stamp(event.time, event.uptime);
                         flows.close(flow.socket, kernel, stamp, |event| batch.push(event));
                         batch.push(event);
                     }
                     _ => batch.push(event),
                 }
-                admit(before, batch, filter, kernel, emitted, filtered);
+                admit(before, batch, kernel, shows_flows, emitted, filtered);
             };
             if !ring.next(record) {
                 return (taken, sampled);
@@ -190,7 +193,6 @@ impl Attached {
             flows,
             emitted,
             filtered,
-            filter,
             ..
         } = self;
         // No clock is read where no flow waits for its date, which for TCP is always.
@@ -198,7 +200,7 @@ impl Attached {
         let (now, before) = (boottime(), batch.len());
         let stamp = stamp(clock().wall(now), now);
         flows.report(now, BATCH, kernel, stamp, |event| batch.push(event));
-        admit(before, batch, filter, kernel, emitted, filtered);
+        admit(before, batch, kernel, false, emitted, filtered);
         flows.next_due().map(|due| due.saturating_sub(now))
     }
 
@@ -209,14 +211,13 @@ impl Attached {
             flows,
             emitted,
             filtered,
-            filter,
             ..
         } = self;
         let (now, before) = (boottime(), batch.len());
         flows.finish(kernel, stamp(clock().wall(now), now), |event| {
             batch.push(event)
         });
-        admit(before, batch, filter, kernel, emitted, filtered);
+        admit(before, batch, kernel, false, emitted, filtered);
         let lost = self.kernel.counters().lost;
         self.report_losses(lost as u32, batch);
     }
@@ -238,20 +239,24 @@ impl Attached {
 }
 
 /// Counts what stands in the batch from here on, and takes out again what the filter does not want: user space produces events of UDP that the
-/// programs did not decide about.
+/// programs did not decide about. `shows_flows`: the end of a socket is among them, and the filter lets one of its flows pass.
 fn admit(
     from: usize,
     batch: &mut Vec<Event>,
-    filter: &Filter,
     kernel: &Kernel,
+    shows_flows: bool,
     emitted: &mut Counts,
     filtered: &mut Counts,
 ) {
     let mut at = from;
     while let Some(event) = batch.get(at) {
         emitted.add(event);
-        let is_decided = !matches!(event.kind, EventKind::Flow { .. } | EventKind::Close { .. });
-        if is_decided || filter.matches(event, |process| kernel.standing(process)) {
+        let passes = match event.kind {
+            EventKind::Close { .. } if shows_flows => kernel.wants_end_of_flows(event),
+            EventKind::Flow { .. } | EventKind::Close { .. } => kernel.wants(event),
+            _ => true,
+        };
+        if passes {
             at += 1;
         } else {
             filtered.add(&batch.remove(at));

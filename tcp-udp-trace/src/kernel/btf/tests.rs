@@ -144,8 +144,23 @@ fn fields_that_are_not_there() {
         "sock.__common..dport",
         "sock.__common.next.x",
         "sock.__common.addr.x",
+        "sock.__common.addr.",
     ] {
         check(&btf, path, None);
+    }
+}
+
+#[test]
+fn fields_of_the_first_element_of_an_array() {
+    let mut b = Builder::new();
+    let int = b.int(4);
+    let element = b.structure("element", 16, &[("a", int, 0), ("b", int, 32)]);
+    // The kernel's flexible arrays have no elements.
+    for (name, len) in [("flexible", 0), ("old", 1)] {
+        let array = b.add("", kind::ARRAY << 24, 0, &[element, int, len]);
+        b.structure(name, 96, &[("elements", array, 640)]);
+        check(&b, &format!("{name}.elements.b"), at(84, 4));
+        check(&b, &format!("{name}.elements.c"), None);
     }
 }
 

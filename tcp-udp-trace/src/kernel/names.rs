@@ -1,0 +1,68 @@
+//! What a filter's names mean: processes by the caller's numbers, cgroups by their paths.
+
+use std::{collections::HashMap, io, path::Path};
+
+use aya::Ebpf;
+use tcp_udp_trace_common::filter::op;
+
+use super::{cgroup, filter::ask, walk};
+use crate::{Error, ErrorKind, filter::Names};
+
+/// The names that the calling process knows.
+pub(super) struct Caller<'a> {
+    ebpf: &'a mut Ebpf,
+    /// The processes of its pid namespace, once they are needed.
+    processes: Option<Processes>,
+}
+
+enum Processes {
+    /// The pid namespace is the initial one, so the numbers are the same.
+    Initial,
+    /// By the number there, the one in the initial pid namespace.
+    Child(HashMap<u32, u32>),
+}
+
+impl<'a> Caller<'a> {
+    pub(super) fn new(ebpf: &'a mut Ebpf) -> Self {
+        let processes = None;
+        Self { ebpf, processes }
+    }
+
+    fn processes(&mut self) -> Result<&Processes, Error> {
+        let processes = match self.processes.take() {
+            Some(processes) => processes,
+            None if ask(self.ebpf, &[op::LEVEL]).map_err(unknown)? == 0 => Processes::Initial,
+            None => Processes::Child(walk::through_pids(self.ebpf).map_err(no_walk)?),
+        };
+        Ok(self.processes.insert(processes))
+    }
+}
+
+impl Names for Caller<'_> {
+    fn own_pid(&mut self) -> Result<u32, Error> {
+        let pid = ask(self.ebpf, &[op::CALLER]).map_err(unknown)?;
+        Ok(pid.cast_unsigned())
+    }
+
+    fn pid(&mut self, number: u32) -> Result<Option<u32>, Error> {
+        Ok(match self.processes()? {
+            Processes::Initial => Some(number),
+            Processes::Child(processes) => processes.get(&number).copied(),
+        })
+    }
+
+    fn cgroup(&mut self, path: &Path) -> Result<u64, String> {
+        cgroup::id_of(path)
+    }
+}
+
+fn unknown(source: io::Error) -> Error {
+    let what = "the kernel does not tell the pid namespace of this process";
+    Error::new(ErrorKind::Load, what).with_source(source)
+}
+
+fn no_walk(source: String) -> Error {
+    let what = "a pid in a child pid namespace needs the kernel's iterator through all tasks, \
+                which it refuses";
+    Error::new(ErrorKind::Attach, what).with_source(source)
+}

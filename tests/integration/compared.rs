@@ -1,0 +1,96 @@
+//! A filter's events, compared with those of a tracer that has no filter.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, ensure};
+use integration_tests::trace::{Trace, show};
+use tcp_udp_trace::{Event, EventKind, Filter};
+
+/// A filter, and whether an event passes it by what the documentation says.
+pub(crate) struct Case {
+    filter: Filter,
+    passes: Box<dyn Fn(&Event) -> bool>,
+}
+
+impl Case {
+    pub(crate) fn new(filter: Filter, passes: impl Fn(&Event) -> bool + 'static) -> Self {
+        Self {
+            filter,
+            passes: Box::new(passes),
+        }
+    }
+}
+
+/// Gives one tracer each filter in turn, lets something happen, and compares with what the other, which has none, reports: exactly the events
+/// that pass. `act` says how many sockets it has closed.
+pub(crate) fn compare(
+    traces: [Trace; 2],
+    cases: &[Case],
+    mut act: impl FnMut() -> anyhow::Result<usize>,
+) -> anyhow::Result<()> {
+    let [filtered, reference] = traces;
+    let mut before = [0, 0];
+    let mut sockets = 0;
+    for Case { filter, passes } in cases {
+        filtered.set_filter(filter.clone())?;
+        ensure!(filtered.handle().filter().as_ref() == Some(filter));
+        sockets += act()?;
+        reference.wait_closed(sockets)?;
+        let events = &reference.events()[before[1]..];
+        let is_wanted = |event: &&Event| passes(event) || ends_flows(event, events, passes);
+        let wanted: Vec<_> = events.iter().filter(is_wanted).cloned().collect();
+        let expected = before[0] + wanted.len();
+        let context = || format!("with the filter {:?}", filter.to_string());
+        let came = filtered.wait_count(expected).with_context(context)?;
+        let [came, wanted] = [&came[before[0]..], &wanted].map(described);
+        ensure!(came == wanted, "{}: {came:#?}\nnot\n{wanted:#?}", context());
+        before = [expected, reference.events().len()];
+    }
+    let stats = filtered.handle().stats();
+    ensure!(stats.rejected > 0, "{stats:?}");
+    // What came later than it should would be one too many now.
+    let came = filtered.finish_all()?;
+    ensure!(
+        came.len() == before[0],
+        "more than expected: {}",
+        show(&came[before[0]..])
+    );
+    reference.finish_all().map(drop)
+}
+
+/// Whether this is the end of a UDP socket, and a flow of the socket passes. The kind still counts.
+fn ends_flows(event: &Event, events: &[Event], passes: &dyn Fn(&Event) -> bool) -> bool {
+    let EventKind::Close { .. } = event.kind else {
+        return false;
+    };
+    let flows = events.iter().filter(|flow| {
+        matches!(flow.kind, EventKind::Flow { .. }) && flow.socket.id == event.socket.id
+    });
+    flows.into_iter().any(|flow| {
+        let mut end = event.clone();
+        end.socket.local = flow.socket.local;
+        end.socket.remote = flow.socket.remote;
+        passes(flow) && passes(&end)
+    })
+}
+
+/// What two tracers must agree about, in no order: on two CPUs, each may see another event first.
+pub(crate) fn described(events: &[Event]) -> BTreeMap<String, usize> {
+    let mut described = BTreeMap::new();
+    for event in events {
+        let Event {
+            kind,
+            process,
+            socket,
+            traffic,
+            ..
+        } = event;
+        let pid = process.as_ref().map(|process| process.pid);
+        let (local, remote) = (socket.local, socket.remote);
+        // Where accepts are seen without the socket's lock, the socket goes on meanwhile.
+        let traffic = (*kind != EventKind::Accept).then_some(traffic);
+        let line = format!("{kind:?} {pid:?} {local} {remote} {traffic:?}");
+        *described.entry(line).or_default() += 1;
+    }
+    described
+}
