@@ -34,8 +34,8 @@ pub(crate) struct Args {
 /// The pages, in the order in which one reads them.
 const PAGES: &[&str] = &["README.md", "CONTRIBUTING.md"];
 
-/// How long a command may take. The longest one compiles the library and all that it needs.
-const TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// How long a command may show nothing. While cargo compiles, it shows each crate.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// How long a program may go on after Ctrl-C.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -89,11 +89,16 @@ fn follow(root: &Root, step: &Step) -> Result<()> {
     let mut terminal = child.0.stdin.take().context("no standard input")?;
     let output = pieces(child.0.stdout.take().context("no standard output")?);
     let mut shown = String::new();
-    let mut deadline = Instant::now() + TIMEOUT;
+    let mut deadline = Instant::now() + SILENCE_TIMEOUT;
     let mut stopped = false;
     loop {
         match output.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(piece) => shown.push_str(&piece),
+            Ok(piece) => {
+                shown.push_str(&piece);
+                if !stopped {
+                    deadline = Instant::now() + SILENCE_TIMEOUT;
+                }
+            }
             Err(RecvTimeoutError::Disconnected) => break,
             Err(RecvTimeoutError::Timeout) if stopped => bail!("Ctrl-C does not end it:\n{shown}"),
             Err(RecvTimeoutError::Timeout) => bail!("it hangs:\n{shown}"),

@@ -30,7 +30,7 @@ pub(super) struct Root {
 }
 
 impl Root {
-    /// A clean one, with a copy of what git tracks here in the home folder.
+    /// A clean one, with a copy of what is here and not ignored by git in the home folder.
     pub(super) fn new() -> Result<Self> {
         let cache = workspace::cache_dir().join("newcomer");
         let folder = cache.join("root");
@@ -184,7 +184,7 @@ const CLONE: &str = r#"
 clone="$0/home/newcomer/tcp-udp-trace"
 mkdir -p "$clone/target"
 cd "$1"
-git ls-files -z | tar --create --null --files-from - | tar --extract --directory "$clone"
+git ls-files --cached --others --exclude-standard -z | tar --create --null --files-from - | tar --extract --directory "$clone"
 chown -R 1000:1000 "$0/home/newcomer"
 "#;
 
