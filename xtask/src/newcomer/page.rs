@@ -85,6 +85,7 @@ pub(super) fn steps(page: &str, text: &str) -> Vec<Step> {
 /// A command that no page has.
 pub(super) fn in_the_clone(command: &str) -> Step {
     Step {
+        command: command.to_owned(),
         shows: None,
         ..step("the command line", command)
     }
