@@ -148,7 +148,7 @@ impl Drop for Archive {
 }
 
 /// The mirror of the Debian archive that this machine is configured with.
-fn mirror() -> Result<String> {
+pub(crate) fn mirror() -> Result<String> {
     if let Ok(mirror) = env::var(MIRROR_VARIABLE) {
         return Ok(mirror);
     }

@@ -137,6 +137,15 @@ pub(crate) const CROSS_RUSTC: Group = Group {
     packages: &[RUSTC],
 };
 
+/// Making a Debian root file system.
+pub(crate) const NEWCOMER: Group = Group {
+    purpose: "trying the pages' commands",
+    packages: &[Package {
+        name: "mmdebstrap",
+        probe: Probe::Program("mmdebstrap"),
+    }],
+};
+
 /// libFuzzer is C++.
 pub(crate) const FUZZ: Group = Group {
     purpose: "building the fuzzers",

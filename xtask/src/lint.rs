@@ -1,6 +1,6 @@
 //! `cargo xtask lint`: formatting, clippy, documentation, and rules that no tool knows.
 
-mod links;
+pub(crate) mod links;
 mod off_linux;
 
 use std::process::Command;

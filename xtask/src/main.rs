@@ -14,6 +14,7 @@ mod ebpf;
 mod fuzz;
 mod lint;
 mod miri;
+mod newcomer;
 mod package;
 mod process;
 mod soak;
@@ -35,6 +36,7 @@ enum Verb {
     /// Check formatting, lints, documentation and the project's own rules.
     Lint,
     Miri(miri::Args),
+    Newcomer(newcomer::Args),
     Package(package::Args),
     Test(test::Args),
     Soak(soak::Args),
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Lint => lint::run(),
         Verb::Miri(args) => miri::run(&args),
+        Verb::Newcomer(args) => newcomer::run(&args),
         Verb::Package(args) => package::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),

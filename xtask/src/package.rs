@@ -1,7 +1,8 @@
 //! `cargo xtask package`: is what would be published all that a stranger needs?
 //!
 //! The packages are made as for publishing. Then a crate of nobody's, outside of the workspace, depends on what is in them, and is compiled with
-//! each combination of features; on its search path are a C linker and nothing else.
+//! each combination of features; on its search path are a C linker and nothing else. The package's own example is compiled too, its
+//! README must not link to files that the package lacks, and the source of the eBPF objects must be in it.
 
 mod dependencies;
 
@@ -15,7 +16,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{process, workspace};
+use crate::{lint::links, process, workspace};
 
 const LIBRARY: &str = "tcp-udp-trace";
 const COMMON: &str = "tcp-udp-trace-common";
@@ -39,6 +40,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for features in subsets(&features(library)?) {
         stranger.check(&features)?;
     }
+    stranger.check_example(&packages.join(LIBRARY))?;
+    links::check_page(&packages.join(LIBRARY).join("README.md"))?;
     dependencies::check(
         &metadata_of(&stranger.folder.join("Cargo.toml"))?,
         text(library, "rust_version")?,
@@ -70,16 +73,27 @@ fn pack(library: &Value, allow_dirty: bool) -> Result<PathBuf> {
                 .arg(&unpacked),
         )?;
     }
-    let committed = workspace::root().join(LIBRARY).join("bpf");
-    for entry in fs::read_dir(&committed).context("cannot list the eBPF objects")? {
-        let name = entry?.file_name();
-        ensure!(
-            folder.join(LIBRARY).join("bpf").join(&name).is_file(),
-            "the package lacks bpf/{}",
-            name.display()
-        );
-    }
+    let objects = Path::new(LIBRARY).join("bpf");
+    contains(&folder.join(&objects), &workspace::root().join(&objects))?;
     Ok(folder)
+}
+
+/// Whether a folder of the package has all that the folder of the tree has. In the tree, the source of
+/// the objects is a link to that of the eBPF crate.
+fn contains(packaged: &Path, committed: &Path) -> Result<()> {
+    let entries =
+        fs::read_dir(committed).with_context(|| format!("cannot list {}", committed.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        let packaged = packaged.join(path.file_name().unwrap_or_default());
+        if path.is_dir() {
+            contains(&packaged, &path)?;
+            continue;
+        }
+        let same = fs::read(&packaged).ok() == fs::read(&path).ok();
+        ensure!(same, "the package lacks {}", path.display());
+    }
+    Ok(())
 }
 
 /// A crate that depends on the packages, and nothing of ours around it.
@@ -120,16 +134,40 @@ impl Stranger {
     }
 
     fn check(&self, features: &[&str]) -> Result<()> {
+        let mut command = self.cargo(&["build", "--no-default-features", "--features"]);
+        process::run(command.arg(features.join(",")))
+    }
+
+    /// Compiles the example of the package itself, which takes its development dependencies too.
+    fn check_example(&self, library: &Path) -> Result<()> {
+        let common = library.with_file_name(COMMON);
+        let patch = format!(
+            "patch.crates-io.{COMMON}.path={:?}",
+            common.display().to_string()
+        );
+        let mut command = self.cargo(&["build", "--example", "trace", "--features", "serde"]);
+        // Without this, it would be a part of the workspace around it.
+        let manifest = library.join("Cargo.toml");
+        let mut text = fs::read_to_string(&manifest).context("cannot read the manifest")?;
+        text.push_str("\n[workspace]\n");
+        fs::write(&manifest, text).context("cannot write the manifest")?;
+        process::run(
+            command
+                .args(["--config", &patch, "--manifest-path"])
+                .arg(manifest),
+        )
+    }
+
+    fn cargo(&self, args: &[&str]) -> Command {
         let mut command = Command::new(workspace::cargo());
         command
             .current_dir(&self.folder)
-            .args(["build", "--no-default-features", "--features"])
-            .arg(features.join(","))
+            .args(args)
             .env("RUSTC", workspace::cargo().with_file_name("rustc"))
             .env("PATH", &self.path)
             .env("CARGO_TARGET_DIR", self.folder.join("target"))
             .env("RUSTFLAGS", "-D warnings");
-        process::run(&mut command)
+        command
     }
 }
 

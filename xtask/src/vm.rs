@@ -167,7 +167,8 @@ fn boot_with_retry(
                 Outcome::Broken(crash)
             }
             Ended::Hung(last_line) => Outcome::Broken(format!(
-                "the tests hung after {last_line:?}; log: {}",
+                "the tests hung: nothing for {} s after {last_line:?}; log: {}",
+                guest::SILENCE_TIMEOUT.as_secs(),
                 log.display()
             )),
         };

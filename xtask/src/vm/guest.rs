@@ -12,13 +12,14 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{
-    arch::Arch,
-    test::{self, report::Output},
-};
+use crate::{arch::Arch, test::report::Output};
 
 /// How long a guest may take until the tests begin. It takes about three seconds on an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long the tests may write nothing. A test takes under a minute on an idle machine, and several
+/// times as long beside other load, so a slow guest goes on and a hung one is found all the same.
+pub(super) const SILENCE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 
 /// How long QEMU may take to go away once the tests have ended.
 const POWEROFF_TIMEOUT: Duration = Duration::from_secs(10);
@@ -63,7 +64,7 @@ pub(super) enum Ended {
     Finished { code: i32, output: Output },
     /// The guest did not get there by a fault of its own: the kernel crashed, or it never began the tests. With what the tests had written.
     Crashed { cause: String, output: Output },
-    /// The tests began and did not end in time; the last line that they wrote.
+    /// The tests began, and then wrote nothing for [`SILENCE_TIMEOUT`]. The last line that they wrote.
     Hung(String),
 }
 
@@ -113,9 +114,10 @@ pub(super) fn boot(
                         output: console.output,
                     });
                 }
-                if console.begun && !had_begun {
-                    deadline = Instant::now() + test::TIMEOUT;
-                } else if console.begun {
+                if console.begun && !(had_begun && is_of_the_kernel(&line)) {
+                    deadline = Instant::now() + SILENCE_TIMEOUT;
+                }
+                if had_begun {
                     println!("[{name}] {line}");
                 }
             }
@@ -146,6 +148,12 @@ pub(super) fn boot(
             }
         }
     }
+}
+
+/// Whether the kernel wrote the line. One in trouble may repeat a warning for ever, which is no progress.
+fn is_of_the_kernel(line: &str) -> bool {
+    let time = line.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+    time.is_some_and(|(time, _)| time.trim().parse::<f64>().is_ok())
 }
 
 /// What the lines of the console have told so far.
@@ -226,7 +234,14 @@ impl Drop for Qemu {
 
 #[cfg(test)]
 mod tests {
-    use super::Console;
+    use super::{Console, is_of_the_kernel};
+
+    #[test]
+    fn only_the_tests_make_progress() {
+        assert!(is_of_the_kernel("[  812.034512] watchdog: stalled"));
+        assert!(!is_of_the_kernel("test udp::[::1] ... ok"));
+        assert!(!is_of_the_kernel("[::1] connected"));
+    }
 
     #[test]
     fn the_end_is_found_after_other_output() {

@@ -1,0 +1,209 @@
+//! The root file system, and running a command in it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use super::page::{Folder, Step};
+use crate::{apt, process, workspace};
+
+/// The user, and the name of the home folder. The id is 1000, the first one of an ordinary user.
+pub(super) const NAME: &str = "newcomer";
+
+const SUITE: &str = "bookworm";
+/// What Rust needs to link, and what the pages say is there.
+const PACKAGES: &str = "--include=sudo,gcc,libc6-dev,ca-certificates";
+
+/// The toolchain by its own name, as in a folder without `rust-toolchain.toml`, and the one that ours
+/// names.
+const DEFAULT_TOOLCHAIN: &str = "stable";
+
+pub(super) struct Root {
+    cache: PathBuf,
+    folder: PathBuf,
+    /// Each with where it is in the home folder.
+    toolchains: Vec<(PathBuf, String)>,
+}
+
+impl Root {
+    /// A clean one, with a copy of what is here and not ignored by git in the home folder.
+    pub(super) fn new() -> Result<Self> {
+        let cache = workspace::cache_dir().join("newcomer");
+        let folder = cache.join("root");
+        fs::create_dir_all(&cache).context("cannot create the cache")?;
+        let base = cache.join(format!("{SUITE}.tar"));
+        if !base.is_file() {
+            eprintln!("making a Debian root file system");
+            let partial = cache.join("partial.tar");
+            process::stdout(
+                Command::new("mmdebstrap")
+                    .args(["--quiet", "--variant=minbase", PACKAGES, SUITE])
+                    .arg(&partial)
+                    .arg(apt::mirror()?),
+            )?;
+            fs::rename(&partial, &base).context("cannot move the archive into place")?;
+        }
+        let root = Self {
+            toolchains: toolchains()?,
+            cache,
+            folder,
+        };
+        root.shell(UNPACK, &[&base])?;
+        root.copy_cargo()?;
+        root.shell(CLONE, &[workspace::root()])?;
+        Ok(root)
+    }
+
+    fn home(&self) -> PathBuf {
+        self.folder.join("home").join(NAME)
+    }
+
+    /// What a newcomer's rustup and cargo would have downloaded.
+    fn copy_cargo(&self) -> Result<()> {
+        for (_, name) in &self.toolchains {
+            fs::create_dir_all(self.home().join(".rustup/toolchains").join(name))
+                .context("cannot create the toolchains' folders")?;
+        }
+        let settings = format!("version = \"12\"\ndefault_toolchain = \"{DEFAULT_TOOLCHAIN}\"\n");
+        fs::write(self.home().join(".rustup/settings.toml"), settings)
+            .context("cannot write rustup's settings")?;
+        self.shell(CARGO, &[&workspace::cargo_home()?])
+    }
+
+    /// Runs a script of ours as root; `$0` is the root file system, then come `args`.
+    fn shell(&self, script: &str, args: &[&Path]) -> Result<()> {
+        let mut command = Command::new("sh");
+        command.args(["-euc", script]).arg(&self.folder).args(args);
+        process::stdout(&mut command).map(drop)
+    }
+
+    /// Writes what a page tells the reader to write before the command.
+    pub(super) fn prepare(&self, step: &Step) -> Result<()> {
+        if let Some(program) = &step.program {
+            let at = fs::read_to_string(self.home().join(CWD)).context("no project yet")?;
+            let folder = self.folder.join(at.trim().trim_start_matches('/'));
+            fs::write(folder.join("src/main.rs"), program).context("cannot write the program")?;
+        }
+        Ok(())
+    }
+
+    /// The command, on a terminal of its own, with mounts and processes that end with it.
+    pub(super) fn command(&self, step: &Step) -> Command {
+        let clone = format!("~{NAME}/tcp-udp-trace");
+        let (folder, remember) = match step.folder {
+            Folder::Project => (
+                format!("\"$(cat ~{NAME}/{CWD} 2>/dev/null || echo ~{NAME})\""),
+                format!(" && pwd >~{NAME}/{CWD}"),
+            ),
+            Folder::Clone => (clone, String::new()),
+        };
+        let line = format!(
+            ". ~{NAME}/.cargo/env; cd {folder}; {}{remember}",
+            step.command
+        );
+        let script = format!(
+            "script --quiet --return --command {} /dev/null",
+            process::quote(&line)
+        );
+        let mut command = Command::new("unshare");
+        command
+            .args([
+                "--mount",
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "sh",
+                "-euc",
+                RUN,
+            ])
+            .arg(&self.folder)
+            .arg(step.user.name())
+            .arg(script)
+            .arg(&self.cache);
+        for (toolchain, name) in &self.toolchains {
+            command
+                .arg(toolchain)
+                .arg(format!("/home/{NAME}/.rustup/toolchains/{name}"));
+        }
+        command
+    }
+}
+
+/// The toolchains that the pages' commands need, of this machine's rustup.
+fn toolchains() -> Result<Vec<(PathBuf, String)>> {
+    let mut found = Vec::new();
+    for name in [None, Some(DEFAULT_TOOLCHAIN)] {
+        let mut rustc = Command::new("rustc");
+        rustc
+            .current_dir(workspace::root())
+            .args(["--print", "sysroot"])
+            // The cargo that runs us sets this, to the toolchain that is pinned.
+            .env_remove("RUSTUP_TOOLCHAIN")
+            .envs(name.map(|name| ("RUSTUP_TOOLCHAIN", name)));
+        let folder = process::stdout(&mut rustc)?;
+        let folder = PathBuf::from(folder.trim());
+        let name = folder.file_name().context("the compiler is in no folder")?;
+        let name = name.to_string_lossy().into_owned();
+        let folder = fs::canonicalize(&folder).context("cannot find the toolchain")?;
+        if !found.iter().any(|(_, known)| *known == name) {
+            found.push((folder, name));
+        }
+    }
+    Ok(found)
+}
+
+/// Where a command of the project ended, in the home folder.
+const CWD: &str = ".cwd";
+
+const UNPACK: &str = r#"
+rm -rf --one-file-system "$0"
+mkdir "$0"
+tar -xf "$1" -C "$0"
+chroot "$0" useradd --create-home --shell /bin/bash newcomer
+echo 'newcomer ALL=(ALL:ALL) NOPASSWD: ALL' >"$0/etc/sudoers.d/newcomer"
+cp -L /etc/resolv.conf "$0/etc/resolv.conf"
+cp -L /etc/hosts "$0/etc/hosts"
+cp -L /etc/ssl/certs/ca-certificates.crt "$0/etc/ssl/certs/ca-certificates.crt"
+"#;
+
+const CARGO: &str = r#"
+home="$0/home/newcomer"
+mkdir -p "$home/.cargo/bin" "$home/.cargo/registry"
+cp -L "$1/bin/rustup" "$home/.cargo/bin/"
+for name in cargo rustc rustdoc; do ln -s rustup "$home/.cargo/bin/$name"; done
+cp -a "$1/registry/index" "$1/registry/cache" "$home/.cargo/registry/"
+echo 'export PATH="/home/newcomer/.cargo/bin:$PATH" RUSTUP_HOME=/home/newcomer/.rustup CARGO_HOME=/home/newcomer/.cargo' \
+    >"$home/.cargo/env"
+"#;
+
+const CLONE: &str = r#"
+clone="$0/home/newcomer/tcp-udp-trace"
+mkdir -p "$clone/target"
+cd "$1"
+git ls-files --cached --others --exclude-standard -z | tar --create --null --files-from - | tar --extract --directory "$clone"
+chown -R 1000:1000 "$0/home/newcomer"
+"#;
+
+/// `$0` root file system, `$1` user, `$2` command, `$3` cache, then pairs of folder and place.
+const RUN: &str = r#"
+root=$0 user=$1 line=$2 cache=$3
+shift 3
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mount --rbind /dev "$root/dev"
+while [ $# -ge 2 ]; do
+    mount --bind -o ro "$1" "$root$2"
+    shift 2
+done
+# What an earlier run has compiled.
+mkdir -p "$cache/target"
+chown 1000:1000 "$cache/target"
+mount --bind "$cache/target" "$root/home/newcomer/tcp-udp-trace/target"
+chroot "$root" su --login "$user" --command "$line" && code=0 || code=$?
+chown -R 1000:1000 "$root/home/newcomer/tcp-udp-trace/target"
+exit $code
+"#;
