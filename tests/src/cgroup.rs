@@ -116,7 +116,7 @@ impl Hybrid {
     pub fn mount() -> anyhow::Result<Self> {
         const PLACE: &str = "/sys/fs/cgroup";
         unshare(CloneFlags::CLONE_NEWNS)?;
-        let mount = |what, place: &str, kind, flags, options: Option<&str>| {
+        let mount = |what, place: &str, kind: &str, flags, options: Option<&str>| {
             mount(Some("none"), place, what, flags, options).with_context(|| kind.to_string())
         };
         let (none, private) = (MsFlags::empty(), MsFlags::MS_REC | MsFlags::MS_PRIVATE);
