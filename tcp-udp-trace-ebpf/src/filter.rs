@@ -7,6 +7,7 @@ use core::{
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
+    helpers::bpf_get_current_pid_tgid,
     macros::map,
     maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
     programs::RawTracePointContext,
@@ -19,7 +20,7 @@ use tcp_udp_trace_common::{
 
 use crate::{
     anomaly,
-    owner::{self, leader},
+    owner::leader,
     sock::{Sock, Socket as _, read},
     track,
     udp::Datagrams,
@@ -359,7 +360,7 @@ pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
         op::ADD => result(WANTED.insert(value, 0, u64::from(BPF_ANY))),
         op::REMOVE => result(WANTED.remove(value)),
         op::ADD_CALLER => {
-            let pid = owner::current(origin::NONE).pid;
+            let pid = (bpf_get_current_pid_tgid() >> 32) as u32;
             let value = Value {
                 value: [pid.into(), 0],
                 tag: a,

@@ -144,6 +144,7 @@ impl Kernel {
             .override_global("WAKE_SHIFT", &wake_shift, buffer == Buffer::Ring)
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
+            .override_global("IMAGES", &u8::from(config.process_details), true)
             .map_max_entries("EVENTS", events)
             .map_max_entries("SOCKETS", tcp_sockets)
             .map_max_entries("UDP_SOCKETS", udp_sockets)
