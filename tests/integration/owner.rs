@@ -432,7 +432,7 @@ fn details_of_short_processes() -> anyhow::Result<()> {
     let trace = Trace::start_with(|builder| builder.process_details(true))?;
     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
-    let bash = std::fs::canonicalize("/bin/bash")?;
+    let bash = fs::canonicalize("/bin/bash")?;
     let mut truth = std::collections::HashMap::new();
     for index in 0..COUNT {
         let script = format!("echo > /dev/tcp/127.0.0.1/{port}");
@@ -477,7 +477,7 @@ fn details_of_the_program_before_an_exec() -> anyhow::Result<()> {
     let trace = Trace::start_with(|builder| builder.process_details(true))?;
     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
     let port = listener.local_addr()?.port();
-    let bash = std::fs::canonicalize("/bin/bash")?;
+    let bash = fs::canonicalize("/bin/bash")?;
     let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port}; exec sleep 0.2");
     let mut child = std::process::Command::new(&bash)
         .args(["-c", &script])
