@@ -42,20 +42,22 @@ pub mod kind {
     pub const RESET_RECEIVED: u32 = 12;
     /// One more than the last.
     pub const COUNT: usize = 13;
+    /// A piece of an [`Image`](super::Image). It is no event, and is not among the counts of events.
+    pub const IMAGE: u32 = 32;
 }
 
 /// How an owner is known, in [`Owner::origin`].
 pub mod origin {
     /// The owner is not known.
-    pub const NONE: u32 = 0;
+    pub const NONE: u16 = 0;
     /// It made the socket (UDP), or called `connect` or `listen` (TCP).
-    pub const CREATOR: u32 = 1;
+    pub const CREATOR: u16 = 1;
     /// It called `accept`.
-    pub const ACCEPTOR: u32 = 2;
+    pub const ACCEPTOR: u16 = 2;
     /// It was the first seen sending or receiving.
-    pub const USER: u32 = 3;
+    pub const USER: u16 = 3;
     /// It held a descriptor of the socket when the tracer started.
-    pub const SNAPSHOT: u32 = 4;
+    pub const SNAPSHOT: u16 = 4;
 }
 
 /// Whether the socket's own SYN is part of `tcp_sock.bytes_acked`, in [`Tracked::syn`].
@@ -113,7 +115,10 @@ pub struct Owner {
     /// User id.
     pub uid: u32,
     /// One of [`origin`].
-    pub origin: u32,
+    pub origin: u16,
+    /// How many programs the process and its ancestors had executed (`self_exec_id`), modulo 2¹⁶:
+    /// with the pid and the start, it names the program that the process ran.
+    pub exec: u16,
     /// The main thread's `comm`, byte by byte in memory.
     pub comm: [u64; 2],
     /// When the process was made: `CLOCK_BOOTTIME`, nanoseconds. With the pid, names it for good.
@@ -382,6 +387,44 @@ impl UdpTracked {
     }
 }
 
+/// What a piece of an [`Image`] is, in [`Image::part`].
+pub mod part {
+    /// A component of the executable's path and its NUL; the last component comes first.
+    pub const NAME: u16 = 1;
+    /// Bytes of the command line, each argument with its NUL.
+    pub const ARGUMENTS: u16 = 2;
+    /// The end: all pieces have been written.
+    pub const END: u16 = 3;
+}
+
+/// The most bytes that are read of a command line.
+pub const MAX_ARGUMENTS: usize = 4096;
+
+/// A piece of the program that a process ran when it became the owner of a socket.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Image {
+    /// The head, of [`kind::IMAGE`].
+    pub head: Head,
+    /// See [`Owner::started`].
+    pub started: u64,
+    /// See [`Owner::pid`].
+    pub pid: u32,
+    /// See [`Owner::exec`].
+    pub exec: u16,
+    /// One of [`part`].
+    pub part: u16,
+    /// How many pieces came before it.
+    pub index: u32,
+    /// How many bytes of `bytes` count, or 1 in a [`part::END`] if the path is whole.
+    pub size: u32,
+    /// The bytes.
+    pub bytes: [u8; PIECE],
+}
+
+/// The most bytes that a piece of an [`Image`] has.
+pub const PIECE: usize = 136;
+
 /// What went wrong in the kernel, counted there.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -398,6 +441,8 @@ pub struct Counters {
     pub unknown_family: u64,
     /// Processes of a filter's trees that could not be remembered because the map of them was full.
     pub untracked_kin: u64,
+    /// Pieces of [`Image`]s that found the buffer full.
+    pub lost_pieces: u64,
 }
 
 // The layouts are the contract: a change here is a change of both sides.
@@ -410,6 +455,7 @@ const _: () = {
     assert!(size_of::<Tracked>() == 112);
     assert!(size_of::<Udp>() == 176);
     assert!(size_of::<UdpTracked>() == 112);
+    assert!(size_of::<Image>() == 176);
     assert!(size_of::<FlowKey>() == 32);
     assert!(size_of::<Flow>() == 40);
     assert!(size_of::<FlowQuery>() == 120);

@@ -27,7 +27,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         // The peer reset it while it waited: its life is over, and its end was reported.
         return;
     }
-    let owner = owner::current(origin::ACCEPTOR);
+    let owner = owner::current(ctx, origin::ACCEPTOR);
     let mut fresh;
     let tracked = if let Some(tracked) = track::adopt(sk, state) {
         if tracked.syn() == syn::UNKNOWN {

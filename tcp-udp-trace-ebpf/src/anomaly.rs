@@ -33,6 +33,9 @@ pub(crate) fn has_missed() -> bool {
 /// A record of this kind found the ring full.
 #[inline(always)]
 pub(crate) fn lost(kind: u32) {
+    if kind == kind::IMAGE {
+        return count(|counters| &raw mut counters.lost_pieces);
+    }
     count(|counters| &raw mut counters.lost);
     count(|counters| &raw mut counters.lost_of[kind as usize % kind::COUNT]);
 }

@@ -48,6 +48,12 @@ impl Record for tcp_udp_trace_common::Tcp {
     }
 }
 
+impl Record for tcp_udp_trace_common::Image {
+    fn head(&mut self) -> &mut Head {
+        &mut self.head
+    }
+}
+
 /// What it would mean to miss a record.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Weight {

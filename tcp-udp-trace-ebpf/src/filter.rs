@@ -7,6 +7,7 @@ use core::{
 
 use aya_ebpf::{
     bindings::{BPF_ANY, BPF_F_NO_PREALLOC},
+    helpers::bpf_get_current_pid_tgid,
     macros::map,
     maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
     programs::RawTracePointContext,
@@ -370,7 +371,7 @@ pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
         op::PREPARE => set(NEXT, a),
         op::ADD => result(WANTED.insert(value, 0, u64::from(BPF_ANY))),
         op::REMOVE => result(WANTED.remove(value)),
-        op::CALLER => owner::current(origin::NONE).pid as i32,
+        op::CALLER => (bpf_get_current_pid_tgid() >> 32) as i32,
         op::LEVEL => match owner::current_pid() {
             0 => -1,
             pid => read::<u32>(pid, Field::PidLevel) as i32,

@@ -17,6 +17,7 @@ mod accept;
 mod anomaly;
 mod emit;
 mod filter;
+mod image;
 mod owner;
 mod sock;
 mod syscall;
@@ -182,7 +183,11 @@ fn udp_create(ctx: SockContext) -> i32 {
     // SAFETY: the context is the socket that is being made.
     let (protocol, key) = unsafe { ((*ctx.sock).protocol, bpf_get_socket_cookie(ctx.as_ptr())) };
     if protocol == IPPROTO_UDP {
-        udp::begin(key, ctx.as_ptr(), owner::current(origin::CREATOR));
+        udp::begin(
+            key,
+            ctx.as_ptr(),
+            owner::current(ctx.as_ptr(), origin::CREATOR),
+        );
     }
     1
 }
@@ -220,7 +225,7 @@ fn connect(ctx: &SockAddrContext) -> i32 {
             bpf_get_socket_cookie(ctx.as_ptr()),
         )
     };
-    if protocol == IPPROTO_UDP && udp::used(key, sk.cast()).is_some() {
+    if protocol == IPPROTO_UDP && udp::used(ctx.as_ptr(), key, sk.cast()).is_some() {
         udp::connect::connecting(key);
     }
     1

@@ -6,7 +6,7 @@ use aya_ebpf::helpers::{
 use core::sync::atomic::{Ordering, compiler_fence};
 use tcp_udp_trace_common::{Field, Owner, origin};
 
-use crate::sock::read;
+use crate::{emit::Context, image, sock::read};
 
 /// An owner that is not known.
 pub(crate) const UNKNOWN: Owner = Owner {
@@ -14,28 +14,32 @@ pub(crate) const UNKNOWN: Owner = Owner {
     tid: 0,
     uid: 0,
     origin: origin::NONE,
+    exec: 0,
     comm: [0; 2],
     started: 0,
 };
 
-/// The current process.
+/// The current process as the owner of a socket. Writes what it runs, if that is wanted and new.
 #[inline(always)]
-pub(crate) fn current(origin: u32) -> Owner {
+pub(crate) fn current(ctx: Context, origin: u16) -> Owner {
     let pid_tgid = bpf_get_current_pid_tgid();
     let leader = leader(current_task());
-    Owner {
+    let owner = Owner {
         pid: (pid_tgid >> 32) as u32,
         tid: pid_tgid as u32,
         uid: bpf_get_current_uid_gid() as u32,
         origin,
+        exec: image::exec(leader),
         comm: read(leader, Field::Comm),
         started: read(leader, Field::Started),
-    }
+    };
+    image::note(ctx, &owner);
+    owner
 }
 
 /// The process of another task. Which of its threads, is not known.
 #[inline(always)]
-pub(crate) fn of_task(task: u64, origin: u32) -> Owner {
+pub(crate) fn of_task(task: u64, origin: u16) -> Owner {
     let leader = leader(task);
     let pid = read(task, Field::Tgid);
     Owner {
@@ -43,6 +47,7 @@ pub(crate) fn of_task(task: u64, origin: u32) -> Owner {
         tid: pid,
         uid: read(read(task, Field::Cred), Field::CredUid),
         origin,
+        exec: image::exec(leader),
         comm: read(leader, Field::Comm),
         started: read(leader, Field::Started),
     }
@@ -54,6 +59,7 @@ pub(crate) fn settle(place: &mut Owner, owner: Owner) {
     place.pid = owner.pid;
     place.tid = owner.tid;
     place.uid = owner.uid;
+    place.exec = owner.exec;
     place.comm = owner.comm;
     place.started = owner.started;
     // SAFETY: a valid pointer. Volatile after a fence, for the compiler to keep the order.

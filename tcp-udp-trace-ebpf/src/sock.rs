@@ -53,7 +53,7 @@ pub(crate) fn has(field: Field) -> bool {
 }
 
 #[inline(always)]
-fn offset(field: Field) -> u32 {
+pub(crate) fn offset(field: Field) -> u32 {
     // SAFETY: `field` indexes FIELDS, and OFFSETS has its length. Volatile, because the compiler must not
     // take the initial value for the one that user space puts there.
     unsafe {

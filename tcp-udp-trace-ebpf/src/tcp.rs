@@ -56,8 +56,8 @@ pub(crate) fn changed(
         return;
     }
     let (syn, owner) = match (from, to) {
-        (CLOSE, SYN_SENT) => (syn::COUNTED, owner::current(origin::CREATOR)),
-        (CLOSE, LISTEN) => (syn::NOT_COUNTED, owner::current(origin::CREATOR)),
+        (CLOSE, SYN_SENT) => (syn::COUNTED, owner::current(ctx, origin::CREATOR)),
+        (CLOSE, LISTEN) => (syn::NOT_COUNTED, owner::current(ctx, origin::CREATOR)),
         (LISTEN, SYN_RECV) => (syn::NOT_COUNTED, owner_of_listener(sk)),
         _ => {
             // One that is not known is older than the tracer.

@@ -181,12 +181,16 @@ fn key(sk: Sock, cookie: u64) -> u64 {
 
 /// The socket, tracked from now on if it was not; the current process uses it.
 #[inline(always)]
-pub(crate) fn used(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mut UdpTracked> {
+pub(crate) fn used(
+    ctx: Context,
+    key: u64,
+    sk: *const core::ffi::c_void,
+) -> Option<&'static mut UdpTracked> {
     let Some(tracked) = get(key) else {
-        return begin(key, sk, owner::current(origin::USER));
+        return begin(key, sk, owner::current(ctx, origin::USER));
     };
     if tracked.owner.origin == origin::NONE {
-        owner::settle(&mut tracked.owner, owner::current(origin::USER));
+        owner::settle(&mut tracked.owner, owner::current(ctx, origin::USER));
     }
     Some(tracked)
 }
@@ -447,7 +451,9 @@ pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
 #[inline(always)]
 pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     // One that is older than the tracer and was never used gets its only event here.
-    let Some(tracked) = used(key, sk) else { return };
+    let Some(tracked) = used(ctx, key, sk) else {
+        return;
+    };
     let sk = Sock::new(tracked.sk);
     report(ctx, kind::CLOSE, key, tracked, sk, drops(sk));
     let _ = UDP_SOCKETS.remove(key);

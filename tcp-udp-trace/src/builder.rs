@@ -227,9 +227,13 @@ macro_rules! builder {
                 self
             }
 
-            /// Whether to look up what each process runs ([`ProcessDetails`](crate::ProcessDetails)), when it is first seen. The events of a
-            /// new process wait for that, at most 50 ms; a process that has ended by then has none. The last 4,096 processes are
-            /// remembered. For other users' processes it takes `CAP_SYS_PTRACE`, in a time namespace Linux 5.11. Default no.
+            /// Whether to report the executable and the command line of each owner
+            /// ([`ProcessDetails`](crate::ProcessDetails)). The kernel's side reads them when the process
+            /// becomes the owner, so they are there though the process ends at once. Where it cannot, the
+            /// reader looks into `/proc`: the events wait for that, at most 50 ms, and a process that has
+            /// ended or renamed itself by then has none. The last 4,096 processes are remembered. In
+            /// `/proc`, other users' processes take `CAP_SYS_PTRACE`, in a time namespace Linux 5.11.
+            /// Default no.
             pub fn process_details(mut self, process_details: bool) -> Self {
                 self.config.process_details = process_details;
                 self

@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, IntoBytes as _};
 
 use crate::{
     Comm, Direction, Event, EventKind, Origin, Process, Protocol, SampleInfo, Socket, TcpState,
-    Traffic, time::BootClock,
+    Traffic, images::ImageKey, time::BootClock,
 };
 
 /// A record that makes no sense.
@@ -27,6 +27,8 @@ pub(crate) struct Decoded {
     pub(crate) lost_before: u32,
     /// UDP: the kernel's name of the flow with this peer.
     pub(crate) flow: Option<FlowKey>,
+    /// What its owner runs.
+    pub(crate) image: ImageKey,
 }
 
 /// Decodes one record. Of a sample, `info` tells by the cookie what else is known of the socket: nothing, and there is no event.
@@ -124,6 +126,7 @@ fn tcp(
         event,
         lost_before: head.lost,
         flow: None,
+        image: ImageKey::of(&socket.owner),
     })
 }
 
@@ -165,6 +168,7 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
             peer,
             _pad: 0,
         }),
+        image: ImageKey::of(&record.owner),
     })
 }
 

@@ -1,4 +1,4 @@
-//! What a process runs, looked up in `/proc` when the process is first seen.
+//! What a process runs, looked up in `/proc` where the programs have not reported it.
 
 use std::{
     collections::HashSet,
@@ -105,6 +105,9 @@ impl Details {
     fn apply(&mut self, events: &mut [Event]) -> HashSet<Key> {
         let mut unknown = HashSet::new();
         for process in events.iter_mut().filter_map(|event| event.process.as_mut()) {
+            if process.details.is_some() {
+                continue;
+            }
             let &mut Process {
                 pid, started, comm, ..
             } = process;
@@ -123,41 +126,76 @@ impl Details {
 /// What a process runs; `None` if it has ended, whoever has its number now.
 fn read(proc: &Path, key: &Key) -> Option<ProcessDetails> {
     let folder = proc.join(key.pid.to_string());
-    let is_it =
-        || started(&folder).is_some_and(|ticks| ticks == key.started.as_nanos() / TICK.as_nanos());
+    let is_it = || {
+        started(&folder).is_some_and(|ticks| ticks == key.started.as_nanos() / TICK.as_nanos())
+            && comm(&folder) == Some(key.comm)
+    };
     if !is_it() {
         return None;
     }
     let details = ProcessDetails {
-        exe: fs::read_link(folder.join("exe")).ok(),
+        exe: exe(&folder)?,
         cmdline: cmdline(folder.join("cmdline")).unwrap_or_default(),
     };
     // It is there still, so it was there all the time.
     is_it().then_some(details)
 }
 
+/// The name of the main thread.
+fn comm(folder: &Path) -> Option<Comm> {
+    let name = fs::read(folder.join("comm")).ok()?;
+    Some(Comm::from_bytes(name.strip_suffix(b"\n")?))
+}
+
+/// The executable; `Some(None)` for a kernel thread, `None` if it cannot be read.
+fn exe(folder: &Path) -> Option<Option<PathBuf>> {
+    if let Ok(exe) = fs::read_link(folder.join("exe")) {
+        return Some(Some(exe));
+    }
+    if is_kernel_thread(folder) {
+        return Some(None);
+    }
+    // The main thread has exited: each other thread has the executable too.
+    let threads = fs::read_dir(folder.join("task")).ok()?.flatten();
+    let mut links = threads.filter_map(|thread| fs::read_link(thread.path().join("exe")).ok());
+    links.next().map(Some)
+}
+
+fn is_kernel_thread(folder: &Path) -> bool {
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    stat(folder, 6).is_some_and(|flags| flags & u128::from(PF_KTHREAD) != 0)
+}
+
 fn cmdline(path: PathBuf) -> std::io::Result<Vec<OsString>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(CMDLINE).read_to_end(&mut bytes)?;
-    if bytes.last() == Some(&0) {
-        bytes.pop();
-    }
+    Ok(words(&bytes))
+}
+
+/// The arguments of a command line, each of which ends with a NUL.
+pub(crate) fn words(bytes: &[u8]) -> Vec<OsString> {
     if bytes.is_empty() {
-        return Ok(Vec::new());
+        return Vec::new();
     }
-    let words = bytes.split(|&byte| byte == 0);
-    Ok(words
+    let words = bytes.strip_suffix(&[0]).unwrap_or(bytes);
+    words
+        .split(|&byte| byte == 0)
         .map(|word| OsString::from_vec(word.to_vec()))
-        .collect())
+        .collect()
 }
 
 /// When the process was made, in ticks since the machine was.
 fn started(folder: &Path) -> Option<u128> {
+    stat(folder, 19)
+}
+
+/// A number in `/proc/PID/stat`, counted from the parent's pid as 1.
+fn stat(folder: &Path, field: usize) -> Option<u128> {
     let stat = fs::read(folder.join("stat")).ok()?;
     // The second field is the process's name in parentheses, which may contain anything; the 22nd is what we want (proc(5)).
     let end = stat.iter().rposition(|&byte| byte == b')')?;
     let rest = std::str::from_utf8(&stat[end..]).ok()?;
-    rest.split(' ').nth(20)?.parse().ok()
+    rest.split(' ').nth(field + 1)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -170,7 +208,7 @@ mod tests {
         Key {
             pid: std::process::id(),
             started: TICK * u32::try_from(ticks).expect("less than a year"),
-            comm: Comm::default(),
+            comm: comm(Path::new("/proc/self")).expect("/proc"),
         }
     }
 

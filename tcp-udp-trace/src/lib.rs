@@ -281,6 +281,7 @@ mod flows;
 #[doc(hidden)]
 pub mod fuzzing;
 mod hook;
+mod images;
 mod info;
 #[cfg(feature = "serde")]
 mod json;

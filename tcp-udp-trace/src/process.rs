@@ -37,13 +37,14 @@ pub struct Process {
     pub details: Option<Arc<ProcessDetails>>,
 }
 
-/// What a process runs, as it was when the process was first seen under its present name.
+/// The program that a process ran when it became the owner of a socket, or when it was looked up.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct ProcessDetails {
-    /// The path of its executable (`/proc/PID/exe`), as the process itself would name it; ` (deleted)` is at its end if it is not there any
-    /// more. None for a kernel thread.
+    /// The path of its executable (`/proc/PID/exe`), from the root of the mount namespace that the
+    /// executable's mount is in, also for a process in a chroot. ` (deleted)` is at its end if the file
+    /// was deleted before it was read. None only for a kernel thread.
     #[cfg_attr(feature = "serde", serde(with = "crate::json::path"))]
     pub exe: Option<PathBuf>,
     /// Its command line (`/proc/PID/cmdline`), which it can change at will: at most the first 4096 bytes.

@@ -32,6 +32,8 @@ pub(crate) fn trials() -> Vec<Test> {
             thread_of_a_process,
             hostile_name,
             process_details,
+            details_of_short_processes,
+            details_of_the_program_before_an_exec,
             address_reuse_by_two_thousand_sockets,
             listener_older_than_the_tracer,
             connection_older_than_the_tracer,
@@ -420,6 +422,80 @@ fn process_details() -> anyhow::Result<()> {
             .iter()
             .any(|event| event.socket.local == connected.local)
     );
+    Ok(())
+}
+
+/// Processes that end at once, one after the other, at the default latency: at least 99 % have
+/// their executable and their whole command line, and none has another one's.
+fn details_of_short_processes() -> anyhow::Result<()> {
+    const COUNT: usize = 1000;
+    let trace = Trace::start_with(|builder| builder.process_details(true))?;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    let bash = fs::canonicalize("/bin/bash")?;
+    let mut truth = std::collections::HashMap::new();
+    for index in 0..COUNT {
+        let script = format!("echo > /dev/tcp/127.0.0.1/{port}");
+        let args = [
+            "-c".to_owned(),
+            script,
+            "a\nb".to_owned(),
+            index.to_string(),
+        ];
+        let mut child = std::process::Command::new(&bash)
+            .args(&args)
+            .stderr(std::process::Stdio::null())
+            .spawn()?;
+        let pid = child.id();
+        child.wait()?;
+        drop(listener.accept()?);
+        let mut cmdline = vec![bash.clone().into_os_string()];
+        cmdline.extend(args.map(Into::into));
+        truth.insert(pid, cmdline);
+    }
+    let events = trace.finish_in_order(COUNT)?;
+    let mut found = std::collections::HashSet::new();
+    for process in events.iter().filter_map(|event| event.process.as_ref()) {
+        let (Some(cmdline), Some(details)) = (truth.get(&process.pid), &process.details) else {
+            continue;
+        };
+        ensure!(details.exe.as_ref() == Some(&bash), "{details:?}");
+        ensure!(&details.cmdline == cmdline, "{details:?}");
+        found.insert(process.pid);
+    }
+    println!("{} of {COUNT} have details", found.len());
+    ensure!(
+        found.len() * 100 >= COUNT * 99,
+        "{} of {COUNT}",
+        found.len()
+    );
+    Ok(())
+}
+
+/// A process connects and executes another program at once: the details are those of the first.
+fn details_of_the_program_before_an_exec() -> anyhow::Result<()> {
+    let trace = Trace::start_with(|builder| builder.process_details(true))?;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let port = listener.local_addr()?.port();
+    let bash = fs::canonicalize("/bin/bash")?;
+    let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port}; exec sleep 0.2");
+    let mut child = std::process::Command::new(&bash)
+        .args(["-c", &script])
+        .spawn()?;
+    let pid = child.id();
+    drop(listener.accept()?);
+    child.wait()?;
+    let events = trace.finish_in_order(1)?;
+    let mut seen = 0;
+    for process in events.iter().filter_map(|event| event.process.as_ref()) {
+        if process.pid == pid {
+            let details = process.details.as_ref();
+            let is_first = details.is_some_and(|details| details.exe.as_ref() == Some(&bash));
+            ensure!(is_first, "{process:?}");
+            seen += 1;
+        }
+    }
+    ensure!(seen > 1, "{seen} events");
     Ok(())
 }
 

@@ -95,7 +95,7 @@ pub(crate) fn record<R: Record>(
     Place::leave(place);
     if !written {
         anomaly::lost(kind);
-    } else if is_armed() {
+    } else if kind != kind::IMAGE && is_armed() {
         // Where there is no room for it, the reader has been woken already.
         output(&URGENT, ctx, &kind::BELL);
     }

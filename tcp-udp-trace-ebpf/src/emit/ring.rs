@@ -7,6 +7,8 @@ use aya_ebpf::{
     maps::RingBuf,
 };
 
+use tcp_udp_trace_common::kind;
+
 use super::{Context, Record, Weight, head, is_armed};
 use crate::anomaly;
 
@@ -41,7 +43,7 @@ pub(crate) fn record<R: Record>(
         return false;
     }
     let (entry, wake) = match EVENTS.reserve::<R>(0) {
-        Some(entry) => (Some(entry), wake(before, after)),
+        Some(entry) => (Some(entry), wake(kind, before, after)),
         // The reader has been woken long ago.
         None if weight == Weight::Last => (LATE.reserve(0), u64::from(BPF_RB_NO_WAKEUP)),
         None => (None, 0),
@@ -62,10 +64,13 @@ pub(crate) fn record<R: Record>(
 
 /// How to submit a record that fills the ring from `before` to `after`: it wakes the reader if that asked for it, or if the ring fills up.
 #[inline(always)]
-fn wake(before: u64, after: u64) -> u64 {
+fn wake(kind: u32, before: u64, after: u64) -> u64 {
     // Only the record that crosses the line wakes: past it, each one would. Two CPUs may cross it together and both
     // believe that the other did; the next line, or the reader's timer, makes up for that.
-    if is_armed() || after >> WAKE_SHIFT.load() != before >> WAKE_SHIFT.load() {
+    // An image is followed by the record of a socket, which wakes the reader for both.
+    if kind != kind::IMAGE && is_armed()
+        || after >> WAKE_SHIFT.load() != before >> WAKE_SHIFT.load()
+    {
         u64::from(BPF_RB_FORCE_WAKEUP)
     } else {
         u64::from(BPF_RB_NO_WAKEUP)

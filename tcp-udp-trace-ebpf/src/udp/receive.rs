@@ -69,7 +69,7 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
         local_port: u16::from_be(destination),
     };
     let key = key_of(sk);
-    if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
+    if let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) {
         count(ctx, key, tracked, &datagrams);
     }
 }
@@ -133,7 +133,7 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
         }
         (datagrams, key(sk, socket.get(Field::Cookie)))
     };
-    if let Some(tracked) = used(key, ptr::without_provenance(sk.0 as usize)) {
+    if let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) {
         if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
             tracked.approximate = 1;
         }

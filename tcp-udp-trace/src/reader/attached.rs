@@ -14,6 +14,7 @@ use crate::{
     Error, Event, EventKind, Fates, Filter, Kind, LossStage, Protocol, Stats,
     decode::{Decoded, Malformed, decode},
     flows::Flows,
+    images::Images,
     kernel::{Kernel, Ring},
     kind::Counts,
     samples::Samples,
@@ -36,6 +37,7 @@ pub(super) struct Attached {
     flows: Flows,
     samples: Arc<Samples>,
     filter: Filter,
+    images: Option<Images>,
     /// Of this process's time namespace.
     time_offset: i64,
 }
@@ -48,6 +50,7 @@ impl Attached {
         flows: Flows,
         samples: Arc<Samples>,
         filter: Filter,
+        images: Option<Images>,
     ) -> Self {
         Self {
             kernel,
@@ -60,6 +63,7 @@ impl Attached {
             flows,
             samples,
             filter,
+            images,
             // The file tells the namespace of the children, which is that of a process that was started in its own.
             time_offset: namespace_offset(
                 &fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
@@ -72,6 +76,7 @@ impl Attached {
         let Counters {
             lost: _,
             lost_of,
+            lost_pieces: _,
             untracked,
             missed,
             unknown_family,
@@ -132,6 +137,7 @@ impl Attached {
             lost,
             flows,
             samples,
+            images,
             ..
         } = self;
         let mut sampled = 0;
@@ -142,10 +148,14 @@ impl Attached {
                     sampled += 1;
                     samples.take(cookie)
                 };
+                if images.as_mut().is_some_and(|images| images.take(bytes)) {
+                    return;
+                }
                 let Decoded {
-                    event,
+                    mut event,
                     lost_before,
                     flow,
+                    image,
                 } = match decode(bytes, clock, info) {
                     Ok(Some(decoded)) => decoded,
                     Ok(None) => return,
@@ -157,6 +167,9 @@ impl Attached {
                 let gap = new_losses(lost, lost_before);
                 if gap > 0 {
                     batch.push(Event::lost(gap, LossStage::Ring, &event));
+                }
+                if let (Some(process), Some(images)) = (&mut event.process, &mut *images) {
+                    process.details = images.of(image);
                 }
                 if event.is_end() {
                     samples.forget(event.socket.cookie);

@@ -35,6 +35,7 @@ use crate::{
     details::Details,
     enrich,
     flows::Flows,
+    images::Images,
     kernel::{Kernel, SampleScope},
     queue::Queue,
     samples::Samples,
@@ -111,7 +112,16 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
 
     let samples = Arc::new(Samples::default());
     let flows = Flows::new(interval, max_flows as usize);
-    let attached = Attached::new(kernel, ring, protocol, flows, Arc::clone(&samples), filter);
+    let images = process_details.then(Images::default);
+    let attached = Attached::new(
+        kernel,
+        ring,
+        protocol,
+        flows,
+        Arc::clone(&samples),
+        filter,
+        images,
+    );
     let queue = Queue::new(queue, overflow);
     let shared = Arc::new(Shared::new(queue, limits, samples, attached));
     let reader = Reader {

@@ -1,0 +1,128 @@
+//! The programs that owners of sockets run, put together from the pieces that the kernel's side
+//! writes. No I/O.
+
+use std::{ffi::OsString, num::NonZeroUsize, os::unix::ffi::OsStringExt as _, sync::Arc};
+
+use lru::LruCache;
+use tcp_udp_trace_common::{Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
+use zerocopy::FromBytes as _;
+
+use crate::{ProcessDetails, details::words};
+
+/// How many images are remembered.
+const REMEMBERED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+/// How many images may be incomplete at a time.
+const INCOMPLETE: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+
+/// Names a program that a process ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ImageKey {
+    pid: u32,
+    exec: u16,
+    started: u64,
+}
+
+impl ImageKey {
+    pub(crate) const fn of(owner: &Owner) -> Self {
+        Self {
+            pid: owner.pid,
+            exec: owner.exec,
+            started: owner.started,
+        }
+    }
+}
+
+/// The pieces that have come so far.
+#[derive(Debug, Default)]
+struct Pieces {
+    next: u32,
+    /// Last component first.
+    names: Vec<Vec<u8>>,
+    arguments: Vec<u8>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Images {
+    known: LruCache<ImageKey, Arc<ProcessDetails>>,
+    incomplete: LruCache<ImageKey, Pieces>,
+}
+
+impl Default for Images {
+    fn default() -> Self {
+        Self {
+            known: LruCache::new(REMEMBERED),
+            incomplete: LruCache::new(INCOMPLETE),
+        }
+    }
+}
+
+impl Images {
+    /// Returns what is known of an image.
+    pub(crate) fn of(&mut self, key: ImageKey) -> Option<Arc<ProcessDetails>> {
+        self.known.get(&key).cloned()
+    }
+
+    /// Takes a record if it is a piece of an image. An image of which a piece is missing or
+    /// unreadable is dropped.
+    pub(crate) fn take(&mut self, bytes: &[u8]) -> bool {
+        let Ok(piece) = Image::read_from_bytes(bytes) else {
+            return false;
+        };
+        if piece.head.kind != kind::IMAGE {
+            return false;
+        }
+        let key = ImageKey {
+            pid: piece.pid,
+            exec: piece.exec,
+            started: piece.started,
+        };
+        let mut pieces = match piece.index {
+            0 => Pieces::default(),
+            _ => self.incomplete.pop(&key).unwrap_or_default(),
+        };
+        if pieces.next != piece.index {
+            return true;
+        }
+        if piece.part == part::END {
+            if piece.size == 1 {
+                self.known.put(key, Arc::new(pieces.details()));
+            }
+        } else if pieces.add(&piece).is_some() {
+            self.incomplete.put(key, pieces);
+        }
+        true
+    }
+}
+
+impl Pieces {
+    /// Adds a piece; `None` if it could not be read or its bytes are not all there.
+    fn add(&mut self, piece: &Image) -> Option<()> {
+        let bytes = piece.bytes.get(..piece.size as usize)?;
+        self.next += 1;
+        if piece.part == part::NAME {
+            // A name that fills the piece may be longer.
+            let name = bytes.strip_suffix(&[0]).filter(|_| bytes.len() < PIECE)?;
+            self.names.push(name.to_vec());
+        } else {
+            let room = MAX_ARGUMENTS.saturating_sub(self.arguments.len());
+            let bytes = bytes
+                .get(..bytes.len().min(room))
+                .filter(|b| !b.is_empty())?;
+            self.arguments.extend_from_slice(bytes);
+        }
+        Some(())
+    }
+
+    fn details(&self) -> ProcessDetails {
+        let mut path = Vec::new();
+        for name in self.names.iter().rev() {
+            path.push(b'/');
+            path.extend_from_slice(name);
+        }
+        ProcessDetails {
+            exe: Some(OsString::from_vec(path).into()),
+            cmdline: words(&self.arguments),
+        }
+    }
+}
