@@ -389,12 +389,15 @@ impl UdpTracked {
 
 /// What a piece of an [`Image`] is, in [`Image::part`].
 pub mod part {
-    /// A component of the executable's path and its NUL; the last component comes first.
+    /// A component of the executable's path and its NUL, empty for a mount point. The last
+    /// component comes first.
     pub const NAME: u16 = 1;
     /// Bytes of the command line, each argument with its NUL.
     pub const ARGUMENTS: u16 = 2;
     /// The end: all pieces have been written.
     pub const END: u16 = 3;
+    /// The end of the path. [`Image::size`](super::Image::size) is 1 if it is whole.
+    pub const PATH_END: u16 = 4;
 }
 
 /// The most bytes that are read of a command line.
@@ -414,9 +417,9 @@ pub struct Image {
     pub exec: u16,
     /// One of [`part`].
     pub part: u16,
-    /// How many pieces came before it.
+    /// How many pieces of the path, or of the arguments, came before it.
     pub index: u32,
-    /// How many bytes of `bytes` count, or 1 in a [`part::END`] if the path is whole.
+    /// How many bytes of `bytes` count.
     pub size: u32,
     /// The bytes.
     pub bytes: [u8; PIECE],

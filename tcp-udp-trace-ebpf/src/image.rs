@@ -28,7 +28,7 @@ static SEEN: LruHashMap<[u64; 2], u8> = LruHashMap::with_max_entries(4096, 0);
 const MAX_STEPS: u32 = 40;
 
 /// The most pieces of a command line.
-const MAX_PIECES: usize = MAX_ARGUMENTS.div_ceil(PIECE);
+const MAX_PIECES: u32 = MAX_ARGUMENTS.div_ceil(PIECE) as u32;
 
 /// See [`Owner::exec`]. Without images it is not read.
 #[inline(always)]
@@ -92,78 +92,98 @@ fn write(ctx: Context, started: u64, name: u64) -> u32 {
     }
     let writer = Writer { ctx, started, name };
     let mm = read::<u64>(current_task(), Field::Mm);
-    let (names, is_whole) = path(writer, mm);
-    let pieces = arguments(writer, mm, names);
-    writer.piece(part::END, pieces, |_| u32::from(is_whole));
+    path(writer, mm);
+    arguments(writer, mm);
     0
 }
 
-/// Writes the path of the executable, up to the root of its mount namespace. Returns the number of
-/// pieces, and whether that is the path.
+/// Writes the path of the executable, up to the root of its mount namespace.
+///
+/// Each step writes one piece, with the step's number, and nothing of the path is alive after its end.
+/// So the verifier of old kernels, which compares all numbers of a program with functions, sees each
+/// step once.
 #[inline(always)]
-fn path(writer: Writer, mm: u64) -> (u32, bool) {
+fn path(writer: Writer, mm: u64) {
     let file = read::<u64>(mm, Field::ExeFile);
     let mut dentry = read::<u64>(file, Field::FileDentry);
     let vfsmount = read::<u64>(file, Field::FileMount);
     let in_mount = offset(Field::MountRoot).wrapping_sub(offset(Field::VfsMountRoot));
     let mut mount = vfsmount.wrapping_sub(u64::from(in_mount));
-    let mut pieces = 0;
+    let mut step = 0;
     // The kernel marks the path of a deleted file, and user space finds the mark in `/proc`.
-    if mm == 0 || read::<u64>(dentry, Field::DentryHashed) == 0 {
-        return (0, false);
-    }
-    for _ in 0..MAX_STEPS {
-        if dentry == read::<u64>(mount, Field::MountRoot) {
-            let parent = read::<u64>(mount, Field::MountParent);
-            if parent == mount || parent == 0 {
-                return (pieces, parent != 0);
+    let mut is_whole = false;
+    if mm != 0 && read::<u64>(dentry, Field::DentryHashed) != 0 {
+        while step < MAX_STEPS {
+            let mut name = 0;
+            if dentry == read::<u64>(mount, Field::MountRoot) {
+                let parent = read::<u64>(mount, Field::MountParent);
+                if parent == mount || parent == 0 {
+                    is_whole = parent != 0;
+                    break;
+                }
+                dentry = read(mount, Field::MountPoint);
+                mount = parent;
+            } else {
+                let parent = read::<u64>(dentry, Field::DentryParent);
+                if parent == dentry || parent == 0 {
+                    break;
+                }
+                name = read::<u64>(dentry, Field::DentryName);
+                dentry = parent;
             }
-            dentry = read(mount, Field::MountPoint);
-            mount = parent;
-            continue;
+            writer.piece(part::NAME, step, |bytes| {
+                // SAFETY: the helper writes at most the bytes of a piece, also if the pointer is bad.
+                let size = unsafe {
+                    bpf_probe_read_kernel_str(
+                        bytes.as_mut_ptr().cast(),
+                        PIECE as u32,
+                        name as *const _,
+                    )
+                };
+                if name == 0 {
+                    // A mount point, which adds no name.
+                    bytes[0] = 0;
+                    1
+                } else if size > 0 {
+                    size as u32
+                } else {
+                    0
+                }
+            });
+            step += 1;
         }
-        let parent = read::<u64>(dentry, Field::DentryParent);
-        if parent == dentry || parent == 0 {
-            break;
-        }
-        let name = read::<u64>(dentry, Field::DentryName);
-        writer.piece(part::NAME, pieces, |bytes| {
-            // SAFETY: the helper writes at most the bytes of a piece.
-            let size = unsafe {
-                bpf_probe_read_kernel_str(bytes.as_mut_ptr().cast(), PIECE as u32, name as *const _)
-            };
-            if size > 0 { size as u32 } else { 0 }
-        });
-        pieces += 1;
-        dentry = parent;
     }
-    (pieces, false)
+    writer.piece(part::PATH_END, step, |_| u32::from(is_whole));
 }
 
-/// Writes the beginning of the command line. Returns the number of pieces with those before.
+/// Writes the beginning of the command line, and the end of the image.
 #[inline(always)]
-fn arguments(writer: Writer, mm: u64, mut pieces: u32) -> u32 {
+fn arguments(writer: Writer, mm: u64) {
+    let mut piece = 0;
     let mut address = read::<u64>(mm, Field::ArgStart);
     let end = read::<u64>(mm, Field::ArgEnd);
-    for _ in 0..MAX_PIECES {
-        if address >= end {
-            break;
-        }
+    while piece < MAX_PIECES && address < end {
         let left = end - address;
-        writer.piece(part::ARGUMENTS, pieces, |bytes| {
-            let size = if left < PIECE as u64 {
-                left as u32
+        writer.piece(part::ARGUMENTS, piece, |bytes| {
+            // Linux 5.10 loses the bounds of a plain minimum. The compiler knows none here, so it
+            // keeps both steps, which the verifier follows.
+            let left = if left < PIECE as u64 {
+                left
             } else {
-                PIECE as u32
+                PIECE as u64
             };
+            let size = core::hint::black_box(left) as u32 & 0xff;
+            if size > PIECE as u32 {
+                return 0;
+            }
             // SAFETY: the helper writes at most the bytes of a piece.
             let error = unsafe {
                 bpf_probe_read_user(bytes.as_mut_ptr().cast(), size, address as *const _)
             };
             if error == 0 { size } else { 0 }
         });
-        pieces += 1;
+        piece += 1;
         address += PIECE as u64;
     }
-    pieces
+    writer.piece(part::END, piece, |_| 0);
 }

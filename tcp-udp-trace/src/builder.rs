@@ -234,6 +234,10 @@ macro_rules! builder {
             /// ended or renamed itself by then has none. The last 4,096 processes are remembered. In
             /// `/proc`, other users' processes take `CAP_SYS_PTRACE`, in a time namespace Linux 5.11.
             /// Default no.
+            ///
+            /// Kernels before about 6.5 verify the programs that report this for minutes. There
+            /// `/proc` alone is read, when the reader wakes, and most processes that end at once have
+            /// no details.
             pub fn process_details(mut self, process_details: bool) -> Self {
                 self.config.process_details = process_details;
                 self

@@ -77,17 +77,18 @@ impl Images {
             exec: piece.exec,
             started: piece.started,
         };
-        let mut pieces = match piece.index {
-            0 => Pieces::default(),
-            _ => self.incomplete.pop(&key).unwrap_or_default(),
+        let mut pieces = match (piece.part, piece.index) {
+            (part::NAME, 0) => Pieces::default(),
+            _ => match self.incomplete.pop(&key) {
+                Some(pieces) => pieces,
+                None => return true,
+            },
         };
         if pieces.next != piece.index {
             return true;
         }
         if piece.part == part::END {
-            if piece.size == 1 {
-                self.known.put(key, Arc::new(pieces.details()));
-            }
+            self.known.put(key, Arc::new(pieces.details()));
         } else if pieces.add(&piece).is_some() {
             self.incomplete.put(key, pieces);
         }
@@ -100,16 +101,26 @@ impl Pieces {
     fn add(&mut self, piece: &Image) -> Option<()> {
         let bytes = piece.bytes.get(..piece.size as usize)?;
         self.next += 1;
-        if piece.part == part::NAME {
-            // A name that fills the piece may be longer.
-            let name = bytes.strip_suffix(&[0]).filter(|_| bytes.len() < PIECE)?;
-            self.names.push(name.to_vec());
-        } else {
-            let room = MAX_ARGUMENTS.saturating_sub(self.arguments.len());
-            let bytes = bytes
-                .get(..bytes.len().min(room))
-                .filter(|b| !b.is_empty())?;
-            self.arguments.extend_from_slice(bytes);
+        match piece.part {
+            part::NAME => {
+                // A name that fills the piece may be longer.
+                let name = bytes.strip_suffix(&[0]).filter(|_| bytes.len() < PIECE)?;
+                if !name.is_empty() {
+                    self.names.push(name.to_vec());
+                }
+            }
+            part::PATH_END => {
+                // The arguments are counted from 0 again.
+                self.next = 0;
+                (piece.size == 1).then_some(())?;
+            }
+            _ => {
+                let room = MAX_ARGUMENTS.saturating_sub(self.arguments.len());
+                let bytes = bytes
+                    .get(..bytes.len().min(room))
+                    .filter(|b| !b.is_empty())?;
+                self.arguments.extend_from_slice(bytes);
+            }
         }
         Some(())
     }

@@ -163,3 +163,10 @@ pub fn is_at_least(major: u32, minor: u32) -> anyhow::Result<bool> {
 pub fn is_emulated() -> anyhow::Result<bool> {
     Ok(fs::read_to_string("/proc/cmdline")?.contains("tut_vm"))
 }
+
+/// Whether the kernel's side reports what a socket's owner runs, where that is asked for.
+pub fn captures_images() -> anyhow::Result<bool> {
+    let btf = fs::read("/sys/kernel/btf/vmlinux")?;
+    let name = b"\0backtrack_state\0";
+    Ok(btf.windows(name.len()).any(|bytes| bytes == name))
+}

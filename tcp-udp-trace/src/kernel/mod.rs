@@ -103,12 +103,17 @@ impl Kernel {
         needs::check(config.protocol)?;
         let plan = plan::wanted(config);
         let walks = walk::wanted(config);
-        let (offsets, ids) = {
+        let (offsets, ids, images) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
             let targets = targets.chain(walks.iter().map(|walk| walk.target()));
-            (offsets::resolve(&btf)?, btf_ids::find(&btf, targets))
+            let images = config.process_details && offsets::has_precise_verifier(&btf);
+            (
+                offsets::resolve(&btf)?,
+                btf_ids::find(&btf, targets),
+                images,
+            )
         };
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
@@ -145,9 +150,9 @@ impl Kernel {
             .override_global("WAKE_SHIFT", &wake_shift, buffer == Buffer::Ring)
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
-            .override_global("IMAGES", &u8::from(config.process_details), true)
+            .override_global("IMAGES", &u8::from(images), true)
             .map_max_entries("EVENTS", events)
-            .map_max_entries("SEEN", if config.process_details { 4096 } else { 1 })
+            .map_max_entries("SEEN", if images { 4096 } else { 1 })
             .map_max_entries("SOCKETS", tcp_sockets)
             .map_max_entries("UDP_SOCKETS", udp_sockets)
             .map_max_entries("FLOWS", flows)

@@ -84,6 +84,15 @@ pub(super) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
     }
 }
 
+/// Whether this kernel's verifier forgets numbers that do not matter also in programs with functions.
+///
+/// Older ones (5.10 and 6.1 among them) verify each path through the loops of `image` by itself, which
+/// takes minutes. The type came with that ability.
+pub(super) fn has_precise_verifier(btf: &Btf<'_>) -> bool {
+    btf.id(super::btf::kind::STRUCT, "backtrack_state")
+        .is_some()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
