@@ -222,6 +222,8 @@ pub struct Flow {
     /// Whether the next datagram shall be reported: one of [`report`], or when it was found that nobody wants this flow (`CLOCK_BOOTTIME`,
     /// nanoseconds).
     pub report: u64,
+    /// Not 0 if a number of its totals may be too small, see [`Udp::approximate`].
+    pub approximate: u64,
 }
 
 /// Values of [`Flow::report`].
@@ -244,6 +246,8 @@ pub struct FlowQuery {
     pub known: Traffic,
     /// The answer: its totals.
     pub traffic: Traffic,
+    /// The answer: see [`Flow::approximate`].
+    pub approximate: u64,
     /// Not 0 if the flow has ended and shall be forgotten.
     pub forget: u64,
 }
@@ -363,6 +367,6 @@ const _: () = {
     assert!(size_of::<Udp>() == 176);
     assert!(size_of::<UdpTracked>() == 112);
     assert!(size_of::<FlowKey>() == 32);
-    assert!(size_of::<Flow>() == 40);
-    assert!(size_of::<FlowQuery>() == 120);
+    assert!(size_of::<Flow>() == 48);
+    assert!(size_of::<FlowQuery>() == 128);
 };

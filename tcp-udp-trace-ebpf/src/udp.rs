@@ -223,6 +223,7 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
                 rx_packets: 0,
             },
             report: report::LATER,
+            approximate: 0,
         };
         // Another CPU may have been first: then it reports.
         is_new = FLOWS
@@ -232,6 +233,10 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
     }
     // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
     if let Some(flow) = flow.and_then(|flow| unsafe { flow.as_mut() }) {
+        if datagrams.direction == Direction::Received && tracked.approximate != 0 {
+            // Before the datagrams are counted: whoever finds them finds this, too.
+            flow.approximate = 1;
+        }
         add(&mut flow.traffic, datagrams);
         // Most datagrams end here, without a look at the clock: that would take as long as finding the flow.
         if is_new || flow.report != report::LATER && is_due(flow.report) {
@@ -240,7 +245,11 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
                 flow.report = now();
             } else {
                 tracked.flows = 1;
-                if !record(ctx, kind::FLOW, key, tracked, datagrams, &flow.traffic, 0) {
+                let totals = Totals {
+                    traffic: &flow.traffic,
+                    approximate: flow.approximate != 0,
+                };
+                if !record(ctx, kind::FLOW, key, tracked, datagrams, totals, 0) {
                     flow.report = report::NEXT;
                 }
             }
@@ -258,7 +267,7 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
                 key,
                 tracked,
                 datagrams,
-                &tracked.traffic,
+                totals_of(tracked),
                 datagrams.bytes,
             );
         }
@@ -289,6 +298,21 @@ fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
     }
 }
 
+/// What a socket or a flow has carried.
+#[derive(Clone, Copy)]
+struct Totals<'a> {
+    traffic: &'a Traffic,
+    approximate: bool,
+}
+
+#[inline(always)]
+fn totals_of(tracked: &UdpTracked) -> Totals<'_> {
+    Totals {
+        traffic: &tracked.traffic,
+        approximate: tracked.approximate != 0,
+    }
+}
+
 #[inline(always)]
 fn record(
     ctx: Context,
@@ -296,7 +320,7 @@ fn record(
     key: u64,
     tracked: &UdpTracked,
     at: &Datagrams,
-    traffic: &Traffic,
+    totals: Totals<'_>,
     amount: u64,
 ) -> bool {
     let weight = if kind == kind::CLOSE {
@@ -309,7 +333,7 @@ fn record(
         record.id = tracked.id;
         record.born = tracked.born;
         record.cgroup = tracked.cgroup;
-        record.traffic = *traffic;
+        record.traffic = *totals.traffic;
         record.amount = amount;
         record.owner = tracked.owner;
         record.uid = Sock::new(tracked.sk).get(Field::SkUid);
@@ -317,7 +341,7 @@ fn record(
         record.peer = at.peer;
         record.local = at.local;
         record.local_port = at.local_port;
-        record.approximate = tracked.approximate.into();
+        record.approximate = totals.approximate.into();
     })
 }
 
@@ -345,7 +369,7 @@ fn report(
             key,
             tracked,
             &addresses,
-            &tracked.traffic,
+            totals_of(tracked),
             amount,
         )
 }
@@ -429,6 +453,7 @@ pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
         }
     }
     ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
+    ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
     if forget != 0 {
         let _ = FLOWS.remove(key);
     }

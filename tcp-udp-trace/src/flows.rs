@@ -13,7 +13,7 @@ use std::{
 
 use tcp_udp_trace_common::FlowKey;
 
-use crate::{Event, Traffic};
+use crate::{Event, EventKind, Traffic};
 
 /// The flows that were reported and have not ended.
 #[derive(Debug)]
@@ -36,13 +36,31 @@ struct Reported {
     due: Option<Duration>,
 }
 
+/// What a flow has carried so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Totals {
+    pub(crate) traffic: Traffic,
+    /// See [`EventKind::Flow`].
+    pub(crate) approximate: bool,
+}
+
+impl Totals {
+    /// These are the event's numbers from now on.
+    fn put_into(self, event: &mut Event) {
+        event.traffic = self.traffic;
+        event.kind = EventKind::Flow {
+            approximate: self.approximate,
+        };
+    }
+}
+
 /// What the kernel's map knows of flows.
 pub(crate) trait FlowMap {
     /// The totals of a flow; `None` if it had to make room for others. If they are no others than those `known`, there will be a record of the
     /// next datagram.
-    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Traffic>;
+    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals>;
     /// The last totals of a flow that has ended, or must make room.
-    fn take(&mut self, flow: &FlowKey) -> Option<Traffic>;
+    fn take(&mut self, flow: &FlowKey) -> Option<Totals>;
 }
 
 impl Flows {
@@ -127,8 +145,8 @@ impl Flows {
             };
             flow.due = None;
             match map.totals(&key, flow.event.traffic) {
-                Some(traffic) if traffic != flow.event.traffic => {
-                    flow.event.traffic = traffic;
+                Some(totals) if totals.traffic != flow.event.traffic => {
+                    totals.put_into(&mut flow.event);
                     stamp(&mut flow.event);
                     emit(flow.event.clone());
                     let date = now + self.interval;
@@ -157,7 +175,7 @@ impl Flows {
                 continue;
             };
             match map.take(&key) {
-                Some(traffic) => event.traffic = traffic,
+                Some(totals) => totals.put_into(&mut event),
                 None => self.evicted += 1,
             }
             stamp(&mut event);
@@ -174,8 +192,8 @@ impl Flows {
     ) {
         for (key, Reported { mut event, .. }) in self.flows.drain() {
             match map.totals(&key, event.traffic) {
-                Some(traffic) if traffic != event.traffic => {
-                    event.traffic = traffic;
+                Some(totals) if totals.traffic != event.traffic => {
+                    totals.put_into(&mut event);
                     stamp(&mut event);
                     emit(event);
                 }
@@ -200,8 +218,9 @@ impl Flows {
         };
         self.evicted += 1;
         if let Some(Reported { mut event, .. }) = self.remove(&key) {
-            if let Some(traffic) = map.take(&key).filter(|totals| *totals != event.traffic) {
-                event.traffic = traffic;
+            let totals = map.take(&key);
+            if let Some(totals) = totals.filter(|totals| totals.traffic != event.traffic) {
+                totals.put_into(&mut event);
                 emit(event);
             }
         }
@@ -231,14 +250,14 @@ mod tests {
 
     /// The kernel's map.
     #[derive(Default)]
-    struct Map(HashMap<FlowKey, Traffic>);
+    struct Map(HashMap<FlowKey, Totals>);
 
     impl FlowMap for Map {
-        fn totals(&self, flow: &FlowKey, _known: Traffic) -> Option<Traffic> {
+        fn totals(&self, flow: &FlowKey, _known: Traffic) -> Option<Totals> {
             self.0.get(flow).copied()
         }
 
-        fn take(&mut self, flow: &FlowKey) -> Option<Traffic> {
+        fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
             self.0.remove(flow)
         }
     }
@@ -273,7 +292,7 @@ mod tests {
 
         /// Datagrams are counted, without a record.
         fn count(&mut self, key: FlowKey, packets: u64) {
-            self.map.0.entry(key).or_default().tx_packets += packets;
+            self.map.0.entry(key).or_default().traffic.tx_packets += packets;
         }
 
         /// The kernel writes a record now.
@@ -285,8 +304,7 @@ mod tests {
                 SystemTime::UNIX_EPOCH,
                 now,
             );
-            event.kind = EventKind::Flow { approximate: false };
-            event.traffic = self.map.0[&key];
+            self.map.0[&key].put_into(&mut event);
             let Self {
                 flows,
                 map,
@@ -391,6 +409,36 @@ mod tests {
         assert_eq!(scene.tick(SECOND * 2), [1]);
         assert_eq!(scene.flows.evicted(), 1);
         assert_eq!(scene.close(1), [0; 0]);
+    }
+
+    #[test]
+    fn every_report_says_whether_its_numbers_may_be_too_small() {
+        let mut scene = Scene::new(10);
+        let flow = key(1, 1);
+        scene.count(flow, 1);
+        scene.record(flow, SECOND);
+        let totals = scene.map.0.get_mut(&flow).expect("a flow");
+        totals.traffic.rx_packets = 1;
+        totals.approximate = true;
+        let Scene {
+            mut flows, mut map, ..
+        } = scene;
+        let mut kinds = vec![];
+        flows.report(
+            SECOND * 2,
+            100,
+            &map,
+            |_| {},
+            |event| kinds.push(event.kind),
+        );
+        flows.close(1, &mut map, |_| {}, |event| kinds.push(event.kind));
+        assert_eq!(
+            kinds,
+            [
+                EventKind::Flow { approximate: true },
+                EventKind::Flow { approximate: true }
+            ]
+        );
     }
 
     #[test]

@@ -35,6 +35,7 @@ mod samples;
 mod sampling;
 mod snapshot;
 mod states;
+mod udp_flows;
 mod udp_lifecycle;
 mod udp_numbers;
 mod udp_peers;
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
         snapshot::trials(),
         udp_numbers::trials(),
         udp_peers::trials(),
+        udp_flows::trials(),
         udp_lifecycle::trials(),
     ]
     .concat();

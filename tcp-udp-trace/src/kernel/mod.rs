@@ -43,7 +43,7 @@ use crate::{
     builder::Config,
     decode,
     filter::{Compiled, Standing},
-    flows::FlowMap,
+    flows::{FlowMap, Totals},
 };
 
 /// The eBPF objects of this architecture, as `cargo xtask ebpf` made them: with a ring buffer, and with perf buffers.
@@ -215,7 +215,7 @@ impl Kernel {
     }
 
     /// Asks for the totals of a flow.
-    fn ask_flow(&self, flow: &FlowKey, known: Traffic, forget: bool) -> Option<Traffic> {
+    fn ask_flow(&self, flow: &FlowKey, known: Traffic, forget: bool) -> Option<Totals> {
         let mut query = FlowQuery::new_zeroed();
         query.key = *flow;
         query.known.tx_packets = known.tx_packets;
@@ -227,7 +227,10 @@ impl Kernel {
         options.data_out = Some(query.as_mut_bytes());
         let program: &SchedClassifier = self.ebpf.program(ASK_FLOW)?.try_into().ok()?;
         let answer = program.test_run(options).ok()?;
-        (answer.return_value == 1).then(|| decode::traffic(query.traffic))
+        (answer.return_value == 1).then(|| Totals {
+            traffic: decode::traffic(query.traffic),
+            approximate: query.approximate != 0,
+        })
     }
 
     /// What the programs have counted.
@@ -323,11 +326,11 @@ pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
 }
 
 impl FlowMap for Kernel {
-    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Traffic> {
+    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals> {
         self.ask_flow(flow, known, false)
     }
 
-    fn take(&mut self, flow: &FlowKey) -> Option<Traffic> {
+    fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
         self.ask_flow(flow, Traffic::default(), true)
     }
 }
