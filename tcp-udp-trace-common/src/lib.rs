@@ -188,7 +188,9 @@ pub struct Traffic {
 }
 
 /// The other side of a datagram.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct Peer {
     /// Its address, network byte order; IPv4 in the first word.
@@ -202,7 +204,9 @@ pub struct Peer {
 /// A flow: a UDP socket and a peer.
 ///
 /// The socket is named by its id and not by its key, which may change once (see [`Udp::key`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct FlowKey {
     /// The socket, see [`Udp::id`].
@@ -219,9 +223,11 @@ pub struct FlowKey {
 pub struct Flow {
     /// Its totals.
     pub traffic: Traffic,
-    /// Whether the next datagram shall be reported: one of [`report`], or when it was found that nobody wants this flow (`CLOCK_BOOTTIME`,
-    /// nanoseconds).
+    /// Whether the next datagram shall be reported: one of [`report`]. Of a flow that nobody wants, when that was found
+    /// (`CLOCK_BOOTTIME`, nanoseconds).
     pub report: u64,
+    /// When its first datagram was counted: `CLOCK_BOOTTIME`, nanoseconds.
+    pub born: u64,
     /// Not 0 if a number of its totals may be too small, see [`Udp::approximate`].
     pub approximate: u64,
 }
@@ -269,7 +275,8 @@ pub struct Udp {
     pub cgroup: u64,
     /// The totals: of the flow in a [`kind::FLOW`], else of the socket.
     pub traffic: Traffic,
-    /// Bytes of a datagram; of a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full.
+    /// Bytes of a datagram; of a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full; of a [`kind::FLOW`],
+    /// [`Flow::born`].
     pub amount: u64,
     /// The owner.
     pub owner: Owner,
@@ -283,8 +290,11 @@ pub struct Udp {
     pub local: [u32; 4],
     /// Local port, host byte order.
     pub local_port: u16,
-    /// 1 if [`Traffic::rx_packets`] counts reads that may have been several datagrams each.
-    pub approximate: u16,
+    /// 1 if [`Traffic::rx_packets`] counts reads that may have been several datagrams each, or if datagrams of the socket were counted for no
+    /// flow before this flow began.
+    pub approximate: u8,
+    /// 1 if it is the first report of a [`kind::FLOW`].
+    pub first: u8,
 }
 
 /// What the programs remember of a UDP socket, keyed like [`Udp::key`].
@@ -307,6 +317,8 @@ pub struct UdpTracked {
     pub flows: u8,
     /// See [`Tracked::kin`].
     pub kin: u16,
+    /// 1 once a datagram was counted for no flow, see [`Counters::unassigned`].
+    pub unassigned: u64,
     /// The owner.
     pub owner: Owner,
     /// The totals.
@@ -354,6 +366,9 @@ pub struct Counters {
     pub unknown_family: u64,
     /// Processes of a filter's trees that could not be remembered because the map of them was full.
     pub untracked_kin: u64,
+    /// Datagrams that were counted for their socket and for no flow: the map of flows was full, or the first report of a flow found
+    /// the buffer full.
+    pub unassigned: u64,
 }
 
 // The layouts are the contract: a change here is a change of both sides.
@@ -365,8 +380,8 @@ const _: () = {
     assert!(size_of::<Tcp>() == 160);
     assert!(size_of::<Tracked>() == 112);
     assert!(size_of::<Udp>() == 176);
-    assert!(size_of::<UdpTracked>() == 112);
+    assert!(size_of::<UdpTracked>() == 120);
     assert!(size_of::<FlowKey>() == 32);
-    assert!(size_of::<Flow>() == 48);
+    assert!(size_of::<Flow>() == 56);
     assert!(size_of::<FlowQuery>() == 128);
 };

@@ -6,7 +6,7 @@ use std::{
 };
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, FlowKey, Head, Owner, StateChange, Tcp, TcpSocket, Udp, kind, origin,
+    AF_INET, AF_INET6, FlowKey, Head, Owner, Peer, StateChange, Tcp, TcpSocket, Udp, kind, origin,
 };
 use zerocopy::{FromBytes, IntoBytes as _};
 
@@ -27,6 +27,8 @@ pub(crate) struct Decoded {
     pub(crate) lost_before: u32,
     /// UDP: the kernel's name of the flow with this peer.
     pub(crate) flow: Option<FlowKey>,
+    /// UDP: the first report of the flow.
+    pub(crate) is_first: bool,
 }
 
 /// Decodes one record. Of a sample, `info` tells by the cookie what else is known of the socket: nothing, and there is no event.
@@ -82,7 +84,11 @@ pub(crate) fn decode(
             let (bytes, approximate) = (record.amount, record.approximate != 0);
             let kind = match kind {
                 kind::CONNECT => EventKind::Connect,
-                kind::FLOW => EventKind::Flow { approximate },
+                kind::FLOW => EventKind::Flow {
+                    approximate,
+                    age: Duration::from_nanos(record.head.time.saturating_sub(record.amount)),
+                    last: false,
+                },
                 kind::SEND => EventKind::Send { bytes },
                 kind::RECEIVE => EventKind::Receive { bytes },
                 _ => EventKind::Close {
@@ -124,6 +130,7 @@ fn tcp(
         event,
         lost_before: head.lost,
         flow: None,
+        is_first: false,
     })
 }
 
@@ -164,7 +171,13 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
             peer,
             _pad: 0,
         }),
+        is_first: record.first != 0,
     })
+}
+
+/// The address of a peer, if it is one.
+pub(crate) fn peer(peer: Peer) -> Option<SocketAddr> {
+    address(peer.family, peer.address, peer.port).ok()
 }
 
 /// The totals of a record.
@@ -302,6 +315,7 @@ mod tests {
             event,
             lost_before,
             flow,
+            is_first: _,
         } = decode(record().as_bytes()).expect("a well-formed record");
         assert_eq!((lost_before, flow), (3, None));
         assert_eq!(event.time, UNIX_EPOCH + Duration::from_secs(1_001));

@@ -23,6 +23,7 @@
 pub mod actor;
 pub mod cgroup;
 pub mod collect;
+pub mod flow_sums;
 pub mod kernel;
 pub mod life;
 pub mod lives;

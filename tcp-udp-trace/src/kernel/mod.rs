@@ -34,7 +34,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, kind};
+use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, Udp, kind};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use self::filter::{ASK_FILTER, Filters};
@@ -70,6 +70,9 @@ const MIN_RING_BYTES: u32 = 4096;
 /// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
 /// matter most.
 const SHARE: u32 = 8;
+
+/// How many flows that the filter does not want are remembered.
+const UNWANTED: u32 = 16_384;
 
 /// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
 /// would keep the kernel from running others.
@@ -120,10 +123,15 @@ impl Kernel {
             Protocol::Udp => &[ASK_ARM, ASK_FILTER, ASK_FLOW],
         };
         // Every map of the object is made; those of the other protocol as small as can be.
-        let (tcp_sockets, udp_sockets, flows) = match config.protocol {
-            Protocol::Tcp => (config.max_sockets, 1, 1),
+        let (tcp_sockets, udp_sockets, flows, unwanted) = match config.protocol {
+            Protocol::Tcp => (config.max_sockets, 1, 1, 1),
             // Each CPU may be about to put one more together.
-            Protocol::Udp => (1, config.max_sockets + cpus as u32, config.max_flows),
+            Protocol::Udp => (
+                1,
+                config.max_sockets + cpus as u32,
+                config.max_flows + flows_on_their_way(config.ring_bytes),
+                config.max_flows.min(UNWANTED),
+            ),
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
@@ -148,6 +156,7 @@ impl Kernel {
             .map_max_entries("SOCKETS", tcp_sockets)
             .map_max_entries("UDP_SOCKETS", udp_sockets)
             .map_max_entries("FLOWS", flows)
+            .map_max_entries("UNWANTED", unwanted)
             .load(object)
             .map_err(|source| refusal::of_map(&source, config.protocol).with_source(source))?;
         let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
@@ -313,6 +322,12 @@ impl Kernel {
             }
         });
     }
+}
+
+/// How many flows may have begun of which the reader does not know yet. Each has a record in the buffer.
+fn flows_on_their_way(ring_bytes: u32) -> u32 {
+    const MOST: u32 = 16_384;
+    (ring_bytes / size_of::<Udp>() as u32).min(MOST)
 }
 
 /// Asks everything of a BTF that may be anything: for the fuzzers.

@@ -76,6 +76,7 @@ impl Attached {
             missed,
             unknown_family,
             untracked_kin,
+            unassigned,
         } = self.kernel.counters();
         let rejected = self.kernel.rejected();
         let of = |counts: &[u64; record::COUNT], kind: Kind| {
@@ -98,6 +99,7 @@ impl Attached {
             unknown_family,
             untracked_processes: untracked_kin,
             flows_evicted: self.flows.evicted(),
+            unassigned,
             recursion_misses: self.kernel.recursion_misses(),
             ..Stats::default()
         }
@@ -141,6 +143,7 @@ impl Attached {
                     event,
                     lost_before,
                     flow,
+                    is_first,
                 } = match decode(bytes, clock, info) {
                     Ok(Some(decoded)) => decoded,
                     Ok(None) => return,
@@ -159,7 +162,9 @@ impl Attached {
                 let before = batch.len();
                 match (&event.kind, flow) {
                     (EventKind::Flow { .. }, Some(flow)) => {
-                        flows.seen(flow, event, kernel, |event| batch.push(event));
+                        let stamp = stamp(event.time, event.uptime);
+                        let emit = |event| batch.push(event);
+                        flows.seen(flow, is_first, event, kernel, stamp, emit);
                     }
                     (EventKind::Close { .. }, Some(flow)) => {
                         let stamp = stamp(event.time, event.uptime);
