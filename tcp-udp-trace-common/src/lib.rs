@@ -319,6 +319,9 @@ pub struct UdpTracked {
     pub kin: u16,
     /// 1 once a datagram was counted for no flow, see [`Counters::unassigned`].
     pub unassigned: u64,
+    /// How many datagrams that have not been received yet may have come before the socket got its peer, so from anybody. At or below 0 (as a
+    /// signed number): none.
+    pub strangers: u64,
     /// The owner.
     pub owner: Owner,
     /// The totals.
@@ -380,7 +383,7 @@ const _: () = {
     assert!(size_of::<Tcp>() == 160);
     assert!(size_of::<Tracked>() == 112);
     assert!(size_of::<Udp>() == 176);
-    assert!(size_of::<UdpTracked>() == 120);
+    assert!(size_of::<UdpTracked>() == 128);
     assert!(size_of::<FlowKey>() == 32);
     assert!(size_of::<Flow>() == 56);
     assert!(size_of::<FlowQuery>() == 128);

@@ -109,6 +109,7 @@ pub(crate) fn begin(
         flows: 0,
         kin: 0,
         unassigned: 0,
+        strangers: 0,
         owner,
         traffic: Traffic {
             tx_bytes: 0,
@@ -136,6 +137,10 @@ pub(crate) fn begin(
     if sk.get::<u16>(Field::SockType) == SOCK_DGRAM {
         tracked.cgroup = sk.cgroup();
         tracked.netns = sk.netns();
+        let is_old = owner.origin != origin::CREATOR;
+        if is_old && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
+            tracked.strangers = connect::queued(sk);
+        }
         let old = if key == sk.0 { None } else { get(sk.0) };
         if let Some(old) = old {
             // It has got its cookie: what was known of it by its address is known by its cookie from now on.
@@ -144,6 +149,7 @@ pub(crate) fn begin(
             tracked.approximate = old.approximate;
             tracked.flows = old.flows;
             tracked.unassigned = old.unassigned;
+            tracked.strangers = old.strangers;
             tracked.kin = old.kin;
             tracked.traffic = old.traffic;
             if old.owner.origin != origin::NONE {
