@@ -40,10 +40,11 @@ impl Growth {
             // A UDP socket's other events tell what all its flows have carried together.
             _ => return (0, 0),
         };
-        if event.is_end() {
+        let is_last = matches!(event.kind, EventKind::Flow { last: true, .. });
+        if event.is_end() || is_last {
             self.known.pop(&key);
         }
-        // Fewer than before: the tracer had to forget the flow, and counts anew.
+        // Fewer than before: the report in which the flow ended was lost, and it has begun again.
         let since = |total: u64, before| total.checked_sub(before).unwrap_or(total);
         (
             since(total.tx_bytes, before.tx_bytes),

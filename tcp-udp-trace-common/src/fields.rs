@@ -88,6 +88,8 @@ fields! {
     Drops0: 4 = "numa_drop_counters.drops0",
     Drops1: 4 = "numa_drop_counters.drops1",
     UdpFlags: 8 = "udp_sock.udp_flags",
+    ReceiveQueued: 4 = "sock.sk_receive_queue.qlen",
+    ReaderQueued: 4 = "udp_sock.reader_queue.qlen",
     SkbHead: 8 = "sk_buff.head",
     SkbEnd: 4 = "sk_buff.end",
     SkbNext: 8 = "sk_buff.next",

@@ -210,7 +210,9 @@ pub struct Traffic {
 }
 
 /// The other side of a datagram.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct Peer {
     /// Its address, network byte order; IPv4 in the first word.
@@ -224,7 +226,9 @@ pub struct Peer {
 /// A flow: a UDP socket and a peer.
 ///
 /// The socket is named by its id and not by its key, which may change once (see [`Udp::key`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C)]
 pub struct FlowKey {
     /// The socket, see [`Udp::id`].
@@ -241,9 +245,13 @@ pub struct FlowKey {
 pub struct Flow {
     /// Its totals.
     pub traffic: Traffic,
-    /// Whether the next datagram shall be reported: one of [`report`], or when it was found that nobody wants this flow (`CLOCK_BOOTTIME`,
-    /// nanoseconds).
+    /// Whether the next datagram shall be reported: one of [`report`]. Of a flow that nobody wants, when that was found
+    /// (`CLOCK_BOOTTIME`, nanoseconds).
     pub report: u64,
+    /// When its first datagram was counted: `CLOCK_BOOTTIME`, nanoseconds.
+    pub born: u64,
+    /// Not 0 if a number of its totals may be too small, see [`Udp::approximate`].
+    pub approximate: u64,
 }
 
 /// Values of [`Flow::report`].
@@ -266,8 +274,19 @@ pub struct FlowQuery {
     pub known: Traffic,
     /// The answer: its totals.
     pub traffic: Traffic,
+    /// The answer: see [`Flow::approximate`].
+    pub approximate: u64,
     /// Not 0 if the flow has ended and shall be forgotten.
     pub forget: u64,
+}
+
+/// Bits of [`Udp::marks`].
+pub mod mark {
+    /// [`Traffic::rx_packets`](super::Traffic::rx_packets) counts reads that may have been several
+    /// datagrams each, or datagrams of the socket were counted for no flow before this flow began.
+    pub const APPROXIMATE: u8 = 1;
+    /// The first report of a [`kind::FLOW`](super::kind::FLOW).
+    pub const FIRST: u8 = 2;
 }
 
 /// Something happened to a UDP socket.
@@ -287,7 +306,8 @@ pub struct Udp {
     pub cgroup: u64,
     /// The totals: of the flow in a [`kind::FLOW`], else of the socket.
     pub traffic: Traffic,
-    /// Bytes of a datagram; of a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full.
+    /// Bytes of a datagram; of a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full; of a [`kind::FLOW`],
+    /// [`Flow::born`].
     pub amount: u64,
     /// The owner.
     pub owner: Owner,
@@ -301,8 +321,8 @@ pub struct Udp {
     pub local: [u32; 4],
     /// Local port, host byte order.
     pub local_port: u16,
-    /// 1 if [`Traffic::rx_packets`] counts reads that may have been several datagrams each.
-    pub approximate: u8,
+    /// Bits of [`mark`].
+    pub marks: u8,
     /// One of [`older`].
     pub older: u8,
 }
@@ -328,6 +348,11 @@ pub struct UdpTracked {
     pub flows: u8,
     /// See [`Tracked::kin`].
     pub kin: u16,
+    /// 1 once a datagram was counted for no flow, see [`Counters::unassigned`].
+    pub unassigned: u64,
+    /// How many datagrams that have not been received yet may have come before the socket got its peer, so from anybody. At or below 0 (as a
+    /// signed number): none.
+    pub strangers: u64,
     /// The owner.
     pub owner: Owner,
     /// The totals.
@@ -446,6 +471,9 @@ pub struct Counters {
     pub untracked_kin: u64,
     /// Pieces of [`Image`]s that found the buffer full.
     pub lost_pieces: u64,
+    /// Datagrams that were counted for their socket and for no flow: the map of flows was full, or the first report of a flow found
+    /// the buffer full.
+    pub unassigned: u64,
 }
 
 // The layouts are the contract: a change here is a change of both sides.
@@ -457,9 +485,9 @@ const _: () = {
     assert!(size_of::<Tcp>() == 160);
     assert!(size_of::<Tracked>() == 112);
     assert!(size_of::<Udp>() == 176);
-    assert!(size_of::<UdpTracked>() == 112);
     assert!(size_of::<Image>() == 176);
+    assert!(size_of::<UdpTracked>() == 128);
     assert!(size_of::<FlowKey>() == 32);
-    assert!(size_of::<Flow>() == 40);
-    assert!(size_of::<FlowQuery>() == 120);
+    assert!(size_of::<Flow>() == 56);
+    assert!(size_of::<FlowQuery>() == 128);
 };

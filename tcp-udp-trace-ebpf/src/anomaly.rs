@@ -64,6 +64,12 @@ pub(crate) fn untracked_kin() {
     count(|counters| &raw mut counters.untracked_kin);
 }
 
+/// A datagram was counted for no flow.
+#[inline(always)]
+pub(crate) fn unassigned() {
+    count(|counters| &raw mut counters.unassigned);
+}
+
 #[inline(always)]
 fn count(which: impl FnOnce(&mut Counters) -> *mut u64) {
     if let Some(counters) = COUNTERS.get_ptr_mut(COUNTED) {

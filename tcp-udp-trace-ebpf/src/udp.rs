@@ -20,7 +20,7 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Flow, FlowKey, FlowQuery, Owner, Peer, Traffic, Udp, UdpTracked,
-    kind, older, origin, report,
+    kind, mark, older, origin, report,
 };
 
 use crate::{
@@ -35,9 +35,14 @@ use crate::{
 #[map]
 static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536, 0);
 
-/// The flows. When it is full, the least recently used make room; user space notices and counts that.
+/// The flows, each of which has a record. User space removes them: when their sockets end, and the least recently used when there are too
+/// many. There is room for more, because user space does not know yet of those whose records are on their way.
 #[map]
-static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(65_536, 0);
+static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(65_536, 0);
+
+/// Flows that nobody wants: no record tells of them, so they have to make room by themselves.
+#[map]
+static UNWANTED: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(16_384, 0);
 
 /// How long nobody is asked again whether a flow is wanted, in nanoseconds.
 #[unsafe(no_mangle)]
@@ -103,6 +108,8 @@ pub(crate) fn begin(
         approximate: 0,
         flows: 0,
         kin: 0,
+        unassigned: 0,
+        strangers: 0,
         owner,
         traffic: Traffic {
             tx_bytes: 0,
@@ -130,6 +137,10 @@ pub(crate) fn begin(
     if sk.get::<u16>(Field::SockType) == SOCK_DGRAM {
         tracked.cgroup = sk.cgroup();
         tracked.netns = sk.netns();
+        let is_old = owner.origin != origin::CREATOR;
+        if is_old && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
+            tracked.strangers = connect::queued(sk);
+        }
         let old = if key == sk.0 { None } else { get(sk.0) };
         if let Some(old) = old {
             // It has got its cookie: what was known of it by its address is known by its cookie from now on.
@@ -137,6 +148,8 @@ pub(crate) fn begin(
             tracked.born = old.born;
             tracked.approximate = old.approximate;
             tracked.flows = old.flows;
+            tracked.unassigned = old.unassigned;
+            tracked.strangers = old.strangers;
             tracked.kin = old.kin;
             tracked.traffic = old.traffic;
             if old.owner.origin != origin::NONE {
@@ -223,36 +236,27 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
         peer: datagrams.peer,
         _pad: 0,
     };
-    let mut flow = FLOWS.get_ptr_mut(flow_key);
-    let mut is_new = false;
-    if flow.is_none() {
-        let fresh = Flow {
-            traffic: Traffic {
-                tx_bytes: 0,
-                rx_bytes: 0,
-                tx_packets: 0,
-                rx_packets: 0,
-            },
-            report: report::LATER,
-        };
-        // Another CPU may have been first: then it reports.
-        is_new = FLOWS
-            .insert(flow_key, fresh, u64::from(BPF_NOEXIST))
-            .is_ok();
-        flow = FLOWS.get_ptr_mut(flow_key);
-    }
-    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
-    if let Some(flow) = flow.and_then(|flow| unsafe { flow.as_mut() }) {
+    if let Some((flow, is_first)) = flow_of(&flow_key, tracked, datagrams) {
+        if datagrams.direction == Direction::Received && tracked.approximate != 0 {
+            // Before the datagrams are counted: whoever finds them finds this, too.
+            flow.approximate = 1;
+        }
         add(&mut flow.traffic, datagrams);
         // Most datagrams end here, without a look at the clock: that would take as long as finding the flow.
-        if is_new || flow.report != report::LATER && is_due(flow.report) {
+        if is_first || flow.report == report::NEXT {
             flow.report = report::LATER;
-            if !filter::wants_udp(kind::FLOW, tracked, datagrams) {
-                flow.report = now();
-            } else {
-                tracked.flows |= 1;
-                if !record(ctx, kind::FLOW, key, tracked, datagrams, &flow.traffic, 0) {
-                    flow.report = report::NEXT;
+            tracked.flows |= 1;
+            let totals = Totals {
+                traffic: &flow.traffic,
+                approximate: flow.approximate != 0,
+                first: is_first,
+            };
+            if !record(ctx, kind::FLOW, key, tracked, datagrams, totals, flow.born) {
+                flow.report = report::NEXT;
+                if is_first {
+                    // User space removes the flows that it knows.
+                    let _ = FLOWS.remove(flow_key);
+                    unassigned(tracked);
                 }
             }
         }
@@ -269,16 +273,92 @@ pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
                 key,
                 tracked,
                 datagrams,
-                &tracked.traffic,
+                totals_of(tracked),
                 datagrams.bytes,
             );
         }
     }
 }
 
+/// The flow, and whether it begins with these datagrams. None if nobody wants it, or if there is no room for it.
+#[inline(always)]
+fn flow_of(
+    key: &FlowKey,
+    tracked: &mut UdpTracked,
+    datagrams: &Datagrams,
+) -> Option<(&'static mut Flow, bool)> {
+    if let Some(flow) = get_flow(key) {
+        return Some((flow, false));
+    }
+    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
+    let unwanted = UNWANTED
+        .get_ptr_mut(key)
+        .and_then(|flow| unsafe { flow.as_mut() });
+    let is_due = unwanted.as_ref().is_none_or(|flow| is_due(flow.report));
+    let fresh = Flow {
+        traffic: Traffic {
+            tx_bytes: 0,
+            rx_bytes: 0,
+            tx_packets: 0,
+            rx_packets: 0,
+        },
+        report: report::LATER,
+        born: now(),
+        approximate: tracked.unassigned,
+    };
+    if !is_due || !filter::wants_udp(kind::FLOW, tracked, datagrams) {
+        let unwanted = match unwanted {
+            Some(flow) => flow,
+            None => {
+                let _ = UNWANTED.insert(key, &fresh, u64::from(BPF_NOEXIST));
+                // SAFETY: as above.
+                unsafe { UNWANTED.get_ptr_mut(key)?.as_mut()? }
+            }
+        };
+        if is_due {
+            unwanted.report = now();
+        }
+        add(&mut unwanted.traffic, datagrams);
+        return None;
+    }
+    let start = match unwanted {
+        Some(flow) => {
+            flow.report = report::LATER;
+            &*flow
+        }
+        None => &fresh,
+    };
+    // Another CPU may have been first: then it reports.
+    let is_first = FLOWS.insert(key, start, u64::from(BPF_NOEXIST)).is_ok();
+    if is_first {
+        let _ = UNWANTED.remove(key);
+    }
+    let flow = get_flow(key);
+    if flow.is_none() {
+        unassigned(tracked);
+    }
+    flow.map(|flow| (flow, is_first))
+}
+
+#[inline(always)]
+fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
+    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
+    FLOWS
+        .get_ptr_mut(key)
+        .and_then(|flow| unsafe { flow.as_mut() })
+}
+
+/// A datagram was counted for no flow.
+#[inline(always)]
+fn unassigned(tracked: &mut UdpTracked) {
+    tracked.unassigned = 1;
+    anomaly::unassigned();
+}
+
+/// Whether it is long ago that nobody wanted the flow.
 #[inline(always)]
 fn is_due(report: u64) -> bool {
-    report == report::NEXT || now().wrapping_sub(report) >= INTERVAL.load()
+    now().wrapping_sub(report) >= INTERVAL.load()
 }
 
 #[inline(always)]
@@ -300,6 +380,24 @@ fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
     }
 }
 
+/// What a socket or a flow has carried.
+#[derive(Clone, Copy)]
+struct Totals<'a> {
+    traffic: &'a Traffic,
+    approximate: bool,
+    /// It is the first report of them.
+    first: bool,
+}
+
+#[inline(always)]
+fn totals_of(tracked: &UdpTracked) -> Totals<'_> {
+    Totals {
+        traffic: &tracked.traffic,
+        approximate: tracked.approximate != 0,
+        first: false,
+    }
+}
+
 #[inline(always)]
 fn record(
     ctx: Context,
@@ -307,7 +405,7 @@ fn record(
     key: u64,
     tracked: &UdpTracked,
     at: &Datagrams,
-    traffic: &Traffic,
+    totals: Totals<'_>,
     amount: u64,
 ) -> bool {
     let weight = if kind == kind::CLOSE {
@@ -320,7 +418,7 @@ fn record(
         record.id = tracked.id;
         record.born = tracked.born;
         record.cgroup = tracked.cgroup;
-        record.traffic = *traffic;
+        record.traffic = *totals.traffic;
         record.amount = amount;
         record.owner = tracked.owner;
         record.uid = Sock::new(tracked.sk).get(Field::SkUid);
@@ -328,7 +426,8 @@ fn record(
         record.peer = at.peer;
         record.local = at.local;
         record.local_port = at.local_port;
-        record.approximate = tracked.approximate;
+        record.marks =
+            u8::from(totals.approximate) * mark::APPROXIMATE + u8::from(totals.first) * mark::FIRST;
         record.older = tracked.older();
     })
 }
@@ -357,7 +456,7 @@ fn report(
             key,
             tracked,
             &addresses,
-            &tracked.traffic,
+            totals_of(tracked),
             amount,
         )
 }
@@ -421,12 +520,7 @@ pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
     let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
     let forget = ctx.load::<u64>(offset_of!(FlowQuery, forget))?;
     let known = ctx.load::<Traffic>(offset_of!(FlowQuery, known))?;
-    // SAFETY: the map is preallocated, so its memory stays, though another flow may move in; then the answer is one that
-    // nobody waits for.
-    let Some(flow) = FLOWS
-        .get_ptr_mut(key)
-        .and_then(|flow| unsafe { flow.as_mut() })
-    else {
+    let Some(flow) = get_flow(&key) else {
         return Ok(0);
     };
     if flow.traffic.tx_packets == known.tx_packets && flow.traffic.rx_packets == known.rx_packets {
@@ -441,6 +535,7 @@ pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
         }
     }
     ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
+    ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
     if forget != 0 {
         let _ = FLOWS.remove(key);
     }

@@ -6,7 +6,8 @@ use std::{
 };
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, FlowKey, Head, Owner, StateChange, Tcp, TcpSocket, Udp, kind, older, origin,
+    AF_INET, AF_INET6, FlowKey, Head, Owner, Peer, StateChange, Tcp, TcpSocket, Udp, kind, mark,
+    older, origin,
 };
 use zerocopy::{FromBytes, IntoBytes as _};
 
@@ -29,6 +30,8 @@ pub(crate) struct Decoded {
     pub(crate) flow: Option<FlowKey>,
     /// What its owner runs.
     pub(crate) image: ImageKey,
+    /// UDP: the first report of the flow.
+    pub(crate) is_first: bool,
 }
 
 /// Decodes one record. Of a sample, `info` tells by the cookie what else is known of the socket: nothing, and there is no event.
@@ -81,10 +84,14 @@ pub(crate) fn decode(
         }
         kind @ kind::CONNECT..=kind::CLOSE => {
             let record: Udp = read(bytes)?;
-            let (bytes, approximate) = (record.amount, record.approximate != 0);
+            let (bytes, approximate) = (record.amount, record.marks & mark::APPROXIMATE != 0);
             let kind = match kind {
                 kind::CONNECT => EventKind::Connect,
-                kind::FLOW => EventKind::Flow { approximate },
+                kind::FLOW => EventKind::Flow {
+                    approximate,
+                    age: Duration::from_nanos(record.head.time.saturating_sub(record.amount)),
+                    last: false,
+                },
                 kind::SEND => EventKind::Send { bytes },
                 kind::RECEIVE => EventKind::Receive { bytes },
                 _ => EventKind::Close {
@@ -127,6 +134,7 @@ fn tcp(
         lost_before: head.lost,
         flow: None,
         image: ImageKey::of(&socket.owner),
+        is_first: false,
     })
 }
 
@@ -169,7 +177,13 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
             _pad: 0,
         }),
         image: ImageKey::of(&record.owner),
+        is_first: record.marks & mark::FIRST != 0,
     })
+}
+
+/// The address of a peer, if it is one.
+pub(crate) fn peer(peer: Peer) -> Option<SocketAddr> {
+    address(peer.family, peer.address, peer.port).ok()
 }
 
 /// The totals of a record.
@@ -317,6 +331,7 @@ mod tests {
             event,
             lost_before,
             flow,
+            ..
         } = decode(record().as_bytes()).expect("a well-formed record");
         assert_eq!((lost_before, flow), (3, None));
         assert_eq!(event.time, UNIX_EPOCH + Duration::from_secs(1_001));

@@ -66,8 +66,18 @@ pub enum EventKind {
     /// [interval](crate::UdpTracerBuilder::interval), and once more when the socket ends.
     Flow {
         /// `rx_packets` may be too small: this kernel tells how often was read, and the socket (with `UDP_GRO`) gets several
-        /// datagrams at a time.
+        /// datagrams at a time. Or any number may be: datagrams of the socket were counted for no flow
+        /// ([`Stats::unassigned`](crate::Stats::unassigned)).
         approximate: bool,
+        /// How long ago its first datagram was counted. A flow that goes on after its last report starts again at zero.
+        #[cfg_attr(
+            feature = "serde",
+            serde(rename = "age_ns", with = "crate::json::nanos")
+        )]
+        age: Duration,
+        /// It is the last report of the flow: the socket has ended, or the flow made room for another one
+        /// ([`max_flows`](crate::UdpTracerBuilder::max_flows)). What the flow has carried in all is the sum of its last reports and its newest one.
+        last: bool,
     },
     /// UDP: a datagram was sent. Only with [`per_datagram`](crate::UdpTracerBuilder::per_datagram). A batch that was sent as one
     /// (`UDP_SEGMENT`) is one event; `traffic`, the socket's totals, counts its datagrams.

@@ -1,48 +1,94 @@
-//! When the totals of a flow are reported.
+//! When the totals of a flow are reported, and which flow makes room for another.
 //!
 //! The kernel counts each datagram in a map and writes a record only for a flow's first one. The rest is asked for: each report sets a date, one
 //! interval ahead, on which the map is looked at. Has the flow changed, it is reported and gets a new date; has it not, the kernel is told so, and writes
 //! a record for the next datagram.
 //!
+//! The kernel removes no flow by itself. So the last totals of each are reported before it goes.
+//!
 //! Knows nothing of clocks and kernels: the caller gives the time, and looks into the map.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
     time::Duration,
 };
 
-use tcp_udp_trace_common::FlowKey;
+use tcp_udp_trace_common::{FlowKey, Peer};
 
-use crate::{Event, Traffic};
+use crate::{Event, EventKind, Traffic, decode};
+
+/// How many flows are looked at, at most, to find one that makes room.
+const LOOKS: usize = 8;
 
 /// The flows that were reported and have not ended.
+///
+/// Trees rather than hash tables: they give memory back when flows end, and never need twice as much to grow.
 #[derive(Debug)]
 pub(crate) struct Flows {
     interval: Duration,
     capacity: usize,
-    flows: HashMap<FlowKey, Reported>,
-    /// The flows of each socket, for its end.
-    sockets: HashMap<u64, HashSet<FlowKey>>,
-    /// Dates, oldest first: each is one interval after a report.
-    due: VecDeque<(Duration, FlowKey)>,
+    flows: BTreeMap<FlowKey, Flow>,
+    /// The sockets that have flows.
+    sockets: BTreeMap<u64, Socket>,
+    /// The date of each flow that has one.
+    due: BTreeSet<(Duration, FlowKey)>,
+    /// Every flow, in the order in which they were last found to have changed.
+    used: BTreeMap<u64, FlowKey>,
+    /// The highest number in `used`.
+    uses: u64,
     evicted: u64,
 }
 
-/// A flow and its last report.
+/// What differs from flow to flow, after its last report.
 #[derive(Debug)]
-struct Reported {
-    event: Event,
-    /// It stands in `due` with this date.
+struct Flow {
+    local: SocketAddr,
+    /// When its first datagram was counted, which names this life of it.
+    born: Duration,
+    reported: Traffic,
+    /// Where it stands in `due`.
     due: Option<Duration>,
+    /// Where it stands in `used`.
+    used: u64,
+}
+
+/// What all flows of a socket have in common.
+#[derive(Debug)]
+struct Socket {
+    /// The newest record of one of them.
+    event: Box<Event>,
+    flows: usize,
+}
+
+/// What a flow has carried so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Totals {
+    pub(crate) traffic: Traffic,
+    /// See [`EventKind::Flow`].
+    pub(crate) approximate: bool,
 }
 
 /// What the kernel's map knows of flows.
 pub(crate) trait FlowMap {
-    /// The totals of a flow; `None` if it had to make room for others. If they are no others than those `known`, there will be a record of the
+    /// The totals of a flow; `None` if it is not there. If they are no others than those `known`, there will be a record of the
     /// next datagram.
-    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Traffic>;
+    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals>;
     /// The last totals of a flow that has ended, or must make room.
-    fn take(&mut self, flow: &FlowKey) -> Option<Traffic>;
+    fn take(&mut self, flow: &FlowKey) -> Option<Totals>;
+}
+
+/// The lowest key that a flow of this socket may have.
+const fn lowest_key(socket: u64) -> FlowKey {
+    FlowKey {
+        socket,
+        peer: Peer {
+            address: [0; 4],
+            port: 0,
+            family: 0,
+        },
+        _pad: 0,
+    }
 }
 
 impl Flows {
@@ -51,9 +97,11 @@ impl Flows {
         Self {
             interval,
             capacity,
-            flows: HashMap::new(),
-            sockets: HashMap::new(),
-            due: VecDeque::new(),
+            flows: BTreeMap::new(),
+            sockets: BTreeMap::new(),
+            due: BTreeSet::new(),
+            used: BTreeMap::new(),
+            uses: 0,
             evicted: 0,
         }
     }
@@ -63,43 +111,46 @@ impl Flows {
         self.evicted
     }
 
-    /// The kernel has written a record of this flow, which is passed on if it is to be reported now.
+    /// The kernel has written a record of this flow, which is passed on if it is to be reported now. `stamp` gives an event the
+    /// time of this one.
     pub(crate) fn seen(
         &mut self,
         key: FlowKey,
+        is_first: bool,
         event: Event,
         map: &mut impl FlowMap,
+        stamp: impl FnMut(&mut Event),
         mut emit: impl FnMut(Event),
     ) {
-        let now = event.uptime;
-        let date = now + self.interval;
-        if let Some(flow) = self.flows.get_mut(&key) {
-            if flow.due.is_some_and(|due| now < due) {
-                // Soon to be told.
-                return;
+        let EventKind::Flow { age, .. } = event.kind else {
+            return;
+        };
+        let born = event.uptime.saturating_sub(age);
+        match self.flows.get(&key) {
+            Some(flow) if flow.born == born => {
+                if flow.due.is_some_and(|due| event.uptime < due) {
+                    // Soon to be told.
+                    self.touch(&key);
+                    return;
+                }
             }
-            flow.event = event.clone();
-            flow.due = Some(date);
-        } else {
-            if self.flows.len() >= self.capacity {
-                self.evict_oldest(map, &mut emit);
+            // It was written before the flow made room, which told all.
+            _ if !is_first => return,
+            Some(_) => {}
+            None => {
+                if self.flows.len() >= self.capacity {
+                    self.evict(map, stamp, &mut emit);
+                }
+                self.insert(key, &event, born);
             }
-            self.sockets.entry(key.socket).or_default().insert(key);
-            self.flows.insert(
-                key,
-                Reported {
-                    event: event.clone(),
-                    due: Some(date),
-                },
-            );
         }
-        self.due.push_back((date, key));
+        self.reported(&key, &event, born);
         emit(event);
     }
 
     /// When [`report`](Self::report) has something to do.
     pub(crate) fn next_due(&self) -> Option<Duration> {
-        self.due.front().map(|&(due, _)| due)
+        self.due.first().map(|&(due, _)| due)
     }
 
     /// Looks at the flows whose date has come, at most `limit` of them, and passes on those that have changed. `stamp` gives an
@@ -108,46 +159,53 @@ impl Flows {
         &mut self,
         now: Duration,
         limit: usize,
-        map: &impl FlowMap,
+        map: &mut impl FlowMap,
         mut stamp: impl FnMut(&mut Event),
         mut emit: impl FnMut(Event),
     ) {
         for _ in 0..limit {
-            let Some(&(due, key)) = self.due.front().filter(|(due, _)| *due <= now) else {
+            if self.next_due().is_none_or(|due| due > now) {
+                return;
+            }
+            let Some((_, key)) = self.due.pop_first() else {
                 return;
             };
-            self.due.pop_front();
-            // A date that was superseded, or the flow has ended.
-            let Some(flow) = self
-                .flows
-                .get_mut(&key)
-                .filter(|flow| flow.due == Some(due))
-            else {
+            let Some(flow) = self.flows.get_mut(&key) else {
                 continue;
             };
             flow.due = None;
-            match map.totals(&key, flow.event.traffic) {
-                Some(traffic) if traffic != flow.event.traffic => {
-                    flow.event.traffic = traffic;
-                    stamp(&mut flow.event);
-                    emit(flow.event.clone());
-                    let date = now + self.interval;
-                    flow.due = Some(date);
-                    self.due.push_back((date, key));
+            let (born, reported) = (flow.born, flow.reported);
+            match map.totals(&key, reported) {
+                Some(totals) if totals.traffic != reported => {
+                    let Some(event) = self.event(&key, totals, false, &mut stamp) else {
+                        continue;
+                    };
+                    self.reported(&key, &event, born);
+                    emit(event);
                 }
                 Some(_) => {}
                 None => {
                     self.evicted += 1;
-                    self.remove(&key);
+                    self.end(&key, map, &mut stamp, &mut emit);
                 }
             }
         }
     }
 
-    /// Whether one of the socket's flows is like this.
+    /// Whether the last report of one of the socket's flows is like this.
     pub(crate) fn any(&self, socket: u64, is_it: impl Fn(&Event) -> bool) -> bool {
-        let mut keys = self.sockets.get(&socket).into_iter().flatten();
-        keys.any(|key| self.flows.get(key).is_some_and(|flow| is_it(&flow.event)))
+        let mut flows = self
+            .flows
+            .range(lowest_key(socket)..)
+            .take_while(|(key, _)| key.socket == socket);
+        flows.any(|(key, flow)| {
+            let totals = Totals {
+                traffic: flow.reported,
+                approximate: false,
+            };
+            let event = self.event(key, totals, false, |_| {});
+            event.is_some_and(|event| is_it(&event))
+        })
     }
 
     /// The socket is gone: passes on its flows, each for the last time.
@@ -158,16 +216,11 @@ impl Flows {
         mut stamp: impl FnMut(&mut Event),
         mut emit: impl FnMut(Event),
     ) {
-        for key in self.sockets.remove(&socket).unwrap_or_default() {
-            let Some(Reported { mut event, .. }) = self.flows.remove(&key) else {
-                continue;
-            };
-            match map.take(&key) {
-                Some(traffic) => event.traffic = traffic,
-                None => self.evicted += 1,
+        while let Some((&key, _)) = self.flows.range(lowest_key(socket)..).next() {
+            if key.socket != socket {
+                return;
             }
-            stamp(&mut event);
-            emit(event);
+            self.end(&key, map, &mut stamp, &mut emit);
         }
     }
 
@@ -178,238 +231,149 @@ impl Flows {
         mut stamp: impl FnMut(&mut Event),
         mut emit: impl FnMut(Event),
     ) {
-        for (key, Reported { mut event, .. }) in self.flows.drain() {
-            match map.totals(&key, event.traffic) {
-                Some(traffic) if traffic != event.traffic => {
-                    event.traffic = traffic;
-                    stamp(&mut event);
-                    emit(event);
-                }
-                _ => {}
-            }
-        }
-        self.sockets.clear();
-        self.due.clear();
-    }
-
-    /// Makes room for a new flow: the kernel's map has as many entries, and has done the same or is about to.
-    fn evict_oldest(&mut self, map: &mut impl FlowMap, emit: &mut impl FnMut(Event)) {
-        let dated = std::iter::from_fn(|| self.due.pop_front())
-            .find(|(due, key)| {
-                self.flows
-                    .get(key)
-                    .is_some_and(|flow| flow.due == Some(*due))
-            })
-            .map(|(_, key)| key);
-        let Some(key) = dated.or_else(|| self.flows.keys().next().copied()) else {
-            return;
-        };
-        self.evicted += 1;
-        if let Some(Reported { mut event, .. }) = self.remove(&key) {
-            if let Some(traffic) = map.take(&key).filter(|totals| *totals != event.traffic) {
-                event.traffic = traffic;
+        for (key, flow) in &self.flows {
+            let totals = map.totals(key, flow.reported);
+            let changed = totals.filter(|totals| totals.traffic != flow.reported);
+            if let Some(event) =
+                changed.and_then(|totals| self.event(key, totals, false, &mut stamp))
+            {
                 emit(event);
             }
         }
+        *self = Self::new(self.interval, self.capacity).after(self.evicted);
     }
 
-    fn remove(&mut self, key: &FlowKey) -> Option<Reported> {
-        if let Some(keys) = self.sockets.get_mut(&key.socket) {
-            keys.remove(key);
-            if keys.is_empty() {
+    fn after(self, evicted: u64) -> Self {
+        Self { evicted, ..self }
+    }
+
+    /// Makes room for a new flow. The first one that has not changed since it was last looked at goes, in the order of their use. A flow
+    /// that has changed is in use; only if many are in a row, the first of them goes.
+    fn evict(
+        &mut self,
+        map: &mut impl FlowMap,
+        mut stamp: impl FnMut(&mut Event),
+        emit: &mut impl FnMut(Event),
+    ) {
+        let mut looks = LOOKS;
+        while let Some((_, &key)) = self.used.first_key_value() {
+            looks -= 1;
+            let reported = self.flows.get(&key).map(|flow| flow.reported);
+            let totals = reported.and_then(|reported| map.totals(&key, reported));
+            let is_used = totals.is_some_and(|totals| reported != Some(totals.traffic));
+            if is_used && looks > 0 {
+                self.touch(&key);
+                continue;
+            }
+            self.evicted += 1;
+            self.end(&key, map, &mut stamp, emit);
+            return;
+        }
+    }
+
+    /// Remembers a new flow.
+    fn insert(&mut self, key: FlowKey, event: &Event, born: Duration) {
+        let flow = Flow {
+            local: event.socket.local,
+            born,
+            reported: event.traffic,
+            due: None,
+            // No flow stands there.
+            used: 0,
+        };
+        self.flows.insert(key, flow);
+        self.sockets
+            .entry(key.socket)
+            .or_insert_with(|| Socket {
+                event: Box::new(event.clone()),
+                flows: 0,
+            })
+            .flows += 1;
+    }
+
+    /// The flow is being reported like this, and will be looked at one interval later.
+    fn reported(&mut self, key: &FlowKey, event: &Event, born: Duration) {
+        if let Some(flow) = self.flows.get_mut(key) {
+            let due = event.uptime + self.interval;
+            flow.born = born;
+            flow.local = event.socket.local;
+            flow.reported = event.traffic;
+            if let Some(before) = flow.due.replace(due) {
+                self.due.remove(&(before, *key));
+            }
+            self.due.insert((due, *key));
+        }
+        if let Some(socket) = self.sockets.get_mut(&key.socket) {
+            *socket.event = event.clone();
+        }
+        self.touch(key);
+    }
+
+    /// The flow is the one most recently used.
+    fn touch(&mut self, key: &FlowKey) {
+        if let Some(flow) = self.flows.get_mut(key) {
+            self.used.remove(&flow.used);
+            self.uses += 1;
+            flow.used = self.uses;
+            self.used.insert(self.uses, *key);
+        }
+    }
+
+    /// Forgets the flow, here and in the kernel, and passes on its last totals.
+    fn end(
+        &mut self,
+        key: &FlowKey,
+        map: &mut impl FlowMap,
+        stamp: impl FnMut(&mut Event),
+        emit: &mut impl FnMut(Event),
+    ) {
+        let totals = map.take(key).or_else(|| {
+            let traffic = self.flows.get(key)?.reported;
+            Some(Totals {
+                traffic,
+                approximate: true,
+            })
+        });
+        if let Some(event) = totals.and_then(|totals| self.event(key, totals, true, stamp)) {
+            emit(event);
+        }
+        let Some(flow) = self.flows.remove(key) else {
+            return;
+        };
+        self.used.remove(&flow.used);
+        if let Some(due) = flow.due {
+            self.due.remove(&(due, *key));
+        }
+        if let Some(socket) = self.sockets.get_mut(&key.socket) {
+            socket.flows -= 1;
+            if socket.flows == 0 {
                 self.sockets.remove(&key.socket);
             }
         }
-        self.flows.remove(key)
+    }
+
+    /// A report of the flow, with the time that `stamp` gives it.
+    fn event(
+        &self,
+        key: &FlowKey,
+        totals: Totals,
+        last: bool,
+        mut stamp: impl FnMut(&mut Event),
+    ) -> Option<Event> {
+        let flow = self.flows.get(key)?;
+        let mut event = Event::clone(&self.sockets.get(&key.socket)?.event);
+        stamp(&mut event);
+        event.socket.local = flow.local;
+        event.socket.remote = decode::peer(key.peer)?;
+        event.traffic = totals.traffic;
+        event.kind = EventKind::Flow {
+            approximate: totals.approximate,
+            age: event.uptime.saturating_sub(flow.born),
+            last,
+        };
+        Some(event)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::SystemTime;
-
-    use tcp_udp_trace_common::Peer;
-
-    use super::*;
-    use crate::{EventKind, LossStage, Protocol};
-
-    const SECOND: Duration = Duration::from_secs(1);
-
-    /// The kernel's map.
-    #[derive(Default)]
-    struct Map(HashMap<FlowKey, Traffic>);
-
-    impl FlowMap for Map {
-        fn totals(&self, flow: &FlowKey, _known: Traffic) -> Option<Traffic> {
-            self.0.get(flow).copied()
-        }
-
-        fn take(&mut self, flow: &FlowKey) -> Option<Traffic> {
-            self.0.remove(flow)
-        }
-    }
-
-    /// Flows and the kernel's map of them; what was reported, as the packets sent.
-    struct Scene {
-        flows: Flows,
-        map: Map,
-        reported: Vec<u64>,
-    }
-
-    fn key(socket: u64, port: u16) -> FlowKey {
-        FlowKey {
-            socket,
-            peer: Peer {
-                address: [0; 4],
-                port,
-                family: 2,
-            },
-            _pad: 0,
-        }
-    }
-
-    impl Scene {
-        fn new(capacity: usize) -> Self {
-            Self {
-                flows: Flows::new(SECOND, capacity),
-                map: Map::default(),
-                reported: vec![],
-            }
-        }
-
-        /// Datagrams are counted, without a record.
-        fn count(&mut self, key: FlowKey, packets: u64) {
-            self.map.0.entry(key).or_default().tx_packets += packets;
-        }
-
-        /// The kernel writes a record now.
-        fn record(&mut self, key: FlowKey, now: Duration) {
-            let mut event = Event::gap(
-                0,
-                LossStage::Ring,
-                Protocol::Udp,
-                SystemTime::UNIX_EPOCH,
-                now,
-            );
-            event.kind = EventKind::Flow { approximate: false };
-            event.traffic = self.map.0[&key];
-            let Self {
-                flows,
-                map,
-                reported,
-            } = self;
-            flows.seen(key, event, map, |event| {
-                reported.push(event.traffic.tx_packets)
-            });
-        }
-
-        fn tick(&mut self, now: Duration) -> Vec<u64> {
-            let Self {
-                flows,
-                map,
-                reported,
-            } = self;
-            flows.report(
-                now,
-                100,
-                map,
-                |_| {},
-                |event| reported.push(event.traffic.tx_packets),
-            );
-            std::mem::take(reported)
-        }
-
-        fn close(&mut self, socket: u64) -> Vec<u64> {
-            let Self {
-                flows,
-                map,
-                reported,
-            } = self;
-            flows.close(
-                socket,
-                map,
-                |_| {},
-                |event| reported.push(event.traffic.tx_packets),
-            );
-            std::mem::take(reported)
-        }
-    }
-
-    #[test]
-    fn first_datagram_then_once_per_interval_and_at_the_end() {
-        let mut scene = Scene::new(10);
-        let flow = key(1, 1);
-        scene.count(flow, 1);
-        scene.record(flow, SECOND);
-        assert_eq!(scene.tick(SECOND), [1]);
-        scene.count(flow, 4);
-        assert_eq!(scene.tick(SECOND * 3 / 2), [0; 0]);
-        assert_eq!(scene.tick(SECOND * 2), [5], "an idle flow is flushed");
-        assert_eq!(scene.tick(SECOND * 3), [0; 0], "nothing new");
-        assert_eq!(scene.flows.next_due(), None, "an idle flow costs nothing");
-        scene.count(flow, 1);
-        scene.record(flow, SECOND * 10);
-        assert_eq!(scene.tick(SECOND * 10), [6]);
-        assert_eq!(scene.close(1), [6]);
-        assert_eq!(scene.map.0.len(), 0);
-        assert_eq!(scene.tick(SECOND * 20), [0; 0]);
-        assert_eq!(scene.flows.evicted(), 0);
-    }
-
-    #[test]
-    fn a_record_within_the_interval_waits_for_its_date() {
-        let mut scene = Scene::new(10);
-        let flow = key(1, 1);
-        scene.count(flow, 1);
-        scene.record(flow, SECOND);
-        scene.count(flow, 1);
-        scene.record(flow, SECOND * 3 / 2);
-        assert_eq!(scene.reported, [1]);
-        assert_eq!(scene.tick(SECOND * 2), [1, 2]);
-    }
-
-    #[test]
-    fn the_oldest_makes_room_and_is_counted() {
-        let mut scene = Scene::new(2);
-        for port in 1..=3 {
-            scene.count(key(1, port), 1);
-            scene.record(key(1, port), SECOND);
-            scene.count(key(1, port), u64::from(port) * 10);
-        }
-        assert_eq!(scene.flows.evicted(), 1);
-        assert_eq!(
-            scene.reported,
-            [1, 1, 11, 1],
-            "the first is reported before it goes"
-        );
-        scene.reported.clear();
-        let mut last = scene.close(1);
-        last.sort_unstable();
-        assert_eq!(last, [21, 31]);
-    }
-
-    #[test]
-    fn what_the_kernel_evicted_is_counted() {
-        let mut scene = Scene::new(10);
-        scene.count(key(1, 1), 1);
-        scene.record(key(1, 1), SECOND);
-        scene.map.0.clear();
-        assert_eq!(scene.tick(SECOND * 2), [1]);
-        assert_eq!(scene.flows.evicted(), 1);
-        assert_eq!(scene.close(1), [0; 0]);
-    }
-
-    #[test]
-    fn the_end_of_the_tracer_flushes_what_has_changed() {
-        let mut scene = Scene::new(10);
-        for port in 1..=2 {
-            scene.count(key(1, port), 1);
-            scene.record(key(1, port), SECOND);
-        }
-        scene.count(key(1, 2), 6);
-        let Scene { mut flows, map, .. } = scene;
-        let mut last = vec![];
-        flows.finish(&map, |_| {}, |event| last.push(event.traffic.tx_packets));
-        assert_eq!(last, [7]);
-    }
-}
+mod tests;

@@ -189,8 +189,12 @@ mod tests {
         check(EventKind::Accept, json!({"type": "accept"}));
         check(EventKind::Connect, json!({"type": "connect"}));
         check(
-            EventKind::Flow { approximate: true },
-            json!({"type": "flow", "approximate": true}),
+            EventKind::Flow {
+                approximate: true,
+                age: Duration::from_nanos(7),
+                last: false,
+            },
+            json!({"type": "flow", "approximate": true, "age_ns": 7, "last": false}),
         );
         check(
             EventKind::Send { bytes: 9 },

@@ -44,10 +44,15 @@ pub struct Stats {
     /// Processes of a filter's [trees](crate::Filter::pid_tree) that could not be remembered, because too many others were: their events are not
     /// reported, nor are their descendants'.
     pub untracked_processes: u64,
-    /// UDP flows that had to make room for others, because [`max_flows`] were remembered. Their sockets' totals are exact all the same.
+    /// UDP flows that had to make room for others, because [`max_flows`] were remembered. Each has told its totals before
+    /// ([`last`](crate::EventKind::Flow::last)).
     ///
     /// [`max_flows`]: crate::UdpTracerBuilder::max_flows
     pub flows_evicted: u64,
+    /// UDP datagrams that were counted for their socket and for no flow: the first report of their flow found the buffer between kernel
+    /// and reader full, or new flows came faster than the reader could make room for them. Flows that begin later at the same socket are
+    /// `approximate`.
+    pub unassigned: u64,
     /// Rounds of samples that came to their end.
     pub sample_rounds: u64,
     /// How long the last of them took, from its beginning until the last sample was taken from the kernel. It goes no faster than the
@@ -107,6 +112,7 @@ impl std::ops::AddAssign for Stats {
             unknown_family,
             untracked_processes,
             flows_evicted,
+            unassigned,
             sample_rounds,
             sample_last_round,
             sample_faults,
@@ -127,6 +133,7 @@ impl std::ops::AddAssign for Stats {
         self.unknown_family += unknown_family;
         self.untracked_processes += untracked_processes;
         self.flows_evicted += flows_evicted;
+        self.unassigned += unassigned;
         self.sample_rounds += sample_rounds;
         self.sample_last_round = self.sample_last_round.max(sample_last_round);
         self.sample_faults += sample_faults;

@@ -89,7 +89,12 @@ pub(crate) fn described(events: &[Event]) -> BTreeMap<String, usize> {
         let (local, remote) = (socket.local, socket.remote);
         // Where accepts are seen without the socket's lock, the socket goes on meanwhile.
         let traffic = (*kind != EventKind::Accept).then_some(traffic);
-        let line = format!("{kind:?} {pid:?} {local} {remote} {traffic:?}");
+        let kind = match &event.kind {
+            // Each tracer has seen it for another time.
+            EventKind::Flow { last, .. } => format!("flow, last: {last}"),
+            kind => format!("{kind:?}"),
+        };
+        let line = format!("{kind} {pid:?} {local} {remote} {traffic:?}");
         *described.entry(line).or_default() += 1;
     }
     described

@@ -87,12 +87,22 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
     let events = trace.wait_count(4)?;
     let of = |peer: SocketAddr| {
         let flows = events.iter().filter(|event| event.socket.remote == peer);
-        let told = flows.map(|event| (event.kind.clone(), event.traffic.tx_packets));
+        let told = flows.map(|event| match event.kind {
+            EventKind::Flow {
+                approximate: false,
+                last,
+                ..
+            } => (Some(last), event.traffic.tx_packets),
+            _ => (None, event.traffic.tx_packets),
+        });
         told.collect::<Vec<_>>()
     };
-    let flow = |packets| (EventKind::Flow { approximate: false }, packets);
-    ensure!(of(to[0]) == [flow(1)], "{}", show(&events));
-    ensure!(of(to[1]) == [flow(1), flow(2)], "{}", show(&events));
+    ensure!(of(to[0]) == [(Some(false), 1)], "{}", show(&events));
+    ensure!(
+        of(to[1]) == [(Some(false), 1), (Some(true), 2)],
+        "{}",
+        show(&events)
+    );
     let handle = trace.handle().clone();
     trace.finish_all()?;
     let stats = handle.stats();

@@ -38,6 +38,7 @@ mod samples;
 mod sampling;
 mod snapshot;
 mod states;
+mod udp_flows;
 mod udp_lifecycle;
 mod udp_numbers;
 mod udp_peers;
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
         snapshot::trials(),
         udp_numbers::trials(),
         udp_peers::trials(),
+        udp_flows::trials(),
         udp_lifecycle::trials(),
     ]
     .concat();

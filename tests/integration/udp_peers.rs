@@ -1,7 +1,8 @@
 //! The other side of each datagram, also on sockets that are connected to nobody; and when a flow is reported.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     time::Duration,
 };
 
@@ -25,6 +26,7 @@ pub(crate) fn trials() -> Vec<Test> {
             dual_stack_server,
             connected_socket_that_sends_elsewhere,
             connect_to_another_peer,
+            connect_with_datagrams_of_others_in_the_queue,
             disconnect,
             failed_connect_is_no_event,
             multicast_v4,
@@ -132,6 +134,57 @@ fn connect_to_another_peer() -> anyhow::Result<()> {
         lives.extend(site.close()?);
     }
     traces.finish(&lives)
+}
+
+/// What waits to be received when a socket gets its peer came from anybody. It is never charged to the peer.
+fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
+    for tells in [true, false] {
+        for family in Family::ALL {
+            let trace = Trace::start_udp()?;
+            let bind = || UdpSocket::bind(family.loopback());
+            let (server, peer, other) = (bind()?, bind()?, bind()?);
+            let at = server.local_addr()?;
+            for (sender, count) in [(&peer, 1), (&other, 4), (&peer, 1)] {
+                for _ in 0..count {
+                    sender.send_to(&[0; 100], at)?;
+                }
+            }
+            let (_, first) = server.peek_from(&mut [0; 10])?;
+            ensure!(first == peer.local_addr()?);
+            server.connect(first)?;
+            peer.send_to(&[0; 100], at)?;
+            for _ in 0..7 {
+                if tells {
+                    server.recv_from(&mut [0; 200])?;
+                } else {
+                    server.recv(&mut [0; 200])?;
+                }
+            }
+            drop(server);
+            trace.wait_closed(1)?;
+            let names_every_peer = trace.names_every_peer() || tells;
+            let ports = [at, first, other.local_addr()?].map(|address| address.port());
+            drop((peer, other));
+            trace.wait_closed(3)?;
+            let received = trace.finish_all()?.into_iter().filter(|event| {
+                matches!(event.kind, EventKind::Flow { last: true, .. })
+                    && event.socket.local.port() == ports[0]
+            });
+            let received =
+                received.map(|event| (event.socket.remote.port(), event.traffic.rx_packets));
+            let expected = if names_every_peer {
+                [(ports[1], 3), (ports[2], 4)]
+            } else {
+                [(0, 6), (ports[1], 1)]
+            };
+            let received: BTreeMap<_, _> = received.collect();
+            ensure!(
+                received == BTreeMap::from(expected),
+                "{received:?}, but {expected:?} expected"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// By an address of no family: the socket has no peer again, and stays the same socket.

@@ -24,6 +24,7 @@ pub mod actor;
 pub mod cgroup;
 pub mod collect;
 pub mod crowd;
+pub mod flow_sums;
 pub mod kernel;
 pub mod life;
 pub mod lives;

@@ -12,6 +12,7 @@ use tcp_udp_trace::{Event, EventKind, Origin, Protocol, Stats, Traffic};
 
 use crate::{
     actor::{Direction, Endpoint, Transfer, Who},
+    flow_sums::FlowSums,
     life::{AGE_ERROR, CLOCK_ERROR, Owner, canonical},
     trace::show,
 };
@@ -95,9 +96,7 @@ impl UdpLives {
         let seen = life.seen(self.names_every_peer);
         life.compare_connects(events)?;
         life.compare_datagrams(events, &seen)?;
-        if !life.evicted {
-            life.compare_flows(events, &seen)?;
-        }
+        life.compare_flows(events, &seen)?;
         life.compare_close(events, &seen)
     }
 }
@@ -213,7 +212,7 @@ impl UdpLife {
         self.drops = drops;
     }
 
-    /// There were more peers than the tracer remembers: its flows are not complete.
+    /// There were more peers than the tracer remembers: its flows end and begin again.
     #[must_use]
     pub fn evicted(self) -> Self {
         Self {
@@ -352,27 +351,49 @@ impl UdpLife {
             seen.add_to(traffic);
             *approximate |= seen.approximate;
         }
-        let mut flows = BTreeMap::<SocketAddr, (Traffic, bool)>::new();
-        let mut times = BTreeMap::<SocketAddr, Duration>::new();
-        let mut ended = BTreeSet::new();
+        let mut sums = FlowSums::default();
+        let mut marks = BTreeMap::<SocketAddr, bool>::new();
+        // Of those that have not ended.
+        let mut reports = BTreeMap::<SocketAddr, (&Event, Duration)>::new();
         for event in events {
-            let EventKind::Flow { approximate } = event.kind else {
+            let EventKind::Flow {
+                approximate,
+                age,
+                last,
+            } = event.kind
+            else {
                 continue;
             };
+            sums.add(event);
             let peer = key(event.socket.remote);
-            let (before, _) = flows
-                .insert(peer, (event.traffic, approximate))
-                .unwrap_or_default();
-            // The report at the end may have nothing new to tell.
-            let is_last = before == event.traffic && before != Traffic::default();
-            let is_right = !ended.contains(&peer) && (is_last || grows(before, event.traffic));
-            ensure!(is_right, "a flow without news: {event}");
-            if is_last {
-                ended.insert(peer);
+            let is_new = marks.insert(peer, approximate).is_none();
+            let born = event.uptime.saturating_sub(age);
+            let before = reports.insert(peer, (event, born));
+            ensure!(
+                before.is_some() || is_new || self.evicted,
+                "it had ended: {event}"
+            );
+            if let Some((before, was_born)) = before {
+                // The report at the end may have nothing new to tell.
+                let is_right =
+                    grows(before.traffic, event.traffic) || last && before.traffic == event.traffic;
+                ensure!(is_right, "a flow without news: {event}");
+                ensure!(before.uptime <= event.uptime, "time went back: {event}");
+                ensure!(born == was_born, "another age: {event}");
             }
-            let before = times.insert(peer, event.uptime).unwrap_or_default();
-            ensure!(before <= event.uptime, "time went back: {event}");
+            if last {
+                reports.remove(&peer);
+            }
         }
+        ensure!(reports.is_empty(), "no end of {reports:?}");
+        let sums = sums.sums().into_iter().map(|((_, peer), traffic)| {
+            let peer = key(peer);
+            (
+                peer,
+                (traffic, marks.get(&peer).copied().unwrap_or_default()),
+            )
+        });
+        let flows: BTreeMap<_, _> = sums.collect();
         let peers: BTreeSet<_> = expected.keys().chain(flows.keys()).collect();
         for peer in peers {
             let (is, must_be) = (flows.get(peer), expected.get(peer));

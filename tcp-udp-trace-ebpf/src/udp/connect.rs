@@ -39,8 +39,17 @@ pub(crate) fn connected(ctx: Context, result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
     if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
+        tracked.strangers = queued(sk);
         report(ctx, kind::CONNECT, key, tracked, sk, 0);
     }
+}
+
+/// How many datagrams wait to be received, or more.
+#[inline(always)]
+pub(crate) fn queued(sk: Sock) -> u64 {
+    // Datagrams move from the first queue to the second. In this order, one that moves meanwhile is counted twice, and none is missed.
+    let waiting = u64::from(sk.get::<u32>(Field::ReceiveQueued));
+    waiting + u64::from(sk.get::<u32>(Field::ReaderQueued))
 }
 
 /// The current process returns from a system call.

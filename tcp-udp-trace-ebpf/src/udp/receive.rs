@@ -3,12 +3,15 @@
 //! Where the kernel has kprobes, at the one place where a datagram is handed over, with its headers. Where it has
 //! none, from what the system call returns, and from whom the kernel says it was.
 
-use core::ptr;
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr,
+};
 
 use aya_ebpf::{
     bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid, macros::map, maps::LruHashMap,
 };
-use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer, UdpTracked};
 
 use super::{Datagrams, Direction, ETH_P_IP, addresses, count, key, key_of, local6, used};
 use crate::{
@@ -118,7 +121,7 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
         return;
     }
     // The copy ends with the block: its room on the stack is needed for what comes.
-    let (datagrams, key) = {
+    let (mut datagrams, key) = {
         let socket = &Copied::new(sk);
         // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
         let mut datagrams = addresses(socket);
@@ -137,6 +140,21 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
         if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
             tracked.approximate = 1;
         }
+        if tracked.strangers.cast_signed() > 0 {
+            take_stranger(tracked);
+            if !is_told {
+                (datagrams.peer.address, datagrams.peer.port) = ([0; 4], 0);
+            }
+        }
         count(ctx, key, tracked, &datagrams);
+    }
+}
+
+/// One of the datagrams that may have come before the socket got its peer has been received.
+#[inline(always)]
+fn take_stranger(tracked: &mut UdpTracked) {
+    // SAFETY: a pointer into a map's value; atomic, because several threads may receive at once.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut tracked.strangers, u64::MAX);
     }
 }

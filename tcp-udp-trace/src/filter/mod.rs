@@ -344,7 +344,11 @@ mod tests {
             SystemTime::UNIX_EPOCH,
             Duration::ZERO,
         );
-        event.kind = EventKind::Flow { approximate: false };
+        event.kind = EventKind::Flow {
+            approximate: false,
+            age: Duration::ZERO,
+            last: false,
+        };
         event.socket.local = "127.0.0.1:50".parse().unwrap();
         event.socket.remote = "10.1.2.3:53".parse().unwrap();
         event.socket.uid = 1000;

@@ -35,7 +35,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, kind};
+use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, Udp, kind};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use self::filter::{ASK_FILTER, Filters};
@@ -43,7 +43,7 @@ use crate::{
     Buffer, Error, ErrorKind, Event, Filter, Hook, Protocol, Traffic,
     builder::{Config, LATE_SHARE},
     decode,
-    flows::FlowMap,
+    flows::{FlowMap, Totals},
 };
 
 /// The eBPF objects of this architecture, as `cargo xtask ebpf` made them: with a ring buffer, and with perf buffers.
@@ -70,6 +70,9 @@ const MIN_RING_BYTES: u32 = 4096;
 /// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
 /// matter most.
 const SHARE: u32 = 8;
+
+/// How many flows that the filter does not want are remembered.
+const UNWANTED: u32 = 16_384;
 
 /// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
 /// would keep the kernel from running others.
@@ -123,10 +126,15 @@ impl Kernel {
             .with_source(source)
         })?;
         // Every map of the object is made; those of the other protocol as small as can be.
-        let (tcp_sockets, udp_sockets, flows) = match config.protocol {
-            Protocol::Tcp => (config.max_sockets, 1, 1),
+        let (tcp_sockets, udp_sockets, flows, unwanted) = match config.protocol {
+            Protocol::Tcp => (config.max_sockets, 1, 1, 1),
             // Each CPU may be about to put one more together.
-            Protocol::Udp => (1, config.max_sockets + cpus as u32, config.max_flows),
+            Protocol::Udp => (
+                1,
+                config.max_sockets + cpus as u32,
+                config.max_flows + flows_on_their_way(config.ring_bytes),
+                config.max_flows.min(UNWANTED),
+            ),
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
@@ -156,6 +164,7 @@ impl Kernel {
             .map_max_entries("SOCKETS", tcp_sockets)
             .map_max_entries("UDP_SOCKETS", udp_sockets)
             .map_max_entries("FLOWS", flows)
+            .map_max_entries("UNWANTED", unwanted)
             .load(object)
             .map_err(|source| refusal::of_map(&source, config.protocol).with_source(source))?;
         let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
@@ -233,7 +242,7 @@ impl Kernel {
     }
 
     /// Asks for the totals of a flow.
-    fn ask_flow(&self, flow: &FlowKey, known: Traffic, forget: bool) -> Option<Traffic> {
+    fn ask_flow(&self, flow: &FlowKey, known: Traffic, forget: bool) -> Option<Totals> {
         let mut query = FlowQuery::new_zeroed();
         query.key = *flow;
         query.known.tx_packets = known.tx_packets;
@@ -245,7 +254,10 @@ impl Kernel {
         options.data_out = Some(query.as_mut_bytes());
         let program: &SchedClassifier = self.ebpf.program(ASK_FLOW)?.try_into().ok()?;
         let answer = program.test_run(options).ok()?;
-        (answer.return_value == 1).then(|| decode::traffic(query.traffic))
+        (answer.return_value == 1).then(|| Totals {
+            traffic: decode::traffic(query.traffic),
+            approximate: query.approximate != 0,
+        })
     }
 
     /// What the programs have counted.
@@ -335,6 +347,12 @@ impl Kernel {
     }
 }
 
+/// How many flows may have begun of which the reader does not know yet. Each has a record in the buffer.
+fn flows_on_their_way(ring_bytes: u32) -> u32 {
+    const MOST: u32 = 16_384;
+    (ring_bytes / size_of::<Udp>() as u32).min(MOST)
+}
+
 /// Asks everything of a BTF that may be anything: for the fuzzers.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
@@ -346,11 +364,11 @@ pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
 }
 
 impl FlowMap for Kernel {
-    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Traffic> {
+    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals> {
         self.ask_flow(flow, known, false)
     }
 
-    fn take(&mut self, flow: &FlowKey) -> Option<Traffic> {
+    fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
         self.ask_flow(flow, Traffic::default(), true)
     }
 }

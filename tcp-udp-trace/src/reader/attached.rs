@@ -81,6 +81,7 @@ impl Attached {
             missed,
             unknown_family,
             untracked_kin,
+            unassigned,
         } = self.kernel.counters();
         let rejected = self.kernel.rejected();
         let of = |counts: &[u64; record::COUNT], kind: Kind| {
@@ -103,6 +104,7 @@ impl Attached {
             unknown_family,
             untracked_processes: untracked_kin,
             flows_evicted: self.flows.evicted(),
+            unassigned,
             recursion_misses: self.kernel.recursion_misses(),
             ..Stats::default()
         }
@@ -156,6 +158,7 @@ impl Attached {
                     lost_before,
                     flow,
                     image,
+                    is_first,
                 } = match decode(bytes, clock, info) {
                     Ok(Some(decoded)) => decoded,
                     Ok(None) => return,
@@ -178,7 +181,9 @@ impl Attached {
                 let mut shows_flows = false;
                 match (&event.kind, flow) {
                     (EventKind::Flow { .. }, Some(flow)) => {
-                        flows.seen(flow, event, kernel, |event| batch.push(event));
+                        let stamp = stamp(event.time, event.uptime);
+                        let emit = |event| batch.push(event);
+                        flows.seen(flow, is_first, event, kernel, stamp, emit);
                     }
                     (EventKind::Close { .. }, Some(flow)) => {
                         // Before the flows go.

@@ -1,0 +1,173 @@
+//! The reports of a flow: are their numbers those of the flow, and do they say so where they may not be?
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use anyhow::ensure;
+use integration_tests::{
+    actor::{Operation, ReceiveCall, Segmentation, SendCall, SocketOption},
+    flow_sums::FlowSums,
+    netns::Netns,
+    scene::loopback,
+    suite::Test,
+    trace::{Trace, show},
+    udp_scene::{Family, Site},
+};
+use tcp_udp_trace::{Event, EventKind, Filter};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            merged_receives_after_a_send_are_approximate,
+            the_least_recently_used_makes_room,
+            sums_are_exact_whatever_makes_room,
+        ],
+    ]
+}
+
+/// Every report after the first receive says whether its numbers may be too small, though the flow began with a datagram sent.
+fn merged_receives_after_a_send_are_approximate() -> anyhow::Result<()> {
+    const SENDS: usize = 10;
+    const BYTES: usize = 5_000;
+    for family in Family::ALL {
+        let trace = Trace::start_udp()?;
+        let mut site = Site::new(family, true)?;
+        site.sender.set(SocketOption::Merge)?;
+        site.sender.send(SendCall::SendTo, None, &[5])?;
+        site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+        for _ in 0..SENDS {
+            let by = Segmentation::ControlMessage;
+            site.receiver.send_segments(by, None, BYTES, 500)?;
+            let bytes = BYTES as u64;
+            site.sender.run(Operation::ReceiveMerged { bytes })?;
+        }
+        let cookie = site.sender.socket.cookie;
+        let is_received = |event: &Event| {
+            matches!(event.kind, EventKind::Flow { .. })
+                && event.socket.cookie == Some(cookie)
+                && event.traffic.rx_bytes > 0
+        };
+        trace.wait_for("a report before the end", is_received)?;
+        let approximate = !trace.names_every_peer();
+        let lives = site.close()?;
+        let mut seen = trace.finish_udp(2)?;
+        let events = seen.check(&lives[0])?;
+        for event in events.iter().filter(|event| is_received(event)) {
+            let is_right =
+                matches!(event.kind, EventKind::Flow { approximate: is, .. } if is == approximate);
+            ensure!(is_right, "approximate: {approximate} expected: {event}");
+        }
+        seen.check_all(&lives[1..])?;
+    }
+    Ok(())
+}
+
+const FLOWS: u32 = 200;
+
+/// An address of the loopback network.
+fn stranger(number: u32) -> SocketAddr {
+    let [_, a, b, c] = number.to_be_bytes();
+    SocketAddr::from(([127, 1 + a, b, c], 9))
+}
+
+/// Room for few flows, all of which are of this test.
+fn start(interval: Duration) -> anyhow::Result<Trace> {
+    let filter = Filter::new().netns(Netns::current()?.inode()?);
+    Trace::start_udp_with(move |builder| {
+        let builder = builder.filter(filter).interval(interval);
+        builder.max_flows(FLOWS)
+    })
+}
+
+/// A flow that is used all the time stays, however many others come and fall silent; and each of these has told all.
+fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
+    const ROUNDS: u32 = 40;
+    let trace = start(tcp_udp_trace::DEFAULT_INTERVAL)?;
+    let socket = UdpSocket::bind(loopback(false))?;
+    let silent = UdpSocket::bind(loopback(false))?;
+    let steady = silent.local_addr()?;
+    for number in 0..FLOWS * 2 {
+        socket.send_to(b"stranger", stranger(number))?;
+    }
+    // They fall silent before the next ones come.
+    let deadline = Instant::now() + tcp_udp_trace::DEFAULT_INTERVAL * 2;
+    while Instant::now() < deadline {
+        socket.send_to(b"steady", steady)?;
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let before = trace
+        .events()
+        .iter()
+        .filter(|event| event.socket.remote == steady)
+        .count();
+    for round in 0..ROUNDS {
+        for number in 0..10 {
+            socket.send_to(b"new", stranger(10_000 + round * 10 + number))?;
+        }
+        socket.send_to(b"steady", steady)?;
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(socket);
+    drop(silent);
+    trace.wait_closed(2)?;
+    let handle = trace.handle().clone();
+    let events = trace.finish_all()?;
+    let stats = handle.stats();
+    let evicted = u64::from(FLOWS * 2 + ROUNDS * 10 + 1 - FLOWS);
+    ensure!(
+        stats.flows_evicted == evicted,
+        "{evicted} expected: {stats:?}"
+    );
+    ensure!(stats.unassigned == 0, "{stats:?}");
+    let of_steady: Vec<_> = events
+        .into_iter()
+        .filter(|event| event.socket.remote == steady)
+        .collect();
+    let lasts = of_steady
+        .iter()
+        .filter(|event| matches!(event.kind, EventKind::Flow { last: true, .. }))
+        .count();
+    ensure!(before > 0 && lasts == 1, "{}", show(&of_steady));
+    Ok(())
+}
+
+/// More peers than are remembered, each more than once, while the tracer looks: the reports add up to what was sent.
+fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
+    const PEERS: u32 = 1_000;
+    const SOCKETS: u32 = 3;
+    let trace = start(Duration::from_millis(10))?;
+    let mut truth = BTreeMap::<SocketAddr, u64>::new();
+    for _ in 0..SOCKETS {
+        let socket = UdpSocket::bind(loopback(false))?;
+        for number in 0..PEERS * 8 {
+            // Each peer comes back, some soon and some late.
+            let to = stranger((number.wrapping_mul(2_654_435_761) >> 16) % PEERS);
+            socket.send_to(b"datagram", to)?;
+            *truth.entry(to).or_default() += 1;
+        }
+    }
+    trace.wait_closed(SOCKETS as usize)?;
+    let handle = trace.handle().clone();
+    let events = trace.finish_all()?;
+    let stats = handle.stats();
+    ensure!(stats.flows_evicted > u64::from(FLOWS), "{stats:?}");
+    ensure!(stats.unassigned == 0, "{stats:?}");
+    let mut sums = FlowSums::default();
+    events.iter().for_each(|event| sums.add(event));
+    let mut sent = BTreeMap::<SocketAddr, u64>::new();
+    for ((_, peer), traffic) in sums.sums() {
+        *sent.entry(peer).or_default() += traffic.tx_packets;
+    }
+    let wrong: Vec<_> = truth
+        .iter()
+        .filter(|(peer, packets)| sent.get(peer) != Some(packets))
+        .collect();
+    ensure!(
+        wrong.is_empty() && sent.len() == truth.len(),
+        "{wrong:?} expected"
+    );
+    Ok(())
+}
