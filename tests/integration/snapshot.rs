@@ -21,7 +21,7 @@ use integration_tests::{
 };
 use tcp_udp_trace::{
     Event, EventKind, Origin,
-    TcpState::{Close, CloseWait, Established, LastAck, Listen},
+    TcpState::{Close, CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, Listen},
     Traffic,
 };
 
@@ -310,7 +310,15 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
             .collect();
         ensure!(addresses.len() <= 1, "one id for {addresses:?}");
         let is_born_here = matches!(life[0].kind, EventKind::StateChange { from: Close, .. });
-        let may_be_absent = !is_born_here && life[0].time <= ready;
+        // Its process had closed it, and so had no descriptor of it any more.
+        let is_orphan = matches!(
+            life[0].kind,
+            EventKind::StateChange {
+                from: FinWait1 | FinWait2 | Closing | LastAck,
+                ..
+            }
+        );
+        let may_be_absent = !is_born_here && (is_orphan || life[0].time <= ready);
         for event in life {
             match &event.process {
                 Some(process) => ensure!(process.pid == pid, "wrong owner: {event}"),
