@@ -112,4 +112,8 @@ fields! {
     MountRoot: 8 = "mount.mnt.mnt_root",
     MountParent: 8 = "mount.mnt_parent",
     MountPoint: 8 = "mount.mnt_mountpoint",
+    IoAcceptSlot: 4 = "io_accept.file_slot",
+    IoFiles: 8 = "io_ring_ctx.file_table.data.nodes | io_ring_ctx.file_table.files",
+    IoFileCount: 4 = "io_ring_ctx.file_table.data.nr | io_ring_ctx.nr_user_files",
+    IoNodeFile: 8 = "io_rsrc_node.file_ptr",
 }

@@ -1,18 +1,27 @@
 //! A process accepts a connection.
 
-use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Tcp, filter::no_state, kind, origin, syn};
+use tcp_udp_trace_common::{
+    AF_INET, AF_INET6, Field, Tcp, Tracked, filter::no_state, kind, origin, syn,
+};
 
 use crate::{
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Copied, Sock, Socket as _, read, read_at},
+    sock::{Copied, Sock, Socket as _, has, read, read_at},
     syscall, track,
 };
 
 const TCP_CLOSE: u8 = 7;
+const TCP_LISTEN: u8 = 10;
 
 /// `IORING_OP_ACCEPT` of `io_uring.h`.
 const IORING_OP_ACCEPT: u8 = 13;
+/// `IORING_FILE_INDEX_ALLOC`: the kernel chooses the slot, which is the result.
+const IORING_FILE_INDEX_ALLOC: u32 = u32::MAX;
+/// `IORING_CQE_F_BUFFER`: the completion is of a receive or a read.
+const IORING_CQE_F_BUFFER: u32 = 1;
+/// The bits of a slot that belong to the address of its file.
+const FILE_ADDRESS: u64 = !7;
 
 /// The current process has accepted this socket, if it is one of TCP.
 #[inline(always)]
@@ -30,6 +39,9 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
     let owner = owner::current(ctx, origin::ACCEPTOR);
     let mut fresh;
     let tracked = if let Some(tracked) = track::adopt(sk, state) {
+        if !is_acceptable(tracked) {
+            return;
+        }
         if tracked.syn() == syn::UNKNOWN {
             // Its handshake is older than the tracer, but it is one that this side has not begun.
             tracked.syn |= syn::NOT_COUNTED;
@@ -73,12 +85,62 @@ pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
     }
 }
 
-/// The current process's io_uring has finished a request.
+/// A request to an io_uring has finished. The current task belongs to the process that made it.
 #[inline(always)]
-pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
-    if read::<u8>(request, Field::IoOpcode) == IORING_OP_ACCEPT {
-        accepted_as(ctx, i64::from(result));
+pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flags: u32) {
+    let (fd, slot) = if request == 0 {
+        // One of the results of a multishot request. Which request that is, the kernel does not say.
+        if flags & IORING_CQE_F_BUFFER != 0 {
+            return;
+        }
+        (i64::from(result), i64::from(result))
+    } else if read::<u8>(request, Field::IoOpcode) == IORING_OP_ACCEPT {
+        match read::<u32>(request, Field::IoAcceptSlot) {
+            0 => (i64::from(result), -1),
+            IORING_FILE_INDEX_ALLOC => (-1, i64::from(result)),
+            // It is counted from 1, and the result is an error or 0.
+            slot => (-1, if result < 0 { -1 } else { i64::from(slot) - 1 }),
+        }
+    } else {
+        return;
+    };
+    let is_it = |sk: &Sock| request != 0 || is_waiting(*sk);
+    let found = socket_of(fd).filter(is_it);
+    if let Some(sk) = found.or_else(|| socket_in(ring, slot).filter(is_it)) {
+        accepted(ctx, sk);
     }
+}
+
+/// Whether the socket may be one that `accept` returned: no listener, no connection that this side began, and none that another
+/// `accept` returned.
+#[inline(always)]
+fn is_acceptable(tracked: &Tracked) -> bool {
+    tracked.state != TCP_LISTEN
+        && tracked.syn() != syn::COUNTED
+        && tracked.acceptor.origin == origin::NONE
+}
+
+/// Whether the socket is the child of a listener, and no process is known to have accepted it.
+#[inline(always)]
+fn is_waiting(sk: Sock) -> bool {
+    track::get(sk)
+        .is_some_and(|tracked| tracked.syn() == syn::NOT_COUNTED && is_acceptable(tracked))
+}
+
+/// The socket in a slot of an io_uring's own table of files.
+#[inline(always)]
+fn socket_in(ring: u64, slot: i64) -> Option<Sock> {
+    if slot < 0 || slot >= i64::from(read::<u32>(ring, Field::IoFileCount)) {
+        return None;
+    }
+    let slot = read::<u64>(ring, Field::IoFiles) + (slot as u64) * 8;
+    let file = if has(Field::IoNodeFile) {
+        read::<u64>(read_at(slot), Field::IoNodeFile)
+    } else {
+        // Before 6.13 the slot holds the file itself.
+        read_at(slot)
+    };
+    Sock::of_file(file & FILE_ADDRESS)
 }
 
 /// The socket behind a descriptor of the current process.

@@ -167,10 +167,30 @@ fn accept_sys_exit(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// `io_uring:io_uring_complete(ctx, req, user_data, res, …)`: an accept by io_uring makes no system call.
+/// `io_uring:io_uring_complete(ctx, req, user_data, res, cflags, …)`: an accept by io_uring makes no system call.
 #[tracepoint]
 fn accept_uring(ctx: TracePointContext) -> u32 {
-    accept::completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
+    let (ring, request) = (field(&ctx, 8), field(&ctx, 16));
+    accept::completed(
+        ctx.as_ptr(),
+        ring,
+        request,
+        field(&ctx, 32),
+        field(&ctx, 36),
+    );
+    0
+}
+
+/// `io_uring:io_uring_cqe_overflow(ctx, user_data, res, cflags, …)`: the same, if the process is slow to take its results.
+#[tracepoint]
+fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
+    accept::completed(
+        ctx.as_ptr(),
+        field(&ctx, 8),
+        0,
+        field(&ctx, 24),
+        field(&ctx, 28),
+    );
     0
 }
 

@@ -42,6 +42,7 @@ mod udp_flows;
 mod udp_lifecycle;
 mod udp_numbers;
 mod udp_peers;
+mod uring;
 
 /// Topics and tests that are run a second time, with perf buffers.
 const WITH_PERF_BUFFERS: &[&str] = &[
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
     let tests = [
         states::trials(),
         owner::trials(),
+        uring::trials(),
         bytes::trials(),
         anomalies::trials(),
         delivery::trials(),

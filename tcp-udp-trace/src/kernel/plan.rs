@@ -96,7 +96,8 @@ const TCP: &[Signal] = &[
         best(&[("accept_kprobe", Kprobe("security_sock_graft"))]),
         worse(&[("accept_exit", Tracepoint("syscalls", "sys_exit_accept4")),
                 ("accept_exit", Tracepoint("syscalls", "sys_exit_accept")),
-                ("accept_uring", Tracepoint("io_uring", "io_uring_complete"))], NO_KPROBE_ACCEPT),
+                ("accept_uring", Tracepoint("io_uring", "io_uring_complete")),
+                ("accept_uring_overflow", Tracepoint("io_uring", "io_uring_cqe_overflow"))], NO_KPROBE_ACCEPT),
         worse(&[("accept_fentry", Fentry("security_sock_graft"))], FENTRY),
         worse(&[("accept_sys_exit", RawTracepoint("sys_exit"))], SYS_EXIT),
     ]] },
@@ -145,8 +146,8 @@ const UDP: &[Signal] = &[
 
 const NO_TRACEFS_STATE: &str =
     "without tracefs a few per cent of transitions are missed under load on preemptible kernels";
-const NO_KPROBE_ACCEPT: &str =
-    "no kprobes: accepts inside the kernel and of 32-bit programs are not seen";
+const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel and of 32-bit programs are not seen, nor those by io_uring \
+     that ask for no completion, or before Linux 5.18";
 const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read do not tell the peer of an unconnected socket, \
      and a UDP_GRO receive counts as one datagram (marked approximate)";
 const FENTRY: &str = "some are missed under load on preemptible kernels";

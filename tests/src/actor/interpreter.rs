@@ -22,7 +22,7 @@ use tokio::runtime::Runtime;
 use super::{
     batch,
     protocol::{Answer, Command, Endpoint, Failure, Moment, Outcome},
-    udp,
+    ring, udp,
 };
 
 /// No call blocks longer: an actor that waits for something that never comes must fail, not hang.
@@ -53,6 +53,8 @@ struct Interpreter {
     sockets: HashMap<RawFd, Socket>,
     /// Those that nobody asks for.
     held: Vec<OwnedFd>,
+    /// Those that hold connections.
+    rings: Vec<io_uring::IoUring>,
     tracing: Option<Tracing>,
 }
 
@@ -126,6 +128,9 @@ impl Interpreter {
             Command::AcceptByUring(fd) => {
                 let listener = self.socket(fd)?.try_clone()?;
                 return self.keep(accept_by_uring(listener.into())?);
+            }
+            Command::AcceptInRing(fd, way, connections) => {
+                self.rings.push(ring::accept(fd, way, connections)?);
             }
             Command::Take { pid, fd } => return self.keep(take(pid, fd)?.into()),
             Command::Tell(fd) => return self.tell(fd),

@@ -7,6 +7,7 @@ mod datagram;
 mod flood;
 mod interpreter;
 mod protocol;
+mod ring;
 mod udp;
 
 use std::{
@@ -28,7 +29,7 @@ pub use batch::Exchange;
 pub use datagram::{
     Direction, Hold, Operation, ReceiveCall, Segmentation, SendCall, SocketOption, Transfer,
 };
-pub use protocol::{Command, Endpoint, Failure, Moment, Outcome};
+pub use protocol::{Command, Endpoint, Failure, Moment, Outcome, UringAccept};
 
 use crate::{cgroup, netns::Netns};
 

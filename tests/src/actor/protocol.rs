@@ -40,6 +40,8 @@ pub enum Command {
     AcceptWaiting(RawFd),
     /// Accepts one connection by `io_uring`: [`Outcome::Socket`].
     AcceptByUring(RawFd),
+    /// Accepts so many connections by `io_uring` in a certain way, and keeps them.
+    AcceptInRing(RawFd, UringAccept, u32),
     /// Takes a socket of another process, as one that inherits it would have it: [`Outcome::Socket`].
     Take {
         /// The other process.
@@ -164,5 +166,39 @@ impl From<std::io::Error> for Failure {
             errno: error.raw_os_error(),
             message: error.to_string(),
         }
+    }
+}
+
+/// How `io_uring` accepts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UringAccept {
+    /// A request for each connection.
+    Once,
+    /// The same, and a thread of the kernel looks for requests (`IORING_SETUP_SQPOLL`).
+    Polled,
+    /// The same, on a worker thread (`IOSQE_ASYNC`).
+    Worker,
+    /// The same, and the process does the work when it waits (`IORING_SETUP_DEFER_TASKRUN`).
+    Deferred,
+    /// One request for all connections.
+    Multishot,
+    /// The same, and the process does the work when it waits.
+    MultishotDeferred,
+    /// Into a slot of the ring instead of a descriptor.
+    Direct,
+    /// The same, and the kernel chooses the slot.
+    DirectAllocated,
+    /// One request for all connections, into slots.
+    MultishotDirect,
+}
+
+impl UringAccept {
+    /// Whether there is no descriptor.
+    #[must_use]
+    pub fn is_direct(self) -> bool {
+        matches!(
+            self,
+            Self::Direct | Self::DirectAllocated | Self::MultishotDirect
+        )
     }
 }
