@@ -310,7 +310,7 @@ fn flow_of(
         let unwanted = match unwanted {
             Some(flow) => flow,
             None => {
-                let _ = UNWANTED.insert(key, &fresh, u64::from(BPF_NOEXIST));
+                let _ = UNWANTED.insert(key, fresh, u64::from(BPF_NOEXIST));
                 // SAFETY: as above.
                 unsafe { UNWANTED.get_ptr_mut(key)?.as_mut()? }
             }
