@@ -281,6 +281,7 @@ mod flows;
 #[doc(hidden)]
 pub mod fuzzing;
 mod hook;
+#[cfg(target_os = "linux")]
 mod images;
 mod info;
 #[cfg(feature = "serde")]
