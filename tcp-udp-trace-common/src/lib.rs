@@ -250,7 +250,7 @@ pub struct Flow {
     pub report: u64,
     /// When its first datagram was counted: `CLOCK_BOOTTIME`, nanoseconds.
     pub born: u64,
-    /// Not 0 if a number of its totals may be too small, see [`Udp::approximate`].
+    /// Not 0 if a number of its totals may be too small, see [`mark::APPROXIMATE`].
     pub approximate: u64,
 }
 
@@ -341,7 +341,7 @@ pub struct UdpTracked {
     pub cgroup: u64,
     /// Inode of the network namespace.
     pub netns: u32,
-    /// See [`Udp::approximate`].
+    /// See [`mark::APPROXIMATE`].
     pub approximate: u8,
     /// 1 once a flow of it has been reported: then its close must be, too, for user space to report its flows for the last time.
     /// And above that, one of [`older`].
