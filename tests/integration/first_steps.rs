@@ -14,7 +14,7 @@ use integration_tests::{
     suite::Test,
     trace::{self, SAMPLE_INTERVAL, Trace, show},
 };
-use tcp_udp_trace::{Event, Filter, Kind, Protocol, TcpState, TcpTracer};
+use tcp_udp_trace::{Event, EventKind, Filter, Kind, Protocol, TcpState, TcpTracer};
 use tokio::runtime::{Builder, Runtime};
 
 pub(crate) fn trials() -> Vec<Test> {
