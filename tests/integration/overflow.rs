@@ -20,6 +20,7 @@ use integration_tests::{
 };
 use tcp_udp_trace::{
     Buffer, Error, Event, EventKind, Filter, LossStage, OverflowPolicy, Stats, TcpState, TcpTracer,
+    TcpTracerBuilder,
 };
 use tokio::runtime::Runtime;
 
@@ -159,19 +160,8 @@ fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resul
 fn records_stay_in_the_ring_while_the_queue_is_full() -> anyhow::Result<()> {
     const QUEUE: usize = 8;
     const CONNECTIONS: usize = 50;
-    let mut scene = Scene::new()?;
-    let runtime = Runtime::new()?;
     let builder = trace::tcp().queue(QUEUE).sample_interval(None);
-    let tracer = runtime.block_on(builder.start())?;
-    let reference = Trace::start()?;
-    for _ in 0..CONNECTIONS {
-        let connection = scene.connect()?;
-        scene.close(&connection)?;
-    }
-    let reference = reference.finish_in_order(2 * CONNECTIONS)?;
-    tracer.handle().stop();
-    let (events, stats) = runtime.block_on(rest(tracer))?;
-    check_conservation(&stats)?;
+    let (events, stats, reference) = read_late(builder, CONNECTIONS)?;
     ensure!(
         stats.delivered == stats.emitted && stats.delivered > QUEUE as u64,
         "{stats:?}"
@@ -180,6 +170,27 @@ fn records_stay_in_the_ring_while_the_queue_is_full() -> anyhow::Result<()> {
     let ours = events.iter().filter(|event| event.socket.netns == netns);
     ensure!(ours.map(what).eq(reference.iter().map(what)));
     Ok(())
+}
+
+/// Makes connections, and reads the tracer only after it was stopped. Returns its events and counts, and
+/// the events that another tracer saw.
+fn read_late(
+    builder: TcpTracerBuilder,
+    connections: usize,
+) -> anyhow::Result<(Vec<Event>, Stats, Vec<Event>)> {
+    let mut scene = Scene::new()?;
+    let runtime = Runtime::new()?;
+    let tracer = runtime.block_on(builder.start())?;
+    let reference = Trace::start()?;
+    for _ in 0..connections {
+        let connection = scene.connect()?;
+        scene.close(&connection)?;
+    }
+    let reference = reference.finish_in_order(2 * connections)?;
+    tracer.handle().stop();
+    let (events, stats) = runtime.block_on(rest(tracer))?;
+    check_conservation(&stats)?;
+    Ok((events, stats, reference))
 }
 
 /// A consumer that does not come until ring and queue are full finds the newest lifecycle events.
@@ -227,24 +238,13 @@ fn overflow(
     const RING_BYTES: u32 = 1 << 16;
     /// Their records are ten times what the ring holds.
     const CONNECTIONS: usize = 400;
-    let mut scene = Scene::new()?;
-    let runtime = Runtime::new()?;
     let builder = trace::tcp()
         .ring_bytes(trace::bytes_for_a_cpu(RING_BYTES))
         .queue(QUEUE)
         .overflow(policy)
         .filter(Filter::new().netns(Netns::current()?.inode()?))
         .sample_interval(None);
-    let tracer = runtime.block_on(builder.start())?;
-    let reference = Trace::start()?;
-    for _ in 0..CONNECTIONS {
-        let connection = scene.connect()?;
-        scene.close(&connection)?;
-    }
-    let reference = reference.finish_in_order(2 * CONNECTIONS)?;
-    tracer.handle().stop();
-    let (events, stats) = runtime.block_on(rest(tracer))?;
-    check_conservation(&stats)?;
+    let (events, stats, reference) = read_late(builder, CONNECTIONS)?;
     for (stage, count) in [
         (LossStage::Ring, stats.ring_lost),
         (LossStage::Queue, stats.queue_shed),
