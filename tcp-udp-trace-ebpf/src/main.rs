@@ -431,7 +431,7 @@ fn ask_filter(ctx: *mut c_void) -> i32 {
 /// The totals of a flow.
 #[classifier]
 fn ask_flow(ctx: TcContext) -> i32 {
-    udp::query(&ctx).unwrap_or(0)
+    udp::flow::query(&ctx).unwrap_or(0)
 }
 
 const IPPROTO_UDP: u32 = 17;

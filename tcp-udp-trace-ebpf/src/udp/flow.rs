@@ -1,0 +1,187 @@
+//! What a UDP socket and one of its peers have sent each other, and when it is a record.
+
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    mem::offset_of,
+};
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_NOEXIST,
+    macros::map,
+    maps::{HashMap, LruHashMap},
+    programs::TcContext,
+};
+use tcp_udp_trace_common::{Flow, FlowKey, FlowQuery, Traffic, UdpTracked, kind, report};
+
+use super::{Datagrams, Direction, Totals, add, now, record};
+use crate::{anomaly, emit::Context, filter};
+
+/// The flows, each of which has a record. User space removes them: when their sockets end, and the least recently used when there are too
+/// many. There is room for more, because user space does not know yet of those whose records are on their way.
+#[map]
+static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(65_536, 0);
+
+/// Flows that nobody wants: no record tells of them, so they have to make room by themselves.
+#[map]
+static UNWANTED: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(16_384, 0);
+
+/// How long nobody is asked again whether a flow is wanted, in nanoseconds.
+#[unsafe(no_mangle)]
+static INTERVAL: Global<u64> = Global::new(1_000_000_000);
+
+/// Datagrams went through the socket: counts them for the flow, and reports it if that is due.
+#[inline(always)]
+pub(super) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
+    let flow_key = FlowKey {
+        socket: tracked.id,
+        peer: datagrams.peer,
+        _pad: 0,
+    };
+    let Some((flow, is_first)) = flow_of(&flow_key, tracked, datagrams) else {
+        return;
+    };
+    if datagrams.direction == Direction::Received && tracked.approximate != 0 {
+        // Before the datagrams are counted: whoever finds them finds this, too.
+        flow.approximate = 1;
+    }
+    add(&mut flow.traffic, datagrams);
+    // SAFETY: a valid pointer into the map. Volatile, so that it is read after the datagrams are counted.
+    let next = unsafe { (&raw const flow.report).read_volatile() };
+    // Most datagrams end here, without a look at the clock: that would take as long as finding the flow.
+    if next == report::LATER && !is_first {
+        return;
+    }
+    if next != report::LATER && next != report::NEXT {
+        // The flow is being removed: its last totals were read before this datagram was counted, or after.
+        unassigned(tracked);
+        return;
+    }
+    flow.report = report::LATER;
+    tracked.flows |= 1;
+    let totals = Totals {
+        traffic: &flow.traffic,
+        approximate: flow.approximate != 0,
+        first: is_first,
+    };
+    if !record(ctx, kind::FLOW, key, tracked, datagrams, totals, flow.born) {
+        flow.report = report::NEXT;
+        if is_first {
+            // User space removes the flows that it knows.
+            let _ = FLOWS.remove(flow_key);
+            unassigned(tracked);
+        }
+    }
+}
+
+/// The flow, and whether it begins with these datagrams. None if nobody wants it, or if there is no room for it.
+#[inline(always)]
+fn flow_of(
+    key: &FlowKey,
+    tracked: &mut UdpTracked,
+    datagrams: &Datagrams,
+) -> Option<(&'static mut Flow, bool)> {
+    if let Some(flow) = get_flow(key) {
+        return Some((flow, false));
+    }
+    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
+    let unwanted = UNWANTED
+        .get_ptr_mut(key)
+        .and_then(|flow| unsafe { flow.as_mut() });
+    let is_due = unwanted.as_ref().is_none_or(|flow| is_due(flow.report));
+    let fresh = Flow {
+        traffic: Traffic {
+            tx_bytes: 0,
+            rx_bytes: 0,
+            tx_packets: 0,
+            rx_packets: 0,
+        },
+        report: report::LATER,
+        born: now(),
+        approximate: tracked.unassigned,
+    };
+    if !is_due || !filter::wants_udp(kind::FLOW, tracked, datagrams) {
+        let unwanted = match unwanted {
+            Some(flow) => flow,
+            None => {
+                let _ = UNWANTED.insert(key, fresh, u64::from(BPF_NOEXIST));
+                // SAFETY: as above.
+                unsafe { UNWANTED.get_ptr_mut(key)?.as_mut()? }
+            }
+        };
+        if is_due {
+            unwanted.report = now();
+        }
+        add(&mut unwanted.traffic, datagrams);
+        return None;
+    }
+    let start = match unwanted {
+        Some(flow) => {
+            flow.report = report::LATER;
+            &*flow
+        }
+        None => &fresh,
+    };
+    // Another CPU may have been first: then it reports.
+    let is_first = FLOWS.insert(key, start, u64::from(BPF_NOEXIST)).is_ok();
+    if is_first {
+        let _ = UNWANTED.remove(key);
+    }
+    let flow = get_flow(key);
+    if flow.is_none() {
+        unassigned(tracked);
+    }
+    flow.map(|flow| (flow, is_first))
+}
+
+#[inline(always)]
+fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
+    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
+    FLOWS
+        .get_ptr_mut(key)
+        .and_then(|flow| unsafe { flow.as_mut() })
+}
+
+/// A datagram was counted for no flow.
+#[inline(always)]
+fn unassigned(tracked: &mut UdpTracked) {
+    tracked.unassigned = 1;
+    anomaly::unassigned();
+}
+
+/// Whether it is long ago that nobody wanted the flow.
+#[inline(always)]
+fn is_due(report: u64) -> bool {
+    now().wrapping_sub(report) >= INTERVAL.load()
+}
+
+/// User space asks for the totals of a flow; 1 if it is there.
+#[inline(always)]
+pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
+    let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
+    let forget = ctx.load::<u64>(offset_of!(FlowQuery, forget))?;
+    let known = ctx.load::<Traffic>(offset_of!(FlowQuery, known))?;
+    let Some(flow) = get_flow(&key) else {
+        return Ok(0);
+    };
+    let report = &raw mut flow.report;
+    let is_unchanged =
+        flow.traffic.tx_packets == known.tx_packets && flow.traffic.rx_packets == known.rx_packets;
+    // SAFETY: a valid pointer. Atomic, and so before what follows: a datagram is counted before it looks at this, and this is written before
+    // the counts are read again. One of the two finds the other.
+    unsafe {
+        if forget != 0 {
+            // Neither of the two numbers that say when there is a record.
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 2);
+        } else if is_unchanged && report.read_volatile() == report::LATER {
+            // One more than the highest number.
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 1);
+        }
+    }
+    ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
+    ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
+    if forget != 0 {
+        let _ = FLOWS.remove(key);
+    }
+    Ok(1)
+}
