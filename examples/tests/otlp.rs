@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
+use integration_tests::kernel::captures_images;
 use opentelemetry_proto::tonic::{
     collector::{
         logs::v1::{
@@ -125,12 +126,18 @@ impl LogsService for Collector {
 
 pub(crate) fn collector_gets_everything_by_the_end() -> anyhow::Result<()> {
     // Client and server are the same program: this one.
-    let program = env::current_exe()?;
-    let program = program.file_name().context("no name")?.to_string_lossy();
-    check(&mut Command::new(OTLP), [&program, &program])
+    let us = this_program()?;
+    check(&mut Command::new(OTLP), [&us, &us])
 }
 
-/// Those that the manifests in `deploy/` grant. What processes with more privileges run is not known then, only what they are called.
+fn this_program() -> anyhow::Result<String> {
+    let program = env::current_exe()?;
+    let name = program.file_name().context("no name")?;
+    Ok(name.to_string_lossy().into_owned())
+}
+
+/// Those that the manifests in `deploy/` grant. Where the kernel's side does not report it, what processes with more privileges run is not
+/// known then, only what they are called.
 pub(crate) fn three_capabilities_are_enough() -> anyhow::Result<()> {
     // Where it was built, root may not be let in without its capabilities.
     let folder = Folder::new("otlp")?;
@@ -141,7 +148,12 @@ pub(crate) fn three_capabilities_are_enough() -> anyhow::Result<()> {
         command.arg(format!("{set}=-all,+bpf,+perfmon,+net_admin"));
     }
     command.arg("--no-new-privs").arg(program);
-    check(&mut command, ["otlp-client", "otlp-server"])
+    if captures_images()? {
+        let us = this_program()?;
+        check(&mut command, [&us, &us])
+    } else {
+        check(&mut command, ["otlp-client", "otlp-server"])
+    }
 }
 
 /// Whether the collector gets everything that this command, which runs the example, sees of a client and a server; and that these are the
