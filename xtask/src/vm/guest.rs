@@ -19,7 +19,7 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// How long the tests may write nothing. A test takes under a minute on an idle machine, and several
 /// times as long beside other load, so a slow guest goes on and a hung one is found all the same.
-pub(super) const SILENCE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+pub(super) const SILENCE_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 
 /// How long QEMU may take to go away once the tests have ended.
 const POWEROFF_TIMEOUT: Duration = Duration::from_secs(10);
