@@ -1,5 +1,6 @@
 //! What happens to a TCP socket.
 
+use aya_ebpf::Global;
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, filter::no_state, kind, origin, syn,
 };
@@ -19,6 +20,13 @@ const TIME_WAIT: u8 = 6;
 const CLOSE: u8 = 7;
 const LISTEN: u8 = 10;
 const NEW_SYN_RECV: u8 = 12;
+
+const EADDRINUSE: u32 = 98;
+const EADDRNOTAVAIL: u32 = 99;
+
+/// The bit of `sock.sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not known.
+#[unsafe(no_mangle)]
+static HAS_LISTENED: Global<u64> = Global::new(0);
 
 /// Which of the two programs on a tracepoint is asking.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -178,13 +186,33 @@ fn report(
             record.from = from;
             record.to = to;
             record._pad = [0; 2];
-            record.error = if to == CLOSE {
-                socket.get(Field::Error)
-            } else {
-                0
-            };
+            record.error = if to == CLOSE { error(socket, from) } else { 0 };
         },
     );
+}
+
+/// The errno with which a socket closes; 0 if there is none.
+///
+/// Some calls return theirs and do not leave it in the socket. They are known by what they did not do.
+#[inline(always)]
+fn error(socket: impl Socket, from: u8) -> u32 {
+    if from == LISTEN {
+        // What there is in the socket is of a connection that it was before. A listener that ends was shut down, or has
+        // listened.
+        let has_listened = socket.get::<u64>(Field::Flags) & HAS_LISTENED.load() != 0;
+        let is_refused =
+            HAS_LISTENED.load() != 0 && !has_listened && socket.get::<u8>(Field::Shutdown) == 0;
+        return if is_refused { EADDRINUSE } else { 0 };
+    }
+    let error = socket.get(Field::Error);
+    // A port is found before the first sequence number is.
+    if from == SYN_SENT
+        && error == 0
+        && (socket.get::<u16>(Field::LocalPort) == 0 || socket.get::<u32>(Field::WriteSeq) == 0)
+    {
+        return EADDRNOTAVAIL;
+    }
+    error
 }
 
 /// The kernel gives the socket up.

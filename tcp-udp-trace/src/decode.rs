@@ -116,12 +116,17 @@ fn tcp(
     clock: BootClock,
 ) -> Result<Decoded, Malformed> {
     let uptime = clock.uptime(head.time);
+    let mut of_socket = tcp_socket(socket, head.time)?;
+    if is_of_listener(&kind) {
+        // What the kernel has there is of a connection that the socket was before.
+        of_socket.remote = address(socket.family, [0; 4], 0)?;
+    }
     let event = Event {
         time: clock.wall(uptime),
         uptime,
         kind,
         process: process(&socket.owner, clock)?,
-        socket: tcp_socket(socket, head.time)?,
+        socket: of_socket,
         traffic: Traffic {
             tx_bytes: socket.tx_bytes,
             rx_bytes: socket.rx_bytes,
@@ -232,6 +237,19 @@ fn process(owner: &Owner, clock: BootClock) -> Result<Option<Process>, Malformed
         started: clock.uptime(started),
         details: None,
     }))
+}
+
+fn is_of_listener(kind: &EventKind) -> bool {
+    match kind {
+        EventKind::StateChange { from, to, .. } => matches!(
+            (from, to),
+            (TcpState::Close, TcpState::Listen) | (TcpState::Listen, TcpState::Close)
+        ),
+        EventKind::Sample {
+            info: SampleInfo::Tcp(info),
+        } => TcpState::from_number(info.state) == Some(TcpState::Listen),
+        _ => false,
+    }
 }
 
 fn tcp_socket(socket: &TcpSocket, now: u64) -> Result<Socket, Malformed> {

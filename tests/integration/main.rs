@@ -23,6 +23,7 @@ mod anomalies;
 mod bytes;
 mod compared;
 mod delivery;
+mod errors;
 mod exhaustion;
 mod faults;
 mod filter_changes;
@@ -81,6 +82,7 @@ fn main() -> ExitCode {
         uring::trials(),
         bytes::trials(),
         anomalies::trials(),
+        errors::trials(),
         delivery::trials(),
         overflow::trials(),
         filters::trials(),

@@ -154,6 +154,13 @@ impl<'a> Btf<'a> {
         u32::try_from(index + 1).ok()
     }
 
+    /// The number of an enumerator of an enum.
+    pub(crate) fn enumerator(&self, name: &str, enumerator: &str) -> Option<u32> {
+        let ty = self.by_id(self.id(kind::ENUM, name)?)?;
+        let mut all = records(ty.extra);
+        all.find_map(|[string, value]| self.is_name(string, enumerator).then_some(value))
+    }
+
     fn index(&mut self) -> Result<(), BtfError> {
         let mut offset = 0;
         while (offset as usize) < self.types.len() {

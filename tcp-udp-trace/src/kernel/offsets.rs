@@ -84,6 +84,12 @@ pub(super) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
     }
 }
 
+/// The bit of `sock.sk_flags` that the kernel sets when a socket has begun to listen; 0 if it is not known.
+pub(super) fn has_listened(btf: &Btf<'_>) -> u64 {
+    let bit = btf.enumerator("sock_flags", "SOCK_RCU_FREE");
+    bit.and_then(|bit| 1_u64.checked_shl(bit)).unwrap_or(0)
+}
+
 /// Whether this kernel's verifier forgets numbers that do not matter also in programs with functions.
 ///
 /// Older ones (5.10 and 6.1 among them) verify each path through the loops of `image` by itself, which

@@ -19,6 +19,15 @@ fn check(btf: &Builder, path: &str, expected: Option<Field>) {
     assert_eq!(btf.field(path), expected, "{path}");
 }
 
+#[test]
+fn finds_an_enumerator() {
+    let data = sample().build();
+    let btf = Btf::parse(&data).expect("valid BTF");
+    assert_eq!(btf.enumerator("state", "POS"), Some(7));
+    assert_eq!(btf.enumerator("state", "BIG"), None);
+    assert_eq!(btf.enumerator("wide", "BIG"), None);
+}
+
 /// Some of everything that can be asked for.
 fn sample() -> Builder {
     let mut b = Builder::new();

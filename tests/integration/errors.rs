@@ -1,0 +1,168 @@
+//! The errno of a socket's end: that of the call that failed, also where the call keeps it for itself.
+
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener, TcpStream},
+};
+
+use anyhow::{bail, ensure};
+use integration_tests::{
+    scene::loopback,
+    suite::Test,
+    trace::{Trace, show},
+};
+use nix::errno::Errno;
+use socket2::{Domain, Socket, Type};
+use tcp_udp_trace::{Event, EventKind, TcpState};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            connect_without_a_free_port,
+            connect_with_addresses_in_use,
+            listen_on_a_port_in_use,
+            listener_that_was_a_connection,
+            listener_that_is_shut_down,
+        ],
+    ]
+}
+
+const BACKLOG: i32 = 8;
+
+/// A socket bound to this address, which others may share.
+fn bound(address: SocketAddr) -> anyhow::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+fn local(socket: &Socket) -> anyhow::Result<SocketAddr> {
+    match socket.local_addr()?.as_socket() {
+        Some(address) => Ok(address),
+        None => bail!("no address"),
+    }
+}
+
+fn ensure_failed(result: std::io::Result<()>, errno: Errno) -> anyhow::Result<()> {
+    let error = result.err().and_then(|error| error.raw_os_error());
+    ensure!(error == Some(errno as i32), "{error:?}");
+    Ok(())
+}
+
+/// Waits for so many ends of sockets. Gives what each was before, and its errno, in the order of their ends.
+fn ends(trace: Trace, count: usize) -> anyhow::Result<Vec<(TcpState, Option<i32>)>> {
+    let events = trace.finish_in_order(count)?;
+    let end = |event: &Event| match event.kind {
+        EventKind::StateChange { from, to, error } if to == TcpState::Close => Some((from, error)),
+        _ => None,
+    };
+    let ends: Vec<_> = events.iter().filter_map(end).collect();
+    ensure!(ends.len() == count, "{}", show(&events));
+    Ok(ends)
+}
+
+/// Every port of the range has a connection to the same address.
+fn connect_without_a_free_port() -> anyhow::Result<()> {
+    let server = TcpListener::bind(loopback(false))?;
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40001")?;
+    let trace = Trace::start()?;
+    let mut clients = Vec::new();
+    let failed = loop {
+        match TcpStream::connect(server.local_addr()?) {
+            Ok(client) => clients.push(client),
+            Err(error) => break error,
+        }
+        ensure!(clients.len() <= 2, "more connections than ports");
+    };
+    ensure_failed(Err(failed), Errno::EADDRNOTAVAIL)?;
+    let ends = ends(trace, 1)?;
+    let expected = (TcpState::SynSent, Some(Errno::EADDRNOTAVAIL as i32));
+    ensure!(ends == [expected], "{ends:?}");
+    Ok(())
+}
+
+/// There is a connection with just these addresses.
+fn connect_with_addresses_in_use() -> anyhow::Result<()> {
+    for v6 in [false, true] {
+        let server = TcpListener::bind(loopback(v6))?;
+        let to = server.local_addr()?.into();
+        let first = bound(loopback(v6))?;
+        let second = bound(local(&first)?)?;
+        let trace = Trace::start()?;
+        first.connect(&to)?;
+        ensure_failed(second.connect(&to), Errno::EADDRNOTAVAIL)?;
+        let ends = ends(trace, 1)?;
+        let expected = (TcpState::SynSent, Some(Errno::EADDRNOTAVAIL as i32));
+        ensure!(ends == [expected], "{ends:?}");
+    }
+    Ok(())
+}
+
+/// Two sockets may share an address, but only one of them can listen. When it is gone, the other can.
+fn listen_on_a_port_in_use() -> anyhow::Result<()> {
+    for v6 in [false, true] {
+        let first = bound(loopback(v6))?;
+        let second = bound(local(&first)?)?;
+        let trace = Trace::start()?;
+        first.listen(BACKLOG)?;
+        ensure_failed(second.listen(BACKLOG), Errno::EADDRINUSE)?;
+        drop(first);
+        second.listen(BACKLOG)?;
+        drop(second);
+        let ends = ends(trace, 3)?;
+        let errors = [Some(Errno::EADDRINUSE as i32), None, None];
+        let expected = errors.map(|error| (TcpState::Listen, error));
+        ensure!(ends == expected, "{ends:?}");
+    }
+    Ok(())
+}
+
+/// A connection that is given up leaves an errno and the peer's address in its socket.
+fn listener_that_was_a_connection() -> anyhow::Result<()> {
+    let server = TcpListener::bind(loopback(false))?;
+    let socket = bound(loopback(false))?;
+    let trace = Trace::start()?;
+    socket.connect(&server.local_addr()?.into())?;
+    drop(server.accept()?);
+    rustix::net::connect_unspec(&socket)?;
+    socket.listen(BACKLOG)?;
+    let local = local(&socket)?;
+    drop(socket);
+    trace.wait_for("the end of the listener", |event| {
+        event.is_end() && event.socket.local == local && is_of_listener(event)
+    })?;
+    let events = trace.finish_all()?;
+    let of_listener: Vec<_> = events
+        .iter()
+        .filter(|event| is_of_listener(event))
+        .collect();
+    ensure!(of_listener.len() == 2, "{}", show(&events));
+    for event in of_listener {
+        let EventKind::StateChange { error, .. } = event.kind else {
+            bail!("{event}");
+        };
+        let is_right = error.is_none()
+            && event.socket.remote.port() == 0
+            && event.socket.remote.ip().is_unspecified();
+        ensure!(is_right, "{event}");
+    }
+    Ok(())
+}
+
+fn is_of_listener(event: &Event) -> bool {
+    use TcpState::{Close, Listen};
+    matches!(event.kind, EventKind::StateChange { from, to, .. }
+        if [(Close, Listen), (Listen, Close)].contains(&(from, to)))
+}
+
+/// It ends, but no call has failed.
+fn listener_that_is_shut_down() -> anyhow::Result<()> {
+    let socket = bound(loopback(false))?;
+    let trace = Trace::start()?;
+    socket.listen(BACKLOG)?;
+    socket.shutdown(std::net::Shutdown::Both)?;
+    let ends = ends(trace, 1)?;
+    ensure!(ends == [(TcpState::Listen, None)], "{ends:?}");
+    Ok(())
+}
