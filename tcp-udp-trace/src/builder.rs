@@ -235,7 +235,7 @@ macro_rules! builder {
             /// `/proc`, other users' processes take `CAP_SYS_PTRACE`, in a time namespace Linux 5.11.
             /// Default no.
             ///
-            /// Kernels before about 6.5 verify the programs that report this for minutes. There
+            /// Kernels before about 6.5, and 7.2, verify the programs that report this for minutes. There
             /// `/proc` alone is read, when the reader wakes, and most processes that end at once have
             /// no details.
             pub fn process_details(mut self, process_details: bool) -> Self {

@@ -167,6 +167,6 @@ pub fn is_emulated() -> anyhow::Result<bool> {
 /// Whether the kernel's side reports what a socket's owner runs, where that is asked for.
 pub fn captures_images() -> anyhow::Result<bool> {
     let btf = fs::read("/sys/kernel/btf/vmlinux")?;
-    let name = b"\0backtrack_state\0";
-    Ok(btf.windows(name.len()).any(|bytes| bytes == name))
+    let has = |name: &[u8]| btf.windows(name.len()).any(|bytes| bytes == name);
+    Ok(has(b"\0backtrack_state\0") && !has(b"\0bpf_compute_live_registers\0"))
 }

@@ -111,7 +111,7 @@ impl Kernel {
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
             let targets = targets.chain(walks.iter().map(|walk| walk.target()));
-            let images = config.process_details && offsets::has_precise_verifier(&btf);
+            let images = config.process_details && offsets::verifies_images(&btf);
             (
                 offsets::resolve(&btf)?,
                 btf_ids::find(&btf, targets),

@@ -90,13 +90,15 @@ pub(super) fn has_listened(btf: &Btf<'_>) -> u64 {
     bit.and_then(|bit| 1_u64.checked_shl(bit)).unwrap_or(0)
 }
 
-/// Whether this kernel's verifier forgets numbers that do not matter also in programs with functions.
+/// Whether this kernel verifies the loops of `image` in milliseconds.
 ///
-/// Older ones (5.10 and 6.1 among them) verify each path through the loops of `image` by itself, which
-/// takes minutes. The type came with that ability.
-pub(super) fn has_precise_verifier(btf: &Btf<'_>) -> bool {
-    btf.id(super::btf::kind::STRUCT, "backtrack_state")
-        .is_some()
+/// Verifiers that do not forget numbers that do not matter in programs with functions take minutes
+/// (5.10 and 6.1): `backtrack_state` came with that ability. So does that of 7.2, which is recognized
+/// by the name of a function.
+pub(super) fn verifies_images(btf: &Btf<'_>) -> bool {
+    let has = |kind, name| btf.id(kind, name).is_some();
+    has(super::btf::kind::STRUCT, "backtrack_state")
+        && !has(super::btf::kind::FUNC, "bpf_compute_live_registers")
 }
 
 #[cfg(test)]
