@@ -54,7 +54,11 @@ fn ensure_failed(result: std::io::Result<()>, errno: Errno) -> anyhow::Result<()
 fn ends(trace: Trace, count: usize) -> anyhow::Result<Vec<(TcpState, Option<i32>)>> {
     let events = trace.finish_in_order(count)?;
     let end = |event: &Event| match event.kind {
-        EventKind::StateChange { from, to, error } if to == TcpState::Close => Some((from, error)),
+        EventKind::StateChange {
+            from,
+            to: TcpState::Close,
+            error,
+        } => Some((from, error)),
         _ => None,
     };
     let ends: Vec<_> = events.iter().filter_map(end).collect();
