@@ -68,31 +68,34 @@ fn attach_signal(
             } else {
                 // Not asked, aya does not remember that there was none.
                 unload_all(ebpf, choice);
-                Err(io::Error::new(io::ErrorKind::NotFound, "no tracefs").into())
+                let error = io::Error::new(io::ErrorKind::NotFound, "no tracefs");
+                Err((choice.hooks[0].1, error.into()))
             };
             match attached {
-                Ok(programs) => {
-                    hook.programs.extend(programs);
-                    hook.note = hook.note.or_else(|| note(choice));
+                Ok(attached) => {
+                    hook.programs.extend(attached.programs);
+                    let note = hook.note.or_else(|| note(choice));
+                    let notes: Vec<_> = note.into_iter().chain(attached.taken).collect();
+                    hook.note = (!notes.is_empty()).then(|| notes.join("; "));
                     break;
                 }
-                Err(error) if refusal::is_want(&error) => {
+                Err((point, error)) if refusal::is_want(&error) => {
                     return Err(
-                        refusal::of_signal(&error, signal.name, protocol).with_source(error)
+                        refusal::of_hook(&error, signal.name, point, protocol).with_source(error)
                     );
                 }
-                Err(error) => {
-                    log::debug!("{}: {}", choice.hooks[0].1, chain(&error));
-                    refusal.get_or_insert(error);
+                Err((point, error)) => {
+                    log::debug!("{point}: {}", chain(&error));
+                    refusal.get_or_insert((point, error));
                 }
             }
         }
     }
     match refusal {
-        Some(error) if hook.programs.is_empty() && signal.required => {
-            Err(refusal::of_signal(&error, signal.name, protocol).with_source(error))
+        Some((point, error)) if hook.programs.is_empty() && signal.required => {
+            Err(refusal::of_hook(&error, signal.name, point, protocol).with_source(error))
         }
-        Some(error) if hook.programs.is_empty() => {
+        Some((_, error)) if hook.programs.is_empty() => {
             hook.note = Some(format!(
                 "the kernel allows none of its hooks: {}",
                 chain(&error)
@@ -112,21 +115,35 @@ fn note(choice: &Choice) -> Option<String> {
     choice.cost.map(Into::into)
 }
 
+/// What was attached of a choice.
+#[derive(Debug, Default)]
+struct Attached {
+    programs: Vec<String>,
+    /// The hooks that another program has alone, and what that costs.
+    taken: Vec<String>,
+}
+
 /// Attaches a choice: all of its hooks, or at least the first.
-fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Vec<String>, ProgramError> {
-    let mut programs = Vec::new();
-    for (index, (name, point)) in choice.hooks.iter().enumerate() {
-        let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
-        match attach_program(program, *point) {
-            Ok(()) => programs.push(point.to_string()),
+fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Attached, (HookPoint, ProgramError)> {
+    let mut attached = Attached::default();
+    for (index, &(name, point)) in choice.hooks.iter().enumerate() {
+        let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
+        match program.and_then(|program| attach_program(program, point)) {
+            Ok(()) => attached.programs.push(point.to_string()),
             Err(error) if index == 0 || refusal::is_want(&error) => {
                 unload_all(ebpf, choice);
-                return Err(error);
+                return Err((point, error));
             }
-            Err(error) => log::debug!("{point}: {}", chain(&error)),
+            Err(error) => {
+                log::debug!("{point}: {}", chain(&error));
+                let taken = refusal::is_taken(point, &error);
+                attached
+                    .taken
+                    .extend(taken.then(|| refusal::cost_of_taken(point)));
+            }
         }
     }
-    Ok(programs)
+    Ok(attached)
 }
 
 pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {

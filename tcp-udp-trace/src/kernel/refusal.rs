@@ -2,10 +2,10 @@
 
 use std::{error::Error as StdError, io};
 
-use aya::EbpfError;
+use aya::{EbpfError, programs::ProgramError};
 use nix::errno::Errno;
 
-use super::privileges::Privileges;
+use super::{plan::HookPoint, privileges::Privileges};
 use crate::{Error, ErrorKind, Protocol};
 
 /// The object could not be loaded.
@@ -54,6 +54,49 @@ pub(super) fn of_signal(
     refusal(errno(error), &what, protocol, ErrorKind::Attach)
 }
 
+/// The same, where it is known which hook was refused.
+pub(super) fn of_hook(
+    error: &ProgramError,
+    signal: &str,
+    point: HookPoint,
+    protocol: Protocol,
+) -> Error {
+    if !is_taken(point, error) {
+        return of_signal(error, signal, protocol);
+    }
+    let message = format!(
+        "the kernel refused hooks for the signal `{signal}`: another program has {point} alone, attached with \
+         flags 0 (`bpftool cgroup tree` shows it): attach that one with BPF_F_ALLOW_MULTI, or detach it"
+    );
+    Error::new(ErrorKind::Attach, message)
+}
+
+/// Whether another program has this hook alone.
+///
+/// The kernel has loaded the program, so the privileges are there, and answers EPERM to the attachment. It
+/// does so for that reason only (`__cgroup_bpf_attach`).
+pub(super) fn is_taken(point: HookPoint, error: &ProgramError) -> bool {
+    let is_link =
+        matches!(error, ProgramError::SyscallError(error) if error.call == "bpf_link_create");
+    matches!(point, HookPoint::Cgroup(_)) && is_link && errno(error) == Some(Errno::EPERM)
+}
+
+/// What it costs that another program has this hook alone.
+pub(super) fn cost_of_taken(point: HookPoint) -> String {
+    let cost = match point {
+        HookPoint::Cgroup("recvmsg4") => {
+            "from which IPv4 peer an unconnected socket receives is unknown"
+        }
+        HookPoint::Cgroup("recvmsg6") => {
+            "from which IPv6 peer an unconnected socket receives is unknown"
+        }
+        HookPoint::Cgroup("connect4") => "connects of IPv4 sockets are not seen",
+        HookPoint::Cgroup("connect6") => "connects of IPv6 sockets are not seen",
+        _ => "not all is seen",
+    };
+    format!("another program has {point} alone, attached with flags 0: {cost}")
+}
+
 /// Whether it is no answer to what was asked: at another time it may be granted.
 pub(super) fn is_want(error: &(dyn StdError + 'static)) -> bool {
     matches!(
@@ -96,4 +139,46 @@ fn errno(error: &(dyn StdError + 'static)) -> Option<Errno> {
         error = e.source();
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use aya::sys::SyscallError;
+
+    use super::*;
+
+    fn refused(call: &'static str, errno: Errno) -> ProgramError {
+        ProgramError::SyscallError(SyscallError {
+            call,
+            io_error: io::Error::from_raw_os_error(errno as i32),
+        })
+    }
+
+    #[test]
+    fn a_program_that_has_a_hook_alone_is_named() {
+        let egress = HookPoint::Cgroup("egress");
+        let refused = refused("bpf_link_create", Errno::EPERM);
+        let error = of_hook(&refused, "send", egress, Protocol::Udp);
+        assert_eq!(error.kind(), ErrorKind::Attach);
+        let message = error.to_string();
+        assert!(
+            message.contains("another program has cgroup:egress alone"),
+            "{message}"
+        );
+        let connect = cost_of_taken(HookPoint::Cgroup("connect6"));
+        assert!(connect.contains("IPv6"), "{connect}");
+    }
+
+    #[test]
+    fn other_refusals_are_no_program_that_has_a_hook_alone() {
+        let egress = HookPoint::Cgroup("egress");
+        let kprobe = HookPoint::Kprobe("security_sock_graft");
+        for (point, call, errno) in [
+            (kprobe, "bpf_link_create", Errno::EPERM),
+            (egress, "bpf_prog_load", Errno::EPERM),
+            (egress, "bpf_link_create", Errno::ENOMEM),
+        ] {
+            assert!(!is_taken(point, &refused(call, errno)), "{call} {errno}");
+        }
+    }
 }
