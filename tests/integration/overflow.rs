@@ -250,7 +250,8 @@ impl Gap {
     }
 }
 
-/// The events that outlive the others, but for those of sockets that have no port yet: they are all alike.
+/// The events that outlive the others, but for those of sockets that have not both ports yet: they are
+/// all alike.
 fn vital<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
     use TcpState::{Close, Established, Listen};
     let is_vital = |event: &&Event| match event.kind {
@@ -260,8 +261,15 @@ fn vital<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
         EventKind::Lost { .. } => false,
         _ => true,
     };
-    let has_port = |event: &&Event| event.socket.local.port() != 0;
-    events.filter(is_vital).filter(has_port).map(what).collect()
+    let has_ports = |event: &&Event| {
+        let ports = [event.socket.local, event.socket.remote].map(|address| address.port());
+        !ports.contains(&0)
+    };
+    events
+        .filter(is_vital)
+        .filter(has_ports)
+        .map(what)
+        .collect()
 }
 
 /// Lets a small ring and a queue of eight overflow. Lifecycle events are missing in one place, which is
