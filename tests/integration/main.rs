@@ -23,6 +23,7 @@ mod anomalies;
 mod bytes;
 mod compared;
 mod delivery;
+mod details;
 mod errors;
 mod exhaustion;
 mod faults;
@@ -52,6 +53,7 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "owner::inherited_listener_prefork",
     "owner::reuseport_three_processes",
     "owner::io_uring_accept",
+    "details::of_short_tcp_processes",
     "owner::connection_older_than_the_tracer",
     "delivery::two_tracers_at_once_give_the_same_events",
     "delivery::first_event_after_a_pause_wakes_the_reader",
@@ -79,6 +81,7 @@ fn main() -> ExitCode {
     let tests = [
         states::trials(),
         owner::trials(),
+        details::trials(),
         uring::trials(),
         bytes::trials(),
         anomalies::trials(),

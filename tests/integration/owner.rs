@@ -6,17 +6,13 @@ use anyhow::{bail, ensure};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Outcome, errno},
     cgroup::Cgroup,
-    kernel,
     life::{ACTIVE_CLIENT, ACTIVE_SERVER, LISTENER, Life, PASSIVE_CLIENT, PASSIVE_SERVER},
     scene::{Connection, Scene, loopback},
     suite::{Test, skip},
     trace::Trace,
 };
 use nix::errno::Errno;
-use tcp_udp_trace::{
-    Event,
-    TcpState::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck},
-};
+use tcp_udp_trace::TcpState::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
@@ -32,9 +28,6 @@ pub(crate) fn trials() -> Vec<Test> {
             another_cgroup,
             thread_of_a_process,
             hostile_name,
-            process_details,
-            details_of_short_processes,
-            details_of_the_program_before_an_exec,
             address_reuse_by_two_thousand_sockets,
             listener_older_than_the_tracer,
             connection_older_than_the_tracer,
@@ -373,133 +366,6 @@ fn listener_older_than_the_tracer() -> anyhow::Result<()> {
     lives.nothing_else()
 }
 
-/// On request: what a process runs, also after its end if it was seen before.
-fn process_details() -> anyhow::Result<()> {
-    let trace = Trace::start_with(|builder| builder.process_details(true))?;
-    let mut server = Actor::spawn("server")?;
-    let mut client = Actor::spawn("client")?;
-    let listener = server.listen(loopback(false))?;
-    let connected = client.connect(listener.local)?;
-    let accepted = server.accept(&listener)?;
-    let pids = [client.pid(), server.pid()];
-    let owner = |event: &Event| event.process.as_ref().map(|process| process.pid);
-    let has_details = |event: &Event| {
-        event
-            .process
-            .as_ref()
-            .is_some_and(|process| process.details.is_some())
-    };
-    for pid in pids {
-        trace.wait_for("details", |event| {
-            owner(event) == Some(pid) && has_details(event)
-        })?;
-    }
-    client.kill()?;
-    ensure!(server.receive_all(&accepted)? == 0);
-    server.close(&accepted)?;
-    server.close(&listener)?;
-    let events = trace.finish_in_order(3)?;
-    let exe = std::env::current_exe()?;
-    for (pid, name) in pids.into_iter().zip(["client", "server"]) {
-        let last = events
-            .iter()
-            .rfind(|event| owner(event) == Some(pid) && event.is_end());
-        let last = last.expect("it was waited for");
-        let details = last
-            .process
-            .as_ref()
-            .and_then(|process| process.details.as_ref());
-        let Some(details) = details else {
-            bail!("no details: {last}")
-        };
-        ensure!(details.exe.as_ref() == Some(&exe), "{details:?}");
-        ensure!(
-            details.cmdline == ["/proc/self/exe", "--actor", name],
-            "{details:?}"
-        );
-    }
-    ensure!(
-        events
-            .iter()
-            .any(|event| event.socket.local == connected.local)
-    );
-    Ok(())
-}
-
-/// Processes that end at once, one after the other, at the default latency: at least 99 % have
-/// their executable and their whole command line, and none has another one's.
-fn details_of_short_processes() -> anyhow::Result<()> {
-    let bash = bash_where_images_are_captured()?;
-    const COUNT: usize = 1000;
-    let trace = Trace::start_with(|builder| builder.process_details(true))?;
-    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    let mut truth = std::collections::HashMap::new();
-    for index in 0..COUNT {
-        let script = format!("echo > /dev/tcp/127.0.0.1/{port}");
-        let args = [
-            "-c".to_owned(),
-            script,
-            "a\nb".to_owned(),
-            index.to_string(),
-        ];
-        let mut child = std::process::Command::new(&bash)
-            .args(&args)
-            .stderr(std::process::Stdio::null())
-            .spawn()?;
-        let pid = child.id();
-        child.wait()?;
-        drop(listener.accept()?);
-        let mut cmdline = vec![bash.clone().into_os_string()];
-        cmdline.extend(args.map(Into::into));
-        truth.insert(pid, cmdline);
-    }
-    let events = trace.finish_in_order(COUNT)?;
-    let mut found = std::collections::HashSet::new();
-    for process in events.iter().filter_map(|event| event.process.as_ref()) {
-        let (Some(cmdline), Some(details)) = (truth.get(&process.pid), &process.details) else {
-            continue;
-        };
-        ensure!(details.exe.as_ref() == Some(&bash), "{details:?}");
-        ensure!(&details.cmdline == cmdline, "{details:?}");
-        found.insert(process.pid);
-    }
-    eprintln!("{} of {COUNT} have details", found.len());
-    ensure!(
-        found.len() * 100 >= COUNT * 99,
-        "{} of {COUNT}",
-        found.len()
-    );
-    Ok(())
-}
-
-/// A process connects and executes another program at once: the details are those of the first.
-fn details_of_the_program_before_an_exec() -> anyhow::Result<()> {
-    let bash = bash_where_images_are_captured()?;
-    let trace = Trace::start_with(|builder| builder.process_details(true))?;
-    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
-    let port = listener.local_addr()?.port();
-    let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port}; exec sleep 0.2");
-    let mut child = std::process::Command::new(&bash)
-        .args(["-c", &script])
-        .spawn()?;
-    let pid = child.id();
-    drop(listener.accept()?);
-    child.wait()?;
-    let events = trace.finish_in_order(1)?;
-    let mut seen = 0;
-    for process in events.iter().filter_map(|event| event.process.as_ref()) {
-        if process.pid == pid {
-            let details = process.details.as_ref();
-            let is_first = details.is_some_and(|details| details.exe.as_ref() == Some(&bash));
-            ensure!(is_first, "{process:?}");
-            seen += 1;
-        }
-    }
-    ensure!(seen > 1, "{seen} events");
-    Ok(())
-}
-
 /// Only its end is seen: its bytes are exact all the same, and its owner had it open when the tracer started.
 fn connection_older_than_the_tracer() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
@@ -528,15 +394,4 @@ fn connection_older_than_the_tracer() -> anyhow::Result<()> {
     );
     lives.check(&server.bytes(20_000, 10_000).older_than_the_tracer())?;
     lives.nothing_else()
-}
-
-/// A shell that connects by itself; skips the test where the kernel's side cannot report images.
-fn bash_where_images_are_captured() -> anyhow::Result<std::path::PathBuf> {
-    if !kernel::captures_images()? {
-        return skip("this kernel's verifier is too slow for it: details come from /proc");
-    }
-    match fs::canonicalize("/bin/bash") {
-        Ok(bash) => Ok(bash),
-        Err(_) => skip("no bash here"),
-    }
 }

@@ -20,7 +20,7 @@ use tcp_udp_trace::{TcpTracer, UdpTracer};
 use tokio::runtime::Runtime;
 
 use super::{
-    batch,
+    Brief, batch,
     protocol::{Answer, Command, Endpoint, Failure, Moment, Outcome},
     ring, udp,
 };
@@ -28,23 +28,13 @@ use super::{
 /// No call blocks longer: an actor that waits for something that never comes must fail, not hang.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// For a process that [`connect_and_leave`]s.
-pub(super) const CONNECT_FLAG: &str = "--connect";
-
 fn connect_in_child(to: SocketAddr) -> io::Result<()> {
-    let mut child = process::Command::new("/proc/self/exe");
-    let status = child.arg(CONNECT_FLAG).arg(to.to_string()).status()?;
+    let status = Brief::Connect.command(to).status()?;
     if status.success() {
         Ok(())
     } else {
         Err(io::Error::other(format!("a child: {status}")))
     }
-}
-
-/// Connects, and lets the end of the process close the socket.
-pub(super) fn connect_and_leave(to: &str) -> io::Result<()> {
-    std::mem::forget(net::TcpStream::connect(to)?);
-    Ok(())
 }
 
 /// The sockets of an actor, by descriptor.

@@ -3,6 +3,7 @@
 //! An actor is this very program, started again with `--actor NAME`: it needs no other file, inside a VM either.
 
 mod batch;
+mod brief;
 mod datagram;
 mod flood;
 mod interpreter;
@@ -26,6 +27,7 @@ use std::{
 use anyhow::{Context as _, bail};
 
 pub use batch::Exchange;
+pub use brief::Brief;
 pub use datagram::{
     Direction, Hold, Operation, ReceiveCall, Segmentation, SendCall, SocketOption, Transfer,
 };
@@ -46,8 +48,8 @@ pub fn run_if_asked() -> Option<ExitCode> {
         interpreter::run(&args.next()?)
     } else if flag == PARENT_FLAG {
         be_parent(&args.next()?)
-    } else if flag == interpreter::CONNECT_FLAG {
-        interpreter::connect_and_leave(args.next()?.to_str()?)
+    } else if flag == brief::FLAG {
+        brief::run(args.next()?.to_str()?, args.next()?.to_str()?)
     } else if flag == udp::CHILD_FLAG {
         udp::send_through_stdin(args.next()?.to_str()?)
     } else {

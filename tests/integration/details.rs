@@ -1,0 +1,243 @@
+//! `process_details`: what the owner of a socket runs.
+
+use std::{collections::HashMap, ffi::OsString, io, net::SocketAddr, os::unix::ffi::OsStrExt as _};
+
+use anyhow::{Context as _, bail, ensure};
+use integration_tests::{
+    actor::{Actor, Brief},
+    kernel,
+    scene::loopback,
+    suite::{Test, skip},
+    trace::{Trace, show},
+};
+use tcp_udp_trace::{Event, ProcessDetails};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            of_a_process_that_ends_later,
+            of_short_tcp_processes,
+            of_short_udp_processes,
+            of_a_long_and_odd_command_line,
+            of_the_program_before_an_exec,
+        ],
+    ]
+}
+
+/// The most bytes of a command line, with the NUL after each argument.
+const MOST: usize = 4096;
+
+fn is_captured() -> anyhow::Result<()> {
+    if kernel::captures_images()? {
+        Ok(())
+    } else {
+        skip("this kernel's verifier is too slow for it: details come from /proc")
+    }
+}
+
+fn with_details() -> anyhow::Result<Trace> {
+    Trace::start_with(|builder| builder.process_details(true))
+}
+
+/// The command line of a process that [`Brief`] starts.
+fn cmdline(brief: Brief, to: SocketAddr, more: &[OsString]) -> Vec<OsString> {
+    let mut cmdline = vec!["/proc/self/exe".into()];
+    cmdline.extend(brief.args(to));
+    cmdline.extend_from_slice(more);
+    cmdline
+}
+
+fn details(event: &Event) -> Option<&ProcessDetails> {
+    event.process.as_ref()?.details.as_deref()
+}
+
+/// On request: what a process runs, also after its end if it was seen before.
+fn of_a_process_that_ends_later() -> anyhow::Result<()> {
+    let trace = with_details()?;
+    let mut server = Actor::spawn("server")?;
+    let mut client = Actor::spawn("client")?;
+    let listener = server.listen(loopback(false))?;
+    let connected = client.connect(listener.local)?;
+    let accepted = server.accept(&listener)?;
+    let pids = [client.pid(), server.pid()];
+    let owner = |event: &Event| event.process.as_ref().map(|process| process.pid);
+    let has_details = |event: &Event| {
+        event
+            .process
+            .as_ref()
+            .is_some_and(|process| process.details.is_some())
+    };
+    for pid in pids {
+        trace.wait_for("details", |event| {
+            owner(event) == Some(pid) && has_details(event)
+        })?;
+    }
+    client.kill()?;
+    ensure!(server.receive_all(&accepted)? == 0);
+    server.close(&accepted)?;
+    server.close(&listener)?;
+    let events = trace.finish_in_order(3)?;
+    let exe = std::env::current_exe()?;
+    for (pid, name) in pids.into_iter().zip(["client", "server"]) {
+        let last = events
+            .iter()
+            .rfind(|event| owner(event) == Some(pid) && event.is_end());
+        let last = last.expect("it was waited for");
+        let details = last
+            .process
+            .as_ref()
+            .and_then(|process| process.details.as_ref());
+        let Some(details) = details else {
+            bail!("no details: {last}")
+        };
+        ensure!(details.exe.as_ref() == Some(&exe), "{details:?}");
+        ensure!(
+            details.cmdline == ["/proc/self/exe", "--actor", name],
+            "{details:?}"
+        );
+    }
+    ensure!(
+        events
+            .iter()
+            .any(|event| event.socket.local == connected.local)
+    );
+    Ok(())
+}
+
+/// One after the other, at the default latency.
+fn of_short_tcp_processes() -> anyhow::Result<()> {
+    is_captured()?;
+    let trace = with_details()?;
+    let listener = std::net::TcpListener::bind(loopback(false))?;
+    let to = listener.local_addr()?;
+    let truth = run_briefly(Brief::Connect, to, || listener.accept().map(drop))?;
+    let events = trace.finish_in_order(truth.len())?;
+    nearly_all_have_details(&events, &truth)
+}
+
+/// The same with UDP.
+fn of_short_udp_processes() -> anyhow::Result<()> {
+    is_captured()?;
+    let trace = Trace::start_udp_with(|builder| builder.process_details(true))?;
+    let receiver = std::net::UdpSocket::bind(loopback(false))?;
+    let to = receiver.local_addr()?;
+    let truth = run_briefly(Brief::Send, to, || receiver.recv(&mut [0]).map(drop))?;
+    let events = trace.finish_in_order(truth.len())?;
+    nearly_all_have_details(&events, &truth)
+}
+
+/// Runs many processes, each with another argument; gives their command lines by pid.
+fn run_briefly(
+    brief: Brief,
+    to: SocketAddr,
+    mut answer: impl FnMut() -> io::Result<()>,
+) -> anyhow::Result<HashMap<u32, Vec<OsString>>> {
+    let count = if kernel::is_emulated()? { 100 } else { 1_000 };
+    let mut truth = HashMap::new();
+    for index in 0..count {
+        let more = [OsString::from("a\nb"), index.to_string().into()];
+        let mut child = brief.command(to).args(&more).spawn()?;
+        let status = child.wait()?;
+        ensure!(status.success(), "{status}");
+        answer()?;
+        truth.insert(child.id(), cmdline(brief, to, &more));
+    }
+    Ok(truth)
+}
+
+/// At least 99 of 100 have their executable and their whole command line, and none has another one's.
+fn nearly_all_have_details(
+    events: &[Event],
+    truth: &HashMap<u32, Vec<OsString>>,
+) -> anyhow::Result<()> {
+    let exe = std::env::current_exe()?;
+    let mut found = std::collections::HashSet::new();
+    for event in events {
+        let pid = event.process.as_ref().map(|process| process.pid);
+        let cmdline = pid.and_then(|pid| truth.get(&pid));
+        let (Some(pid), Some(cmdline), Some(details)) = (pid, cmdline, details(event)) else {
+            continue;
+        };
+        ensure!(details.exe.as_ref() == Some(&exe), "{details:?}");
+        ensure!(&details.cmdline == cmdline, "{details:?}");
+        found.insert(pid);
+    }
+    eprintln!("{} of {} have details", found.len(), truth.len());
+    ensure!(
+        found.len() * 100 >= truth.len() * 99,
+        "{} of {}",
+        found.len(),
+        truth.len()
+    );
+    Ok(())
+}
+
+/// 100 KB, with bytes that are no text and arguments that are empty: the beginning is there, unchanged.
+fn of_a_long_and_odd_command_line() -> anyhow::Result<()> {
+    is_captured()?;
+    let trace = with_details()?;
+    let listener = std::net::TcpListener::bind(loopback(false))?;
+    let to = listener.local_addr()?;
+    let odd = std::ffi::OsStr::from_bytes(b"\xff\x1b[31m").to_owned();
+    let more = [
+        odd,
+        OsString::new(),
+        "x".repeat(100_000).into(),
+        "end".into(),
+    ];
+    let mut child = Brief::Connect.command(to).args(&more).spawn()?;
+    ensure!(child.wait()?.success());
+    drop(listener.accept()?);
+    let events = trace.finish_in_order(1)?;
+    let is_its = |event: &&Event| {
+        let process = event.process.as_ref();
+        process.is_some_and(|process| process.pid == child.id())
+    };
+    let event = events.iter().find(is_its).context("no event")?;
+    let details = details(event).with_context(|| format!("no details: {event}"))?;
+    let whole = cmdline(Brief::Connect, to, &more);
+    let (last, before) = details.cmdline.split_last().context("no arguments")?;
+    ensure!(whole[..before.len()] == *before, "{details:?}");
+    ensure!(
+        before.len() == 6 && whole[6].as_bytes().starts_with(last.as_bytes()),
+        "{} arguments, the last one of {} bytes",
+        details.cmdline.len(),
+        last.len()
+    );
+    let len: usize = details
+        .cmdline
+        .iter()
+        .map(|argument| argument.len() + 1)
+        .sum();
+    ensure!((MOST - 1..=MOST + 1).contains(&len), "{len} bytes");
+    Ok(())
+}
+
+/// A process connects and executes another program, which connects too: each connection has the
+/// command line of the program that made it.
+fn of_the_program_before_an_exec() -> anyhow::Result<()> {
+    is_captured()?;
+    let trace = with_details()?;
+    let listener = std::net::TcpListener::bind(loopback(false))?;
+    let to = listener.local_addr()?;
+    let mut child = Brief::ConnectTwice.command(to).spawn()?;
+    ensure!(child.wait()?.success());
+    let mut truth = HashMap::new();
+    for brief in [Brief::ConnectTwice, Brief::Connect] {
+        let (_, client) = listener.accept()?;
+        truth.insert(client, cmdline(brief, to, &[]));
+    }
+    let events = trace.finish_in_order(2)?;
+    for (client, cmdline) in truth {
+        let mut of_client = events
+            .iter()
+            .filter(|event| event.socket.local == client)
+            .peekable();
+        ensure!(of_client.peek().is_some(), "{}", show(&events));
+        for event in of_client {
+            let is_right = details(event).is_some_and(|details| details.cmdline == cmdline);
+            ensure!(is_right, "{event}: {:?}", event.process);
+        }
+    }
+    Ok(())
+}

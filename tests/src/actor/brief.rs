@@ -1,0 +1,62 @@
+//! Processes that use one socket and end at once.
+
+use std::{
+    ffi::OsString,
+    io,
+    net::{SocketAddr, TcpStream, UdpSocket},
+    os::unix::process::CommandExt as _,
+    process::Command,
+};
+
+/// The argument by which this program is asked to be one; what it does and the address follow.
+pub(super) const FLAG: &str = "--brief";
+
+/// What it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Brief {
+    /// Connects, and lets the end of the process close the socket.
+    Connect,
+    /// Sends a datagram of one byte.
+    Send,
+    /// Connects, and becomes one that connects.
+    ConnectTwice,
+}
+
+impl Brief {
+    const ALL: [Self; 3] = [Self::Connect, Self::Send, Self::ConnectTwice];
+
+    /// The command that starts it; it ignores further arguments.
+    #[must_use]
+    pub fn command(self, to: SocketAddr) -> Command {
+        let mut command = Command::new("/proc/self/exe");
+        command.args(self.args(to));
+        command
+    }
+
+    /// Its arguments, without the name of the program.
+    #[must_use]
+    pub fn args(self, to: SocketAddr) -> [OsString; 3] {
+        [FLAG.into(), self.name().into(), to.to_string().into()]
+    }
+
+    fn name(self) -> String {
+        format!("{self:?}")
+    }
+}
+
+pub(super) fn run(what: &str, to: &str) -> io::Result<()> {
+    let known = Brief::ALL.into_iter().find(|brief| brief.name() == what);
+    let to: SocketAddr = to.parse().map_err(io::Error::other)?;
+    match known.ok_or(io::ErrorKind::InvalidInput)? {
+        Brief::Connect => std::mem::forget(TcpStream::connect(to)?),
+        Brief::Send => {
+            let any = SocketAddr::new(to.ip(), 0);
+            UdpSocket::bind(any)?.send_to(b"x", to)?;
+        }
+        Brief::ConnectTwice => {
+            let _first = TcpStream::connect(to)?;
+            return Err(Brief::Connect.command(to).exec());
+        }
+    }
+    Ok(())
+}
