@@ -148,12 +148,13 @@ pub(crate) fn three_capabilities_are_enough() -> anyhow::Result<()> {
         command.arg(format!("{set}=-all,+bpf,+perfmon,+net_admin"));
     }
     command.arg("--no-new-privs").arg(program);
-    if captures_images()? {
-        let us = this_program()?;
-        check(&mut command, [&us, &us])
+    let us = this_program()?;
+    let names = if captures_images()? {
+        [us.as_str(); 2]
     } else {
-        check(&mut command, ["otlp-client", "otlp-server"])
-    }
+        ["otlp-client", "otlp-server"]
+    };
+    check(&mut command, names)
 }
 
 /// Whether the collector gets everything that this command, which runs the example, sees of a client and a server; and that these are the

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, ffi::OsString, io, net::SocketAddr, os::unix::ffi::OsStrExt as _};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Brief},
     kernel,
@@ -47,6 +47,10 @@ fn cmdline(brief: Brief, to: SocketAddr, more: &[OsString]) -> Vec<OsString> {
     cmdline
 }
 
+fn pid(event: &Event) -> Option<u32> {
+    event.process.as_ref().map(|process| process.pid)
+}
+
 fn details(event: &Event) -> Option<&ProcessDetails> {
     event.process.as_ref()?.details.as_deref()
 }
@@ -60,16 +64,9 @@ fn of_a_process_that_ends_later() -> anyhow::Result<()> {
     let connected = client.connect(listener.local)?;
     let accepted = server.accept(&listener)?;
     let pids = [client.pid(), server.pid()];
-    let owner = |event: &Event| event.process.as_ref().map(|process| process.pid);
-    let has_details = |event: &Event| {
-        event
-            .process
-            .as_ref()
-            .is_some_and(|process| process.details.is_some())
-    };
-    for pid in pids {
+    for its in pids {
         trace.wait_for("details", |event| {
-            owner(event) == Some(pid) && has_details(event)
+            pid(event) == Some(its) && details(event).is_some()
         })?;
     }
     client.kill()?;
@@ -78,18 +75,12 @@ fn of_a_process_that_ends_later() -> anyhow::Result<()> {
     server.close(&listener)?;
     let events = trace.finish_in_order(3)?;
     let exe = std::env::current_exe()?;
-    for (pid, name) in pids.into_iter().zip(["client", "server"]) {
+    for (its, name) in pids.into_iter().zip(["client", "server"]) {
         let last = events
             .iter()
-            .rfind(|event| owner(event) == Some(pid) && event.is_end());
+            .rfind(|event| pid(event) == Some(its) && event.is_end());
         let last = last.expect("it was waited for");
-        let details = last
-            .process
-            .as_ref()
-            .and_then(|process| process.details.as_ref());
-        let Some(details) = details else {
-            bail!("no details: {last}")
-        };
+        let details = details(last).with_context(|| format!("no details: {last}"))?;
         ensure!(details.exe.as_ref() == Some(&exe), "{details:?}");
         ensure!(
             details.cmdline == ["/proc/self/exe", "--actor", name],
@@ -153,7 +144,7 @@ fn nearly_all_have_details(
     let exe = std::env::current_exe()?;
     let mut found = std::collections::HashSet::new();
     for event in events {
-        let pid = event.process.as_ref().map(|process| process.pid);
+        let pid = pid(event);
         let cmdline = pid.and_then(|pid| truth.get(&pid));
         let (Some(pid), Some(cmdline), Some(details)) = (pid, cmdline, details(event)) else {
             continue;
@@ -189,11 +180,8 @@ fn of_a_long_and_odd_command_line() -> anyhow::Result<()> {
     ensure!(child.wait()?.success());
     drop(listener.accept()?);
     let events = trace.finish_in_order(1)?;
-    let is_its = |event: &&Event| {
-        let process = event.process.as_ref();
-        process.is_some_and(|process| process.pid == child.id())
-    };
-    let event = events.iter().find(is_its).context("no event")?;
+    let event = events.iter().find(|event| pid(event) == Some(child.id()));
+    let event = event.context("no event")?;
     let details = details(event).with_context(|| format!("no details: {event}"))?;
     let whole = cmdline(Brief::Connect, to, &more);
     let (last, before) = details.cmdline.split_last().context("no arguments")?;
@@ -228,6 +216,11 @@ fn of_the_program_before_an_exec() -> anyhow::Result<()> {
         truth.insert(client, cmdline(brief, to, &[]));
     }
     let events = trace.finish_in_order(2)?;
+    let exe = std::env::current_exe()?;
+    for event in events.iter().filter(|event| pid(event) == Some(child.id())) {
+        let is_right = details(event).is_some_and(|details| details.exe.as_ref() == Some(&exe));
+        ensure!(is_right, "{event}: {:?}", event.process);
+    }
     for (client, cmdline) in truth {
         let mut of_client = events
             .iter()

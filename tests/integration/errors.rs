@@ -66,6 +66,14 @@ fn ends(trace: Trace, count: usize) -> anyhow::Result<Vec<(TcpState, Option<i32>
     Ok(ends)
 }
 
+/// Waits for the one end of a socket, of a connect that found no address.
+fn ensure_no_address(trace: Trace) -> anyhow::Result<()> {
+    let ends = ends(trace, 1)?;
+    let expected = (TcpState::SynSent, Some(Errno::EADDRNOTAVAIL as i32));
+    ensure!(ends == [expected], "{ends:?}");
+    Ok(())
+}
+
 /// Every port of the range has a connection to the same address.
 fn connect_without_a_free_port() -> anyhow::Result<()> {
     let server = TcpListener::bind(loopback(false))?;
@@ -80,10 +88,7 @@ fn connect_without_a_free_port() -> anyhow::Result<()> {
         ensure!(clients.len() <= 2, "more connections than ports");
     };
     ensure_failed(Err(failed), Errno::EADDRNOTAVAIL)?;
-    let ends = ends(trace, 1)?;
-    let expected = (TcpState::SynSent, Some(Errno::EADDRNOTAVAIL as i32));
-    ensure!(ends == [expected], "{ends:?}");
-    Ok(())
+    ensure_no_address(trace)
 }
 
 /// There is a connection with just these addresses.
@@ -96,9 +101,7 @@ fn connect_with_addresses_in_use() -> anyhow::Result<()> {
         let trace = Trace::start()?;
         first.connect(&to)?;
         ensure_failed(second.connect(&to), Errno::EADDRNOTAVAIL)?;
-        let ends = ends(trace, 1)?;
-        let expected = (TcpState::SynSent, Some(Errno::EADDRNOTAVAIL as i32));
-        ensure!(ends == [expected], "{ends:?}");
+        ensure_no_address(trace)?;
     }
     Ok(())
 }
