@@ -17,6 +17,7 @@ use super::{
     btf_ids::{self, Ids},
     cgroup, mounts,
     plan::{Choice, HookPoint, Signal},
+    privileges::Privileges,
     refusal,
     walk::Walk,
 };
@@ -136,7 +137,7 @@ fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Attached, (HookPoin
             }
             Err(error) => {
                 log::debug!("{point}: {}", chain(&error));
-                let taken = refusal::is_taken(point, &error);
+                let taken = refusal::is_taken(point, &error, &Privileges::of_this_thread());
                 attached
                     .taken
                     .extend(taken.then(|| refusal::cost_of_taken(point)));

@@ -14,7 +14,7 @@ pub(super) struct Capability {
 }
 
 #[rustfmt::skip]
-const NET_ADMIN: Capability =
+pub(super) const NET_ADMIN: Capability =
     Capability { number: 12, name: "CAP_NET_ADMIN", purpose: "for programs at the cgroup" };
 #[rustfmt::skip]
 pub(super) const SYS_PTRACE: Capability =
@@ -74,6 +74,18 @@ impl Privileges {
             is_in_user_namespace: !uid_map.is_empty() && !is_whole(uid_map),
             is_confidential: lockdown.contains("[confidentiality]"),
         }
+    }
+
+    /// All of them.
+    #[cfg(test)]
+    pub(super) fn of_root() -> Self {
+        Self::parse("CapEff:\t000001ffffffffff\n", "", "")
+    }
+
+    /// None of them.
+    #[cfg(test)]
+    pub(super) fn of_nobody() -> Self {
+        Self::parse("CapEff:\t0000000000000000\n", "", "")
     }
 
     pub(super) fn has(&self, capability: Capability) -> bool {

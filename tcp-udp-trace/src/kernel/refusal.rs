@@ -5,7 +5,7 @@ use std::{error::Error as StdError, io};
 use aya::{EbpfError, programs::ProgramError};
 use nix::errno::Errno;
 
-use super::{plan::HookPoint, privileges::Privileges};
+use super::{plan::HookPoint, privileges::{NET_ADMIN, Privileges}};
 use crate::{Error, ErrorKind, Protocol};
 
 /// The object could not be loaded.
@@ -61,9 +61,13 @@ pub(super) fn of_hook(
     point: HookPoint,
     protocol: Protocol,
 ) -> Error {
-    if !is_taken(point, error) {
+    if !is_taken(point, error, &Privileges::of_this_thread()) {
         return of_signal(error, signal, protocol);
     }
+    taken(signal, point)
+}
+
+fn taken(signal: &str, point: HookPoint) -> Error {
     let message = format!(
         "the kernel refused hooks for the signal `{signal}`: another program has {point} alone, attached with \
          flags 0 (`bpftool cgroup tree` shows it): attach that one with BPF_F_ALLOW_MULTI, or detach it"
@@ -73,12 +77,15 @@ pub(super) fn of_hook(
 
 /// Whether another program has this hook alone.
 ///
-/// The kernel has loaded the program, so the privileges are there, and answers EPERM to the attachment. It
-/// does so for that reason only (`__cgroup_bpf_attach`).
-pub(super) fn is_taken(point: HookPoint, error: &ProgramError) -> bool {
+/// The kernel has loaded the program and answers EPERM to the attachment. It does so for that reason
+/// (`__cgroup_bpf_attach`), and where CAP_NET_ADMIN is missing (`bpf_prog_attach_check_attach_type`).
+pub(super) fn is_taken(point: HookPoint, error: &ProgramError, privileges: &Privileges) -> bool {
     let is_link =
         matches!(error, ProgramError::SyscallError(error) if error.call == "bpf_link_create");
-    matches!(point, HookPoint::Cgroup(_)) && is_link && errno(error) == Some(Errno::EPERM)
+    matches!(point, HookPoint::Cgroup(_))
+        && is_link
+        && errno(error) == Some(Errno::EPERM)
+        && privileges.has(NET_ADMIN)
 }
 
 /// What it costs that another program has this hook alone.
@@ -158,7 +165,8 @@ mod tests {
     fn a_program_that_has_a_hook_alone_is_named() {
         let egress = HookPoint::Cgroup("egress");
         let refused = refused("bpf_link_create", Errno::EPERM);
-        let error = of_hook(&refused, "send", egress, Protocol::Udp);
+        assert!(is_taken(egress, &refused, &Privileges::of_root()));
+        let error = taken("send", egress);
         assert_eq!(error.kind(), ErrorKind::Attach);
         let message = error.to_string();
         assert!(
@@ -178,7 +186,11 @@ mod tests {
             (egress, "bpf_prog_load", Errno::EPERM),
             (egress, "bpf_link_create", Errno::ENOMEM),
         ] {
-            assert!(!is_taken(point, &refused(call, errno)), "{call} {errno}");
+            let is_taken = is_taken(point, &refused(call, errno), &Privileges::of_root());
+            assert!(!is_taken, "{call} {errno}");
         }
+        // Linux 5.10 takes CAP_SYS_ADMIN for the program, and not for its attachment.
+        let refused = refused("bpf_link_create", Errno::EPERM);
+        assert!(!is_taken(egress, &refused, &Privileges::of_nobody()));
     }
 }
