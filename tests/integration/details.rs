@@ -60,39 +60,37 @@ fn of_a_process_that_ends_later() -> anyhow::Result<()> {
     let trace = with_details()?;
     let mut server = Actor::spawn("server")?;
     let mut client = Actor::spawn("client")?;
+    for actor in [&mut server, &mut client] {
+        trace.details_of(actor)?;
+    }
     let listener = server.listen(loopback(false))?;
     let connected = client.connect(listener.local)?;
     let accepted = server.accept(&listener)?;
     let pids = [client.pid(), server.pid()];
-    for its in pids {
-        trace.wait_for("details", |event| {
-            pid(event) == Some(its) && details(event).is_some()
-        })?;
-    }
     client.kill()?;
     ensure!(server.receive_all(&accepted)? == 0);
     server.close(&accepted)?;
-    server.close(&listener)?;
-    let events = trace.finish_in_order(3)?;
     let exe = std::env::current_exe()?;
-    for (its, name) in pids.into_iter().zip(["client", "server"]) {
-        let last = events
-            .iter()
-            .rfind(|event| pid(event) == Some(its) && event.is_end());
+    for (its, name, end) in [
+        (pids[0], "client", connected.local),
+        (pids[1], "server", listener.local),
+    ] {
+        let is_its_end = |event: &Event| {
+            event.is_end() && event.socket.local == end && event.socket.remote.port() != 0
+        };
+        trace.wait_for("end of the connection", is_its_end)?;
+        let events = trace.events();
+        let last = events.iter().find(|event| is_its_end(event));
         let last = last.expect("it was waited for");
         let details = details(last).with_context(|| format!("no details: {last}"))?;
+        ensure!(pid(last) == Some(its), "{last}");
         ensure!(details.exe.as_ref() == Some(&exe), "{details:?}");
         ensure!(
             details.cmdline == ["/proc/self/exe", "--actor", name],
             "{details:?}"
         );
     }
-    ensure!(
-        events
-            .iter()
-            .any(|event| event.socket.local == connected.local)
-    );
-    Ok(())
+    trace.finish_all().map(drop)
 }
 
 /// One after the other, at the default latency.

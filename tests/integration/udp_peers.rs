@@ -2,11 +2,13 @@
 
 use std::{
     collections::BTreeMap,
+    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Operation, ReceiveCall, SendCall, SocketOption},
     netns::{NEAR, ip, veth},
@@ -42,6 +44,9 @@ pub(crate) fn trials() -> Vec<Test> {
 
 /// The default of the tracer.
 const INTERVAL: Duration = tcp_udp_trace::DEFAULT_INTERVAL;
+
+/// How long datagrams may be under way.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The address of a talker as its peers see it.
 fn seen(talker: &Talker, ip: IpAddr) -> SocketAddr {
@@ -144,12 +149,18 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
             let bind = || UdpSocket::bind(family.loopback());
             let (server, peer, other) = (bind()?, bind()?, bind()?);
             let at = server.local_addr()?;
-            for (sender, count) in [(&peer, 1), (&other, 4), (&peer, 1)] {
-                for _ in 0..count {
-                    sender.send_to(&[0; 100], at)?;
-                }
-            }
+            peer.send_to(&[0; 100], at)?;
             let (_, first) = server.peek_from(&mut [0; 10])?;
+            let one = queued(&server)?;
+            for sender in [&other, &other, &other, &other, &peer] {
+                sender.send_to(&[0; 100], at)?;
+            }
+            // What has not arrived by then does not arrive at a socket with another peer.
+            let deadline = Instant::now() + PATIENCE;
+            while queued(&server)? < 6 * one {
+                ensure!(Instant::now() < deadline, "not all have arrived");
+                thread::sleep(Duration::from_millis(1));
+            }
             ensure!(first == peer.local_addr()?);
             server.connect(first)?;
             peer.send_to(&[0; 100], at)?;
@@ -185,6 +196,22 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The room that waiting datagrams take, from the socket's line in `/proc/net/udp`.
+fn queued(socket: &UdpSocket) -> anyhow::Result<u64> {
+    let at = socket.local_addr()?;
+    let table = if at.is_ipv6() { "udp6" } else { "udp" };
+    let sockets = fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
+    let port = format!(":{:04X}", at.port());
+    let queues = sockets.lines().find_map(|line| {
+        let mut columns = line.split_whitespace().skip(1);
+        let is_it = columns.next()?.ends_with(&port);
+        columns.nth(2).filter(|_| is_it)
+    });
+    let received = queues.and_then(|queues| queues.split_once(':'));
+    let (_, received) = received.with_context(|| format!("{at} is not in\n{sockets}"))?;
+    Ok(u64::from_str_radix(received, 16)?)
 }
 
 /// By an address of no family: the socket has no peer again, and stays the same socket.

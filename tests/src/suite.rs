@@ -5,12 +5,13 @@ use std::{
     cell::Cell,
     env,
     error::Error,
-    fmt,
+    fmt::{self, Write as _},
+    fs,
     io::{self, Read as _, Write as _},
     panic::catch_unwind,
     process::{Child, Command, Stdio, exit},
     sync::{PoisonError, RwLock},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -23,7 +24,7 @@ use crate::netns::Netns;
 
 /// The variable that tells a process that it is one test.
 const ALONE: &str = "TUT_ALONE";
-/// How long such a process may take: then it hangs.
+/// How long a test may take: then it hangs.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What a test needs of its surroundings.
@@ -139,13 +140,44 @@ impl Test {
                     Needs::Nothing | Needs::Solitude => body(),
                 }
             };
-            match verdict(thread.spawn(run)?.join()) {
+            match verdict_of(thread.spawn(run)?) {
                 Verdict::Passed => Ok(Completion::Completed),
                 Verdict::Skipped(reason) => Ok(Completion::ignored_with(reason)),
                 Verdict::Failed(reason) => Err(Failed::from(reason)),
             }
         })
     }
+}
+
+/// Waits for the test. One that hangs keeps its thread, and the others go on.
+fn verdict_of(test: JoinHandle<anyhow::Result<()>>) -> Verdict {
+    let deadline = Instant::now() + PATIENCE;
+    while !test.is_finished() {
+        if Instant::now() > deadline {
+            return Verdict::Failed(format!("hangs; the threads are in: {}", threads()));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    verdict(test.join())
+}
+
+/// Each thread of this process, and the system call that it waits in.
+fn threads() -> String {
+    let mut threads = String::new();
+    for task in fs::read_dir("/proc/self/task")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let _ = write!(
+            threads,
+            "\n{}: {}",
+            read("comm").trim(),
+            read("syscall").trim()
+        );
+    }
+    threads
 }
 
 fn verdict(result: thread::Result<anyhow::Result<()>>) -> Verdict {

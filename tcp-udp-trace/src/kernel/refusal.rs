@@ -5,7 +5,10 @@ use std::{error::Error as StdError, io};
 use aya::{EbpfError, programs::ProgramError};
 use nix::errno::Errno;
 
-use super::{plan::HookPoint, privileges::{NET_ADMIN, Privileges}};
+use super::{
+    plan::HookPoint,
+    privileges::{NET_ADMIN, Privileges},
+};
 use crate::{Error, ErrorKind, Protocol};
 
 /// The object could not be loaded.
