@@ -39,6 +39,7 @@ fields! {
     RemotePort: 2 = "sock.__sk_common.skc_dport",
     LocalPort: 2 = "inet_sock.inet_sport",
     BoundPort: 2 = "sock.__sk_common.skc_num",
+    Device: 4 = "sock.__sk_common.skc_bound_dev_if",
     Net: 8 = "sock.__sk_common.skc_net.net",
     Cookie: 8 = "sock.__sk_common.skc_cookie",
     Protocol: 2 = "sock.sk_protocol",

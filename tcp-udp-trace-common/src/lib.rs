@@ -163,6 +163,10 @@ pub struct TcpSocket {
     pub family: u16,
     /// One of [`older`].
     pub older: u16,
+    /// The interface that it is bound to, 0 for none.
+    pub device: u32,
+    /// Padding.
+    pub _pad: u32,
 }
 
 /// A TCP socket went from one state to another.
@@ -325,6 +329,10 @@ pub struct Udp {
     pub marks: u8,
     /// One of [`older`].
     pub older: u8,
+    /// The interface that the socket is bound to, 0 for none.
+    pub device: u32,
+    /// Padding.
+    pub _pad: u32,
 }
 
 /// What the programs remember of a UDP socket, keyed like [`Udp::key`].
@@ -480,11 +488,11 @@ pub struct Counters {
 const _: () = {
     assert!(size_of::<Head>() == 16);
     assert!(size_of::<Owner>() == 40);
-    assert!(size_of::<TcpSocket>() == 144);
-    assert!(size_of::<StateChange>() == 168);
-    assert!(size_of::<Tcp>() == 160);
+    assert!(size_of::<TcpSocket>() == 152);
+    assert!(size_of::<StateChange>() == 176);
+    assert!(size_of::<Tcp>() == 168);
     assert!(size_of::<Tracked>() == 112);
-    assert!(size_of::<Udp>() == 176);
+    assert!(size_of::<Udp>() == 184);
     assert!(size_of::<Image>() == 176);
     assert!(size_of::<UdpTracked>() == 128);
     assert!(size_of::<FlowKey>() == 32);

@@ -197,6 +197,8 @@ pub(crate) trait Socket: Copy {
         to.remote_port = u16::from_be(self.get(Field::RemotePort));
         to.family = family;
         to.older = tracked.older().into();
+        self.get_into(&mut to.device, Field::Device);
+        to._pad = 0;
         to.rx_bytes = self.rx_bytes(received);
     }
 }

@@ -293,7 +293,8 @@ fn record(
         record.traffic = *totals.traffic;
         record.amount = amount;
         record.owner = tracked.owner;
-        record.uid = Sock::new(tracked.sk).get(Field::SkUid);
+        let sk = Sock::new(tracked.sk);
+        record.uid = sk.get(Field::SkUid);
         record.netns = tracked.netns;
         record.peer = at.peer;
         record.local = at.local;
@@ -301,6 +302,8 @@ fn record(
         record.marks =
             u8::from(totals.approximate) * mark::APPROXIMATE + u8::from(totals.first) * mark::FIRST;
         record.older = tracked.older();
+        record.device = sk.get(Field::Device);
+        record._pad = 0;
     })
 }
 

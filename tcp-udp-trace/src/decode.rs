@@ -1,7 +1,8 @@
 //! From a kernel record to an [`Event`]. No I/O, and any bytes are survived.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
+    num::NonZeroU32,
     time::Duration,
 };
 
@@ -119,7 +120,7 @@ fn tcp(
     let mut of_socket = tcp_socket(socket, head.time)?;
     if is_of_listener(&kind) {
         // What the kernel has there is of a connection that the socket was before.
-        of_socket.remote = address(socket.family, [0; 4], 0)?;
+        of_socket.remote = address(socket.family, [0; 4], 0, None)?;
     }
     let event = Event {
         time: clock.wall(uptime),
@@ -152,16 +153,18 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         ..
     } = *record;
     let uptime = clock.uptime(head.time);
+    let device = NonZeroU32::new(record.device);
     let socket = Socket {
         protocol: Protocol::Udp,
         id,
         // The address of a kernel structure is not a cookie.
         cookie: (key >> 63 == 0).then_some(key),
-        local: address(peer.family, record.local, record.local_port)?,
-        remote: address(peer.family, peer.address, peer.port)?,
+        local: address(peer.family, record.local, record.local_port, device)?,
+        remote: address(peer.family, peer.address, peer.port, device)?,
         uid: record.uid,
         netns: record.netns,
         cgroup: record.cgroup,
+        device,
         age: Duration::from_nanos(head.time.saturating_sub(record.born)),
         older: is_older(record.older.into())?,
     };
@@ -187,8 +190,8 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
 }
 
 /// The address of a peer, if it is one.
-pub(crate) fn peer(peer: Peer) -> Option<SocketAddr> {
-    address(peer.family, peer.address, peer.port).ok()
+pub(crate) fn peer(peer: Peer, device: Option<NonZeroU32>) -> Option<SocketAddr> {
+    address(peer.family, peer.address, peer.port, device).ok()
 }
 
 /// The totals of a record.
@@ -253,7 +256,8 @@ fn is_of_listener(kind: &EventKind) -> bool {
 }
 
 fn tcp_socket(socket: &TcpSocket, now: u64) -> Result<Socket, Malformed> {
-    let addr = |words, port| address(socket.family, words, port);
+    let device = NonZeroU32::new(socket.device);
+    let addr = |words, port| address(socket.family, words, port, device);
     Ok(Socket {
         protocol: Protocol::Tcp,
         id: socket.id,
@@ -263,6 +267,7 @@ fn tcp_socket(socket: &TcpSocket, now: u64) -> Result<Socket, Malformed> {
         uid: socket.uid,
         netns: socket.netns,
         cgroup: socket.cgroup,
+        device,
         age: Duration::from_nanos(now.saturating_sub(socket.born)),
         older: is_older(socket.older)?,
     })
@@ -277,8 +282,14 @@ fn is_older(known: u16) -> Result<Option<bool>, Malformed> {
     }
 }
 
-/// An address of a socket; an IPv4-mapped IPv6 address is the IPv4 address that it is.
-fn address(family: u16, words: [u32; 4], port: u16) -> Result<SocketAddr, Malformed> {
+/// An address of a socket that is bound to `device`; an IPv4-mapped IPv6 address is the IPv4 address
+/// that it is.
+fn address(
+    family: u16,
+    words: [u32; 4],
+    port: u16,
+    device: Option<NonZeroU32>,
+) -> Result<SocketAddr, Malformed> {
     let bytes: [u8; 16] = zerocopy::transmute!(words);
     let ip = match family {
         AF_INET => {
@@ -288,7 +299,21 @@ fn address(family: u16, words: [u32; 4], port: u16) -> Result<SocketAddr, Malfor
         AF_INET6 => Ipv6Addr::from(bytes).to_canonical(),
         _ => return Err(Malformed),
     };
-    Ok(SocketAddr::new(ip, port))
+    Ok(match ip {
+        IpAddr::V6(ip) if is_of_a_link(ip) => {
+            SocketAddrV6::new(ip, port, 0, device.map_or(0, NonZeroU32::get)).into()
+        }
+        ip => SocketAddr::new(ip, port),
+    })
+}
+
+/// Whether the address means nothing without an interface (`__ipv6_addr_needs_scope_id`).
+fn is_of_a_link(ip: Ipv6Addr) -> bool {
+    const NODE_LOCAL: u16 = 1;
+    const LINK_LOCAL: u16 = 2;
+    let first = ip.segments()[0];
+    ip.is_unicast_link_local()
+        || ip.is_multicast() && matches!(first & 0xf, NODE_LOCAL | LINK_LOCAL)
 }
 
 #[cfg(test)]
@@ -411,10 +436,31 @@ mod tests {
     fn shows_mapped_addresses_as_ipv4() {
         let mapped = words("::ffff:192.0.2.1");
         let v4 = SocketAddr::from(([192, 0, 2, 1], 80));
-        assert_eq!(address(AF_INET6, mapped, 80), Ok(v4));
+        assert_eq!(address(AF_INET6, mapped, 80, None), Ok(v4));
         let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, 80));
-        assert_eq!(address(AF_INET6, words("::1"), 80), Ok(v6));
-        assert_eq!(address(0, mapped, 80), Err(Malformed));
+        assert_eq!(address(AF_INET6, words("::1"), 80, None), Ok(v6));
+        assert_eq!(address(0, mapped, 80, None), Err(Malformed));
+    }
+
+    #[test]
+    fn link_local_addresses_have_the_device_as_scope() {
+        let device = NonZeroU32::new(2);
+        for (ip, shown) in [
+            ("fe80::9", "[fe80::9%2]:80"),
+            ("febf::1", "[febf::1%2]:80"),
+            ("ff02::fb", "[ff02::fb%2]:80"),
+            ("ff12::1", "[ff12::1%2]:80"),
+            ("ff01::1", "[ff01::1%2]:80"),
+            ("ff05::1", "[ff05::1]:80"),
+            ("fec0::1", "[fec0::1]:80"),
+            ("2001:db8::1", "[2001:db8::1]:80"),
+            ("::ffff:169.254.0.1", "169.254.0.1:80"),
+        ] {
+            let address = address(AF_INET6, words(ip), 80, device).expect("an address");
+            assert_eq!(address.to_string(), shown);
+        }
+        let unknown = address(AF_INET6, words("fe80::9"), 80, None).expect("an address");
+        assert_eq!(unknown.to_string(), "[fe80::9]:80");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{
     fmt,
     net::SocketAddr,
+    num::NonZeroU32,
     time::{Duration, SystemTime},
 };
 
@@ -151,9 +152,11 @@ pub struct Socket {
     pub id: u64,
     /// The kernel's own name of the socket (`SO_COOKIE`), once somebody has asked the kernel for one.
     pub cookie: Option<u64>,
-    /// The address of this side; unspecified until the kernel has chosen it.
+    /// The address of this side; unspecified until the kernel has chosen it. A link-local IPv6
+    /// address has the interface ([`device`](Self::device)) as its scope.
     pub local: SocketAddr,
-    /// The address of the other side; unspecified until known.
+    /// The address of the other side; unspecified until known. Its scope is as for
+    /// [`local`](Self::local).
     pub remote: SocketAddr,
     /// The user that the kernel charges the socket to.
     pub uid: u32,
@@ -162,6 +165,13 @@ pub struct Socket {
     /// The cgroup that the socket was made in: the id of its directory in cgroup v2 (its inode number).
     /// 0 when the kernel does not tell.
     pub cgroup: u64,
+    /// The interface that the socket is bound to: by `SO_BINDTODEVICE`, or by a link-local IPv6 address.
+    /// It is a number of the socket's network namespace (`if_nametoindex`).
+    ///
+    /// A UDP socket that is bound to no interface has none, and the link-local addresses of its peers
+    /// have no scope.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub device: Option<NonZeroU32>,
     /// How long ago its life began. Of a socket that is not known to be younger than the tracer
     /// ([`older`](Self::older)), how long ago the tracer saw it for the first time.
     #[cfg_attr(
@@ -227,6 +237,7 @@ impl Event {
             uid: 0,
             netns: 0,
             cgroup: 0,
+            device: None,
             age: Duration::ZERO,
             older: None,
         };

@@ -364,7 +364,7 @@ impl Flows {
         let mut event = Event::clone(&self.sockets.get(&key.socket)?.event);
         stamp(&mut event);
         event.socket.local = flow.local;
-        event.socket.remote = decode::peer(key.peer)?;
+        event.socket.remote = decode::peer(key.peer, event.socket.device)?;
         event.traffic = totals.traffic;
         event.kind = EventKind::Flow {
             approximate: totals.approximate,

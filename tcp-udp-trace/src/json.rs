@@ -100,7 +100,10 @@ impl<'de> serde::Deserialize<'de> for crate::Comm {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, UNIX_EPOCH};
+    use std::{
+        num::NonZeroU32,
+        time::{Duration, UNIX_EPOCH},
+    };
 
     use serde_json::{Value, json};
 
@@ -127,10 +130,11 @@ mod tests {
                 id: 12,
                 cookie: Some(77),
                 local: "127.0.0.1:40000".parse().expect("an address"),
-                remote: "[::1]:443".parse().expect("an address"),
+                remote: "[fe80::9%2]:443".parse().expect("an address"),
                 uid: 1000,
                 netns: 4_026_531_840,
                 cgroup: 1,
+                device: NonZeroU32::new(2),
                 age: Duration::from_nanos(1234),
                 older: Some(true),
             },
@@ -167,8 +171,8 @@ mod tests {
                 "kind": {"type": "state_change", "from": "SYN_SENT", "to": "ESTABLISHED", "error": null},
                 "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator", "started_ns": 99},
                 "socket": {
-                    "protocol": "tcp", "id": 12, "cookie": 77, "local": "127.0.0.1:40000", "remote": "[::1]:443",
-                    "uid": 1000, "netns": 4_026_531_840_u32, "cgroup": 1, "age_ns": 1234, "older": true
+                    "protocol": "tcp", "id": 12, "cookie": 77, "local": "127.0.0.1:40000", "remote": "[fe80::9%2]:443",
+                    "uid": 1000, "netns": 4_026_531_840_u32, "cgroup": 1, "device": 2, "age_ns": 1234, "older": true
                 },
                 "traffic": {"tx_bytes": 1, "rx_bytes": 2, "tx_packets": 3, "rx_packets": 4}
             })
@@ -251,12 +255,13 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_without_older_is_read() {
+    fn a_socket_without_the_newer_fields_is_read() {
         let mut value = serde_json::to_value(event(EventKind::Accept)).expect("written");
         let socket = value["socket"].as_object_mut().expect("a socket");
         socket.remove("older").expect("it is written");
+        socket.remove("device").expect("it is written");
         let read: Event = serde_json::from_value(value).expect("what 0.1 wrote");
-        assert_eq!(read.socket.older, None);
+        assert_eq!((read.socket.older, read.socket.device), (None, None));
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use std::{
     collections::HashSet,
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket},
+    num::NonZeroU32,
     time::{Duration, Instant},
 };
 
@@ -10,16 +11,21 @@ use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command},
     netns::{Netns, ip},
-    suite::Test,
-    trace::Trace,
+    scene::loopback,
+    suite::{Test, skip},
+    trace::{Trace, show},
 };
-use tcp_udp_trace::Origin;
+use nix::net::if_::if_nametoindex;
+use socket2::{Domain, Socket, Type};
+use tcp_udp_trace::{Event, EventKind, Origin};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             same_addresses_in_two_namespaces,
             namespace_that_is_only_mounted,
+            link_local_addresses_of_two_links,
+            device_that_a_socket_is_bound_to,
         ],
         Solitude: [
             namespaces_that_go_while_they_are_sampled,
@@ -140,4 +146,130 @@ fn namespaces_that_go_while_they_are_sampled() -> anyhow::Result<()> {
     );
     // Listener, client and server of each.
     trace.finish_in_order(3 * TURNS).map(drop)
+}
+
+/// A pair of devices with the same link-local addresses as every other pair.
+struct Link {
+    far: Netns,
+    /// The numbers of the devices, at this end and at the far one.
+    devices: [u32; 2],
+}
+
+/// The address at this end of a [`Link`].
+const HERE: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// The address at the far end.
+const THERE: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 9);
+
+impl Link {
+    fn new(name: &str) -> anyhow::Result<Self> {
+        let far = Netns::new()?;
+        if ip(&format!("link add {name} type veth peer name far0")).is_err() {
+            return skip("no veth devices (module not loaded?) or no iproute2");
+        }
+        ip(&format!("link set far0 netns {}", far.path()))?;
+        let set_up = |device: &str, address| {
+            ip(&format!("link set {device} addrgenmode none"))?;
+            ip(&format!("link set {device} up"))?;
+            ip(&format!("addr add {address}/64 dev {device} nodad"))?;
+            Ok(if_nametoindex(device)?)
+        };
+        let devices = [set_up(name, HERE)?, far.run(|| set_up("far0", THERE))?];
+        Ok(Self { far, devices })
+    }
+
+    /// Two addresses as this end sees them.
+    fn here(&self, port: u16, peer_port: u16) -> [SocketAddr; 2] {
+        let at = |ip, port| SocketAddrV6::new(ip, port, 0, self.devices[0]).into();
+        [at(HERE, port), at(THERE, peer_port)]
+    }
+
+    /// Two addresses as the far end sees them.
+    fn there(&self, port: u16, peer_port: u16) -> [SocketAddr; 2] {
+        let at = |ip, port| SocketAddrV6::new(ip, port, 0, self.devices[1]).into();
+        [at(THERE, port), at(HERE, peer_port)]
+    }
+}
+
+/// Whether an event is of a socket with these ends, bound to the device of their scope.
+fn is_between(event: &Event, ends: [SocketAddr; 2]) -> bool {
+    let SocketAddr::V6(local) = ends[0] else {
+        return false;
+    };
+    [event.socket.local, event.socket.remote] == ends
+        && event.socket.device == NonZeroU32::new(local.scope_id())
+}
+
+/// Over two links, the same addresses and ports: each connection and each flow shows its own link.
+fn link_local_addresses_of_two_links() -> anyhow::Result<()> {
+    const SERVER: u16 = 5100;
+    const CLIENT: u16 = 5200;
+    let links = [Link::new("near1")?, Link::new("near2")?];
+    let (tcp, udp) = (Trace::start()?, Trace::start_udp()?);
+    let mut open = Vec::new();
+    for link in &links {
+        for trace in [&tcp, &udp] {
+            trace.also(link.far.inode()?);
+        }
+        let [server, _] = link.there(SERVER, CLIENT);
+        let [local, remote] = link.here(CLIENT, SERVER);
+        let listener = link.far.run(|| Ok(TcpListener::bind(server)?))?;
+        let client = Socket::new(Domain::IPV6, Type::STREAM, None)?;
+        client.bind(&local.into())?;
+        client.connect(&remote.into())?;
+        let (accepted, _) = listener.accept()?;
+        let receiver = link.far.run(|| Ok(UdpSocket::bind(server)?))?;
+        let sender = UdpSocket::bind(local)?;
+        sender.send_to(b"over a link", remote)?;
+        receiver.recv_from(&mut [0; 20])?;
+        open.push((client, accepted, listener, sender, receiver));
+    }
+    drop(open);
+    let tcp = tcp.finish_in_order(3 * links.len())?;
+    let udp = udp.finish_in_order(2 * links.len())?;
+    for link in &links {
+        for ends in [link.here(CLIENT, SERVER), link.there(SERVER, CLIENT)] {
+            let closes = tcp.iter().filter(|event| event.is_close());
+            let closes = closes.filter(|event| is_between(event, ends)).count();
+            let is_last = |event: &&Event| matches!(event.kind, EventKind::Flow { last: true, .. });
+            let flows = udp.iter().filter(is_last);
+            let flows = flows.filter(|event| is_between(event, ends)).count();
+            ensure!(
+                (closes, flows) == (1, 1),
+                "{ends:?}: {closes} connections, {flows} flows: {} {}",
+                show(&tcp),
+                show(&udp)
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Also without an address that needs it; and none of a socket that is bound to none.
+fn device_that_a_socket_is_bound_to() -> anyhow::Result<()> {
+    let (tcp, udp) = (Trace::start()?, Trace::start_udp()?);
+    let device = NonZeroU32::new(if_nametoindex("lo")?);
+    for (bound, expected) in [(true, device), (false, None)] {
+        let socket = |kind| {
+            let socket = Socket::new(Domain::IPV4, kind, None)?;
+            if bound {
+                socket.bind_device(Some(b"lo"))?;
+            }
+            socket.bind(&loopback(false).into())?;
+            anyhow::Ok(socket)
+        };
+        let (listener, datagrams) = (socket(Type::STREAM)?, socket(Type::DGRAM)?);
+        listener.listen(1)?;
+        for (trace, socket) in [(&tcp, listener), (&udp, datagrams)] {
+            let at = socket.local_addr()?.as_socket();
+            drop(socket);
+            let is_its_end = |event: &Event| event.is_end() && Some(event.socket.local) == at;
+            trace.wait_for("end of a socket", is_its_end)?;
+            let events = trace.events();
+            let end = events.iter().find(|event| is_its_end(event));
+            let shown = end.expect("it was waited for").socket.device;
+            ensure!(shown == expected, "{shown:?}: {}", show(&events));
+        }
+    }
+    tcp.finish_all()?;
+    udp.finish_all().map(drop)
 }

@@ -414,7 +414,7 @@ pub(crate) fn grows(first: &Event, second: &Event) -> bool {
         .all(|(first, second)| *first <= second)
 }
 
-/// IPv4-mapped addresses are shown as what they are; the scope of an IPv6 address is not shown.
+/// IPv4-mapped addresses are shown as what they are; the scope of an IPv6 address is left out.
 pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

@@ -94,7 +94,7 @@ impl Scene {
             last: false,
         };
         event.socket.id = key.socket;
-        event.socket.remote = decode::peer(key.peer).expect("an address");
+        event.socket.remote = decode::peer(key.peer, None).expect("an address");
         event.traffic = totals.traffic;
         event
     }

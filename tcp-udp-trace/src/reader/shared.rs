@@ -50,7 +50,8 @@ pub(crate) struct Limits {
 impl Limits {
     /// `parts` is how many parts the ring has, of which a walk fills one.
     pub(super) fn new(config: &Config, parts: usize) -> Self {
-        const RECORD: usize = 184;
+        /// The longest, with its header.
+        const RECORD: usize = 8 + size_of::<tcp_udp_trace_common::Udp>();
         let (ring, queue) = (config.ring_bytes as usize / parts, config.queue);
         Self {
             sockets: config.max_sockets as usize,
