@@ -57,6 +57,8 @@ pub(crate) struct Datagrams {
     /// The local address, of the peer's family.
     pub(crate) local: [u32; 4],
     pub(crate) local_port: u16,
+    /// The interface that the socket is bound to, where that costs nothing.
+    pub(crate) device: Option<u32>,
 }
 
 /// What is known of the socket of this key.
@@ -294,6 +296,7 @@ fn record(
         record.amount = amount;
         record.owner = tracked.owner;
         let sk = Sock::new(tracked.sk);
+        record.device = at.device.unwrap_or_else(|| sk.get(Field::Device));
         record.uid = sk.get(Field::SkUid);
         record.netns = tracked.netns;
         record.peer = at.peer;
@@ -302,7 +305,6 @@ fn record(
         record.marks =
             u8::from(totals.approximate) * mark::APPROXIMATE + u8::from(totals.first) * mark::FIRST;
         record.older = tracked.older();
-        record.device = sk.get(Field::Device);
         record._pad = 0;
     })
 }
@@ -374,6 +376,7 @@ pub(crate) fn addresses(sk: impl Socket) -> Datagrams {
         peer,
         local,
         local_port: sk.bound_port(),
+        device: Some(sk.get(Field::Device)),
     }
 }
 

@@ -70,6 +70,7 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
         },
         local,
         local_port: u16::from_be(destination),
+        device: None,
     };
     let key = key_of(sk);
     if let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) {

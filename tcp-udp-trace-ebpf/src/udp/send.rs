@@ -103,6 +103,8 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
         },
         local: source,
         local_port: u16::from_be(udp.source),
+        // SAFETY: as above; it is not null.
+        device: Some(unsafe { (*sk).bound_dev_if }),
     };
     // SAFETY: the context is an skb with a socket.
     let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
