@@ -177,16 +177,15 @@ impl Link {
         Ok(Self { far, devices })
     }
 
-    /// Two addresses as this end sees them.
-    fn here(&self, port: u16, peer_port: u16) -> [SocketAddr; 2] {
-        let at = |ip, port| SocketAddrV6::new(ip, port, 0, self.devices[0]).into();
-        [at(HERE, port), at(THERE, peer_port)]
-    }
-
-    /// Two addresses as the far end sees them.
-    fn there(&self, port: u16, peer_port: u16) -> [SocketAddr; 2] {
-        let at = |ip, port| SocketAddrV6::new(ip, port, 0, self.devices[1]).into();
-        [at(THERE, port), at(HERE, peer_port)]
+    /// Returns a socket's own address at one end and its peer's, both as that end sees them.
+    fn ends(&self, end: usize, ports: [u16; 2]) -> [SocketAddr; 2] {
+        let device = self.devices[end];
+        let at = |ip, port| SocketAddrV6::new(ip, port, 0, device).into();
+        let addresses = [HERE, THERE];
+        [
+            at(addresses[end], ports[0]),
+            at(addresses[1 - end], ports[1]),
+        ]
     }
 }
 
@@ -210,8 +209,8 @@ fn link_local_addresses_of_two_links() -> anyhow::Result<()> {
         for trace in [&tcp, &udp] {
             trace.also(link.far.inode()?);
         }
-        let [server, _] = link.there(SERVER, CLIENT);
-        let [local, remote] = link.here(CLIENT, SERVER);
+        let [server, _] = link.ends(1, [SERVER, CLIENT]);
+        let [local, remote] = link.ends(0, [CLIENT, SERVER]);
         let listener = link.far.run(|| Ok(TcpListener::bind(server)?))?;
         let client = Socket::new(Domain::IPV6, Type::STREAM, None)?;
         client.bind(&local.into())?;
@@ -227,7 +226,10 @@ fn link_local_addresses_of_two_links() -> anyhow::Result<()> {
     let tcp = tcp.finish_in_order(3 * links.len())?;
     let udp = udp.finish_in_order(2 * links.len())?;
     for link in &links {
-        for ends in [link.here(CLIENT, SERVER), link.there(SERVER, CLIENT)] {
+        for ends in [
+            link.ends(0, [CLIENT, SERVER]),
+            link.ends(1, [SERVER, CLIENT]),
+        ] {
             let closes = tcp.iter().filter(|event| event.is_close());
             let closes = closes.filter(|event| is_between(event, ends)).count();
             let is_last = |event: &&Event| matches!(event.kind, EventKind::Flow { last: true, .. });

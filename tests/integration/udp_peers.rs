@@ -2,15 +2,14 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use integration_tests::{
-    actor::{Operation, ReceiveCall, SendCall, SocketOption},
+    actor::{Operation, ReceiveCall, SendCall, SocketOption, receive_queue},
     netns::{NEAR, ip, veth},
     suite::Test,
     talker::Talker,
@@ -151,13 +150,13 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
             let at = server.local_addr()?;
             peer.send_to(&[0; 100], at)?;
             let (_, first) = server.peek_from(&mut [0; 10])?;
-            let one = queued(&server)?;
+            let one = receive_queue(&server)?;
             for sender in [&other, &other, &other, &other, &peer] {
                 sender.send_to(&[0; 100], at)?;
             }
-            // What has not arrived by then does not arrive at a socket with another peer.
+            // After its `connect`, the kernel gives the socket no more datagrams of others.
             let deadline = Instant::now() + PATIENCE;
-            while queued(&server)? < 6 * one {
+            while receive_queue(&server)? < 6 * one {
                 ensure!(Instant::now() < deadline, "not all have arrived");
                 thread::sleep(Duration::from_millis(1));
             }
@@ -196,22 +195,6 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The room that waiting datagrams take, from the socket's line in `/proc/net/udp`.
-fn queued(socket: &UdpSocket) -> anyhow::Result<u64> {
-    let at = socket.local_addr()?;
-    let table = if at.is_ipv6() { "udp6" } else { "udp" };
-    let sockets = fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
-    let port = format!(":{:04X}", at.port());
-    let queues = sockets.lines().find_map(|line| {
-        let mut columns = line.split_whitespace().skip(1);
-        let is_it = columns.next()?.ends_with(&port);
-        columns.nth(2).filter(|_| is_it)
-    });
-    let received = queues.and_then(|queues| queues.split_once(':'));
-    let (_, received) = received.with_context(|| format!("{at} is not in\n{sockets}"))?;
-    Ok(u64::from_str_radix(received, 16)?)
 }
 
 /// By an address of no family: the socket has no peer again, and stays the same socket.

@@ -140,7 +140,13 @@ impl Test {
                     Needs::Nothing | Needs::Solitude => body(),
                 }
             };
-            match verdict_of(thread.spawn(run)?) {
+            let test = thread.spawn(run)?;
+            let verdict = match needs {
+                // Its process has a limit of its own, and is killed at its end.
+                Needs::Process => verdict(test.join()),
+                Needs::Nothing | Needs::Solitude => verdict_in_time(test),
+            };
+            match verdict {
                 Verdict::Passed => Ok(Completion::Completed),
                 Verdict::Skipped(reason) => Ok(Completion::ignored_with(reason)),
                 Verdict::Failed(reason) => Err(Failed::from(reason)),
@@ -150,7 +156,7 @@ impl Test {
 }
 
 /// Waits for the test. One that hangs keeps its thread, and the others go on.
-fn verdict_of(test: JoinHandle<anyhow::Result<()>>) -> Verdict {
+fn verdict_in_time(test: JoinHandle<anyhow::Result<()>>) -> Verdict {
     let deadline = Instant::now() + PATIENCE;
     while !test.is_finished() {
         if Instant::now() > deadline {

@@ -32,6 +32,7 @@ pub use datagram::{
     Direction, Hold, Operation, ReceiveCall, Segmentation, SendCall, SocketOption, Transfer,
 };
 pub use protocol::{Command, Endpoint, Failure, Moment, Outcome, UringAccept};
+pub use udp::receive_queue;
 
 use crate::{cgroup, netns::Netns};
 

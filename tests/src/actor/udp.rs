@@ -5,7 +5,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     net::{IpAddr, SocketAddr, UdpSocket},
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
     },
     process,
@@ -446,19 +446,39 @@ fn is_v6(socket: &Socket) -> io::Result<bool> {
     Ok(socket.domain()? == Domain::IPV6)
 }
 
-/// The last column of the socket's line in `/proc/net/udp`.
+/// Returns how many datagrams found the socket's receive buffer full.
 fn drops(socket: &Socket) -> io::Result<u64> {
+    let columns = columns(socket)?;
+    let drops = columns.last().and_then(|drops| drops.parse().ok());
+    drops.ok_or_else(|| io::Error::other(format!("no drops in {columns:?}")))
+}
+
+/// Returns how many bytes of the receive buffer the waiting datagrams use.
+///
+/// # Errors
+///
+/// The socket is not in the tables of the calling thread's network namespace.
+pub fn receive_queue(socket: impl AsFd) -> io::Result<u64> {
+    let columns = columns(socket)?;
+    let queues = columns.get(4).and_then(|queues| queues.split_once(':'));
+    let receive = queues.and_then(|(_, receive)| u64::from_str_radix(receive, 16).ok());
+    receive.ok_or_else(|| io::Error::other(format!("no queues in {columns:?}")))
+}
+
+/// Returns the columns of the socket's line in `/proc/net/udp`.
+fn columns(socket: impl AsFd) -> io::Result<Vec<String>> {
     let inode = File::from(socket.as_fd().try_clone_to_owned()?)
         .metadata()?
         .ino()
         .to_string();
-    let table = if is_v6(socket)? { "udp6" } else { "udp" };
+    let is_v6 = SockRef::from(&socket).domain()? == Domain::IPV6;
+    let table = if is_v6 { "udp6" } else { "udp" };
     let sockets = fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
     let line = sockets
         .lines()
         .find(|line| line.split_whitespace().nth(9) == Some(&inode));
-    let drops = line.and_then(|line| line.split_whitespace().last()?.parse().ok());
-    drops.ok_or_else(|| io::Error::other(format!("socket {inode} is not in\n{sockets}")))
+    let columns = line.map(|line| line.split_whitespace().map(str::to_owned).collect());
+    columns.ok_or_else(|| io::Error::other(format!("socket {inode} is not in\n{sockets}")))
 }
 
 fn send_by_child(socket: &Socket, size: usize) -> io::Result<Transfer> {
