@@ -282,8 +282,8 @@ fn is_older(known: u16) -> Result<Option<bool>, Malformed> {
     }
 }
 
-/// An address of a socket that is bound to `device`; an IPv4-mapped IPv6 address is the IPv4 address
-/// that it is.
+/// Returns an address of a socket that is bound to `device`. An IPv4-mapped IPv6 address becomes the
+/// IPv4 address.
 fn address(
     family: u16,
     words: [u32; 4],

@@ -165,11 +165,11 @@ pub struct Socket {
     /// The cgroup that the socket was made in: the id of its directory in cgroup v2 (its inode number).
     /// 0 when the kernel does not tell.
     pub cgroup: u64,
-    /// The interface that the socket is bound to: by `SO_BINDTODEVICE`, or by a link-local IPv6 address.
-    /// It is a number of the socket's network namespace (`if_nametoindex`).
+    /// The interface that the socket is bound to: by `SO_BINDTODEVICE`, or by a link-local IPv6
+    /// address. It is a number of the socket's network namespace (`if_nametoindex`).
     ///
-    /// A UDP socket that is bound to no interface has none, and the link-local addresses of its peers
-    /// have no scope.
+    /// A UDP socket that is bound to no interface has none. Then the link-local addresses of its
+    /// peers have no scope.
     #[cfg_attr(feature = "serde", serde(default))]
     pub device: Option<NonZeroU32>,
     /// How long ago its life began. Of a socket that is not known to be younger than the tracer

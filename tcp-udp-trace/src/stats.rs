@@ -37,8 +37,8 @@ pub struct Stats {
     ///
     /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
     pub untracked: u64,
-    /// State changes that no hook saw, noticed at the socket's next one. A missed close is reported when the kernel frees
-    /// the socket. Of a socket whose last change and end no hook saw, nothing is noticed.
+    /// State changes that no hook saw, noticed at the socket's next one. A missed close is reported
+    /// when the kernel frees the socket. A socket whose last change and end no hook saw is not counted.
     pub missed: u64,
     /// TCP sockets left out because they are neither IPv4 nor IPv6.
     pub unknown_family: u64,

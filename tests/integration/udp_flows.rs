@@ -134,8 +134,9 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// More peers than are remembered, each more than once, while the tracer looks: the reports add up to what was sent.
-/// A datagram that meets the removal of its flow is counted as unassigned, and may be in its reports.
+/// More peers than are remembered, each more than once, while the tracer looks: the reports add up
+/// to the datagrams sent. A datagram that meets the removal of its flow counts as unassigned, and
+/// may be in the flow's reports.
 fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
     const PEERS: u32 = 1_000;
     const SOCKETS: u32 = 3;

@@ -110,8 +110,8 @@ fn run_one(kernel: &'static Kernel, job: &Job<'_>, userland: &Userland) -> Row {
     row
 }
 
-/// How often a guest is booted at most. Emulation crashes one now and then: a CPU meets a breakpoint that
-/// another has removed (`Oops: int3`), and the kernel sets such ones whenever hooks come and go.
+/// How often a guest is booted at most. Emulation crashes one now and then: a CPU meets a breakpoint
+/// that another has removed (`Oops: int3`). The kernel sets them when hooks come and go.
 const BOOTS: usize = 5;
 
 /// Boots the guest; again if the guest itself crashed, which emulation makes it do now and then, for the tests that had not ended. The note

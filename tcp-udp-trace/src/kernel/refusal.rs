@@ -81,7 +81,7 @@ fn taken(signal: &str, point: HookPoint) -> Error {
 /// Whether another program has this hook alone.
 ///
 /// The kernel has loaded the program and answers EPERM to the attachment. It does so for that reason
-/// (`__cgroup_bpf_attach`), and where CAP_NET_ADMIN is missing (`bpf_prog_attach_check_attach_type`).
+/// (`__cgroup_bpf_attach`), and without CAP_NET_ADMIN (`bpf_prog_attach_check_attach_type`).
 pub(super) fn is_taken(point: HookPoint, error: &ProgramError, privileges: &Privileges) -> bool {
     let is_link =
         matches!(error, ProgramError::SyscallError(error) if error.call == "bpf_link_create");

@@ -38,8 +38,8 @@ const CRASH_SIGNS: &[&str] = &[
 
 /// The guest's hardware, whatever its architecture.
 ///
-/// One thread of the host emulates both CPUs in turn. With a thread for each, two guests on two cores
-/// take a third longer, and the kernel crashes now and then when it changes its own code.
+/// One thread of the host emulates both CPUs in turn. With a thread for each, two guests on two
+/// cores take a third longer, and the kernel crashes now and then when it changes its own code.
 const HARDWARE: &[&str] = &[
     "-accel",
     "tcg,thread=single",
