@@ -227,7 +227,7 @@ pub struct Peer {
     pub family: u16,
 }
 
-/// A flow: a UDP socket and a peer.
+/// A flow: a UDP socket, one of its local addresses, and a peer.
 ///
 /// The socket is named by its id and not by its key, which may change once (see [`Udp::key`]).
 #[derive(
@@ -239,8 +239,11 @@ pub struct FlowKey {
     pub socket: u64,
     /// The peer.
     pub peer: Peer,
-    /// Padding.
-    pub _pad: u32,
+    /// The interface that link-local addresses belong to, 0 for none.
+    pub scope: u32,
+    /// Local address, of the family of the peer. Unspecified if the socket is bound to none and the
+    /// receive hook does not tell it.
+    pub local: [u32; 4],
 }
 
 /// What the programs remember of a flow.
@@ -255,7 +258,11 @@ pub struct Flow {
     /// When its first datagram was counted: `CLOCK_BOOTTIME`, nanoseconds.
     pub born: u64,
     /// Not 0 if a number of its totals may be too small, see [`mark::APPROXIMATE`].
-    pub approximate: u64,
+    pub approximate: u32,
+    /// Not 0 once datagrams of several local addresses were counted: then it has none.
+    pub is_mixed: u32,
+    /// The local address, unspecified until it is known.
+    pub local: [u32; 4],
 }
 
 /// Values of [`Flow::report`].
@@ -278,8 +285,12 @@ pub struct FlowQuery {
     pub known: Traffic,
     /// The answer: its totals.
     pub traffic: Traffic,
+    /// The answer: see [`Flow::local`].
+    pub local: [u32; 4],
     /// The answer: see [`Flow::approximate`].
-    pub approximate: u64,
+    pub approximate: u32,
+    /// Padding.
+    pub _pad: u32,
     /// Not 0 if the flow has ended and shall be forgotten.
     pub forget: u64,
 }
@@ -291,6 +302,8 @@ pub mod mark {
     pub const APPROXIMATE: u8 = 1;
     /// The first report of a [`kind::FLOW`](super::kind::FLOW).
     pub const FIRST: u8 = 2;
+    /// The key of the flow has no local address.
+    pub const HIDES_LOCAL: u8 = 4;
 }
 
 /// Something happened to a UDP socket.
@@ -331,8 +344,8 @@ pub struct Udp {
     pub older: u8,
     /// The interface that the socket is bound to, 0 for none.
     pub device: u32,
-    /// Padding.
-    pub _pad: u32,
+    /// See [`FlowKey::scope`].
+    pub scope: u32,
 }
 
 /// What the programs remember of a UDP socket, keyed like [`Udp::key`].
@@ -357,7 +370,9 @@ pub struct UdpTracked {
     /// See [`Tracked::kin`].
     pub kin: u16,
     /// 1 once a datagram was counted for no flow, see [`Counters::unassigned`].
-    pub unassigned: u64,
+    pub unassigned: u32,
+    /// 1 once netfilter has translated the addresses of a packet that it sent.
+    pub is_translated: u32,
     /// How many datagrams that have not been received yet may have come before the socket got its peer, so from anybody. At or below 0 (as a
     /// signed number): none.
     pub strangers: u64,
@@ -495,7 +510,7 @@ const _: () = {
     assert!(size_of::<Udp>() == 184);
     assert!(size_of::<Image>() == 176);
     assert!(size_of::<UdpTracked>() == 128);
-    assert!(size_of::<FlowKey>() == 32);
-    assert!(size_of::<Flow>() == 56);
-    assert!(size_of::<FlowQuery>() == 128);
+    assert!(size_of::<FlowKey>() == 48);
+    assert!(size_of::<Flow>() == 72);
+    assert!(size_of::<FlowQuery>() == 160);
 };

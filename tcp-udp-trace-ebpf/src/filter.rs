@@ -131,14 +131,9 @@ fn is_udp_wanted(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
         kin,
         ..
     } = tracked;
-    let local = Peer {
-        address: at.local,
-        port: at.local_port,
-        family: at.peer.family,
-    };
     is_owner_wanted(word, owner, kin)
         && is_place_wanted(word, Sock::new(*sk), *cgroup, *netns)
-        && are_ends_wanted(word, &local, &at.peer)
+        && are_ends_wanted(word, &at.local, &at.flow.peer)
 }
 
 #[inline(always)]

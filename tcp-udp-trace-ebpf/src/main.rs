@@ -277,6 +277,13 @@ fn udp_egress(ctx: SkBuffContext) -> i32 {
     1
 }
 
+/// `kfree_skb(skb, location, reason)`
+#[raw_tracepoint(tracepoint = "kfree_skb")]
+fn udp_drop(ctx: RawTracePointContext) -> i32 {
+    udp::drop::dropped(ctx.as_ptr(), ctx.arg(0), ctx.arg(2));
+    0
+}
+
 // ---- UDP: receive ----------------------------------------------------------------------------------------------
 
 #[kprobe]
@@ -301,11 +308,12 @@ fn udp_consume_fentry(ctx: FEntryContext) -> i32 {
 fn udp_recvmsg4(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context of a receive.
     let (address, port) = unsafe { ((*ctx.sock_addr).user_ip4, (*ctx.sock_addr).user_port) };
-    udp::receive::receiving(Peer {
+    let peer = Peer {
         address: [address, 0, 0, 0],
         port: u16::from_be(port as u16),
         family: AF_INET,
-    });
+    };
+    udp::receive::receiving(ctx.as_ptr(), peer);
     1
 }
 
@@ -313,7 +321,8 @@ fn udp_recvmsg4(ctx: SockAddrContext) -> i32 {
 fn udp_recvmsg6(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context of a receive.
     let (address, port) = unsafe { ((*ctx.sock_addr).user_ip6, (*ctx.sock_addr).user_port) };
-    udp::receive::receiving(udp::peer6(address, u16::from_be(port as u16)));
+    let peer = udp::peer6(address, u16::from_be(port as u16));
+    udp::receive::receiving(ctx.as_ptr(), peer);
     1
 }
 

@@ -1,7 +1,9 @@
 //! What happens to a UDP socket: datagrams are counted in maps, per socket and per flow, and few things are records.
 
 pub(crate) mod connect;
+pub(crate) mod drop;
 pub(crate) mod flow;
+mod nat;
 pub(crate) mod receive;
 pub(crate) mod send;
 
@@ -11,18 +13,22 @@ use core::{
 };
 
 use aya_ebpf::{
-    Global, bindings::BPF_NOEXIST, helpers::bpf_ktime_get_boot_ns, macros::map, maps::HashMap,
+    Global,
+    bindings::BPF_NOEXIST,
+    helpers::bpf_ktime_get_boot_ns,
+    macros::map,
+    maps::{Array, HashMap},
 };
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Field, Owner, Peer, Traffic, Udp, UdpTracked, kind, mark, older, origin,
-    report,
+    AF_INET, AF_INET6, Field, FlowKey, Owner, Peer, Traffic, Udp, UdpTracked, kind, mark, older,
+    origin, report,
 };
 
 use crate::{
     anomaly,
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Sock, Socket, read},
+    sock::{Sock, Socket, read, read_at},
     track,
 };
 
@@ -34,7 +40,13 @@ static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536,
 #[unsafe(no_mangle)]
 static PER_DATAGRAM: Global<u8> = Global::new(0);
 
+/// All ones if the receive hook does not tell the local address of a datagram; set by user space.
+#[map]
+static HIDES_LOCAL: Array<u32> = Array::with_max_entries(1, 0);
+
 const IPPROTO_UDP: u8 = 17;
+/// The size of a UDP header.
+const UDP_HEADER: u64 = 8;
 const SOCK_DGRAM: u16 = 2;
 /// `skb->protocol` of IPv4, network byte order.
 const ETH_P_IP: u16 = 0x0800_u16.to_be();
@@ -53,12 +65,25 @@ pub(crate) struct Datagrams {
     pub(crate) direction: Direction,
     pub(crate) bytes: u64,
     pub(crate) packets: u64,
-    pub(crate) peer: Peer,
-    /// The local address, of the peer's family.
-    pub(crate) local: [u32; 4],
-    pub(crate) local_port: u16,
+    /// The key of their flow. The socket is added where the flow is looked for.
+    pub(crate) flow: FlowKey,
+    /// This side, of the peer's family.
+    pub(crate) local: Peer,
+    /// Not 0 if the packet has not the socket's port, so NAT has changed it.
+    pub(crate) other_port: u16,
     /// The interface that the socket is bound to, where that costs nothing.
     pub(crate) device: Option<u32>,
+}
+
+/// The key of the flow with this peer, of a socket that is not known yet.
+#[inline(always)]
+pub(crate) const fn flow_with(peer: Peer, scope: u32, local: [u32; 4]) -> FlowKey {
+    FlowKey {
+        socket: 0,
+        peer,
+        scope,
+        local,
+    }
 }
 
 /// What is known of the socket of this key.
@@ -93,6 +118,7 @@ pub(crate) fn begin(
         flows: 0,
         kin: 0,
         unassigned: 0,
+        is_translated: 0,
         strangers: 0,
         owner,
         traffic: Traffic {
@@ -133,6 +159,7 @@ pub(crate) fn begin(
             tracked.approximate = old.approximate;
             tracked.flows = old.flows;
             tracked.unassigned = old.unassigned;
+            tracked.is_translated = old.is_translated;
             tracked.strangers = old.strangers;
             tracked.kin = old.kin;
             tracked.traffic = old.traffic;
@@ -211,17 +238,39 @@ pub(crate) fn known(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
     begin(key, ptr::without_provenance(sk.0 as usize), owner::UNKNOWN)
 }
 
+/// What can be asked of the packet of some datagrams.
+pub(crate) trait Packet: Copy {
+    /// Puts back the addresses that the packet had when the socket sent it. False if netfilter has not
+    /// translated them.
+    #[inline(always)]
+    fn undo_nat(self, _datagrams: &mut Datagrams) -> bool {
+        false
+    }
+
+    /// Whether another program at the cgroup has refused it, as far as that is known yet.
+    #[inline(always)]
+    fn is_refused(self) -> bool {
+        false
+    }
+}
+
 /// Datagrams went through the socket.
 #[inline(always)]
-pub(crate) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
+pub(crate) fn count(
+    ctx: Context,
+    key: u64,
+    tracked: &mut UdpTracked,
+    datagrams: &mut Datagrams,
+    packet: impl Packet,
+) {
     add(&mut tracked.traffic, datagrams);
-    flow::count(ctx, key, tracked, datagrams);
+    flow::count(ctx, key, tracked, datagrams, packet);
     if PER_DATAGRAM.load() != 0 {
         let kind = match datagrams.direction {
             Direction::Sent => kind::SEND,
             Direction::Received => kind::RECEIVE,
         };
-        if filter::wants_udp(kind, tracked, datagrams) {
+        if !packet.is_refused() && filter::wants_udp(kind, tracked, datagrams) {
             record(
                 ctx,
                 kind,
@@ -299,13 +348,14 @@ fn record(
         record.device = at.device.unwrap_or_else(|| sk.get(Field::Device));
         record.uid = sk.get(Field::SkUid);
         record.netns = tracked.netns;
-        record.peer = at.peer;
-        record.local = at.local;
-        record.local_port = at.local_port;
-        record.marks =
-            u8::from(totals.approximate) * mark::APPROXIMATE + u8::from(totals.first) * mark::FIRST;
+        record.peer = at.flow.peer;
+        record.local = at.local.address;
+        record.local_port = at.local.port;
+        record.marks = u8::from(totals.approximate) * mark::APPROXIMATE
+            + u8::from(totals.first) * mark::FIRST
+            + u8::from(!is_set(&at.flow.local)) * mark::HIDES_LOCAL;
         record.older = tracked.older();
-        record._pad = 0;
+        record.scope = at.flow.scope;
     })
 }
 
@@ -336,6 +386,58 @@ fn report(
             totals_of(tracked),
             amount,
         )
+}
+
+/// The headers of a packet that the kernel has at this address.
+#[derive(Clone, Copy)]
+struct Headers {
+    /// The address of the IP header.
+    network: u64,
+    family: u16,
+    source: [u32; 4],
+    destination: [u32; 4],
+    source_port: u16,
+    destination_port: u16,
+    /// Of the UDP header: its own bytes are among them.
+    length: u16,
+    /// How many datagrams it is.
+    packets: u64,
+}
+
+#[inline(always)]
+fn headers(skb: u64) -> Headers {
+    let head = read::<u64>(skb, Field::SkbHead);
+    let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
+    let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
+    let [ports, length] = read_at::<[u32; 2]>(transport);
+    let [source_port, destination_port]: [u16; 2] = halves(ports);
+    let [length, _] = halves(length);
+    let v4 = read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP;
+    let (source, destination) = if v4 {
+        let [source, destination] = read_at::<[u32; 2]>(network + 12);
+        ([source, 0, 0, 0], [destination, 0, 0, 0])
+    } else {
+        (read_at(network + 8), read_at(network + 24))
+    };
+    let shared = head + u64::from(read::<u32>(skb, Field::SkbEnd));
+    let segments = read::<u16>(shared, Field::SkbSegments);
+    Headers {
+        network,
+        family: if v4 { AF_INET } else { AF_INET6 },
+        source,
+        destination,
+        source_port: u16::from_be(source_port),
+        destination_port: u16::from_be(destination_port),
+        length: u16::from_be(length),
+        packets: if segments > 1 { segments.into() } else { 1 },
+    }
+}
+
+/// The two numbers of two bytes in a word, as they stand in memory.
+#[inline(always)]
+fn halves(word: u32) -> [u16; 2] {
+    let [a, b, c, d] = word.to_ne_bytes();
+    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
 }
 
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.
@@ -369,14 +471,24 @@ pub(crate) fn addresses(sk: impl Socket) -> Datagrams {
         let peer = peer6(address, port);
         (local6(sk, peer.family), peer)
     };
+    let device = sk.get(Field::Device);
+    let scope = if needs_scope(&peer, &local) {
+        device
+    } else {
+        0
+    };
     Datagrams {
         direction: Direction::Sent,
         bytes: 0,
         packets: 0,
-        peer,
-        local,
-        local_port: sk.bound_port(),
-        device: Some(sk.get(Field::Device)),
+        flow: flow_with(peer, scope, local),
+        local: Peer {
+            address: local,
+            port: sk.bound_port(),
+            family: peer.family,
+        },
+        other_port: 0,
+        device: Some(device),
     }
 }
 
@@ -390,6 +502,32 @@ fn local6(sk: impl Socket, family: u16) -> [u32; 4] {
     } else {
         local
     }
+}
+
+/// The local address in the key of a flow: that of the packet, or that which the socket is bound to
+/// where a receive would tell no other.
+///
+/// Without a branch: the verifier would follow each way to the end.
+#[inline(always)]
+fn local_of_flow(packet: &[u32; 4], own: &[u32; 4]) -> [u32; 4] {
+    let hides = HIDES_LOCAL.get(0).copied().unwrap_or(0);
+    core::array::from_fn(|index| packet[index] ^ (packet[index] ^ own[index]) & hides)
+}
+
+/// Whether an address is not the unspecified one.
+#[inline(always)]
+const fn is_set([a, b, c, d]: &[u32; 4]) -> bool {
+    *a | *b | *c | *d != 0
+}
+
+/// Whether one of two addresses means nothing without an interface (`__ipv6_addr_needs_scope_id`).
+#[inline(always)]
+pub(crate) fn needs_scope(peer: &Peer, local: &[u32; 4]) -> bool {
+    let is_of_a_link = |address: &[u32; 4]| {
+        let first = u32::from_be(address[0]) >> 16;
+        first & 0xffc0 == 0xfe80 || first & 0xff0f == 0xff01 || first & 0xff0f == 0xff02
+    };
+    peer.family == AF_INET6 && (is_of_a_link(&peer.address) || is_of_a_link(local))
 }
 
 /// The socket's last descriptor is closed.

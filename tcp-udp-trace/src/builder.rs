@@ -312,8 +312,8 @@ impl UdpTracerBuilder {
     /// How many flows are remembered at a time; beyond that the least recently used make room, to the [interval](Self::interval), after a
     /// last report ([`Stats::flows_evicted`](crate::Stats::flows_evicted)). 1 to 16,777,216, default [`DEFAULT_MAX_FLOWS`].
     ///
-    /// At most 170 bytes of kernel memory each, taken at the start, also for up to 16,384 more that have just begun, and for up to 16,384
-    /// that the filter does not want. At most 520 bytes of the process for each live flow, and 420 for each socket that has one, until
+    /// At most 200 bytes of kernel memory each, taken at the start, also for up to 16,384 more that have just begun, and for up to 16,384
+    /// that the filter does not want. At most 600 bytes of the process for each live flow, and 420 for each socket that has one, until
     /// they end.
     pub fn max_flows(mut self, flows: u32) -> Self {
         self.config.max_flows = flows;

@@ -153,18 +153,18 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         ..
     } = *record;
     let uptime = clock.uptime(head.time);
-    let device = NonZeroU32::new(record.device);
+    let scope = NonZeroU32::new(record.scope);
     let socket = Socket {
         protocol: Protocol::Udp,
         id,
         // The address of a kernel structure is not a cookie.
         cookie: (key >> 63 == 0).then_some(key),
-        local: address(peer.family, record.local, record.local_port, device)?,
-        remote: address(peer.family, peer.address, peer.port, device)?,
+        local: address(peer.family, record.local, record.local_port, scope)?,
+        remote: address(peer.family, peer.address, peer.port, scope)?,
         uid: record.uid,
         netns: record.netns,
         cgroup: record.cgroup,
-        device,
+        device: NonZeroU32::new(record.device),
         age: Duration::from_nanos(head.time.saturating_sub(record.born)),
         older: is_older(record.older.into())?,
     };
@@ -182,16 +182,31 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         flow: Some(FlowKey {
             socket: id,
             peer,
-            _pad: 0,
+            scope: record.scope,
+            local: if record.marks & mark::HIDES_LOCAL == 0 {
+                record.local
+            } else {
+                [0; 4]
+            },
         }),
         image: ImageKey::of(&record.owner),
         is_first: record.marks & mark::FIRST != 0,
     })
 }
 
-/// The address of a peer, if it is one.
-pub(crate) fn peer(peer: Peer, device: Option<NonZeroU32>) -> Option<SocketAddr> {
-    address(peer.family, peer.address, peer.port, device).ok()
+/// The peer of a flow, if it is one.
+pub(crate) fn peer(key: &FlowKey) -> Option<SocketAddr> {
+    let Peer {
+        address,
+        port,
+        family,
+    } = key.peer;
+    self::address(family, address, port, NonZeroU32::new(key.scope)).ok()
+}
+
+/// The local address of a flow.
+pub(crate) fn local(key: &FlowKey, words: [u32; 4], port: u16) -> Option<SocketAddr> {
+    address(key.peer.family, words, port, NonZeroU32::new(key.scope)).ok()
 }
 
 /// The totals of a record.
@@ -282,13 +297,13 @@ fn is_older(known: u16) -> Result<Option<bool>, Malformed> {
     }
 }
 
-/// Returns an address of a socket that is bound to `device`. An IPv4-mapped IPv6 address becomes the
-/// IPv4 address.
+/// Returns an address. A link-local one belongs to the interface `scope`. An IPv4-mapped IPv6 address
+/// becomes the IPv4 address.
 fn address(
     family: u16,
     words: [u32; 4],
     port: u16,
-    device: Option<NonZeroU32>,
+    scope: Option<NonZeroU32>,
 ) -> Result<SocketAddr, Malformed> {
     let bytes: [u8; 16] = zerocopy::transmute!(words);
     let ip = match family {
@@ -301,7 +316,7 @@ fn address(
     };
     Ok(match ip {
         IpAddr::V6(ip) if is_of_a_link(ip) => {
-            SocketAddrV6::new(ip, port, 0, device.map_or(0, NonZeroU32::get)).into()
+            SocketAddrV6::new(ip, port, 0, scope.map_or(0, NonZeroU32::get)).into()
         }
         ip => SocketAddr::new(ip, port),
     })

@@ -67,6 +67,8 @@ pub(crate) struct Totals {
     pub(crate) traffic: Traffic,
     /// See [`EventKind::Flow`].
     pub(crate) approximate: bool,
+    /// The local address, if it is known now.
+    pub(crate) local: Option<[u32; 4]>,
 }
 
 /// What the kernel's map knows of flows.
@@ -87,7 +89,8 @@ const fn lowest_key(socket: u64) -> FlowKey {
             port: 0,
             family: 0,
         },
-        _pad: 0,
+        scope: 0,
+        local: [0; 4],
     }
 }
 
@@ -201,7 +204,7 @@ impl Flows {
         flows.any(|(key, flow)| {
             let totals = Totals {
                 traffic: flow.reported,
-                approximate: false,
+                ..Totals::default()
             };
             let event = self.event(key, totals, false, |_| {});
             event.is_some_and(|event| is_it(&event))
@@ -332,6 +335,7 @@ impl Flows {
             Some(Totals {
                 traffic,
                 approximate: true,
+                local: None,
             })
         });
         if let Some(event) = totals.and_then(|totals| self.event(key, totals, true, stamp)) {
@@ -363,8 +367,10 @@ impl Flows {
         let flow = self.flows.get(key)?;
         let mut event = Event::clone(&self.sockets.get(&key.socket)?.event);
         stamp(&mut event);
-        event.socket.local = flow.local;
-        event.socket.remote = decode::peer(key.peer, event.socket.device)?;
+        let local = totals.local;
+        let local = local.and_then(|words| decode::local(key, words, flow.local.port()));
+        event.socket.local = local.unwrap_or(flow.local);
+        event.socket.remote = decode::peer(key)?;
         event.traffic = totals.traffic;
         event.kind = EventKind::Flow {
             approximate: totals.approximate,

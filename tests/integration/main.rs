@@ -42,8 +42,10 @@ mod snapshot;
 mod states;
 mod udp_flows;
 mod udp_lifecycle;
+mod udp_nat;
 mod udp_numbers;
 mod udp_peers;
+mod udp_sends;
 mod uring;
 
 /// Topics and tests that are run a second time, with perf buffers.
@@ -102,6 +104,8 @@ fn main() -> ExitCode {
         snapshot::trials(),
         udp_numbers::trials(),
         udp_peers::trials(),
+        udp_nat::trials(),
+        udp_sends::trials(),
         udp_flows::trials(),
         udp_lifecycle::trials(),
     ]

@@ -1,7 +1,7 @@
 //! Samples of every network namespace.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     net::{Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket},
     num::NonZeroU32,
     time::{Duration, Instant},
@@ -25,6 +25,7 @@ pub(crate) fn trials() -> Vec<Test> {
             same_addresses_in_two_namespaces,
             namespace_that_is_only_mounted,
             link_local_addresses_of_two_links,
+            one_socket_and_the_same_peer_over_two_links,
             device_that_a_socket_is_bound_to,
         ],
         Solitude: [
@@ -243,6 +244,45 @@ fn link_local_addresses_of_two_links() -> anyhow::Result<()> {
             );
         }
     }
+    Ok(())
+}
+
+/// The same address over two links is two peers of one socket, which is bound to no link.
+fn one_socket_and_the_same_peer_over_two_links() -> anyhow::Result<()> {
+    const SERVER: u16 = 5100;
+    let links = [Link::new("near1")?, Link::new("near2")?];
+    let udp = Trace::start_udp()?;
+    let socket = UdpSocket::bind("[::]:0")?;
+    let port = socket.local_addr()?.port();
+    let mut expected = BTreeMap::new();
+    for (link, turns) in links.iter().zip([1, 3]) {
+        udp.also(link.far.inode()?);
+        let [server, client] = link.ends(1, [SERVER, port]);
+        let [local, remote] = link.ends(0, [port, SERVER]);
+        let router = link.far.run(|| Ok(UdpSocket::bind(server)?))?;
+        for _ in 0..turns {
+            socket.send_to(b"question", remote)?;
+            let (_, from) = router.recv_from(&mut [0; 20])?;
+            router.send_to(b"answer", from)?;
+            let (_, from) = socket.recv_from(&mut [0; 20])?;
+            ensure!(from == remote, "{from}");
+        }
+        expected.insert((local, remote), (8 * turns, 6 * turns));
+        expected.insert((server, client), (6 * turns, 8 * turns));
+    }
+    drop(socket);
+    let events = udp.finish_in_order(1 + links.len())?;
+    let is_last = |event: &&Event| matches!(event.kind, EventKind::Flow { last: true, .. });
+    let flows = events.iter().filter(is_last).map(|event| {
+        let ends = (event.socket.local, event.socket.remote);
+        (ends, (event.traffic.tx_bytes, event.traffic.rx_bytes))
+    });
+    let flows: BTreeMap<_, _> = flows.collect();
+    ensure!(
+        flows == expected,
+        "{expected:?} expected: {}",
+        show(&events)
+    );
     Ok(())
 }
 

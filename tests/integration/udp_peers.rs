@@ -2,12 +2,14 @@
 
 use std::{
     collections::BTreeMap,
+    io::IoSlice,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use integration_tests::{
     actor::{Operation, ReceiveCall, SendCall, SocketOption, receive_queue},
     netns::{NEAR, ip, veth},
@@ -17,13 +19,19 @@ use integration_tests::{
     udp_life::UdpLife,
     udp_scene::{Family, Site, UdpTraces},
 };
-use nix::{errno::Errno, net::if_::if_nametoindex};
+use nix::{
+    errno::Errno,
+    libc,
+    net::if_::if_nametoindex,
+    sys::socket::{ControlMessage, MsgFlags, SockaddrIn, sendmsg, setsockopt, sockopt},
+};
 use tcp_udp_trace::{Event, EventKind};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             one_server_and_its_clients,
+            one_server_with_two_addresses,
             dual_stack_server,
             connected_socket_that_sends_elsewhere,
             connect_to_another_peer,
@@ -77,6 +85,75 @@ fn one_server_and_its_clients() -> anyhow::Result<()> {
         }
     }
     traces.finish(&lives)
+}
+
+/// A socket that is bound to no address has a flow for each of its addresses that a peer writes to.
+fn one_server_with_two_addresses() -> anyhow::Result<()> {
+    let trace = Trace::start_udp()?;
+    let server = UdpSocket::bind("0.0.0.0:0")?;
+    setsockopt(&server, sockopt::Ipv4PacketInfo, &true)?;
+    let client = UdpSocket::bind(Family::V4.loopback())?;
+    let (port, peer) = (server.local_addr()?.port(), client.local_addr()?);
+    let mut expected = BTreeMap::new();
+    for (ip, turns) in [
+        (Ipv4Addr::new(127, 0, 0, 1), 3),
+        (Ipv4Addr::new(127, 0, 0, 2), 1),
+    ] {
+        let at = SocketAddr::from((ip, port));
+        for _ in 0..turns {
+            client.send_to(b"question", at)?;
+            server.recv_from(&mut [0; 20])?;
+            answer_from(&server, ip, peer)?;
+            let (_, from) = client.recv_from(&mut [0; 20])?;
+            ensure!(from == at, "{from}");
+        }
+        expected.insert((at, peer), (6 * turns, 8 * turns));
+        expected.insert((peer, at), (8 * turns, 6 * turns));
+    }
+    let at = server.local_addr()?;
+    drop((server, client));
+    if !trace.names_every_peer() {
+        // Both are one flow: of a receive, the hook does not tell the address of this side.
+        expected.retain(|(local, _), _| *local == peer);
+        expected.insert((at, peer), (24, 32));
+    }
+    trace.wait_closed(2)?;
+    let events = trace.finish_all()?;
+    let is_last = |event: &&Event| matches!(event.kind, EventKind::Flow { last: true, .. });
+    let flows = events.iter().filter(is_last).map(|event| {
+        let ends = (event.socket.local, event.socket.remote);
+        (ends, (event.traffic.tx_bytes, event.traffic.rx_bytes))
+    });
+    let flows: BTreeMap<_, _> = flows.collect();
+    ensure!(
+        flows == expected,
+        "{expected:?} expected: {}",
+        show(&events)
+    );
+    Ok(())
+}
+
+/// Sends a datagram that has this source address.
+fn answer_from(socket: &UdpSocket, ip: Ipv4Addr, to: SocketAddr) -> anyhow::Result<()> {
+    let source = libc::in_pktinfo {
+        ipi_ifindex: 0,
+        ipi_spec_dst: libc::in_addr {
+            s_addr: ip.to_bits().to_be(),
+        },
+        ipi_addr: libc::in_addr { s_addr: 0 },
+    };
+    let SocketAddr::V4(to) = to else {
+        bail!("not of IPv4");
+    };
+    let sent = sendmsg(
+        socket.as_raw_fd(),
+        &[IoSlice::new(b"answer")],
+        &[ControlMessage::Ipv4PacketInfo(&source)],
+        MsgFlags::empty(),
+        Some(&SockaddrIn::from(to)),
+    )?;
+    ensure!(sent == 6);
+    Ok(())
 }
 
 /// One socket of IPv6 with a peer of each family.

@@ -1,6 +1,6 @@
 //! What a consumer keeps who wants to know how much each flow has carried.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use tcp_udp_trace::{Event, EventKind, Traffic};
 
@@ -8,30 +8,33 @@ use tcp_udp_trace::{Event, EventKind, Traffic};
 #[derive(Debug, Default)]
 pub struct FlowSums {
     ended: BTreeMap<(u64, SocketAddr), Traffic>,
-    newest: BTreeMap<(u64, SocketAddr), Traffic>,
+    /// By the beginning as well, because a socket may have several flows with one peer: by each of its
+    /// addresses.
+    newest: BTreeMap<(u64, SocketAddr, Duration), Traffic>,
 }
 
 impl FlowSums {
     /// Takes an event into account.
     pub fn add(&mut self, event: &Event) {
-        let EventKind::Flow { last, .. } = event.kind else {
+        let EventKind::Flow { last, age, .. } = event.kind else {
             return;
         };
-        let flow = (event.socket.id, event.socket.remote);
+        let (id, peer) = (event.socket.id, event.socket.remote);
+        let flow = (id, peer, event.uptime.saturating_sub(age));
         if last {
             self.newest.remove(&flow);
-            plus(self.ended.entry(flow).or_default(), event.traffic);
+            plus(self.ended.entry((id, peer)).or_default(), event.traffic);
         } else {
             self.newest.insert(flow, event.traffic);
         }
     }
 
-    /// What each flow has carried, by the socket's id and the peer.
+    /// What was carried, by the socket's id and the peer.
     #[must_use]
     pub fn sums(&self) -> BTreeMap<(u64, SocketAddr), Traffic> {
         let mut sums = self.ended.clone();
-        for (&flow, &traffic) in &self.newest {
-            plus(sums.entry(flow).or_default(), traffic);
+        for (&(id, peer, _), &traffic) in &self.newest {
+            plus(sums.entry((id, peer)).or_default(), traffic);
         }
         sums
     }

@@ -33,6 +33,7 @@ pub mod netns;
 pub mod page;
 pub mod pid_namespace;
 pub mod privileges;
+pub mod refusal;
 mod sampled;
 pub mod scene;
 pub mod suite;

@@ -99,6 +99,21 @@ pub fn tc(args: &str) -> anyhow::Result<()> {
     run("tc", args).or_else(|error| skip(format_args!("{error:#}")))
 }
 
+/// Adds these rules of nftables to the calling thread's namespace; a kernel without them skips the test.
+pub fn nft(rules: &str) -> anyhow::Result<()> {
+    let output = match Command::new("nft").arg(rules).output() {
+        Err(error) if error.kind() == ErrorKind::NotFound => bail!("needs `nft` (nftables)"),
+        output => output.context("nft")?,
+    };
+    if !output.status.success() {
+        return skip(format_args!(
+            "nft: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        ));
+    }
+    Ok(())
+}
+
 fn run(program: &str, args: &str) -> anyhow::Result<()> {
     let output = match Command::new(program).args(args.split_whitespace()).output() {
         Err(error) if error.kind() == ErrorKind::NotFound => bail!("needs `{program}` (iproute2)"),

@@ -359,8 +359,10 @@ impl UdpLife {
         }
         let mut sums = FlowSums::default();
         let mut marks = BTreeMap::<SocketAddr, bool>::new();
-        // Of those that have not ended.
-        let mut reports = BTreeMap::<SocketAddr, (&Event, Duration)>::new();
+        // Of those that have not ended. A peer has several flows if it has met several addresses.
+        let mut reports = BTreeMap::<(SocketAddr, Duration), &Event>::new();
+        let mut flows = BTreeMap::<SocketAddr, BTreeSet<Duration>>::new();
+        let mut locals = BTreeMap::<SocketAddr, BTreeSet<SocketAddr>>::new();
         for event in events {
             let EventKind::Flow {
                 approximate,
@@ -372,24 +374,36 @@ impl UdpLife {
             };
             sums.add(event);
             let peer = key(event.socket.remote);
-            let is_new = marks.insert(peer, approximate).is_none();
+            marks.insert(peer, approximate);
             let born = event.uptime.saturating_sub(age);
-            let before = reports.insert(peer, (event, born));
-            ensure!(
-                before.is_some() || is_new || self.evicted,
-                "it had ended: {event}"
-            );
-            if let Some((before, was_born)) = before {
+            let before = reports.insert((peer, born), event);
+            let is_new = flows.entry(peer).or_default().insert(born);
+            let local = event.socket.local;
+            locals.entry(peer).or_default().insert(local);
+            ensure!(before.is_some() || is_new, "it had ended: {event}");
+            if let Some(before) = before {
                 // The report at the end may have nothing new to tell.
                 let is_right =
                     grows(before.traffic, event.traffic) || last && before.traffic == event.traffic;
                 ensure!(is_right, "a flow without news: {event}");
                 ensure!(before.uptime <= event.uptime, "time went back: {event}");
-                ensure!(born == was_born, "another age: {event}");
+                let was = before.socket.local.ip();
+                ensure!(
+                    was == local.ip() || was.is_unspecified(),
+                    "another local address: {event}"
+                );
             }
             if last {
-                reports.remove(&peer);
+                reports.remove(&(peer, born));
             }
+        }
+        for (peer, flows) in &flows {
+            ensure!(
+                self.evicted || flows.len() <= locals[peer].len(),
+                "{} flows with {peer} by {:?}",
+                flows.len(),
+                locals[peer]
+            );
         }
         ensure!(reports.is_empty(), "no end of {reports:?}");
         let sums = sums.sums().into_iter().map(|((_, peer), traffic)| {

@@ -59,13 +59,19 @@ const RUSTC: Package = Package {
     probe: Probe::File(DEBIAN_RUSTC),
 };
 
-/// What the integration tests call to set up links and impairments.
+/// What the integration tests call to set up links, impairments and translated addresses.
 pub(crate) const TESTS: Group = Group {
     purpose: "running the integration tests",
-    packages: &[Package {
-        name: "iproute2",
-        probe: Probe::Program("tc"),
-    }],
+    packages: &[
+        Package {
+            name: "iproute2",
+            probe: Probe::Program("tc"),
+        },
+        Package {
+            name: "nftables",
+            probe: Probe::Program("nft"),
+        },
+    ],
 };
 
 /// Booting other kernels.

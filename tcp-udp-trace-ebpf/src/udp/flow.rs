@@ -1,4 +1,5 @@
-//! What a UDP socket and one of its peers have sent each other, and when it is a record.
+//! What a UDP socket has exchanged with one of its peers by one of its addresses, and when it is a
+//! record.
 
 use core::{
     intrinsics::{AtomicOrdering, atomic_xadd},
@@ -14,7 +15,7 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{Flow, FlowKey, FlowQuery, Traffic, UdpTracked, kind, report};
 
-use super::{Datagrams, Direction, Totals, add, now, record};
+use super::{Datagrams, Direction, Packet, Totals, add, is_set, now, record};
 use crate::{anomaly, emit::Context, filter};
 
 /// The flows, each of which has a record. User space removes them: when their sockets end, and the least recently used when there are too
@@ -32,15 +33,26 @@ static INTERVAL: Global<u64> = Global::new(1_000_000_000);
 
 /// Datagrams went through the socket: counts them for the flow, and reports it if that is due.
 #[inline(always)]
-pub(super) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams: &Datagrams) {
-    let flow_key = FlowKey {
-        socket: tracked.id,
-        peer: datagrams.peer,
-        _pad: 0,
+pub(super) fn count(
+    ctx: Context,
+    key: u64,
+    tracked: &mut UdpTracked,
+    datagrams: &mut Datagrams,
+    packet: impl Packet,
+) {
+    let found = find(tracked, datagrams, packet);
+    let found = match found {
+        Some(flow) => Some((flow, false)),
+        None => begin(tracked, datagrams, packet),
     };
-    let Some((flow, is_first)) = flow_of(&flow_key, tracked, datagrams) else {
+    let Some((flow, is_first)) = found else {
         return;
     };
+    if is_set(&datagrams.flow.local) {
+        datagrams.local.address = datagrams.flow.local;
+    } else {
+        reveal(flow, &datagrams.local.address);
+    }
     if datagrams.direction == Direction::Received && tracked.approximate != 0 {
         // Before the datagrams are counted: whoever finds them finds this, too.
         flow.approximate = 1;
@@ -59,6 +71,7 @@ pub(super) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
     }
     flow.report = report::LATER;
     tracked.flows |= 1;
+    datagrams.local.address = flow.local;
     let totals = Totals {
         traffic: &flow.traffic,
         approximate: flow.approximate != 0,
@@ -68,26 +81,71 @@ pub(super) fn count(ctx: Context, key: u64, tracked: &mut UdpTracked, datagrams:
         flow.report = report::NEXT;
         if is_first {
             // User space removes the flows that it knows.
-            let _ = FLOWS.remove(flow_key);
+            let _ = FLOWS.remove(&datagrams.flow);
             unassigned(tracked);
         }
     }
 }
 
-/// The flow, and whether it begins with these datagrams. None if nobody wants it, or if there is no room for it.
+/// Datagrams that were counted for the flow were not sent: `datagrams` has the negative numbers.
 #[inline(always)]
-fn flow_of(
-    key: &FlowKey,
+pub(super) fn take_back(tracked: &mut UdpTracked, datagrams: &mut Datagrams, packet: impl Packet) {
+    let found = find(tracked, datagrams, packet);
+    if let Some(flow) = found.or_else(|| get_unwanted(&datagrams.flow)) {
+        add(&mut flow.traffic, datagrams);
+    }
+}
+
+/// The flow that datagrams belong to, which get the addresses that the socket knows.
+///
+/// Only a socket whose packets netfilter translates needs more than a look into the map: the
+/// translated address of one peer may be another peer's own.
+#[inline(always)]
+fn find(
+    tracked: &mut UdpTracked,
+    datagrams: &mut Datagrams,
+    packet: impl Packet,
+) -> Option<&'static mut Flow> {
+    datagrams.flow.socket = tracked.id;
+    if datagrams.other_port == 0 && tracked.is_translated == 0 {
+        let found = get_flow(&datagrams.flow);
+        if found.is_some() {
+            return found;
+        }
+    }
+    if packet.undo_nat(datagrams) {
+        tracked.is_translated = 1;
+    }
+    get_flow(&datagrams.flow)
+}
+
+/// The local address is seen of a flow whose key has none.
+#[inline(always)]
+fn reveal(flow: &mut Flow, local: &[u32; 4]) {
+    if !is_set(local) || flow.is_mixed != 0 || flow.local == *local {
+        return;
+    }
+    if is_set(&flow.local) {
+        flow.local = [0; 4];
+        flow.is_mixed = 1;
+    } else {
+        flow.local = *local;
+    }
+}
+
+/// A flow that is not known yet, and whether this has made it. None if nobody wants it, or if there
+/// is no room for it.
+#[inline(always)]
+fn begin(
     tracked: &mut UdpTracked,
     datagrams: &Datagrams,
+    packet: impl Packet,
 ) -> Option<(&'static mut Flow, bool)> {
-    if let Some(flow) = get_flow(key) {
-        return Some((flow, false));
+    let key = &datagrams.flow;
+    let unwanted = get_unwanted(key);
+    if unwanted.is_none() && packet.is_refused() {
+        return None;
     }
-    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
-    let unwanted = UNWANTED
-        .get_ptr_mut(key)
-        .and_then(|flow| unsafe { flow.as_mut() });
     let is_due = unwanted.as_ref().is_none_or(|flow| is_due(flow.report));
     let fresh = Flow {
         traffic: Traffic {
@@ -99,14 +157,15 @@ fn flow_of(
         report: report::LATER,
         born: now(),
         approximate: tracked.unassigned,
+        is_mixed: 0,
+        local: datagrams.local.address,
     };
     if !is_due || !filter::wants_udp(kind::FLOW, tracked, datagrams) {
         let unwanted = match unwanted {
             Some(flow) => flow,
             None => {
                 let _ = UNWANTED.insert(key, fresh, u64::from(BPF_NOEXIST));
-                // SAFETY: as above.
-                unsafe { UNWANTED.get_ptr_mut(key)?.as_mut()? }
+                get_unwanted(key)?
             }
         };
         if is_due {
@@ -138,6 +197,14 @@ fn flow_of(
 fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
     // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
     FLOWS
+        .get_ptr_mut(key)
+        .and_then(|flow| unsafe { flow.as_mut() })
+}
+
+#[inline(always)]
+fn get_unwanted(key: &FlowKey) -> Option<&'static mut Flow> {
+    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
+    UNWANTED
         .get_ptr_mut(key)
         .and_then(|flow| unsafe { flow.as_mut() })
 }
@@ -179,6 +246,7 @@ pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
         }
     }
     ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
+    ctx.store(offset_of!(FlowQuery, local), &flow.local, 0)?;
     ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
     if forget != 0 {
         let _ = FLOWS.remove(key);

@@ -11,9 +11,12 @@ use core::{
 use aya_ebpf::{
     bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid, macros::map, maps::LruHashMap,
 };
-use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer, UdpTracked};
+use tcp_udp_trace_common::{Field, Peer, UdpTracked};
 
-use super::{Datagrams, Direction, ETH_P_IP, addresses, count, key, key_of, local6, used};
+use super::{
+    Datagrams, Direction, Headers, Packet, addresses, count, flow_with, headers, key, key_of,
+    local6, needs_scope, used,
+};
 use crate::{
     emit::Context,
     sock::{Copied, IPPROTO_UDP, Sock, Socket as _, read, read_at},
@@ -27,9 +30,17 @@ static RECEIVING: LruHashMap<u64, From> = LruHashMap::with_max_entries(4096, 0);
 #[repr(C)]
 struct From {
     peer: Peer,
+    /// The interface of a link-local address.
+    scope: u32,
     /// Not 0 until the receive has ended. The entry stays: to make one takes ten times as long as to find it.
     is_receiving: u32,
 }
+
+/// What a socket receives has the addresses that it knows.
+#[derive(Clone, Copy)]
+struct Received;
+
+impl Packet for Received {}
 
 /// Bit of `sk_shutdown`.
 const RCV_SHUTDOWN: u8 = 1;
@@ -46,44 +57,63 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
     if peeked || !sk.is_udp() {
         return;
     }
-    let head = read::<u64>(skb, Field::SkbHead);
-    let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
-    let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
-    let [source, destination] = read_at::<[u16; 2]>(transport);
-    let v4 = read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP;
-    let (address, local) = if v4 {
-        let [source, destination] = read_at::<[u32; 2]>(network + 12);
-        ([source, 0, 0, 0], [destination, 0, 0, 0])
-    } else {
-        (read_at(network + 8), read_at(network + 24))
+    let Headers {
+        family,
+        source,
+        destination: local,
+        source_port: port,
+        destination_port: local_port,
+        packets,
+        ..
+    } = headers(skb);
+    let peer = Peer {
+        address: source,
+        port,
+        family,
     };
-    let shared = head + u64::from(read::<u32>(skb, Field::SkbEnd));
-    let segments = read::<u16>(shared, Field::SkbSegments);
-    let datagrams = Datagrams {
+    let scope = if needs_scope(&peer, &local) {
+        match sk.get(Field::Device) {
+            0 => read(skb, Field::SkbInterface),
+            device => device,
+        }
+    } else {
+        0
+    };
+    let mut datagrams = Datagrams {
         direction: Direction::Received,
         bytes: len as u64,
-        packets: if segments > 1 { segments.into() } else { 1 },
-        peer: Peer {
-            address,
-            port: u16::from_be(source),
-            family: if v4 { AF_INET } else { AF_INET6 },
+        packets,
+        flow: flow_with(peer, scope, local),
+        local: Peer {
+            address: local,
+            port: local_port,
+            family,
         },
-        local,
-        local_port: u16::from_be(destination),
+        other_port: 0,
         device: None,
     };
     let key = key_of(sk);
     if let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) {
-        count(ctx, key, tracked, &datagrams);
+        count(ctx, key, tracked, &mut datagrams, Received);
     }
 }
 
-/// The current thread receives from this peer (`user_ip`, `user_port` of the hook).
+/// The current thread receives from this peer (`user_ip`, `user_port` of the hook). The address that
+/// the kernel fills in has the interface of a link-local one.
 #[inline(always)]
-pub(crate) fn receiving(peer: Peer) {
+pub(crate) fn receiving(hook: Context, peer: Peer) {
+    /// Of a `struct sockaddr_in6`.
+    const SCOPE_ID: u64 = 24;
     let thread = bpf_get_current_pid_tgid();
+    let scope = if needs_scope(&peer, &[0; 4]) {
+        let address = read::<u64>(hook as u64, Field::SockAddrUser);
+        read_at(address + SCOPE_ID)
+    } else {
+        0
+    };
     let from = From {
         peer,
+        scope,
         is_receiving: 1,
     };
     match RECEIVING.get_ptr_mut(thread) {
@@ -129,11 +159,17 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
         datagrams.direction = Direction::Received;
         datagrams.bytes = result as u64;
         datagrams.packets = 1;
-        if let Some(From { peer, .. }) = from.filter(|_| is_told) {
-            if peer.family != datagrams.peer.family {
-                datagrams.local = local6(socket, peer.family);
+        if let Some(From { peer, scope, .. }) = from.filter(|_| is_told) {
+            if peer.family != datagrams.flow.peer.family {
+                datagrams.local.address = local6(socket, peer.family);
+                datagrams.local.family = peer.family;
+                datagrams.flow.local = datagrams.local.address;
             }
-            datagrams.peer = *peer;
+            datagrams.flow.peer = *peer;
+            datagrams.flow.scope = match datagrams.device {
+                Some(device) if device != 0 && *scope != 0 => device,
+                _ => *scope,
+            };
         }
         (datagrams, key(sk, socket.get(Field::Cookie)))
     };
@@ -144,10 +180,12 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
         if tracked.strangers.cast_signed() > 0 {
             take_stranger(tracked);
             if !is_told {
-                (datagrams.peer.address, datagrams.peer.port) = ([0; 4], 0);
+                let peer = &mut datagrams.flow.peer;
+                (peer.address, peer.port) = ([0; 4], 0);
+                datagrams.flow.scope = 0;
             }
         }
-        count(ctx, key, tracked, &datagrams);
+        count(ctx, key, tracked, &mut datagrams, Received);
     }
 }
 

@@ -3,9 +3,13 @@
 use aya_ebpf::{
     EbpfContext as _, helpers::generated::bpf_get_socket_cookie, programs::SkBuffContext,
 };
-use tcp_udp_trace_common::{AF_INET, AF_INET6, Peer};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
-use super::{Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, count, seen};
+use super::{
+    Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, count, flow_with, local_of_flow, nat,
+    needs_scope, seen,
+};
+use crate::{owner, sock::read};
 
 /// `skb->protocol` of IPv6, network byte order.
 const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
@@ -92,24 +96,66 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
     if sk.is_null() {
         return;
     }
-    let datagrams = Datagrams {
+    // SAFETY: the context is an skb with a socket.
+    let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let Some(tracked) = seen(key, sk.cast()) else {
+        return;
+    };
+    let peer = Peer {
+        address: destination,
+        port: u16::from_be(udp.destination),
+        family,
+    };
+    // SAFETY: as above; it is not null. Volatile, because the verifier refuses one load of two words.
+    let (own_port, own, device) = unsafe {
+        let own = if family == AF_INET {
+            [(*sk).src_ip4, 0, 0, 0]
+        } else {
+            let words = (&raw const (*sk).src_ip6).cast::<u32>();
+            core::array::from_fn(|index| words.add(index).read_volatile())
+        };
+        // In host byte order, as the kernel shows it here.
+        let port = (&raw const (*sk).src_port).read_volatile();
+        (port as u16, own, (*sk).bound_dev_if)
+    };
+    let source_port = u16::from_be(udp.source);
+    let scope = match device {
+        _ if !needs_scope(&peer, &source) => 0,
+        // SAFETY: the verifier knows the context.
+        0 => unsafe { (*ctx.skb.skb).ifindex },
+        device => device,
+    };
+    let mut datagrams = Datagrams {
         direction: Direction::Sent,
         bytes: u64::from(u16::from_be(udp.length)).saturating_sub(size_of::<UdpHeader>() as u64),
         packets: if segments > 1 { segments.into() } else { 1 },
-        peer: Peer {
-            address: destination,
-            port: u16::from_be(udp.destination),
+        flow: flow_with(peer, scope, local_of_flow(&source, &own)),
+        local: Peer {
+            address: source,
+            port: source_port,
             family,
         },
-        local: source,
-        local_port: u16::from_be(udp.source),
-        // SAFETY: as above; it is not null.
-        device: Some(unsafe { (*sk).bound_dev_if }),
+        other_port: source_port ^ own_port,
+        device: Some(device),
     };
-    // SAFETY: the context is an skb with a socket.
-    let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if let Some(tracked) = seen(key, sk.cast()) {
-        count(ctx.as_ptr(), key, tracked, &datagrams);
+    count(ctx.as_ptr(), key, tracked, &mut datagrams, Leaving(ctx));
+}
+
+/// A packet that a program at the cgroup sees.
+#[derive(Clone, Copy)]
+struct Leaving<'a>(&'a SkBuffContext);
+
+impl Packet for Leaving<'_> {
+    #[inline(always)]
+    fn undo_nat(self, datagrams: &mut Datagrams) -> bool {
+        nat::undo(self.0.as_ptr() as u64, datagrams)
+    }
+
+    /// Programs of a cgroup run before those of the cgroup around it.
+    #[inline(always)]
+    fn is_refused(self) -> bool {
+        let run = read::<u64>(owner::current_task(), Field::BpfContext);
+        run != 0 && read::<u32>(run, Field::CgroupResult) != 0
     }
 }
 

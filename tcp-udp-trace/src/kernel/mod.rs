@@ -106,7 +106,7 @@ impl Kernel {
         needs::check(config.protocol)?;
         let plan = plan::wanted(config);
         let walks = walk::wanted(config);
-        let (offsets, ids, images, has_listened) = {
+        let (offsets, ids, images, has_listened, drop_reasons) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
@@ -117,6 +117,7 @@ impl Kernel {
                 btf_ids::find(&btf, targets),
                 images,
                 offsets::has_listened(&btf),
+                offsets::drop_reasons(&btf),
             )
         };
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
@@ -152,6 +153,9 @@ impl Kernel {
         let mut loader = loader();
         if buffer == Buffer::Ring {
             loader.map_max_entries("LATE", (ring_bytes / LATE_SHARE).max(MIN_RING_BYTES));
+        }
+        for (name, reason) in &drop_reasons {
+            loader.override_global(name, reason, true);
         }
         let mut ebpf = loader
             .override_global("OFFSETS", &offsets[..], true)
@@ -189,6 +193,12 @@ impl Kernel {
         let mut filters = Filters::default();
         filters.install(&mut ebpf, &config.filter, config.protocol)?;
         let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol)?;
+        if !tells_local(&hooks) {
+            let mut hides_local = take_map(&mut ebpf, "HIDES_LOCAL", Array::<_, u32>::try_from)?;
+            hides_local.set(0, u32::MAX, 0).map_err(|source| {
+                Error::new(ErrorKind::Load, "cannot write to a map").with_source(source)
+            })?;
+        }
         // Only now: a socket made meanwhile has met the hooks.
         let walks = walk::start(&mut ebpf, config);
         hooks.extend(walks.hooks);
@@ -259,6 +269,7 @@ impl Kernel {
         (answer.return_value == 1).then(|| Totals {
             traffic: decode::traffic(query.traffic),
             approximate: query.approximate != 0,
+            local: Some(query.local),
         })
     }
 
@@ -363,6 +374,13 @@ pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
     let ids = btf_ids::for_aya(&btf_ids::find(&btf, targets));
     assert!(ids.is_ok(), "aya does not take what we made for it");
     offsets::resolve(&btf).map(|_| ())
+}
+
+/// Whether the receive hook tells at which of its addresses a socket was reached.
+fn tells_local(hooks: &[Hook]) -> bool {
+    let receive = hooks.iter().filter(|hook| hook.signal == "receive");
+    let mut programs = receive.flat_map(|hook| &hook.programs);
+    programs.any(|program| program.ends_with(":skb_consume_udp"))
 }
 
 impl FlowMap for Kernel {

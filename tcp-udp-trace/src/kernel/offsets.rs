@@ -90,6 +90,16 @@ pub(super) fn has_listened(btf: &Btf<'_>) -> u64 {
     bit.and_then(|bit| 1_u64.checked_shl(bit)).unwrap_or(0)
 }
 
+/// The values of `enum skb_drop_reason` that the programs know, by the name of their global. Before 5.18
+/// the kernel does not say that a program at the cgroup refused a packet.
+pub(super) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
+    let reason = |name| btf.enumerator("skb_drop_reason", name).unwrap_or(u32::MAX);
+    [
+        ("REFUSED", reason("SKB_DROP_REASON_BPF_CGROUP_EGRESS")),
+        ("NOT_SPECIFIED", reason("SKB_DROP_REASON_NOT_SPECIFIED")),
+    ]
+}
+
 /// Whether this kernel verifies the loops of `image` in milliseconds.
 ///
 /// Verifiers that do not forget numbers that do not matter in programs with functions take minutes

@@ -127,6 +127,9 @@ const UDP: &[Signal] = &[
     Signal { name: "send", required: true, slots: &[&[
         best(&[("udp_egress", Cgroup("egress"))]),
     ]] },
+    Signal { name: "drop", required: false, slots: &[&[
+        best(&[("udp_drop", RawTracepoint("kfree_skb"))]),
+    ]] },
     Signal { name: "receive", required: false, slots: &[&[
         best(&[("udp_consume_kprobe", Kprobe("skb_consume_udp"))]),
         worse(&[("udp_recv_length_tp", Tracepoint("sock", "sock_recv_length")),

@@ -438,6 +438,10 @@ fn set(socket: &Socket, option: SocketOption) -> io::Result<()> {
             socket.join_multicast_v6(&group, interface)?;
         }
         SocketOption::MulticastTo(interface) => socket.set_multicast_if_v6(interface)?,
+        SocketOption::MulticastHops(hops) if is_v6(socket)? => {
+            socket.set_multicast_hops_v6(hops)?;
+        }
+        SocketOption::MulticastHops(hops) => socket.set_multicast_ttl_v4(hops)?,
     }
     Ok(())
 }

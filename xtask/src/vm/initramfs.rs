@@ -23,6 +23,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("ip", "/usr/sbin/ip"),
     ("tc", "/usr/sbin/tc"),
     ("ss", "/usr/bin/ss"),
+    ("nft", "/usr/sbin/nft"),
 ];
 
 /// Empty folders: mount points, and where busybox puts its links.

@@ -24,6 +24,10 @@ const WANTED: &[&str] = &[
     "sch_ingress",
     "ifb",
     "tls",
+    "nft_chain_nat",
+    "nft_nat",
+    "nft_masq",
+    "nft_redir",
 ];
 
 /// A module, decompressed.

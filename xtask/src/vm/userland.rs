@@ -17,7 +17,7 @@ pub(super) enum Userland {
 }
 
 /// What has the programs that a guest gets.
-const PACKAGES: &[&str] = &["busybox-static", "dash", "iproute2"];
+const PACKAGES: &[&str] = &["busybox-static", "dash", "iproute2", "nftables"];
 const SUITE: &str = "trixie";
 
 impl Userland {

@@ -1,0 +1,117 @@
+//! What the hook of the send does not know: the kernel frees a packet instead of sending it.
+
+use aya_ebpf::Global;
+use tcp_udp_trace_common::{AF_INET, Field, Peer};
+
+use super::{
+    Datagrams, Direction, Headers, Packet, UDP_HEADER, count, flow, flow_with, get, headers,
+    key_of, local_of_flow, nat, needs_scope,
+};
+use crate::{
+    emit::Context,
+    sock::{Sock, Socket as _, read, read_at},
+};
+
+/// The reason for which the kernel frees a packet that a program at the cgroup refused
+/// (`enum skb_drop_reason`).
+#[unsafe(no_mangle)]
+static REFUSED: Global<u32> = Global::new(u32::MAX);
+/// The reason where it says none.
+#[unsafe(no_mangle)]
+static NOT_SPECIFIED: Global<u32> = Global::new(u32::MAX);
+
+/// A packet that is being freed.
+#[derive(Clone, Copy)]
+struct Freed(u64);
+
+impl Packet for Freed {
+    #[inline(always)]
+    fn undo_nat(self, datagrams: &mut Datagrams) -> bool {
+        nat::undo(self.0, datagrams)
+    }
+}
+
+/// `kfree_skb(skb, location, reason)`: the kernel drops a packet.
+///
+/// One that a program at the cgroup refused was counted by ours, and its send call fails. One for a
+/// multicast group that may not leave this host (`IP_MULTICAST_TTL` of 0) has not reached ours, and its
+/// send call succeeds.
+#[inline(always)]
+pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
+    let is_refused = reason == REFUSED.load();
+    if !is_refused && reason != NOT_SPECIFIED.load() {
+        return;
+    }
+    let sk = Sock::new(read(skb, Field::SkbSock));
+    if sk.0 == 0 || !sk.is_udp() {
+        return;
+    }
+    let key = key_of(sk);
+    let Some(tracked) = get(key) else { return };
+    let headers = headers(skb);
+    if !is_refused && !stays_here(&headers, sk) {
+        return;
+    }
+    let Headers {
+        family,
+        source,
+        destination,
+        source_port,
+        destination_port,
+        length,
+        packets,
+        ..
+    } = headers;
+    let peer = Peer {
+        address: destination,
+        port: destination_port,
+        family,
+    };
+    let own = if family == AF_INET {
+        [sk.get(Field::LocalAddr4), 0, 0, 0]
+    } else {
+        sk.get(Field::LocalAddr6)
+    };
+    let bytes = u64::from(length).saturating_sub(UDP_HEADER);
+    let device = sk.get(Field::Device);
+    let scope = match device {
+        _ if !needs_scope(&peer, &source) => 0,
+        0 => read(read(skb, Field::SkbDevice), Field::DeviceIndex),
+        device => device,
+    };
+    let mut datagrams = Datagrams {
+        direction: Direction::Sent,
+        bytes,
+        packets,
+        flow: flow_with(peer, scope, local_of_flow(&source, &own)),
+        local: Peer {
+            address: source,
+            port: source_port,
+            family,
+        },
+        other_port: source_port ^ sk.bound_port(),
+        device: Some(device),
+    };
+    if is_refused {
+        datagrams.bytes = bytes.wrapping_neg();
+        datagrams.packets = packets.wrapping_neg();
+        super::add(&mut tracked.traffic, &datagrams);
+        flow::take_back(tracked, &mut datagrams, Freed(skb));
+    } else {
+        count(ctx, key, tracked, &mut datagrams, Freed(skb));
+    }
+}
+
+/// Whether a socket has sent the packet to a group, and only to members on this host. The kernel lets
+/// no other packet of a socket have a time to live of 0.
+#[inline(always)]
+fn stays_here(headers: &Headers, sk: Sock) -> bool {
+    const TIME_TO_LIVE: u64 = 8;
+    // The low byte of what is read there, in memory order.
+    let [time_to_live, _] = read_at::<u16>(headers.network + TIME_TO_LIVE).to_ne_bytes();
+    let [first, ..] = headers.destination[0].to_ne_bytes();
+    headers.family == AF_INET
+        && time_to_live == 0
+        && first & 0xf0 == 0xe0
+        && headers.source_port == sk.bound_port()
+}

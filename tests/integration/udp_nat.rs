@@ -1,0 +1,167 @@
+//! Sockets whose packets netfilter gives other addresses: a flow has those that the socket knows.
+
+use std::net::SocketAddr;
+
+use integration_tests::{
+    actor::{Operation, ReceiveCall, SendCall},
+    netns::{FAR, NEAR, ip, nft, veth},
+    suite::Test,
+    talker::{ROOM, Talker},
+    udp_scene::UdpTraces,
+};
+
+pub(crate) fn trials() -> Vec<Test> {
+    trials![
+        Nothing: [
+            resolver_of_a_container,
+            redirected_port,
+            masquerade,
+            other_port_of_the_source,
+            one_backend_of_two_services,
+        ],
+    ]
+}
+
+const TURNS: usize = 3;
+
+/// A client asks at `address`, and the server answers.
+fn converse(
+    client: &mut Talker,
+    address: Option<SocketAddr>,
+    server: &mut Talker,
+) -> anyhow::Result<()> {
+    for turn in 1..=TURNS {
+        client.send(SendCall::SendTo, address, &[40 * turn])?;
+        let (by, count, room) = (ReceiveCall::RecvFrom, 1, ROOM);
+        let question = server.run(Operation::Receive { by, count, room })?;
+        server.send(SendCall::SendTo, question[0].peer, &[90 * turn])?;
+        client.receive(ReceiveCall::RecvFrom, 1)?;
+    }
+    Ok(())
+}
+
+/// A client for the address, connected to it or not, and what it gives with each datagram.
+fn client(address: SocketAddr, connected: bool) -> anyhow::Result<(Talker, Option<SocketAddr>)> {
+    let mut client = Talker::open("client", address)?;
+    if connected {
+        client.connect(address)?;
+    }
+    Ok((client, (!connected).then_some(address)))
+}
+
+/// Both ends are on this host: 127.0.0.11:53 is a server at another port, as Docker has it.
+fn resolver_of_a_container() -> anyhow::Result<()> {
+    let (asked, answers): (SocketAddr, SocketAddr) =
+        ("127.0.0.11:53".parse()?, "127.0.0.11:35971".parse()?);
+    nft("table ip docker {
+           chain output {
+             type nat hook output priority -100;
+             ip daddr 127.0.0.11 udp dport 53 dnat to 127.0.0.11:35971
+           }
+           chain postrouting {
+             type nat hook postrouting priority 100;
+             ip saddr 127.0.0.11 udp sport 35971 snat to 127.0.0.11:53
+           }
+         }")?;
+    let traces = UdpTraces::start()?;
+    let mut server = Talker::bind("resolver", answers)?;
+    let mut lives = Vec::new();
+    for connected in [false, true] {
+        let (mut client, to) = client(asked, connected)?;
+        converse(&mut client, to, &mut server)?;
+        lives.push(client.close()?);
+    }
+    lives.push(server.close()?);
+    traces.finish(&lives)
+}
+
+/// Whatever asks port 53 anywhere gets its answers from this host, as in a mesh of services.
+fn redirected_port() -> anyhow::Result<()> {
+    nft("table inet mesh {
+           chain output {
+             type nat hook output priority -100;
+             udp dport 53 redirect to :15053
+           }
+         }")?;
+    ip("addr add 192.0.2.1/32 dev lo")?;
+    ip("addr add 2001:db8::1/128 dev lo nodad")?;
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for (asked, answers) in [
+        ("192.0.2.1:53", "127.0.0.1:15053"),
+        ("[2001:db8::1]:53", "[::1]:15053"),
+    ] {
+        let mut server = Talker::bind("proxy", answers.parse()?)?;
+        for connected in [false, true] {
+            let (mut client, to) = client(asked.parse()?, connected)?;
+            converse(&mut client, to, &mut server)?;
+            lives.push(client.close()?);
+        }
+        lives.push(server.close()?);
+    }
+    traces.finish(&lives)
+}
+
+/// What leaves a host with another source address.
+fn masquerade() -> anyhow::Result<()> {
+    translated_source("masquerade")
+}
+
+/// And with another source port.
+fn other_port_of_the_source() -> anyhow::Result<()> {
+    translated_source("snat to 10.77.0.9:7001-7009")
+}
+
+fn translated_source(statement: &str) -> anyhow::Result<()> {
+    let far = veth()?;
+    // Where the far end sends its answers.
+    ip("addr add 10.77.0.9/24 dev near0")?;
+    ip("addr add 198.51.100.1/32 dev lo")?;
+    nft(&format!(
+        "table ip gateway {{
+           chain postrouting {{
+             type nat hook postrouting priority 100;
+             ip saddr 198.51.100.1 oifname near0 meta l4proto udp {statement}
+           }}
+         }}"
+    ))?;
+    let traces = UdpTraces::start()?;
+    traces.also(&far)?;
+    let mut server = far.run(|| Talker::bind("server", format!("{FAR}:5000").parse()?))?;
+    let mut lives = Vec::new();
+    for connected in [false, true] {
+        let mut client = Talker::bind("client", "198.51.100.1:0".parse()?)?;
+        if connected {
+            client.connect(server.local())?;
+        }
+        let to = (!connected).then_some(server.local());
+        converse(&mut client, to, &mut server)?;
+        lives.push(client.close()?);
+    }
+    // Not translated: this one has the address of the link.
+    let mut plain = Talker::bind("plain", format!("{NEAR}:0").parse()?)?;
+    let to = Some(server.local());
+    converse(&mut plain, to, &mut server)?;
+    lives.extend([plain.close()?, server.close()?]);
+    traces.finish(&lives)
+}
+
+/// Two addresses that lead to the same one are two peers of a socket, and so is that one.
+fn one_backend_of_two_services() -> anyhow::Result<()> {
+    nft("table ip services {
+           chain output {
+             type nat hook output priority -100;
+             ip daddr 127.0.1.1 udp dport 80 dnat to 127.0.0.1:8080
+             ip daddr 127.0.1.2 udp dport 80 dnat to 127.0.0.1:8080
+           }
+         }")?;
+    let traces = UdpTraces::start()?;
+    let mut server = Talker::bind("backend", "127.0.0.1:8080".parse()?)?;
+    let mut client = Talker::bind("client", "127.0.0.1:0".parse()?)?;
+    for _ in 0..2 {
+        for asked in ["127.0.1.1:80", "127.0.0.1:8080", "127.0.1.2:80"] {
+            converse(&mut client, Some(asked.parse()?), &mut server)?;
+        }
+    }
+    traces.finish(&[client.close()?, server.close()?])
+}
