@@ -204,7 +204,7 @@ macro_rules! builder {
                 self
             }
 
-            /// How many sockets are remembered at a time, from the beginning of their life to its end; at most 190 bytes of
+            /// How many sockets are remembered at a time, from the beginning of their life to its end; at most 200 bytes of
             /// kernel memory each, taken at the start. 1 to 16,777,216, default [`DEFAULT_MAX_SOCKETS`].
             pub fn max_sockets(mut self, sockets: u32) -> Self {
                 self.config.max_sockets = sockets;
