@@ -65,7 +65,7 @@ pub const COMM: u16 = 3;
 pub const UID: u16 = 4;
 /// Ids of cgroups.
 pub const CGROUP: u16 = 5;
-/// Inodes of network namespaces.
+/// Network namespaces: the inode, and the cookie.
 pub const NETNS: u16 = 6;
 /// Ports.
 pub const PORT: u16 = 7;
@@ -160,6 +160,14 @@ pub mod op {
     pub const STANDING: u64 = 7;
     /// The answer is the level of the calling process's pid namespace: 0 for the initial one.
     pub const LEVEL: u64 = 8;
+    /// Look for the network namespace that has this inode now. The answer is one of
+    /// [`netns`](super::netns).
+    pub const FIND_NETNS: u64 = 9;
+    /// Go on with the search for this inode, which has paused. The answer is as before.
+    pub const GO_ON: u64 = 10;
+    /// The answer is [`netns::COOKIE_BITS`](super::netns::COOKIE_BITS) bits of the cookie of the
+    /// namespace that was found, from this bit on.
+    pub const NETNS_COOKIE: u64 = 11;
 }
 
 /// The two numbers of a process, as the iterator that translates them writes them: the one in the
@@ -174,6 +182,20 @@ pub const fn numbers(here: u32, initial: u32) -> [u8; 8] {
 pub const fn from_numbers(bytes: [u8; 8]) -> (u32, u32) {
     let word = u64::from_ne_bytes(bytes);
     (word as u32, (word >> 32) as u32)
+}
+
+/// The answers about the network namespace that has an inode.
+pub mod netns {
+    /// No network namespace has it.
+    pub const NONE: i32 = 0;
+    /// One has it.
+    pub const FOUND: i32 = 1;
+    /// The program has looked at as many namespaces as it may at a time.
+    pub const PAUSED: i32 = 2;
+    /// The kernel's structures are not the known ones: `EOPNOTSUPP`.
+    pub const UNKNOWN: i32 = -95;
+    /// How many bits of a cookie are told at a time: a negative answer is an error.
+    pub const COOKIE_BITS: u32 = 31;
 }
 
 /// What a process is to a filter.

@@ -137,6 +137,8 @@ pub struct TcpSocket {
     pub cookie: u64,
     /// cgroup v2 id, 0 when unknown.
     pub cgroup: u64,
+    /// Cookie of the network namespace, 0 where the kernel has none.
+    pub netns_cookie: u64,
     /// Payload bytes sent.
     pub tx_bytes: u64,
     /// Payload bytes received.
@@ -321,6 +323,8 @@ pub struct Udp {
     pub born: u64,
     /// cgroup v2 id, 0 when unknown.
     pub cgroup: u64,
+    /// See [`TcpSocket::netns_cookie`].
+    pub netns_cookie: u64,
     /// The totals: of the flow in a [`kind::FLOW`], else of the socket.
     pub traffic: Traffic,
     /// Bytes of a datagram; of a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full; of a [`kind::FLOW`],
@@ -360,6 +364,8 @@ pub struct UdpTracked {
     pub born: u64,
     /// cgroup v2 id, 0 when unknown.
     pub cgroup: u64,
+    /// See [`TcpSocket::netns_cookie`].
+    pub netns_cookie: u64,
     /// Inode of the network namespace.
     pub netns: u32,
     /// See [`mark::APPROXIMATE`].
@@ -392,6 +398,8 @@ pub struct Tracked {
     pub born: u64,
     /// cgroup v2 id, 0 when unknown.
     pub cgroup: u64,
+    /// See [`TcpSocket::netns_cookie`].
+    pub netns_cookie: u64,
     /// Inode of the network namespace.
     pub netns: u32,
     /// The TCP state last reported.
@@ -503,13 +511,13 @@ pub struct Counters {
 const _: () = {
     assert!(size_of::<Head>() == 16);
     assert!(size_of::<Owner>() == 40);
-    assert!(size_of::<TcpSocket>() == 152);
-    assert!(size_of::<StateChange>() == 176);
-    assert!(size_of::<Tcp>() == 168);
-    assert!(size_of::<Tracked>() == 112);
-    assert!(size_of::<Udp>() == 184);
+    assert!(size_of::<TcpSocket>() == 160);
+    assert!(size_of::<StateChange>() == 184);
+    assert!(size_of::<Tcp>() == 176);
+    assert!(size_of::<Tracked>() == 120);
+    assert!(size_of::<Udp>() == 192);
     assert!(size_of::<Image>() == 176);
-    assert!(size_of::<UdpTracked>() == 128);
+    assert!(size_of::<UdpTracked>() == 136);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<Flow>() == 72);
     assert!(size_of::<FlowQuery>() == 160);

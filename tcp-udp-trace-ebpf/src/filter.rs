@@ -19,7 +19,7 @@ use tcp_udp_trace_common::{
 };
 
 use crate::{
-    anomaly,
+    anomaly, netns,
     owner::{self, leader},
     sock::{Sock, Socket as _, read},
     track,
@@ -104,7 +104,8 @@ fn count(kind: u32) -> bool {
 #[inline(never)]
 fn is_tcp_wanted(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
     let sk = Sock::new(sk);
-    let (cgroup, netns) = (tracked.cgroup, tracked.netns);
+    let cgroup = tracked.cgroup;
+    let netns = [tracked.netns.into(), tracked.netns_cookie];
     let owner: *const Owner = track::owner(tracked);
     // SAFETY: it is in `tracked`, apart from what is written to here.
     let owner = unsafe { &*owner };
@@ -126,13 +127,15 @@ fn is_udp_wanted(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
     let UdpTracked {
         sk,
         cgroup,
+        netns_cookie,
         netns,
         owner,
         kin,
         ..
     } = tracked;
+    let netns = [(*netns).into(), *netns_cookie];
     is_owner_wanted(word, owner, kin)
-        && is_place_wanted(word, Sock::new(*sk), *cgroup, *netns)
+        && is_place_wanted(word, Sock::new(*sk), *cgroup, netns)
         && are_ends_wanted(word, &at.local, &at.flow.peer)
 }
 
@@ -177,10 +180,10 @@ fn name([first, second]: [u64; 2]) -> [u64; 2] {
 }
 
 #[inline(always)]
-fn is_place_wanted(word: u64, sk: Sock, cgroup: u64, netns: u32) -> bool {
-    let one_of = |bit, set, value| word & bit == 0 || has(word, set, [value, 0]);
-    one_of(filter::NAMESPACES, filter::NETNS, u64::from(netns))
-        && one_of(filter::CGROUPS, filter::CGROUP, cgroup)
+fn is_place_wanted(word: u64, sk: Sock, cgroup: u64, netns: [u64; 2]) -> bool {
+    let one_of = |bit, set, value| word & bit == 0 || has(word, set, value);
+    one_of(filter::NAMESPACES, filter::NETNS, netns)
+        && one_of(filter::CGROUPS, filter::CGROUP, [cgroup, 0])
         && (word & filter::UIDS == 0
             || has(
                 word,
@@ -379,6 +382,8 @@ pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
             let is_own = has(word, filter::OWN, [a, 0]);
             i32::from(is_kin) * standing::KIN + i32::from(is_own) * standing::OWN
         }
+        op::FIND_NETNS | op::GO_ON => netns::find(operation == op::FIND_NETNS, a),
+        op::NETNS_COOKIE => netns::cookie(a),
         _ => -1,
     }
 }

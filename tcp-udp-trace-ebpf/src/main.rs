@@ -18,6 +18,7 @@ mod anomaly;
 mod emit;
 mod filter;
 mod image;
+mod netns;
 mod owner;
 mod sock;
 mod syscall;

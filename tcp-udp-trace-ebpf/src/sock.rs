@@ -180,6 +180,7 @@ pub(crate) trait Socket: Copy {
         to.born = tracked.born;
         self.get_into(&mut to.cookie, Field::Cookie);
         to.cgroup = tracked.cgroup;
+        to.netns_cookie = tracked.netns_cookie;
         to.tx_bytes = self.tx_bytes(tracked, state);
         self.get_into(&mut to.tx_packets, Field::SegsOut);
         self.get_into(&mut to.rx_packets, Field::SegsIn);
@@ -325,10 +326,11 @@ impl Sock {
         read::<u64>(self.get(Field::SkSocket), Field::SocketFile) != 0
     }
 
-    /// The inode of its network namespace.
+    /// The inode and the cookie of its network namespace.
     #[inline(always)]
-    pub(crate) fn netns(self) -> u32 {
-        read(self.get::<u64>(Field::Net), Field::NetInode)
+    pub(crate) fn netns(self) -> (u32, u64) {
+        let net = self.get::<u64>(Field::Net);
+        (read(net, Field::NetInode), read(net, Field::NetCookie))
     }
 
     /// The id of its cgroup (v2); 0 when it has none.

@@ -69,12 +69,14 @@ pub(crate) fn met() -> u8 {
 /// A new life of the socket at this address.
 #[inline(always)]
 pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
+    let (netns, netns_cookie) = sk.netns();
     Tracked {
         id: ticket(),
         // SAFETY: the helper takes nothing and cannot fail.
         born: unsafe { bpf_ktime_get_boot_ns() },
         cgroup: sk.cgroup(),
-        netns: sk.netns(),
+        netns_cookie,
+        netns,
         state,
         syn,
         kin: 0,

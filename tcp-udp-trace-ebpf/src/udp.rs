@@ -113,6 +113,7 @@ pub(crate) fn begin(
         id,
         born: now(),
         cgroup: 0,
+        netns_cookie: 0,
         netns: 0,
         approximate: 0,
         flows: 0,
@@ -146,7 +147,7 @@ pub(crate) fn begin(
     // Not a raw socket that makes its UDP headers itself.
     if sk.get::<u16>(Field::SockType) == SOCK_DGRAM {
         tracked.cgroup = sk.cgroup();
-        tracked.netns = sk.netns();
+        (tracked.netns, tracked.netns_cookie) = sk.netns();
         let is_old = owner.origin != origin::CREATOR;
         if is_old && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
             tracked.strangers = connect::queued(sk);
@@ -341,6 +342,7 @@ fn record(
         record.id = tracked.id;
         record.born = tracked.born;
         record.cgroup = tracked.cgroup;
+        record.netns_cookie = tracked.netns_cookie;
         record.traffic = *totals.traffic;
         record.amount = amount;
         record.owner = tracked.owner;

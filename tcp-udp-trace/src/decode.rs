@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
-    num::NonZeroU32,
+    num::{NonZeroU32, NonZeroU64},
     time::Duration,
 };
 
@@ -163,6 +163,7 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         remote: address(peer.family, peer.address, peer.port, scope)?,
         uid: record.uid,
         netns: record.netns,
+        netns_cookie: NonZeroU64::new(record.netns_cookie),
         cgroup: record.cgroup,
         device: NonZeroU32::new(record.device),
         age: Duration::from_nanos(head.time.saturating_sub(record.born)),
@@ -281,6 +282,7 @@ fn tcp_socket(socket: &TcpSocket, now: u64) -> Result<Socket, Malformed> {
         remote: addr(socket.remote, socket.remote_port)?,
         uid: socket.uid,
         netns: socket.netns,
+        netns_cookie: NonZeroU64::new(socket.netns_cookie),
         cgroup: socket.cgroup,
         device,
         age: Duration::from_nanos(now.saturating_sub(socket.born)),

@@ -3,7 +3,7 @@
 use std::{
     fmt,
     net::SocketAddr,
-    num::NonZeroU32,
+    num::{NonZeroU32, NonZeroU64},
     time::{Duration, SystemTime},
 };
 
@@ -162,8 +162,13 @@ pub struct Socket {
     pub remote: SocketAddr,
     /// The user that the kernel charges the socket to.
     pub uid: u32,
-    /// The network namespace: the inode number of `/proc/PID/ns/net`.
+    /// The network namespace: the inode number of `/proc/PID/ns/net`. When the namespace has ended,
+    /// another one gets the number.
     pub netns: u32,
+    /// The kernel's own name of the network namespace, which it never reuses (`SO_NETNS_COOKIE`).
+    /// `None` before Linux 5.12.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub netns_cookie: Option<NonZeroU64>,
     /// The cgroup that the socket was made in: the id of its directory in cgroup v2 (its inode number).
     /// 0 when the kernel does not tell.
     pub cgroup: u64,
@@ -238,6 +243,7 @@ impl Event {
             remote: nowhere,
             uid: 0,
             netns: 0,
+            netns_cookie: None,
             cgroup: 0,
             device: None,
             age: Duration::ZERO,

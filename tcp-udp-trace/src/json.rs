@@ -101,7 +101,7 @@ impl<'de> serde::Deserialize<'de> for crate::Comm {
 #[cfg(test)]
 mod tests {
     use std::{
-        num::NonZeroU32,
+        num::{NonZeroU32, NonZeroU64},
         time::{Duration, UNIX_EPOCH},
     };
 
@@ -133,6 +133,7 @@ mod tests {
                 remote: "[fe80::9%2]:443".parse().expect("an address"),
                 uid: 1000,
                 netns: 4_026_531_840,
+                netns_cookie: NonZeroU64::new(5),
                 cgroup: 1,
                 device: NonZeroU32::new(2),
                 age: Duration::from_nanos(1234),
@@ -172,7 +173,8 @@ mod tests {
                 "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator", "started_ns": 99},
                 "socket": {
                     "protocol": "tcp", "id": 12, "cookie": 77, "local": "127.0.0.1:40000", "remote": "[fe80::9%2]:443",
-                    "uid": 1000, "netns": 4_026_531_840_u32, "cgroup": 1, "device": 2, "age_ns": 1234, "older": true
+                    "uid": 1000, "netns": 4_026_531_840_u32, "netns_cookie": 5, "cgroup": 1, "device": 2,
+                    "age_ns": 1234, "older": true
                 },
                 "traffic": {"tx_bytes": 1, "rx_bytes": 2, "tx_packets": 3, "rx_packets": 4}
             })
@@ -260,8 +262,10 @@ mod tests {
         let socket = value["socket"].as_object_mut().expect("a socket");
         socket.remove("older").expect("it is written");
         socket.remove("device").expect("it is written");
+        socket.remove("netns_cookie").expect("it is written");
         let read: Event = serde_json::from_value(value).expect("what 0.1 wrote");
         assert_eq!((read.socket.older, read.socket.device), (None, None));
+        assert_eq!(read.socket.netns_cookie, None);
     }
 
     #[test]

@@ -188,7 +188,7 @@
 //! The kernel never waits for the consumer. Events wait in the queue, up to
 //! [`queue`](TcpTracerBuilder::queue) of them. While the queue is full, records stay in the buffer
 //! between kernel and reader, [`ring_bytes`](TcpTracerBuilder::ring_bytes) large: by default another
-//! 8,500 TCP events. Nothing is lost until three quarters of that buffer are filled. Only then the
+//! 8,100 TCP events. Nothing is lost until three quarters of that buffer are filled. Only then the
 //! oldest events in the queue are shed (or the newest, [`overflow`](TcpTracerBuilder::overflow)),
 //! lifecycle events last. One [`Lost`](EventKind::Lost) stands in their place:
 //!
@@ -212,7 +212,8 @@
 //! ## Containers and network namespaces
 //!
 //! Every namespace of the machine is seen, from wherever the tracer runs; [`Socket::netns`] and [`Socket::cgroup`] say whose an event is, and [`Filter::netns`] and
-//! [`Filter::cgroup_path`] restrict it. In a container the tracer needs its privileges in the initial user namespace, and `/sys/fs/cgroup` of the
+//! [`Filter::cgroup_path`] restrict it. [`Socket::netns_cookie`] distinguishes namespaces that have had
+//! the same inode number. In a container the tracer needs its privileges in the initial user namespace, and `/sys/fs/cgroup` of the
 //! host for UDP. A pid in a filter is a number of the tracer's own pid namespace. [`Process::pid`] is always that of the initial one, which
 //! means something inside only in the host's pid namespace (`hostPID`).
 //!

@@ -183,8 +183,9 @@ impl TracerHandle {
     ///
     /// Then the filter of before stays. `InvalidFilter` names the setting that makes no sense, also a [`pid_tree`](Filter::pid_tree) of a
     /// process that is not there, a [`pid`](Filter::pid) that a child pid namespace does not have, and a
-    /// [`cgroup_path`](Filter::cgroup_path) that is no cgroup of v2; `Permission`, `Attach` if the kernel refuses what a `pid_tree`, or a `pid` in a child pid namespace, needs; `Ended` if the tracer has ended;
-    /// `NoRuntime` outside of a Tokio runtime.
+    /// [`cgroup_path`](Filter::cgroup_path) that is no cgroup of v2; `Permission`, `Attach` if the kernel refuses what a `pid_tree`, or a `pid` in a child pid namespace, needs;
+    /// `Unsupported` if the kernel's list of network namespaces, which a [`netns`](Filter::netns) needs,
+    /// is not the known one; `Ended` if the tracer has ended; `NoRuntime` outside of a Tokio runtime.
     ///
     /// # Cancel safety
     ///

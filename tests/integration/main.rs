@@ -32,6 +32,7 @@ mod filter_names;
 mod filters;
 mod first_steps;
 mod lifecycle;
+mod namespace_filters;
 mod namespaces;
 mod overflow;
 mod owner;
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
         filter_changes::trials(),
         first_steps::trials(),
         filter_names::trials(),
+        namespace_filters::trials(),
         lifecycle::trials(),
         privileges::trials(),
         faults::trials(),

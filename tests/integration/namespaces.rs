@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command},
-    netns::{Netns, ip},
+    netns::{MountedNetns, Netns, ip},
     scene::loopback,
     suite::{Test, skip},
     trace::{Trace, show},
@@ -85,10 +85,8 @@ fn same_addresses_in_two_namespaces() -> anyhow::Result<()> {
 
 /// As `ip netns add` leaves it: no process is there, but a socket that a process has taken elsewhere.
 fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
-    let name = format!("tut-{}", std::process::id());
-    ip(&format!("netns add {name}"))?;
-    let mounted = MountedNetns(name);
-    let netns = Netns::named(&mounted.0)?;
+    let mounted = MountedNetns::new("sampled")?;
+    let netns = mounted.open()?;
     let listener = netns.run(|| {
         ip("link set lo up")?;
         Ok(TcpListener::bind("127.0.0.1:0")?)
@@ -104,14 +102,6 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
         "{sample}"
     );
     Ok(())
-}
-
-struct MountedNetns(String);
-
-impl Drop for MountedNetns {
-    fn drop(&mut self) {
-        ip(&format!("netns del {}", self.0)).unwrap();
-    }
 }
 
 /// Namespaces come and go all the time, with sockets in them. None stays because of us, none is a fault, and no sample is of a socket that

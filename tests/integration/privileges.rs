@@ -29,7 +29,9 @@ use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
-use tcp_udp_trace::{Error, ErrorKind, Event, EventKind, Hook, Protocol, TcpTracer, UdpTracer};
+use tcp_udp_trace::{
+    Error, ErrorKind, Event, EventKind, Filter, Hook, Protocol, TcpTracer, UdpTracer,
+};
 use tokio::{
     runtime::{Builder, Runtime},
     time::timeout,
@@ -46,6 +48,7 @@ pub(crate) fn trials() -> Vec<Test> {
             tcp_needs_bpf_and_perfmon,
             udp_needs_net_admin_too,
             other_namespaces_need_sys_admin_and_sys_ptrace,
+            filter_names_any_namespace,
             details_of_other_users_need_no_sys_ptrace,
             privileges_given_up_after_the_start,
             tracefs_that_cannot_be_mounted,
@@ -194,6 +197,37 @@ fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
             Ok(())
         })?;
     }
+    Ok(())
+}
+
+/// The programs find the namespace that a filter names: the tracer need not enter it.
+fn filter_names_any_namespace() -> anyhow::Result<()> {
+    let elsewhere = Netns::new()?;
+    let inodes = [elsewhere.inode()?, Netns::current()?.inode()?];
+    let mut stranger = elsewhere.run(|| Actor::spawn("stranger"))?;
+    let mut neighbour = Actor::spawn("neighbour")?;
+    become_nobody(LITTLE)?;
+    let trace = Trace::start_with(move |builder| builder.filter(Filter::new().netns(inodes[0])))?;
+    trace.also(inodes[0]);
+    for inode in inodes {
+        trace.set_filter(Filter::new().netns(inode))?;
+        let mut meant = None;
+        for actor in [&mut stranger, &mut neighbour] {
+            let listener = actor.listen(loopback(false))?;
+            actor.close(&listener)?;
+            if actor.netns() == inode {
+                meant = Some(listener.cookie);
+            }
+        }
+        let is_it = |event: &Event| event.is_end() && event.socket.cookie == meant;
+        trace.wait_for("end of a listener", is_it)?;
+    }
+    let events = trace.finish_all()?;
+    let namespaces = events.iter().map(|event| event.socket.netns);
+    ensure!(
+        namespaces.eq([inodes[0], inodes[0], inodes[1], inodes[1]]),
+        "{events:#?}"
+    );
     Ok(())
 }
 

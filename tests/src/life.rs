@@ -2,6 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroU64,
     time::{Duration, SystemTime},
 };
 
@@ -89,6 +90,7 @@ pub struct Life {
     error: Option<i32>,
     uid: u32,
     netns: u32,
+    netns_cookie: Option<u64>,
     cgroup: Option<u64>,
 }
 
@@ -114,6 +116,7 @@ impl Life {
             error: None,
             uid: who.uid,
             netns: who.netns,
+            netns_cookie: who.netns_cookie,
             cgroup: who.cgroup,
         }
     }
@@ -335,6 +338,11 @@ impl Life {
         ensure!(socket.protocol == Protocol::Tcp, "wrong protocol: {event}");
         ensure!(socket.uid == self.uid, "wrong user {}: {event}", socket.uid);
         ensure!(socket.netns == self.netns, "wrong namespace: {event}");
+        let cookie = socket.netns_cookie.map(NonZeroU64::get);
+        ensure!(
+            cookie == self.netns_cookie,
+            "wrong namespace {cookie:?}: {event}"
+        );
         if let Some(cgroup) = self.cgroup {
             ensure!(
                 socket.cgroup == cgroup,

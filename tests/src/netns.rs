@@ -9,7 +9,13 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::{
+    errno::Errno,
+    libc::{self, SOL_SOCKET},
+    sched::{CloneFlags, setns, unshare},
+    sys::socket::{getsockopt, sockopt::GetStruct},
+};
+use socket2::{Domain, Socket, Type};
 
 use crate::suite::skip;
 
@@ -39,16 +45,24 @@ impl Netns {
         })
     }
 
-    /// The namespace that `ip netns` has given this name.
-    pub fn named(name: &str) -> anyhow::Result<Self> {
-        Ok(Self {
-            file: File::open(format!("/run/netns/{name}"))?,
-        })
-    }
-
     /// The inode number, by which events name it.
     pub fn inode(&self) -> anyhow::Result<u32> {
         Ok(u32::try_from(self.file.metadata()?.ino())?)
+    }
+
+    /// The cookie that the kernel has given it; `None` before Linux 5.14, which does not tell it.
+    pub fn cookie(&self) -> anyhow::Result<Option<u64>> {
+        self.run(Self::current_cookie)
+    }
+
+    /// The cookie of the calling thread's namespace.
+    pub fn current_cookie() -> anyhow::Result<Option<u64>> {
+        let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+        match getsockopt(&socket, NetnsCookie) {
+            Ok(cookie) => Ok(Some(cookie)),
+            Err(Errno::ENOPROTOOPT) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Runs `f` in this namespace, on a thread that ends with it.
@@ -66,6 +80,46 @@ impl Netns {
         format!("/proc/{}/fd/{}", process::id(), self.file.as_raw_fd())
     }
 }
+
+/// A namespace as `ip netns add` makes it: mounted, and no process is in it.
+#[derive(Debug)]
+pub struct MountedNetns(String);
+
+impl MountedNetns {
+    /// Makes one; `name` is the test's.
+    pub fn new(name: &str) -> anyhow::Result<Self> {
+        let name = format!("tut-{name}-{}", process::id());
+        ip(&format!("netns add {name}"))?;
+        Ok(Self(name))
+    }
+
+    /// Opens it.
+    pub fn open(&self) -> anyhow::Result<Netns> {
+        let file = File::open(format!("/run/netns/{}", self.0))?;
+        Ok(Netns { file })
+    }
+}
+
+impl Drop for MountedNetns {
+    fn drop(&mut self) {
+        // A mount that stays behind is no reason to fail.
+        let _ = ip(&format!("netns del {}", self.0));
+    }
+}
+
+/// `SO_NETNS_COOKIE`, the same number on every architecture that we have.
+const SO_NETNS_COOKIE: i32 = 71;
+
+nix::getsockopt_impl!(
+    NetnsCookie,
+    SOL_SOCKET,
+    SO_NETNS_COOKIE,
+    u64,
+    GetStruct<u64>
+);
+
+#[derive(Debug, Clone, Copy)]
+struct NetnsCookie;
 
 /// The addresses of the two ends of [`veth`].
 pub const NEAR: &str = "10.77.0.1";

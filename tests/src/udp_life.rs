@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroU64,
     time::{Duration, SystemTime},
 };
 
@@ -111,6 +112,7 @@ pub struct UdpLife {
     cookie: u64,
     uid: u32,
     netns: u32,
+    netns_cookie: Option<u64>,
     cgroup: Option<u64>,
     connects: Vec<SocketAddr>,
     transfers: Book,
@@ -166,6 +168,7 @@ impl UdpLife {
             cookie: socket.cookie,
             uid: who.uid,
             netns: who.netns,
+            netns_cookie: who.netns_cookie,
             cgroup: who.cgroup,
             connects: Vec::new(),
             transfers: Book::default(),
@@ -281,6 +284,11 @@ impl UdpLife {
         );
         ensure!(socket.uid == self.uid, "wrong user {}: {event}", socket.uid);
         ensure!(socket.netns == self.netns, "wrong namespace: {event}");
+        let cookie = socket.netns_cookie.map(NonZeroU64::get);
+        ensure!(
+            cookie == self.netns_cookie,
+            "wrong namespace {cookie:?}: {event}"
+        );
         if let Some(cgroup) = self.cgroup {
             let is = socket.cgroup;
             ensure!(is == cgroup, "wrong cgroup {is}: {event}");

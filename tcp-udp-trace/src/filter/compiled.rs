@@ -115,8 +115,9 @@ impl Filter {
         compiled.set(wire::CGROUPS, wire::CGROUP, cgroups, |&id| {
             known("cgroup", id)
         })?;
-        compiled.set(wire::NAMESPACES, wire::NETNS, namespaces, |&inode| {
-            known("netns", inode.into())
+        compiled.set(wire::NAMESPACES, wire::NETNS, namespaces, |namespace| {
+            let [inode, _] = known("netns", namespace.inode.into())?;
+            Ok([inode, namespace.cookie])
         })?;
         for (name, bit, side, networks) in [
             ("local", wire::LOCAL, LOCAL_SIDE, local),

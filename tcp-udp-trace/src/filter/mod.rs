@@ -9,13 +9,15 @@ mod resolved;
 mod text;
 
 use std::{
+    fmt,
     net::{IpAddr, SocketAddr},
+    num::NonZeroU64,
     path::PathBuf,
 };
 
 use self::network::Cidr;
 pub(crate) use self::{compiled::Compiled, resolved::Names};
-use crate::{Comm, Error, ErrorKind, Event, Kind, Process, TcpState};
+use crate::{Comm, Error, ErrorKind, Event, Kind, Process, Socket, TcpState};
 
 /// Which events a tracer shall report; without any restriction, all.
 ///
@@ -68,12 +70,44 @@ pub struct Filter {
     remote: Vec<Cidr>,
     cgroups: Vec<u64>,
     cgroup_paths: Vec<PathBuf>,
-    namespaces: Vec<u32>,
+    namespaces: Vec<Namespace>,
     families: Vec<Family>,
     kinds: Vec<Kind>,
     states: Vec<TcpState>,
     only_self: bool,
     exclude_self: bool,
+}
+
+/// A network namespace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Namespace {
+    /// Its name in the filter.
+    inode: u32,
+    /// Distinguishes it from earlier and later namespaces with the inode. 0 until the filter is
+    /// [resolved](Filter::resolve), and where the kernel has no cookies.
+    cookie: u64,
+}
+
+impl Namespace {
+    /// The cookie of no namespace.
+    const NO_COOKIE: u64 = u64::MAX;
+
+    fn is_of(self, socket: &Socket) -> bool {
+        let cookie = socket.netns_cookie.map_or(0, NonZeroU64::get);
+        (self.inode, self.cookie) == (socket.netns, cookie)
+    }
+}
+
+impl From<u32> for Namespace {
+    fn from(inode: u32) -> Self {
+        Self { inode, cookie: 0 }
+    }
+}
+
+impl fmt::Display for Namespace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.inode.fmt(f)
+    }
 }
 
 /// A family of addresses. An IPv4-mapped IPv6 address is the IPv4 address that it is.
@@ -172,9 +206,17 @@ impl Filter {
         self
     }
 
-    /// Sockets of this network namespace: [`Socket::netns`](crate::Socket::netns); not 0.
+    /// Sockets of the network namespace that has this inode number when the filter is used:
+    /// [`Socket::netns`](crate::Socket::netns); not 0.
+    ///
+    /// Later, the kernel gives the number of a namespace that has ended to another one. That one is
+    /// not meant: the programs compare the namespace's cookie, too
+    /// ([`Socket::netns_cookie`](crate::Socket::netns_cookie)). If no namespace has the number when
+    /// the filter is used, nothing passes, and the library logs a warning.
+    ///
+    /// Before Linux 5.12, namespaces have no cookies. There, the number alone is compared.
     pub fn netns(mut self, inode: u32) -> Self {
-        self.namespaces.push(inode);
+        self.namespaces.push(inode.into());
         self
     }
 
@@ -245,7 +287,7 @@ impl Filter {
         one_of(&self.kinds, &kind)
             && one_of(&self.uids, &socket.uid)
             && one_of(&self.cgroups, &socket.cgroup)
-            && one_of(&self.namespaces, &socket.netns)
+            && (self.namespaces.is_empty() || self.namespaces.iter().any(|one| one.is_of(socket)))
             && (self.comms.is_empty() || owner(&|process| self.comms.contains(&process.comm)))
             && (!self.exclude_self || !owner(&|process| standing(process).is_own))
             && (self.pids.is_empty() && self.pid_trees.is_empty()
@@ -264,7 +306,7 @@ impl Filter {
             || self
                 .namespaces
                 .iter()
-                .any(|&wanted| u64::from(wanted) == inode)
+                .any(|wanted| u64::from(wanted.inode) == inode)
     }
 }
 
@@ -403,6 +445,37 @@ mod tests {
         assert!(!matches(&event, "pid_tree=1", nobody));
         assert!(matches(&event, "pid_tree=1", kin));
         assert!(!matches(&event, "exclude_self", kin));
+    }
+
+    #[test]
+    fn a_namespace_is_compared_by_its_cookie_too() {
+        let mut event = Event::gap(
+            0,
+            LossStage::Ring,
+            Protocol::Udp,
+            SystemTime::UNIX_EPOCH,
+            Duration::ZERO,
+        );
+        event.kind = EventKind::Connect;
+        event.socket.netns = 8;
+        let none = Namespace::NO_COOKIE;
+        for (shown, wanted, is_wanted) in [
+            (5, 5, true),
+            (5, 6, false),
+            (5, none, false),
+            // A kernel without cookies.
+            (0, 0, true),
+            (0, none, false),
+        ] {
+            event.socket.netns_cookie = NonZeroU64::new(shown);
+            let inodes = [(8, is_wanted), (9, false)];
+            for (inode, is_wanted) in inodes {
+                let mut filter = Filter::new().netns(inode);
+                filter.namespaces[0].cookie = wanted;
+                let matches = filter.matches(&event, |_| Standing::default());
+                assert_eq!(matches, is_wanted, "{shown} {wanted} {inode}");
+            }
+        }
     }
 
     #[test]

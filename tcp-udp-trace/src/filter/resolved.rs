@@ -1,9 +1,9 @@
 //! A filter in the terms of the programs: they know processes by the initial pid namespace's
-//! numbers, and cgroups by their ids.
+//! numbers, cgroups by their ids, and network namespaces by inode and cookie.
 
 use std::path::Path;
 
-use super::{Filter, invalid};
+use super::{Filter, Namespace, invalid};
 use crate::Error;
 
 /// Translates what the caller names into what the programs compare with.
@@ -17,6 +17,10 @@ pub(crate) trait Names {
 
     /// Returns the id of the cgroup at this path, or why there is none.
     fn cgroup(&mut self, path: &Path) -> Result<u64, String>;
+
+    /// Returns the cookie of the network namespace that has this inode now, 0 if the kernel has no
+    /// cookies; `None` if there is no such namespace.
+    fn netns_cookie(&mut self, inode: u32) -> Result<Option<u64>, Error>;
 }
 
 impl Filter {
@@ -55,6 +59,10 @@ impl Filter {
             })?;
             resolved.cgroups.push(id);
         }
+        for namespace in &mut resolved.namespaces {
+            let cookie = names.netns_cookie(namespace.inode)?;
+            namespace.cookie = cookie.unwrap_or(Namespace::NO_COOKIE);
+        }
         Ok(resolved)
     }
 }
@@ -82,6 +90,10 @@ mod tests {
                 _ => Err("there is no such cgroup".into()),
             }
         }
+
+        fn netns_cookie(&mut self, inode: u32) -> Result<Option<u64>, Error> {
+            Ok((inode < 10).then_some(u64::from(inode) + 100))
+        }
     }
 
     fn resolve(text: &str) -> Result<String, Error> {
@@ -102,6 +114,16 @@ mod tests {
         ] {
             assert_eq!(resolve(text).unwrap(), resolved, "{text}");
         }
+    }
+
+    #[test]
+    fn an_inode_becomes_the_namespace_that_has_it() {
+        let filter = Filter::new().netns(4).netns(10);
+        let resolved = filter.resolve(&mut Child).unwrap();
+        let found = resolved.namespaces.iter().map(|namespace| namespace.cookie);
+        assert!(found.eq([104, Namespace::NO_COOKIE]));
+        // The caller's is as it was.
+        assert_eq!(filter, Filter::new().netns(4).netns(10));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
     str::FromStr,
 };
 
-use super::{Family, Filter, invalid};
+use super::{Family, Filter, Namespace, invalid};
 use crate::{
     Comm, Error, TcpState,
     escape::{Escaped, unescape},
@@ -112,7 +112,9 @@ impl Filter {
             "local" => parse(name, values, &mut self.local, str::parse),
             "remote" => parse(name, values, &mut self.remote, str::parse),
             "cgroup" => self.parse_cgroups(name, values),
-            "netns" => parse(name, values, &mut self.namespaces, number),
+            "netns" => parse(name, values, &mut self.namespaces, |text| {
+                number::<u32>(text).map(Namespace::from)
+            }),
             "family" => parse(name, values, &mut self.families, |text| {
                 let mut families = [Family::Ipv4, Family::Ipv6].into_iter();
                 let named = families.find(|family| family.name().eq_ignore_ascii_case(text));

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, io, path::Path};
 
 use aya::Ebpf;
-use tcp_udp_trace_common::filter::op;
+use tcp_udp_trace_common::filter::{netns, op};
 
 use super::{cgroup, filter::ask, walk};
 use crate::{Error, ErrorKind, filter::Names};
@@ -54,11 +54,51 @@ impl Names for Caller<'_> {
     fn cgroup(&mut self, path: &Path) -> Result<u64, String> {
         cgroup::id_of(path)
     }
+
+    fn netns_cookie(&mut self, inode: u32) -> Result<Option<u64>, Error> {
+        let cookie = find_netns(self.ebpf, inode).map_err(no_namespaces)?;
+        if cookie.is_none() {
+            log::warn!("netns is {inode}: there is no such network namespace, so none passes");
+        }
+        Ok(cookie)
+    }
+}
+
+/// How often the search for a namespace is taken up again: enough for 100,000 namespaces.
+const MAX_RUNS: usize = 4096;
+
+/// Returns the cookie of the network namespace that has this inode now.
+fn find_netns(ebpf: &Ebpf, inode: u32) -> io::Result<Option<u64>> {
+    let inode = u64::from(inode);
+    let mut answer = ask(ebpf, &[op::FIND_NETNS, inode])?;
+    for _ in 0..MAX_RUNS {
+        if answer != netns::PAUSED {
+            break;
+        }
+        answer = ask(ebpf, &[op::GO_ON, inode])?;
+    }
+    match answer {
+        netns::NONE => Ok(None),
+        netns::FOUND => {
+            let bits = |from: u32| {
+                let bits = ask(ebpf, &[op::NETNS_COOKIE, from.into()])?;
+                io::Result::Ok(u64::from(bits.cast_unsigned()) << from)
+            };
+            let each = netns::COOKIE_BITS;
+            Ok(Some(bits(0)? | bits(each)? | bits(2 * each)?))
+        }
+        _ => Err(io::ErrorKind::TimedOut.into()),
+    }
 }
 
 fn unknown(source: io::Error) -> Error {
     let what = "the kernel does not tell the pid namespace of this process";
     Error::new(ErrorKind::Load, what).with_source(source)
+}
+
+fn no_namespaces(source: io::Error) -> Error {
+    let what = "netns needs the kernel's list of network namespaces, which cannot be read";
+    Error::new(ErrorKind::Unsupported, what).with_source(source)
 }
 
 fn no_walk(source: String) -> Error {

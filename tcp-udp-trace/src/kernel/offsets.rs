@@ -5,7 +5,7 @@ use std::{
     io::{self, Read as _},
 };
 
-use tcp_udp_trace_common::{ABSENT, FIELDS, Offsets};
+use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
 
 use super::btf::Btf;
 use crate::{Error, ErrorKind};
@@ -18,8 +18,8 @@ const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const CAPACITY: usize = 33 << 20;
 
 /// Without these nothing can be said of a socket; without any other, one detail is missing.
-const REQUIRED: &[tcp_udp_trace_common::Field] = {
-    use tcp_udp_trace_common::Field::{Family, LocalPort, Protocol, RemotePort, State};
+const REQUIRED: &[Field] = {
+    use Field::{Family, LocalPort, Protocol, RemotePort, State};
     &[Family, LocalPort, Protocol, RemotePort, State]
 };
 
@@ -54,7 +54,7 @@ pub(super) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
 
 /// Looks up every field.
 pub(super) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
-    let offsets = std::array::from_fn(|index| {
+    let mut offsets: Offsets = std::array::from_fn(|index| {
         let wanted = &FIELDS[index];
         let found = wanted.path.split(" | ").find_map(|path| btf.field(path));
         match found {
@@ -69,6 +69,11 @@ pub(super) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
             }
         }
     });
+    if btf.field("net.net_cookie.counter").is_some() {
+        // It is atomic before Linux 5.12: a namespace has a cookie only once a program asks for it.
+        // https://lore.kernel.org/netdev/20210210144144.24284-1-eric.dumazet@gmail.com/
+        offsets[Field::NetCookie as usize] = ABSENT;
+    }
     match REQUIRED
         .iter()
         .find(|&&field| offsets[field as usize] == ABSENT)

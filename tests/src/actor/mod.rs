@@ -78,6 +78,7 @@ pub struct Actor {
     child: Child,
     output: BufReader<ChildStdout>,
     netns: u32,
+    netns_cookie: Option<u64>,
     moment: Option<Moment>,
 }
 
@@ -92,6 +93,8 @@ pub struct Who {
     pub comm: Vec<u8>,
     /// The inode of its network namespace.
     pub netns: u32,
+    /// The cookie of its network namespace, where the kernel tells it.
+    pub netns_cookie: Option<u64>,
     /// The id of its cgroup, where that can be told.
     pub cgroup: Option<u64>,
 }
@@ -129,6 +132,7 @@ impl Actor {
             child,
             output: BufReader::new(output),
             netns,
+            netns_cookie: Netns::current_cookie()?,
             moment: None,
         })
     }
@@ -163,6 +167,7 @@ impl Actor {
             uid,
             comm,
             netns: self.netns,
+            netns_cookie: self.netns_cookie,
             cgroup: cgroup::of_process(pid),
         })
     }
