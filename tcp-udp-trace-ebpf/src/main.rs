@@ -15,6 +15,7 @@
 
 mod accept;
 mod anomaly;
+mod connect;
 mod emit;
 mod filter;
 mod image;
@@ -194,6 +195,15 @@ fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
     0
 }
 
+// ---- signal `connect_failed` ------------------------------------------------------------------------------------
+
+/// `syscalls:sys_exit_connect`: the result is 0, or an error.
+#[tracepoint]
+fn tcp_connect_exit(ctx: TracePointContext) -> u32 {
+    tcp::connected(ctx.as_ptr(), field(&ctx, 16));
+    0
+}
+
 // ---- UDP: the life of a socket -------------------------------------------------------------------------------
 //
 // A program at a cgroup returns whether the kernel may go on: always 1.
@@ -253,7 +263,7 @@ fn connect(ctx: &SockAddrContext) -> i32 {
 
 #[tracepoint]
 fn udp_connect_exit(ctx: TracePointContext) -> u32 {
-    udp::connect::connected(ctx.as_ptr(), field(&ctx, 16));
+    udp::connect::exited(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 

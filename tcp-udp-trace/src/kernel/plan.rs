@@ -19,7 +19,7 @@ pub(super) struct Signal {
 pub(super) struct Choice {
     /// The programs, each with its hook. The first must attach; the others may be missing.
     pub(super) hooks: &'static [(&'static str, HookPoint)],
-    /// What is worse about it than about the choices before it.
+    /// What is worse about it than about the choices before it, or what even the best does not see.
     pub(super) cost: Option<&'static str>,
 }
 
@@ -101,6 +101,10 @@ const TCP: &[Signal] = &[
         worse(&[("accept_fentry", Fentry("security_sock_graft"))], FENTRY),
         worse(&[("accept_sys_exit", RawTracepoint("sys_exit"))], SYS_EXIT),
     ]] },
+    // Without tracefs there is no hook but one in every system call, which is too much for a failure.
+    Signal { name: "connect_failed", required: false, slots: &[&[
+        worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], ONLY_CONNECT),
+    ]] },
 ];
 
 /// What it attaches on request, beside that.
@@ -151,6 +155,7 @@ const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel and of 32-
 const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read do not tell the peer of an unconnected socket, \
      and a UDP_GRO receive counts as one datagram (marked approximate)";
 const FENTRY: &str = "some are missed under load on preemptible kernels";
+const ONLY_CONNECT: &str = "failed connects by io_uring and of 32-bit programs are not seen";
 const SYS_EXIT: &str =
     "no tracefs: each system call of the machine costs about 20 ns more, and io_uring is not seen";
 
