@@ -335,7 +335,10 @@ impl Sock {
     /// state of TCP.
     #[inline(always)]
     pub(crate) fn socket_state(self) -> u32 {
-        read(self.get(Field::SkSocket), Field::SocketState)
+        match self.get::<u64>(Field::SkSocket) {
+            0 => 0,
+            socket => read(socket, Field::SocketState),
+        }
     }
 
     /// Whether a process has, or had, a descriptor of it: the kernel's own sockets have no file.

@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     process,
     sync::atomic::{AtomicU16, Ordering},
+    thread,
     time::Duration,
 };
 
@@ -15,17 +16,21 @@ use integration_tests::{
     suite::Test,
     trace::{Trace, show},
 };
-use nix::{errno::Errno, unistd::gettid};
+use nix::{errno::Errno, libc, unistd::gettid};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tcp_udp_trace::{Event, EventKind, Family, Filter, Kind, Origin, Protocol, TcpState, Traffic};
 
-use crate::compared::{Case, compare};
+use crate::{
+    compared::{Case, compare},
+    privileges::refuse,
+};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             that_fail_before_any_state_change,
             that_find_no_address_of_their_own,
+            that_are_refused,
             that_have_begun_are_state_changes,
             of_a_socket_that_goes_on,
             of_a_socket_that_was_disconnected,
@@ -72,6 +77,7 @@ struct Failure {
     remote: SocketAddr,
     errno: Errno,
     cookie: u64,
+    tid: u32,
 }
 
 /// Makes a socket that is bound to a port, and lets it fail to connect.
@@ -124,6 +130,7 @@ fn fail_again(socket: &Socket, to: &SockAddr, errno: Errno) -> anyhow::Result<Fa
         remote,
         errno,
         cookie,
+        tid: gettid().as_raw().unsigned_abs(),
     })
 }
 
@@ -158,12 +165,7 @@ fn check(event: &Event, protocol: Protocol, failure: &Failure) -> anyhow::Result
     ensure!(event.traffic == Traffic::default(), "{event}");
     let process = event.process.as_ref().context("no process")?;
     ensure!(
-        (process.pid, process.tid, process.origin)
-            == (
-                process::id(),
-                gettid().as_raw().unsigned_abs(),
-                Origin::Creator
-            ),
+        (process.pid, process.tid, process.origin) == (process::id(), failure.tid, Origin::Creator),
         "{process:?}"
     );
     Ok(())
@@ -221,19 +223,36 @@ fn that_fail_before_any_state_change() -> anyhow::Result<()> {
 /// The errno is one that a `connect` which has begun may also return.
 fn that_find_no_address_of_their_own() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
-    ip("-6 route add local 2001:db8::/32 dev lo").or_else(|_| ip("-6 route show"))?;
     let trace = Trace::start()?;
     let to: SocketAddr = "[::1]:85".parse()?;
-    let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
-    let error = socket.connect(&to.into()).err().context("connected")?;
-    let errno = Errno::from_raw(error.raw_os_error().context("no errno")?);
-    let failure = fail_again(&socket, &to.into(), errno)?;
-    eprintln!("without IPv6: {errno:?}");
-    let events = trace.wait_count(2)?;
+    let failure = fail(Protocol::Tcp, true, &to.into(), Errno::EADDRNOTAVAIL)?.1;
+    trace.wait_count(1)?;
+    let events = trace.finish_all()?;
     check(&events[0], Protocol::Tcp, &failure)?;
-    check(&events[1], Protocol::Tcp, &failure)?;
-    let all = trace.finish_all()?;
-    ensure!(all.len() == 2, "{}", show(&all));
+    ensure!(events.len() == 1, "{}", show(&events));
+    Ok(())
+}
+
+/// By a filter of system calls, so nothing in the kernel has looked at the address.
+fn that_are_refused() -> anyhow::Result<()> {
+    let to: SocketAddr = UNREACHABLE.parse()?;
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let trace = match protocol {
+            Protocol::Udp => Trace::start_udp()?,
+            _ => Trace::start()?,
+        };
+        let refused = thread::scope(|scope| {
+            let refused = scope.spawn(|| {
+                refuse(libc::SYS_connect, Errno::EPERM)?;
+                anyhow::Ok(fail(protocol, false, &to.into(), Errno::EPERM)?.1)
+            });
+            refused.join().unwrap()
+        });
+        let failure = refused?;
+        trace.wait_for("failure", is_failure)?;
+        let events = trace.finish_all()?;
+        check(&events[0], protocol, &failure)?;
+    }
     Ok(())
 }
 
