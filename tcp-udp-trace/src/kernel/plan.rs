@@ -155,7 +155,8 @@ const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel and of 32-
 const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read do not tell the peer of an unconnected socket, \
      and a UDP_GRO receive counts as one datagram (marked approximate)";
 const FENTRY: &str = "some are missed under load on preemptible kernels";
-const ONLY_CONNECT: &str = "failed connects by io_uring and of 32-bit programs are not seen";
+const ONLY_CONNECT: &str = "failed connects by io_uring and of 32-bit programs are not seen, and some are missed under load \
+     on preemptible kernels";
 const SYS_EXIT: &str =
     "no tracefs: each system call of the machine costs about 20 ns more, and io_uring is not seen";
 
