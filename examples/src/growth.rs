@@ -32,7 +32,7 @@ impl Growth {
         let (socket, total) = (&event.socket, event.traffic);
         let key = (socket.protocol, socket.id, socket.remote);
         let before = match (socket.protocol, &event.kind) {
-            (_, EventKind::Lost { .. }) => return (0, 0),
+            (_, EventKind::Lost { .. } | EventKind::ConnectFailed { .. }) => return (0, 0),
             // A socket's first event is its beginning, when it has carried nothing, or it is older than the tracer.
             (Protocol::Tcp, _) => self.known.put(key, total).unwrap_or(total),
             // Flows are counted from their first datagram that the tracer saw.

@@ -12,7 +12,8 @@ pub type Offsets = [u32; FIELDS.len()];
 pub struct WantedField {
     /// The structure, then the members down to the field; ` | ` separates the names it has had.
     pub path: &'static str,
-    /// How many bytes the programs read there; a field of another size is not the one they know.
+    /// Its size in bytes, of which the programs may read fewer. A field of another size is not the
+    /// one they know.
     pub size: u32,
 }
 
@@ -81,12 +82,26 @@ fields! {
     FdArray: 8 = "fdtable.fd",
     FdCount: 4 = "fdtable.max_fds",
     FilePrivate: 8 = "file.private_data",
+    SocketState: 4 = "socket.state",
     SocketFile: 8 = "socket.file",
     SocketSock: 8 = "socket.sk",
+    TaskStack: 8 = "task_struct.stack",
     #[cfg(not(target_arch = "aarch64"))]
     SyscallNumber: 8 = "pt_regs.orig_ax",
     #[cfg(target_arch = "aarch64")]
     SyscallNumber: 4 = "pt_regs.syscallno",
+    #[cfg(not(target_arch = "aarch64"))]
+    SyscallFirst: 8 = "pt_regs.di",
+    #[cfg(target_arch = "aarch64")]
+    SyscallFirst: 8 = "pt_regs.orig_x0",
+    #[cfg(not(target_arch = "aarch64"))]
+    SyscallSecond: 8 = "pt_regs.si",
+    #[cfg(target_arch = "aarch64")]
+    SyscallSecond: 248 = "pt_regs.regs",
+    #[cfg(not(target_arch = "aarch64"))]
+    SyscallThird: 8 = "pt_regs.dx",
+    #[cfg(target_arch = "aarch64")]
+    SyscallThird: 248 = "pt_regs.regs",
     SockType: 2 = "sock.sk_type",
     Shutdown: 1 = "sock.sk_shutdown",
     Drops: 4 = "sock.sk_drops",

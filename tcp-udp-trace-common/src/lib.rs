@@ -40,8 +40,12 @@ pub mod kind {
     pub const RESET_SENT: u32 = 11;
     /// A [`Tcp`](super::Tcp): a reset was received.
     pub const RESET_RECEIVED: u32 = 12;
+    /// A [`Tcp`](super::Tcp): a `connect` failed before any change of state.
+    pub const CONNECT_FAILED_TCP: u32 = 13;
+    /// A [`Udp`](super::Udp): a `connect` failed.
+    pub const CONNECT_FAILED_UDP: u32 = 14;
     /// One more than the last.
-    pub const COUNT: usize = 13;
+    pub const COUNT: usize = 15;
     /// A piece of an [`Image`](super::Image). It is no event, and is not among the counts of events.
     pub const IMAGE: u32 = 32;
 }
@@ -68,6 +72,9 @@ pub mod syn {
     pub const COUNTED: u8 = 1;
     /// It came from a listener: the kernel starts counting after its SYN.
     pub const NOT_COUNTED: u8 = 2;
+
+    /// A bit beside these: the life has ended, and a `connect` has yet to return its errno.
+    pub const UNRETURNED: u8 = 1 << 3;
 }
 
 /// Whether a socket existed before the programs were attached, in [`TcpSocket::older`] and
@@ -167,8 +174,8 @@ pub struct TcpSocket {
     pub older: u16,
     /// The interface that it is bound to, 0 for none.
     pub device: u32,
-    /// Padding.
-    pub _pad: u32,
+    /// Of a [`kind::CONNECT_FAILED_TCP`], what the call returned: an `errno`. Else 0.
+    pub error: u32,
 }
 
 /// A TCP socket went from one state to another.
@@ -328,7 +335,7 @@ pub struct Udp {
     /// The totals: of the flow in a [`kind::FLOW`], else of the socket.
     pub traffic: Traffic,
     /// Bytes of a datagram; of a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full; of a [`kind::FLOW`],
-    /// [`Flow::born`].
+    /// [`Flow::born`]; of a [`kind::CONNECT_FAILED_UDP`], the `errno`.
     pub amount: u64,
     /// The owner.
     pub owner: Owner,
@@ -404,7 +411,7 @@ pub struct Tracked {
     pub netns: u32,
     /// The TCP state last reported.
     pub state: u8,
-    /// One of [`syn`], and above that one of [`older`].
+    /// One of [`syn`], perhaps with [`syn::UNRETURNED`], and above that one of [`older`].
     pub syn: u8,
     /// The [generation](filter::generation) of the filter whose process trees its owner was found to be in: it stays so when the process has ended.
     pub kin: u16,
@@ -419,7 +426,20 @@ impl Tracked {
     /// One of [`syn`].
     #[inline(always)]
     pub const fn syn(&self) -> u8 {
-        self.syn & older::REST
+        self.syn & older::REST & !syn::UNRETURNED
+    }
+
+    /// Takes note of whether a `connect` has yet to return the errno of its end; returns whether
+    /// that was so before.
+    #[inline(always)]
+    pub const fn set_unreturned(&mut self, unreturned: bool) -> bool {
+        let before = self.syn & syn::UNRETURNED != 0;
+        if unreturned {
+            self.syn |= syn::UNRETURNED;
+        } else {
+            self.syn &= !syn::UNRETURNED;
+        }
+        before
     }
 
     /// One of [`older`].

@@ -72,7 +72,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
 /// The current process has accepted a socket as this descriptor (negative: an error).
 #[inline(always)]
 pub(crate) fn accepted_as(ctx: Context, fd: i64) {
-    if let Some(sk) = socket_of(fd) {
+    if let Some(sk) = Sock::of_descriptor(fd) {
         accepted(ctx, sk);
     }
 }
@@ -105,7 +105,7 @@ pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flag
         return;
     };
     let is_it = |sk: &Sock| request != 0 || is_waiting(*sk);
-    let found = socket_of(fd).filter(is_it);
+    let found = Sock::of_descriptor(fd).filter(is_it);
     if let Some(sk) = found.or_else(|| socket_in(ring, slot).filter(is_it)) {
         accepted(ctx, sk);
     }
@@ -141,16 +141,4 @@ fn socket_in(ring: u64, slot: i64) -> Option<Sock> {
         read_at(slot)
     };
     Sock::of_file(file & FILE_ADDRESS)
-}
-
-/// The socket behind a descriptor of the current process.
-#[inline(always)]
-fn socket_of(fd: i64) -> Option<Sock> {
-    let files = read::<u64>(owner::current_task(), Field::Files);
-    let table = read::<u64>(files, Field::FdTable);
-    if fd < 0 || fd >= i64::from(read::<u32>(table, Field::FdCount)) {
-        return None;
-    }
-    let array = read::<u64>(table, Field::FdArray);
-    Sock::of_file(read_at(array + (fd as u64) * 8))
 }

@@ -50,6 +50,9 @@ static KIN: HashMap<Kin, [u16; 2]> = HashMap::with_max_entries(filter::MAX_KIN, 
 #[map]
 static REJECTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT as u32, 0);
 
+/// The TCP state.
+const CLOSE: u8 = 7;
+
 /// How many ancestors of a process are looked at; the walk visits parents before children, mostly.
 const MAX_ANCESTORS: u32 = 32;
 
@@ -68,6 +71,14 @@ fn current() -> u64 {
 pub(crate) fn wants_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     decide(kind, |word| {
         states & !word != 0 && is_tcp_wanted(word, sk.0, tracked)
+    })
+}
+
+/// Whether a `connect` between these ends (local, remote) that failed is wanted. Its socket is closed.
+#[inline(always)]
+pub(crate) fn wants_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
+    decide(kind::CONNECT_FAILED_TCP, |word| {
+        filter::no_state(CLOSE) & !word != 0 && is_connect_wanted(word, sk.0, tracked, ends)
     })
 }
 
@@ -104,13 +115,7 @@ fn count(kind: u32) -> bool {
 #[inline(never)]
 fn is_tcp_wanted(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
     let sk = Sock::new(sk);
-    let cgroup = tracked.cgroup;
-    let netns = [tracked.netns.into(), tracked.netns_cookie];
-    let owner: *const Owner = track::owner(tracked);
-    // SAFETY: it is in `tracked`, apart from what is written to here.
-    let owner = unsafe { &*owner };
-    if !is_owner_wanted(word, owner, &mut tracked.kin) || !is_place_wanted(word, sk, cgroup, netns)
-    {
+    if !is_socket_wanted(word, sk, tracked) {
         return false;
     }
     if word & (filter::NO_IPV4 | filter::NO_IPV6 | filter::PORTS | filter::LOCAL | filter::REMOTE)
@@ -120,6 +125,22 @@ fn is_tcp_wanted(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
     }
     let (local, remote) = sk.ends();
     are_ends_wanted(word, &local, &remote)
+}
+
+#[inline(never)]
+fn is_connect_wanted(word: u64, sk: u64, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
+    is_socket_wanted(word, Sock::new(sk), tracked) && are_ends_wanted(word, &ends.0, &ends.1)
+}
+
+/// Whether a socket of TCP is wanted, whatever its ends are.
+#[inline(always)]
+fn is_socket_wanted(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
+    let cgroup = tracked.cgroup;
+    let netns = [tracked.netns.into(), tracked.netns_cookie];
+    let owner: *const Owner = track::owner(tracked);
+    // SAFETY: it is in `tracked`, apart from what is written to here.
+    let owner = unsafe { &*owner };
+    is_owner_wanted(word, owner, &mut tracked.kin) && is_place_wanted(word, sk, cgroup, netns)
 }
 
 #[inline(never)]
@@ -133,9 +154,14 @@ fn is_udp_wanted(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
         kin,
         ..
     } = tracked;
-    let netns = [(*netns).into(), *netns_cookie];
+    // Put together late: what is kept from before would take too much of the stack.
     is_owner_wanted(word, owner, kin)
-        && is_place_wanted(word, Sock::new(*sk), *cgroup, netns)
+        && is_place_wanted(
+            word,
+            Sock::new(*sk),
+            *cgroup,
+            [(*netns).into(), *netns_cookie],
+        )
         && are_ends_wanted(word, &at.local, &at.flow.peer)
 }
 

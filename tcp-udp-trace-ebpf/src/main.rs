@@ -15,6 +15,7 @@
 
 mod accept;
 mod anomaly;
+mod connect;
 mod emit;
 mod filter;
 mod image;
@@ -34,11 +35,11 @@ use aya_ebpf::{
     helpers::generated::bpf_get_socket_cookie,
     macros::{
         btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, classifier, fentry, kprobe,
-        raw_tracepoint, tracepoint,
+        kretprobe, raw_tracepoint, tracepoint,
     },
     programs::{
-        BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext, SkBuffContext,
-        SockAddrContext, SockContext, TcContext, TracePointContext,
+        BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext, RetProbeContext,
+        SkBuffContext, SockAddrContext, SockContext, TcContext, TracePointContext,
     },
 };
 use tcp_udp_trace_common::{AF_INET, Field, Peer, kind, origin};
@@ -195,6 +196,22 @@ fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
     0
 }
 
+// ---- signal `connect_failed` ------------------------------------------------------------------------------------
+
+/// `connect` returns: 0, or an error.
+#[kretprobe]
+fn tcp_connect_kretprobe(ctx: RetProbeContext) -> u32 {
+    tcp::connected(ctx.as_ptr(), ctx.ret::<i32>().into());
+    0
+}
+
+/// `syscalls:sys_exit_connect`: the result is 0, or an error.
+#[tracepoint]
+fn tcp_connect_exit(ctx: TracePointContext) -> u32 {
+    tcp::connected(ctx.as_ptr(), field(&ctx, 16));
+    0
+}
+
 // ---- UDP: the life of a socket -------------------------------------------------------------------------------
 //
 // A program at a cgroup returns whether the kernel may go on: always 1.
@@ -254,7 +271,7 @@ fn connect(ctx: &SockAddrContext) -> i32 {
 
 #[tracepoint]
 fn udp_connect_exit(ctx: TracePointContext) -> u32 {
-    udp::connect::connected(ctx.as_ptr(), field(&ctx, 16));
+    udp::connect::exited(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 

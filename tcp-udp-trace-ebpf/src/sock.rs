@@ -6,7 +6,7 @@ use tcp_udp_trace_common::{
     ABSENT, AF_INET, FIELDS, Field, Offsets, Peer, TcpSocket, Tracked, syn,
 };
 
-use crate::{track, udp::peer6};
+use crate::{owner, track, udp::peer6};
 
 /// Where the fields are on the running kernel; user space fills it in before the programs are loaded, so
 /// the verifier knows each offset and drops the code for fields that this kernel lacks.
@@ -199,7 +199,7 @@ pub(crate) trait Socket: Copy {
         to.family = family;
         to.older = tracked.older().into();
         self.get_into(&mut to.device, Field::Device);
-        to._pad = 0;
+        to.error = 0;
         to.rx_bytes = self.rx_bytes(received);
     }
 }
@@ -318,6 +318,28 @@ impl Sock {
         }
         let sk = Self::new(read(socket, Field::SocketSock));
         (sk.0 != 0 && sk.get::<u64>(Field::SkSocket) == socket).then_some(sk)
+    }
+
+    /// The socket behind a descriptor of the current process.
+    #[inline(always)]
+    pub(crate) fn of_descriptor(fd: i64) -> Option<Self> {
+        let files = read::<u64>(owner::current_task(), Field::Files);
+        let table = read::<u64>(files, Field::FdTable);
+        if fd < 0 || fd >= i64::from(read::<u32>(table, Field::FdCount)) {
+            return None;
+        }
+        let array = read::<u64>(table, Field::FdArray);
+        Self::of_file(read_at(array + (fd as u64) * 8))
+    }
+
+    /// The state of the `struct socket` above it, 0 if it has none. Not to be confused with the
+    /// state of TCP.
+    #[inline(always)]
+    pub(crate) fn socket_state(self) -> u32 {
+        match self.get::<u64>(Field::SkSocket) {
+            0 => 0,
+            socket => read(socket, Field::SocketState),
+        }
     }
 
     /// Whether a process has, or had, a descriptor of it: the kernel's own sockets have no file.

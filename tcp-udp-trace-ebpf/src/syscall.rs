@@ -1,13 +1,28 @@
-//! System calls by number, where no tracepoint of theirs can be used. The numbers, and how the kernel keeps the current one, are the
-//! architecture's own.
+//! System calls by number, and their arguments. The numbers, and the registers, are the architecture's own.
 
-use tcp_udp_trace_common::Field;
+use aya_ebpf::Global;
+use tcp_udp_trace_common::{ABSENT, Field};
 
-use crate::sock::read;
+use crate::{
+    owner,
+    sock::{offset, read, read_at},
+};
+
+/// How far above the beginning of a task's kernel stack its user registers (`struct pt_regs`) are
+/// saved, in bytes; 0 if that is not known.
+#[unsafe(no_mangle)]
+static REGISTERS: Global<u64> = Global::new(0);
 
 #[cfg(not(bpf_target_arch = "aarch64"))]
 mod arch {
     pub(crate) type Number = u64;
+    /// A kernel that is built with FRED keeps some bytes above the registers free
+    /// (`TOP_OF_KERNEL_STACK_PADDING`).
+    ///
+    /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/thread_info.h#L36>
+    pub(super) const PADDINGS: [u64; 2] = [0, 16];
+    pub(super) const SECOND: u64 = 0;
+    pub(super) const THIRD: u64 = 0;
     pub(crate) const CONNECT: Number = 42;
     pub(crate) const ACCEPT: Number = 43;
     pub(crate) const ACCEPT4: Number = 288;
@@ -17,6 +32,10 @@ mod arch {
 #[cfg(bpf_target_arch = "aarch64")]
 mod arch {
     pub(crate) type Number = u32;
+    pub(super) const PADDINGS: [u64; 2] = [0, 0];
+    /// In the array of registers.
+    pub(super) const SECOND: u64 = 8;
+    pub(super) const THIRD: u64 = 16;
     pub(crate) const CONNECT: Number = 203;
     pub(crate) const ACCEPT: Number = 202;
     pub(crate) const ACCEPT4: Number = 242;
@@ -28,4 +47,33 @@ pub(crate) use arch::{ACCEPT, ACCEPT4, CONNECT};
 #[inline(always)]
 pub(crate) fn number(regs: u64) -> arch::Number {
     read(regs, Field::SyscallNumber)
+}
+
+/// The registers of the current task, if it is in the system call of this number. The number proves
+/// that they are where they were looked for.
+#[inline(always)]
+pub(crate) fn registers(of: arch::Number) -> Option<u64> {
+    if REGISTERS.load() == 0 {
+        return None;
+    }
+    let stack = read::<u64>(owner::current_task(), Field::TaskStack);
+    let [first, second] = arch::PADDINGS.map(|padding| stack + REGISTERS.load() - padding);
+    if number(first) == of {
+        return Some(first);
+    }
+    (second != first && number(second) == of).then_some(second)
+}
+
+/// The first three arguments of the system call that a task with these registers is in.
+#[inline(always)]
+pub(crate) fn arguments(regs: u64) -> [u64; 3] {
+    let argument = |field, within| match offset(field) {
+        ABSENT => 0,
+        offset => read_at(regs + u64::from(offset) + within),
+    };
+    [
+        argument(Field::SyscallFirst, 0),
+        argument(Field::SyscallSecond, arch::SECOND),
+        argument(Field::SyscallThird, arch::THIRD),
+    ]
 }

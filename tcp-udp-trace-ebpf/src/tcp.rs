@@ -7,10 +7,11 @@ use tcp_udp_trace_common::{
 
 use crate::{
     anomaly,
+    connect::{self, Connect},
     emit::{self, Context, Weight},
     filter, owner,
     sock::{Sock, Socket},
-    track,
+    syscall, track,
 };
 
 const ESTABLISHED: u8 = 1;
@@ -23,6 +24,11 @@ const NEW_SYN_RECV: u8 = 12;
 
 const EADDRINUSE: u32 = 98;
 const EADDRNOTAVAIL: u32 = 99;
+
+/// States of a `struct socket`: a `connect` has begun, and has not returned how it ended; it has
+/// succeeded.
+const SS_CONNECTING: u32 = 2;
+const SS_CONNECTED: u32 = 3;
 
 /// The bit of `sock.sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not known.
 #[unsafe(no_mangle)]
@@ -78,6 +84,12 @@ pub(crate) fn changed(
                     anomaly::missed();
                 }
                 tracked.state = to;
+                if to == CLOSE {
+                    // A socket that nobody has open any more has none of these states.
+                    let is_unreturned =
+                        from != LISTEN && !matches!(sk.socket_state(), 0 | SS_CONNECTED);
+                    tracked.set_unreturned(is_unreturned);
+                }
                 report(ctx, sk, socket, family, tracked, (from, to));
                 return;
             }
@@ -90,6 +102,71 @@ pub(crate) fn changed(
     if begins && track::remember(sk, &tracked) || program == Program::First {
         report(ctx, sk, socket, family, &mut tracked, (from, to));
     }
+}
+
+/// The current process's `connect` has returned this.
+#[inline(always)]
+pub(crate) fn connected(ctx: Context, result: i64) {
+    let Some(errno) = connect::errno(result) else {
+        return;
+    };
+    let Some(connect) = syscall::registers(syscall::CONNECT).and_then(Connect::new) else {
+        return;
+    };
+    let sk = connect.sk;
+    let family = sk.family();
+    if sk.get::<u8>(Field::State) != CLOSE
+        || (family != AF_INET && family != AF_INET6)
+        || !sk.is_tcp()
+        || track::is_stopping()
+        || has_changed(sk, errno)
+    {
+        return;
+    }
+    let owner = owner::current(ctx, origin::CREATOR);
+    // It is not remembered: if the socket connects later, that is another life.
+    let mut tracked = track::fresh(sk, CLOSE, syn::COUNTED, owner);
+    let ends = connect.ends();
+    if !filter::wants_connect(sk, &mut tracked, &ends) {
+        return;
+    }
+    let (local, remote) = ends;
+    emit::record(
+        ctx,
+        kind::CONNECT_FAILED_TCP,
+        Weight::Vital,
+        |record: &mut Tcp| {
+            let socket = &mut record.socket;
+            sk.describe(&tracked, family, CLOSE, local.port, socket);
+            // Each end may be of another family.
+            socket.family = AF_INET6;
+            socket.local = connect::mapped(&local);
+            socket.remote = connect::mapped(&remote);
+            socket.remote_port = remote.port;
+            socket.error = errno;
+            // What the kernel has there is of a connection that the socket was before.
+            (socket.tx_bytes, socket.rx_bytes) = (0, 0);
+            (socket.tx_packets, socket.rx_packets) = (0, 0);
+        },
+    );
+}
+
+/// Whether a `connect` that returned this errno for a closed socket has changed its state, or has
+/// returned why the state changed meanwhile. Then the change has been reported.
+#[inline(always)]
+fn has_changed(sk: Sock, errno: u32) -> bool {
+    let Some(tracked) = track::get(sk) else {
+        // A socket that never tried has no sequence number. One that found no port has none either,
+        // and is remembered, unless there was no room.
+        return sk.get::<u32>(Field::WriteSeq) != 0
+            || errno == EADDRNOTAVAIL && anomaly::has_missed();
+    };
+    if tracked.state != CLOSE {
+        // Its close has escaped, and will be reported with its end.
+        return true;
+    }
+    // The call that returns how a `connect` ended resets this state.
+    sk.socket_state() != SS_CONNECTING && tracked.set_unreturned(false)
 }
 
 /// What is known of a socket that is alive, from now on at least.

@@ -332,10 +332,10 @@ fn record(
     totals: Totals<'_>,
     amount: u64,
 ) -> bool {
-    let weight = if kind == kind::CLOSE {
-        Weight::Last
-    } else {
-        Weight::Other
+    let weight = match kind {
+        kind::CLOSE => Weight::Last,
+        kind::CONNECT_FAILED_UDP => Weight::Vital,
+        _ => Weight::Other,
     };
     emit::record(ctx, kind, weight, |record: &mut Udp| {
         record.key = key;

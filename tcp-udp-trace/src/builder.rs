@@ -39,7 +39,7 @@ const SAMPLE_INTERVAL: RangeInclusive<Duration> =
 /// Which events are shed when the queue is full and the buffer behind it fills up.
 ///
 /// Either way, events that tell the beginning or the end of something go last: state changes to or from `CLOSE`, `LISTEN` and
-/// `ESTABLISHED`, accepts, and the closes of UDP sockets. They are shed only if the queue is full of nothing else.
+/// `ESTABLISHED`, accepts, connects that failed, and the closes of UDP sockets. They are shed only if the queue is full of nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum OverflowPolicy {
@@ -194,8 +194,8 @@ macro_rules! builder {
             /// The size of the buffer between kernel and reader; one event takes at most 200 bytes. 4,096 to
             /// 1,073,741,824, rounded up to a power of two, default [`DEFAULT_RING_BYTES`].
             ///
-            /// The last eighth is kept for what begins or ends something: state changes to or from `CLOSE`, `LISTEN` and `ESTABLISHED`, accepts, and
-            /// closes of UDP sockets. Beside a ring buffer there is another one a quarter as large, for nothing but
+            /// The last eighth is kept for what begins or ends something: state changes to or from `CLOSE`, `LISTEN` and `ESTABLISHED`, accepts,
+            /// connects that failed, and closes of UDP sockets. Beside a ring buffer there is another one a quarter as large, for nothing but
             /// the ends of sockets that find the first one full. They come a little late, in their place. So
             /// while the reader does not run, no flood of other events costs the end of a socket, until so many
             /// sockets have ended: with the default 4,096 of TCP, or 3,932 of UDP.

@@ -58,6 +58,16 @@ pub(crate) fn decode(
             let record: Tcp = read(bytes)?;
             tcp(&record.head, &record.socket, EventKind::Accept, clock).map(Some)
         }
+        kind::CONNECT_FAILED_TCP => {
+            let record: Tcp = read(bytes)?;
+            let kind = connect_failed(record.socket.error.into())?;
+            tcp(&record.head, &record.socket, kind, clock).map(Some)
+        }
+        kind::CONNECT_FAILED_UDP => {
+            let record: Udp = read(bytes)?;
+            let kind = connect_failed(record.amount)?;
+            udp(&record, kind, clock).map(Some)
+        }
         kind @ (kind::RETRANSMIT | kind::RESET_SENT | kind::RESET_RECEIVED) => {
             let record: Tcp = read(bytes)?;
             let kind = match kind {
@@ -102,6 +112,13 @@ pub(crate) fn decode(
             };
             udp(&record, kind, clock).map(Some)
         }
+        _ => Err(Malformed),
+    }
+}
+
+fn connect_failed(errno: u64) -> Result<EventKind, Malformed> {
+    match i32::try_from(errno) {
+        Ok(error) if error != 0 => Ok(EventKind::ConnectFailed { error }),
         _ => Err(Malformed),
     }
 }
@@ -419,6 +436,35 @@ mod tests {
         assert_eq!(decoded.event.socket.cookie, Some(77));
         record.socket.cookie = 78;
         assert_eq!(super::decode(record.as_bytes(), clock(), known), Ok(None));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "has other words for an errno")]
+    fn a_failed_connect_has_ends_of_any_family() {
+        let mut record = Tcp::new_zeroed();
+        record.head.kind = kind::CONNECT_FAILED_TCP;
+        record.socket = self::record().socket;
+        record.socket.family = AF_INET6;
+        record.socket.local = words("::ffff:10.1.2.3");
+        record.socket.remote = words("::1");
+        assert_eq!(decode(record.as_bytes()), Err(Malformed), "no errno");
+        record.socket.error = 97;
+        let event = decode(record.as_bytes()).expect("well-formed").event;
+        assert_eq!(event.kind, EventKind::ConnectFailed { error: 97 });
+        let line = event.to_string();
+        let expected = "tcp 10.1.2.3:40000 > [::1]:443 connect failed \
+                        (Address family not supported by protocol (os error 97)) curl[4242]";
+        assert!(line.contains(expected), "{line}");
+
+        let mut record = Udp::new_zeroed();
+        record.head.kind = kind::CONNECT_FAILED_UDP;
+        record.peer.family = AF_INET;
+        record.amount = u64::MAX;
+        assert_eq!(decode(record.as_bytes()), Err(Malformed), "no errno");
+        record.amount = 101;
+        let event = decode(record.as_bytes()).expect("well-formed").event;
+        assert_eq!(event.kind, EventKind::ConnectFailed { error: 101 });
+        assert!(event.is_vital() && !event.is_end());
     }
 
     #[test]

@@ -63,6 +63,21 @@ pub enum EventKind {
     },
     /// UDP: `connect` gave the socket a peer.
     Connect,
+    /// A `connect` failed and left the socket as it was: there was no route, a cgroup's program, a
+    /// security module or a seccomp filter refused it, or the address made no sense. `connect`
+    /// returned the error.
+    ///
+    /// [`Socket::remote`] is where the caller wanted to go. It is unspecified if the caller gave no
+    /// address of IPv4 or IPv6.
+    ///
+    /// TCP: a `connect` that has begun, which the kernel shows by `SYN_SENT`, and failed then, is a
+    /// [`StateChange`](Self::StateChange) with its error instead. The process is the caller.
+    /// [`Socket::id`] names this attempt only: no other event has it, also if the socket connects
+    /// later. UDP: the socket keeps its id, its owner, and any peer that it had.
+    ConnectFailed {
+        /// The `errno` of Linux, such as 101, `ENETUNREACH`.
+        error: i32,
+    },
     /// UDP: the totals of one flow (a socket, its local address and a peer) so far, in [`Event::traffic`]; at its first datagram, then at most once per
     /// [interval](crate::UdpTracerBuilder::interval), and once more when the socket ends.
     Flow {
@@ -272,7 +287,7 @@ impl Event {
             EventKind::StateChange { from, to, .. } => [from, to]
                 .into_iter()
                 .any(|state| matches!(state, Close | Established | Listen)),
-            EventKind::Accept | EventKind::Close { .. } => true,
+            EventKind::Accept | EventKind::Close { .. } | EventKind::ConnectFailed { .. } => true,
             _ => false,
         }
     }
@@ -372,6 +387,10 @@ impl fmt::Display for EventKind {
             Self::Retransmit => f.write_str("retransmit"),
             Self::Reset { direction } => write!(f, "reset {direction}"),
             Self::Connect => f.write_str("connect"),
+            Self::ConnectFailed { error } => {
+                let error = std::io::Error::from_raw_os_error(*error);
+                write!(f, "connect failed ({error})")
+            }
             Self::Flow { .. } => f.write_str("flow"),
             Self::Send { bytes } => write!(f, "send {bytes} B"),
             Self::Receive { bytes } => write!(f, "receive {bytes} B"),

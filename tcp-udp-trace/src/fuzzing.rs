@@ -418,7 +418,11 @@ pub(crate) mod tests {
             ..Config::new(protocol)
         };
         let (mut kernel, mut ring) = Kernel::start(&config).expect("a tracer");
-        for host in ["127.0.0.1:0", "[::1]:0"] {
+        // No socket may connect to the second of these as it is.
+        for (host, nowhere) in [
+            ("127.0.0.1:0", "255.255.255.255:1"),
+            ("[::1]:0", "[fe80::1]:1"),
+        ] {
             // What is open is sampled.
             let _open: [Box<dyn std::any::Any>; 2] = match protocol {
                 Protocol::Tcp => {
@@ -429,6 +433,7 @@ pub(crate) mod tests {
                     server.write_all(b"four").expect("written");
                     drop((listener, server));
                     TcpStream::connect(address).expect_err("nobody listens");
+                    TcpStream::connect(nowhere).expect_err("no address of a machine");
                     [Box::new(client), Box::new(())]
                 }
                 Protocol::Udp => {
@@ -438,6 +443,7 @@ pub(crate) mod tests {
                     client.connect(address).expect("connected");
                     client.send(b"four").expect("sent");
                     server.recv(&mut [0; 4]).expect("received");
+                    client.connect(nowhere).expect_err("refused");
                     [Box::new(client), Box::new(server)]
                 }
             };

@@ -195,6 +195,10 @@ mod tests {
         check(EventKind::Accept, json!({"type": "accept"}));
         check(EventKind::Connect, json!({"type": "connect"}));
         check(
+            EventKind::ConnectFailed { error: 101 },
+            json!({"type": "connect_failed", "error": 101}),
+        );
+        check(
             EventKind::Flow {
                 approximate: true,
                 age: Duration::from_nanos(7),

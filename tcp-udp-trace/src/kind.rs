@@ -72,6 +72,8 @@ kinds! {
     Reset reset "reset",
     /// [`EventKind::Connect`].
     Connect connect "connect",
+    /// [`EventKind::ConnectFailed`].
+    ConnectFailed connect_failed "connect_failed",
     /// [`EventKind::Flow`].
     Flow flow "flow",
     /// [`EventKind::Send`].
@@ -153,6 +155,7 @@ impl Kind {
             EventKind::Retransmit => Self::Retransmit,
             EventKind::Reset { .. } => Self::Reset,
             EventKind::Connect => Self::Connect,
+            EventKind::ConnectFailed { .. } => Self::ConnectFailed,
             EventKind::Flow { .. } => Self::Flow,
             EventKind::Send { .. } => Self::Send,
             EventKind::Receive { .. } => Self::Receive,
@@ -172,6 +175,7 @@ impl Kind {
             Self::Retransmit => &[record::RETRANSMIT],
             Self::Reset => &[record::RESET_SENT, record::RESET_RECEIVED],
             Self::Connect => &[record::CONNECT],
+            Self::ConnectFailed => &[record::CONNECT_FAILED_TCP, record::CONNECT_FAILED_UDP],
             Self::Flow => &[record::FLOW],
             Self::Send => &[record::SEND],
             Self::Receive => &[record::RECEIVE],
@@ -201,7 +205,8 @@ impl FromStr for Kind {
 /// A text that names no [`Kind`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "not a kind of event: state_change, accept, retransmit, reset, connect, flow, send, receive, close or sample"
+    "not a kind of event: state_change, accept, retransmit, reset, connect, connect_failed, flow, send, receive, close \
+     or sample"
 )]
 pub struct UnknownKind(());
 

@@ -26,6 +26,7 @@
 //! - [`TcpTracer`]: every state change and every accept of every TCP socket; retransmissions and resets on request.
 //! - [`UdpTracer`]: every UDP socket's connects, its end and its totals, and the totals of each of its flows; each datagram
 //!   on request.
+//! - Both: each `connect` that fails before it changes a socket ([`EventKind::ConnectFailed`]).
 //! - Both: what was there before the tracer, and a sample of every live socket at the start and every 6.2 seconds
 //!   ([`EventKind::Sample`]): `tcp_info`, queues, buffers.
 //!

@@ -22,6 +22,7 @@ macro_rules! trials {
 mod anomalies;
 mod bytes;
 mod compared;
+mod connects;
 mod delivery;
 mod details;
 mod errors;
@@ -52,6 +53,7 @@ mod uring;
 /// Topics and tests that are run a second time, with perf buffers.
 const WITH_PERF_BUFFERS: &[&str] = &[
     "states",
+    "connects::that_fail_before_any_state_change",
     "bytes::veth_between_namespaces",
     "owner::inherited_listener_prefork",
     "owner::reuseport_three_processes",
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         bytes::trials(),
         anomalies::trials(),
         errors::trials(),
+        connects::trials(),
         delivery::trials(),
         overflow::trials(),
         filters::trials(),

@@ -390,7 +390,7 @@ fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
 }
 
 /// A system call ends with this error on this thread from now on.
-fn refuse(call: libc::c_long, errno: Errno) -> anyhow::Result<()> {
+pub(crate) fn refuse(call: libc::c_long, errno: Errno) -> anyhow::Result<()> {
     let filter = SeccompFilter::new(
         [(call, vec![])].into(),
         SeccompAction::Allow,

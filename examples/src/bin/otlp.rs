@@ -34,7 +34,8 @@ use opentelemetry_sdk::{
 };
 use opentelemetry_semantic_conventions::{attribute, metric};
 use tcp_udp_trace::{
-    Event, EventKind, Filter, Process, Stats, TcpState, TcpTracer, TracerHandle, UdpTracer,
+    Event, EventKind, Filter, Process, Protocol, Stats, TcpState, TcpTracer, TracerHandle,
+    UdpTracer,
 };
 use tracing_subscriber::filter::LevelFilter;
 
@@ -163,6 +164,9 @@ impl Export {
                 if !matches!(from, Listen | SynRecv) {
                     self.log_close(event, &name, error);
                 }
+            }
+            EventKind::ConnectFailed { .. } if event.socket.protocol == Protocol::Tcp => {
+                self.failed.add(1, &by_name);
             }
             _ => {}
         }

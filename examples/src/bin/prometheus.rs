@@ -24,7 +24,8 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use tcp_udp_trace::{
-    Comm, Event, EventKind, Filter, SampleInfo, Stats, TcpState, TcpTracer, TracerHandle, UdpTracer,
+    Comm, Event, EventKind, Filter, Protocol, SampleInfo, Stats, TcpState, TcpTracer, TracerHandle,
+    UdpTracer,
 };
 use tokio::net::TcpListener;
 
@@ -191,6 +192,9 @@ impl Metrics {
             } if info.state == Established as u8 => {
                 // One that is older than the tracer.
                 self.open.insert(event.socket.id);
+            }
+            EventKind::ConnectFailed { .. } if event.socket.protocol == Protocol::Tcp => {
+                self.failed.get_or_create(&of).inc();
             }
             EventKind::Retransmit => drop(self.retransmits.get_or_create(&of).inc()),
             _ => {}

@@ -1,13 +1,20 @@
 //! A process gives a socket a peer.
 
+use core::ptr;
+
 use aya_ebpf::{
     bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid, macros::map, maps::LruHashMap,
 };
-use tcp_udp_trace_common::{Field, kind};
+use tcp_udp_trace_common::{AF_INET6, Field, Peer, kind};
 
-use super::{TCP_ESTABLISHED, get, report};
+use super::{
+    Datagrams, Direction, TCP_ESTABLISHED, flow_with, get, key_of, needs_scope, record, report,
+    totals_of, used,
+};
 use crate::{
+    connect::{self, Connect},
     emit::Context,
+    filter,
     sock::{Sock, Socket as _, read},
     syscall,
 };
@@ -52,11 +59,67 @@ pub(crate) fn queued(sk: Sock) -> u64 {
     waiting + u64::from(sk.get::<u32>(Field::ReaderQueued))
 }
 
+/// The current process returns from `connect`.
+#[inline(always)]
+pub(crate) fn exited(ctx: Context, result: i64) {
+    connected(ctx, result);
+    if let Some(errno) = connect::errno(result) {
+        if let Some(regs) = syscall::registers(syscall::CONNECT) {
+            failed(ctx, regs, errno);
+        }
+    }
+}
+
 /// The current process returns from a system call.
 #[inline(always)]
 pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
     if syscall::number(regs) == syscall::CONNECT {
         connected(ctx, result);
+        if let Some(errno) = connect::errno(result) {
+            failed(ctx, regs, errno);
+        }
+    }
+}
+
+/// The current task's `connect`, which has these registers, has failed.
+#[inline(always)]
+fn failed(ctx: Context, regs: u64, errno: u32) {
+    let Some(connect) = Connect::new(regs).filter(|connect| connect.sk.is_udp()) else {
+        return;
+    };
+    let key = key_of(connect.sk);
+    let sk = ptr::without_provenance(connect.sk.0 as usize);
+    let Some(tracked) = used(ctx, key, sk) else {
+        return;
+    };
+    let (mut local, mut peer) = connect.ends();
+    if local.family != peer.family {
+        // A record has one family.
+        [local, peer] = [local, peer].map(|end| Peer {
+            address: connect::mapped(&end),
+            port: end.port,
+            family: AF_INET6,
+        });
+    }
+    let device = connect.sk.get(Field::Device);
+    let scope = if needs_scope(&peer, &local.address) {
+        device
+    } else {
+        0
+    };
+    let ends = Datagrams {
+        direction: Direction::Sent,
+        bytes: 0,
+        packets: 0,
+        flow: flow_with(peer, scope, local.address),
+        local,
+        other_port: 0,
+        device: Some(device),
+    };
+    if filter::wants_udp(kind::CONNECT_FAILED_UDP, tracked, &ends) {
+        let totals = totals_of(tracked);
+        let (kind, errno) = (kind::CONNECT_FAILED_UDP, errno.into());
+        record(ctx, kind, key, tracked, &ends, totals, errno);
     }
 }
 

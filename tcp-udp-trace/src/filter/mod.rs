@@ -232,7 +232,9 @@ impl Filter {
         self
     }
 
-    /// TCP: state changes from or to this state, and accepts and samples of sockets that are in it. UDP: no restriction.
+    /// TCP: state changes from or to this state, and other events of sockets that are in it. The
+    /// socket of a [`ConnectFailed`](crate::EventKind::ConnectFailed) is in `CLOSE`. UDP: no
+    /// restriction.
     pub fn state(mut self, state: TcpState) -> Self {
         self.states.push(state);
         self

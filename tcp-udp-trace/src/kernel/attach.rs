@@ -162,7 +162,10 @@ pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<
         (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(_)) => {
             program.attach()?;
         }
-        (Program::KProbe(program), HookPoint::Kprobe(function)) => {
+        (
+            Program::KProbe(program),
+            HookPoint::Kprobe(function) | HookPoint::Kretprobe(function),
+        ) => {
             program.attach(function, 0)?;
         }
         (Program::FEntry(program), HookPoint::Fentry(_)) => {
@@ -233,7 +236,7 @@ pub(super) fn load_ahead(
     let mut programs: HashMap<_, _> = ebpf.programs_mut().collect();
     let has_kprobes = fs::exists(KPROBES).unwrap_or(false);
     let is_likely = |choice: &&Choice| match choice.hooks[0].1 {
-        HookPoint::Kprobe(_) => has_kprobes,
+        HookPoint::Kprobe(_) | HookPoint::Kretprobe(_) => has_kprobes,
         // It is what is taken where nothing else is to be had.
         HookPoint::Fentry(_) => false,
         _ => true,

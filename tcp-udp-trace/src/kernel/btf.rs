@@ -141,6 +141,12 @@ impl<'a> Btf<'a> {
             .find_map(|aggregate| self.walk(aggregate, members, &mut budget))
     }
 
+    /// The size in bytes of a struct or union. Of several of that name, the first counts.
+    pub(crate) fn size_of(&self, name: &str) -> Option<u32> {
+        let ty = self.named(&self.aggregates, name).next()?;
+        self.size(ty)
+    }
+
     /// The id of the type of that kind and name.
     pub(crate) fn id(&self, kind: u32, name: &str) -> Option<u32> {
         let is_it = |offset: &u32| {

@@ -106,7 +106,7 @@ impl Kernel {
         needs::check(config.protocol)?;
         let plan = plan::wanted(config);
         let walks = walk::wanted(config);
-        let (offsets, ids, images, has_listened, drop_reasons) = {
+        let (offsets, ids, images, has_listened, drop_reasons, registers) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
@@ -118,6 +118,7 @@ impl Kernel {
                 images,
                 offsets::has_listened(&btf),
                 offsets::drop_reasons(&btf),
+                offsets::registers(&btf),
             )
         };
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
@@ -164,6 +165,7 @@ impl Kernel {
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &has_listened, true)
+            .override_global("REGISTERS", &registers, true)
             .override_global("IMAGES", &u8::from(images), true)
             .map_max_entries("EVENTS", events)
             .map_max_entries("SEEN", if images { 4096 } else { 1 })

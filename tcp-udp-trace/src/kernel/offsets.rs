@@ -5,6 +5,7 @@ use std::{
     io::{self, Read as _},
 };
 
+use nix::unistd::{SysconfVar, sysconf};
 use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
 
 use super::btf::Btf;
@@ -105,6 +106,22 @@ pub(super) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
     ]
 }
 
+/// How far above the beginning of a task's kernel stack its user registers are saved, in bytes. 0 if
+/// that is not known.
+///
+/// The kernel has no type for the size of a stack. It is 16 KiB, and one page where pages are larger
+/// ([x86_64], [aarch64]). A kernel with KASAN has larger stacks. There, the programs find no registers.
+///
+/// [x86_64]: https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/page_64_types.h#L15
+/// [aarch64]: https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/asm/memory.h#L113
+pub(super) fn registers(btf: &Btf<'_>) -> u64 {
+    const STACK: u64 = 16 << 10;
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    let page = page.and_then(|page| u64::try_from(page).ok()).unwrap_or(0);
+    let size = btf.size_of("pt_regs").map_or(u64::MAX, u64::from);
+    STACK.max(page).saturating_sub(size)
+}
+
 /// Whether this kernel verifies the loops of `image` in milliseconds.
 ///
 /// Verifiers that do not forget numbers that do not matter in programs with functions take minutes
@@ -156,6 +173,20 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
+    fn the_running_kernel_saves_registers_below_the_end_of_a_stack() {
+        let Ok(btf) = read_btf() else {
+            println!("skipped: this kernel has no BTF");
+            return;
+        };
+        let at = registers(&parse(&btf).expect("the running kernel's BTF"));
+        assert!(
+            (15 << 10..64 << 10).contains(&at) && at.is_multiple_of(8),
+            "{at}"
+        );
     }
 
     #[test]

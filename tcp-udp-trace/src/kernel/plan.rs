@@ -19,7 +19,7 @@ pub(super) struct Signal {
 pub(super) struct Choice {
     /// The programs, each with its hook. The first must attach; the others may be missing.
     pub(super) hooks: &'static [(&'static str, HookPoint)],
-    /// What is worse about it than about the choices before it.
+    /// What is worse about it than about the choices before it, or what even the best does not see.
     pub(super) cost: Option<&'static str>,
 }
 
@@ -31,6 +31,8 @@ pub(super) enum HookPoint {
     Tracepoint(&'static str, &'static str),
     BtfTracepoint(&'static str),
     Kprobe(&'static str),
+    /// Where a function returns.
+    Kretprobe(&'static str),
     Fentry(&'static str),
     /// At the root of cgroup v2, named as in the program's section.
     Cgroup(&'static str),
@@ -75,7 +77,7 @@ impl Choice {
     }
 }
 
-use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, RawTracepoint, Tracepoint};
+use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, Kretprobe, RawTracepoint, Tracepoint};
 
 /// What `TcpTracer` attaches.
 ///
@@ -100,6 +102,11 @@ const TCP: &[Signal] = &[
                 ("accept_uring_overflow", Tracepoint("io_uring", "io_uring_cqe_overflow"))], NO_KPROBE_ACCEPT),
         worse(&[("accept_fentry", Fentry("security_sock_graft"))], FENTRY),
         worse(&[("accept_sys_exit", RawTracepoint("sys_exit"))], SYS_EXIT),
+    ]] },
+    // Without tracefs there is no hook but one in every system call, which is too much for a failure.
+    Signal { name: "connect_failed", required: false, slots: &[&[
+        worse(&[("tcp_connect_kretprobe", Kretprobe(SYS_CONNECT))], ONLY_CONNECT),
+        worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], NO_KPROBE_CONNECT),
     ]] },
 ];
 
@@ -147,6 +154,13 @@ const UDP: &[Signal] = &[
     ]] },
 ];
 
+/// The system call `connect`. What it calls may be inlined.
+const SYS_CONNECT: &str = if cfg!(target_arch = "aarch64") {
+    "__arm64_sys_connect"
+} else {
+    "__x64_sys_connect"
+};
+
 const NO_TRACEFS_STATE: &str =
     "without tracefs a few per cent of transitions are missed under load on preemptible kernels";
 const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel and of 32-bit programs are not seen, nor those by io_uring \
@@ -154,6 +168,10 @@ const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel and of 32-
 const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read do not tell the peer of an unconnected socket, \
      and a UDP_GRO receive counts as one datagram (marked approximate)";
 const FENTRY: &str = "some are missed under load on preemptible kernels";
+const ONLY_CONNECT: &str = "failed connects by io_uring and of 32-bit programs are not seen, and some are missed under load \
+     on preemptible kernels";
+const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little longer; failed connects by io_uring \
+     and of 32-bit programs are not seen, and some are missed under load on preemptible kernels";
 const SYS_EXIT: &str =
     "no tracefs: each system call of the machine costs about 20 ns more, and io_uring is not seen";
 
@@ -175,6 +193,7 @@ impl std::fmt::Display for HookPoint {
             Tracepoint(category, name) => write!(f, "tracepoint:{category}/{name}"),
             BtfTracepoint(name) => write!(f, "tp_btf:{name}"),
             Kprobe(function) => write!(f, "kprobe:{function}"),
+            Kretprobe(function) => write!(f, "kretprobe:{function}"),
             Fentry(function) => write!(f, "fentry:{function}"),
             Cgroup(name) => write!(f, "cgroup:{name}"),
         }

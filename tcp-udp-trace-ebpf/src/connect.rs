@@ -1,0 +1,125 @@
+//! A `connect` that failed, and where it wanted to go.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::helpers::generated::bpf_probe_read_user;
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
+
+use crate::{
+    sock::{Plain, Sock, Socket as _},
+    syscall,
+    udp::peer6,
+};
+
+const EINTR: i64 = 4;
+const EISCONN: i64 = 106;
+const EALREADY: i64 = 114;
+const EINPROGRESS: i64 = 115;
+/// The first of the numbers that no process sees: the kernel makes the call again, or returns `EINTR`.
+const ERESTARTSYS: i64 = 512;
+
+/// The sizes of a `sockaddr_in`, and of the shortest `sockaddr_in6` that the kernel takes
+/// (`SIN6_LEN_RFC2133`).
+const LEN4: u64 = 16;
+const LEN6: u64 = 24;
+
+/// The errno with which a `connect` of this result failed. None if it succeeded, if it goes on, or
+/// if there was nothing to be done.
+#[inline(always)]
+pub(crate) fn errno(result: i64) -> Option<u32> {
+    let errno = -result;
+    let is_none = errno <= 0
+        || errno >= ERESTARTSYS
+        || matches!(errno, EINPROGRESS | EALREADY | EISCONN | EINTR);
+    (!is_none).then_some(errno as u32)
+}
+
+/// A `connect` that has returned.
+pub(crate) struct Connect {
+    pub(crate) sk: Sock,
+    /// The address that the caller gave, and its length.
+    address: u64,
+    len: u64,
+}
+
+impl Connect {
+    /// The one that the current task, which has these registers, returns from.
+    #[inline(always)]
+    pub(crate) fn new(regs: u64) -> Option<Self> {
+        let [fd, address, len] = syscall::arguments(regs);
+        let sk = Sock::of_descriptor(i64::from(fd as i32))?;
+        let len = u64::from(len as u32);
+        Some(Self { sk, address, len })
+    }
+
+    /// The ends of the connection that was wanted: this one as the socket has it, and the other one
+    /// as the caller gave it, unspecified if that is no address of IPv4 or IPv6. An IPv4-mapped
+    /// address is the IPv4 address that it is.
+    #[inline(always)]
+    pub(crate) fn ends(&self) -> (Peer, Peer) {
+        let sk = self.sk;
+        // Of a socket that was connected before, only this port is its own.
+        let port = sk.bound_port();
+        let local = if sk.family() == AF_INET {
+            Peer {
+                address: [sk.get(Field::LocalAddr4), 0, 0, 0],
+                port,
+                family: AF_INET,
+            }
+        } else {
+            peer6(sk.get(Field::LocalAddr6), port)
+        };
+        let remote = self.remote().unwrap_or(Peer {
+            address: [0; 4],
+            port: 0,
+            family: local.family,
+        });
+        if remote.family == AF_INET && local.address == [0; 4] {
+            let family = AF_INET;
+            return (Peer { family, ..local }, remote);
+        }
+        (local, remote)
+    }
+
+    #[inline(always)]
+    fn remote(&self) -> Option<Peer> {
+        // Family, port, and of IPv4 the address.
+        let head = read_user::<u64>(self.address).to_le();
+        let port = u16::from_be((head >> 16) as u16);
+        match head as u16 {
+            AF_INET if self.len >= LEN4 => Some(Peer {
+                address: [(head >> 32) as u32, 0, 0, 0],
+                port,
+                family: AF_INET,
+            }),
+            AF_INET6 if self.len >= LEN6 => Some(peer6(read_user(self.address + 8), port)),
+            _ => None,
+        }
+    }
+}
+
+/// An address in the words of an IPv6 address.
+#[inline(always)]
+pub(crate) fn mapped(peer: &Peer) -> [u32; 4] {
+    if peer.family == AF_INET {
+        [0, 0, 0xffff_u32.to_be(), peer.address[0]]
+    } else {
+        peer.address
+    }
+}
+
+/// Reads what is at an address of the current process; zeros if it is a bad one.
+#[inline(always)]
+fn read_user<T: Plain>(address: u64) -> T {
+    let mut value = MaybeUninit::<T>::uninit();
+    // SAFETY: the helper writes `size_of::<T>()` bytes whatever the address: what it found, or zeros. A `Plain` may
+    // have any bytes.
+    unsafe {
+        bpf_probe_read_user(
+            value.as_mut_ptr().cast(),
+            size_of::<T>() as u32,
+            address as *const _,
+        );
+        value.assume_init()
+    }
+}
