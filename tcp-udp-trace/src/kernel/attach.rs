@@ -23,6 +23,13 @@ use super::{
 };
 use crate::{Error, ErrorKind, Hook, Protocol};
 
+/// What the name of a system call's function begins with.
+const OF_ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
+    "__arm64_"
+} else {
+    "__x64_"
+};
+
 /// Attaches every signal of `plan` in the best way this kernel allows, and says which.
 pub(super) fn attach(
     ebpf: &mut Ebpf,
@@ -162,11 +169,11 @@ pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<
         (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(_)) => {
             program.attach()?;
         }
-        (
-            Program::KProbe(program),
-            HookPoint::Kprobe(function) | HookPoint::Kretprobe(function),
-        ) => {
+        (Program::KProbe(program), HookPoint::Kprobe(function)) => {
             program.attach(function, 0)?;
+        }
+        (Program::KProbe(program), HookPoint::Kretprobe(function)) => {
+            program.attach(format!("{OF_ARCHITECTURE}{function}"), 0)?;
         }
         (Program::FEntry(program), HookPoint::Fentry(_)) => {
             program.attach()?;

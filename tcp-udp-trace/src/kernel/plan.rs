@@ -31,7 +31,7 @@ pub(super) enum HookPoint {
     Tracepoint(&'static str, &'static str),
     BtfTracepoint(&'static str),
     Kprobe(&'static str),
-    /// Where a function returns.
+    /// Where the function of a system call returns. What it calls may be inlined.
     Kretprobe(&'static str),
     Fentry(&'static str),
     /// At the root of cgroup v2, named as in the program's section.
@@ -105,7 +105,7 @@ const TCP: &[Signal] = &[
     ]] },
     // Without tracefs there is no hook but one in every system call, which is too much for a failure.
     Signal { name: "connect_failed", required: false, slots: &[&[
-        worse(&[("tcp_connect_kretprobe", Kretprobe(SYS_CONNECT))], ONLY_CONNECT),
+        worse(&[("tcp_connect_kretprobe", Kretprobe("sys_connect"))], ONLY_CONNECT),
         worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], NO_KPROBE_CONNECT),
     ]] },
 ];
@@ -153,13 +153,6 @@ const UDP: &[Signal] = &[
                 ("udp_connect4", Cgroup("connect4")), ("udp_connect6", Cgroup("connect6"))], SYS_EXIT),
     ]] },
 ];
-
-/// The system call `connect`. What it calls may be inlined.
-const SYS_CONNECT: &str = if cfg!(target_arch = "aarch64") {
-    "__arm64_sys_connect"
-} else {
-    "__x64_sys_connect"
-};
 
 const NO_TRACEFS_STATE: &str =
     "without tracefs a few per cent of transitions are missed under load on preemptible kernels";
