@@ -474,16 +474,11 @@ pub(crate) fn addresses(sk: impl Socket) -> Datagrams {
         (local6(sk, peer.family), peer)
     };
     let device = sk.get(Field::Device);
-    let scope = if needs_scope(&peer, &local) {
-        device
-    } else {
-        0
-    };
     Datagrams {
         direction: Direction::Sent,
         bytes: 0,
         packets: 0,
-        flow: flow_with(peer, scope, local),
+        flow: flow_with(peer, device, local),
         local: Peer {
             address: local,
             port: sk.bound_port(),
@@ -522,14 +517,22 @@ const fn is_set([a, b, c, d]: &[u32; 4]) -> bool {
     *a | *b | *c | *d != 0
 }
 
-/// Whether one of two addresses means nothing without an interface (`__ipv6_addr_needs_scope_id`).
+/// The interface that the addresses of datagrams belong to: the one that the socket is bound to
+/// (0 for none), or the one they went through if one of them is a link-local address.
 #[inline(always)]
-pub(crate) fn needs_scope(peer: &Peer, local: &[u32; 4]) -> bool {
-    let is_of_a_link = |address: &[u32; 4]| {
-        let first = u32::from_be(address[0]) >> 16;
-        first & 0xffc0 == 0xfe80 || first & 0xff0f == 0xff01 || first & 0xff0f == 0xff02
-    };
-    peer.family == AF_INET6 && (is_of_a_link(&peer.address) || is_of_a_link(local))
+pub(crate) fn scope(
+    device: u32,
+    peer: &Peer,
+    local: &[u32; 4],
+    interface: impl FnOnce() -> u32,
+) -> u32 {
+    let is_link_local = |address: &[u32; 4]| u32::from_be(address[0]) >> 22 == 0xfe80 >> 6;
+    let is_either = is_link_local(&peer.address) || is_link_local(local);
+    if device == 0 && peer.family == AF_INET6 && is_either {
+        interface()
+    } else {
+        device
+    }
 }
 
 /// The socket's last descriptor is closed.

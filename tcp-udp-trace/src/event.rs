@@ -64,7 +64,7 @@ pub enum EventKind {
     /// UDP: `connect` gave the socket a peer.
     Connect,
     /// A `connect` failed and left the socket as it was: there was no route, a cgroup's program, a
-    /// security module or a seccomp filter refused it, or the address made no sense. `connect`
+    /// security module refused it, or the address made no sense. `connect`
     /// returned the error.
     ///
     /// [`Socket::remote`] is where the caller wanted to go. It is unspecified if the caller gave no

@@ -16,7 +16,7 @@ pub struct Process {
     pub pid: u32,
     /// The thread that made the socket this process's own.
     pub tid: u32,
-    /// The user that the process ran as then.
+    /// The real user id of the process then.
     pub uid: u32,
     /// The process's name then.
     pub comm: Comm,

@@ -8,8 +8,7 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET6, Field, Peer, kind};
 
 use super::{
-    Datagrams, Direction, TCP_ESTABLISHED, flow_with, get, key_of, needs_scope, record, report,
-    totals_of, used,
+    Datagrams, Direction, TCP_ESTABLISHED, flow_with, get, key_of, record, report, totals_of, used,
 };
 use crate::{
     connect::{self, Connect},
@@ -102,16 +101,11 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
         });
     }
     let device = connect.sk.get(Field::Device);
-    let scope = if needs_scope(&peer, &local.address) {
-        device
-    } else {
-        0
-    };
     let ends = Datagrams {
         direction: Direction::Sent,
         bytes: 0,
         packets: 0,
-        flow: flow_with(peer, scope, local.address),
+        flow: flow_with(peer, device, local.address),
         local,
         other_port: 0,
         device: Some(device),

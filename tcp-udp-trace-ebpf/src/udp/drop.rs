@@ -5,7 +5,7 @@ use tcp_udp_trace_common::{AF_INET, Field, Peer};
 
 use super::{
     Datagrams, Direction, Headers, Packet, UDP_HEADER, count, flow, flow_with, get, headers,
-    key_of, local_of_flow, nat, needs_scope,
+    key_of, local_of_flow, nat, scope,
 };
 use crate::{
     emit::Context,
@@ -74,11 +74,8 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     };
     let bytes = u64::from(length).saturating_sub(UDP_HEADER);
     let device = sk.get(Field::Device);
-    let scope = match device {
-        _ if !needs_scope(&peer, &source) => 0,
-        0 => read(read(skb, Field::SkbDevice), Field::DeviceIndex),
-        device => device,
-    };
+    let interface = || read(read(skb, Field::SkbDevice), Field::DeviceIndex);
+    let scope = scope(device, &peer, &source, interface);
     let mut datagrams = Datagrams {
         direction: Direction::Sent,
         bytes,

@@ -15,7 +15,7 @@ use tcp_udp_trace_common::{Field, Peer, UdpTracked};
 
 use super::{
     Datagrams, Direction, Headers, Packet, addresses, count, flow_with, headers, key, key_of,
-    local6, needs_scope, used,
+    local6, scope, used,
 };
 use crate::{
     emit::Context,
@@ -71,14 +71,8 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
         port,
         family,
     };
-    let scope = if needs_scope(&peer, &local) {
-        match sk.get(Field::Device) {
-            0 => read(skb, Field::SkbInterface),
-            device => device,
-        }
-    } else {
-        0
-    };
+    let interface = || read(skb, Field::SkbInterface);
+    let scope = scope(sk.get(Field::Device), &peer, &local, interface);
     let mut datagrams = Datagrams {
         direction: Direction::Received,
         bytes: len as u64,
@@ -105,12 +99,10 @@ pub(crate) fn receiving(hook: Context, peer: Peer) {
     /// Of a `struct sockaddr_in6`.
     const SCOPE_ID: u64 = 24;
     let thread = bpf_get_current_pid_tgid();
-    let scope = if needs_scope(&peer, &[0; 4]) {
+    let scope = scope(0, &peer, &[0; 4], || {
         let address = read::<u64>(hook as u64, Field::SockAddrUser);
         read_at(address + SCOPE_ID)
-    } else {
-        0
-    };
+    });
     let from = From {
         peer,
         scope,
@@ -166,10 +158,9 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
                 datagrams.flow.local = datagrams.local.address;
             }
             datagrams.flow.peer = *peer;
-            datagrams.flow.scope = match datagrams.device {
-                Some(device) if device != 0 && *scope != 0 => device,
-                _ => *scope,
-            };
+            if datagrams.flow.scope == 0 {
+                datagrams.flow.scope = *scope;
+            }
         }
         (datagrams, key(sk, socket.get(Field::Cookie)))
     };
@@ -182,7 +173,6 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
             if !is_told {
                 let peer = &mut datagrams.flow.peer;
                 (peer.address, peer.port) = ([0; 4], 0);
-                datagrams.flow.scope = 0;
             }
         }
         count(ctx, key, tracked, &mut datagrams, Received);

@@ -7,7 +7,7 @@ use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use super::{
     Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, count, flow_with, local_of_flow, nat,
-    needs_scope, seen,
+    scope, seen,
 };
 use crate::{owner, sock::read};
 
@@ -119,12 +119,9 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
         (port as u16, own, (*sk).bound_dev_if)
     };
     let source_port = u16::from_be(udp.source);
-    let scope = match device {
-        _ if !needs_scope(&peer, &source) => 0,
-        // SAFETY: the verifier knows the context.
-        0 => unsafe { (*ctx.skb.skb).ifindex },
-        device => device,
-    };
+    // SAFETY: the verifier knows the context.
+    let interface = || unsafe { (*ctx.skb.skb).ifindex };
+    let scope = scope(device, &peer, &source, interface);
     let mut datagrams = Datagrams {
         direction: Direction::Sent,
         bytes: u64::from(u16::from_be(udp.length)).saturating_sub(size_of::<UdpHeader>() as u64),
