@@ -11,6 +11,7 @@ use crate::{
     syscall, track,
 };
 
+const IPPROTO_MPTCP: u16 = 262;
 const TCP_CLOSE: u8 = 7;
 const TCP_LISTEN: u8 = 10;
 
@@ -23,9 +24,15 @@ const IORING_CQE_F_BUFFER: u32 = 1;
 /// The bits of a slot that belong to the address of its file.
 const FILE_ADDRESS: u64 = !7;
 
-/// The current process has accepted this socket, if it is one of TCP.
+/// The current process has accepted this socket, if it is one of TCP. Of Multipath TCP, that is the first
+/// subflow.
 #[inline(always)]
 pub(crate) fn accepted(ctx: Context, sk: Sock) {
+    let sk = if sk.get::<u16>(Field::Protocol) == IPPROTO_MPTCP {
+        Sock::new(read(sk.0, Field::MptcpFirst))
+    } else {
+        sk
+    };
     let socket = &Copied::new(sk);
     let family = socket.family();
     if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || track::is_stopping() {

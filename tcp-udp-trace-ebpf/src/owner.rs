@@ -19,11 +19,19 @@ pub(crate) const UNKNOWN: Owner = Owner {
     started: 0,
 };
 
-/// The current process as the owner of a socket. Writes what it runs, if that is wanted and new.
+/// `PF_WQ_WORKER`: a thread of the kernel that does what others have left to it.
+const WORKER: u32 = 0x20;
+
+/// The current process as the owner of a socket; none if it is a worker of the kernel, which works on
+/// behalf of some process. Writes what it runs, if that is wanted and new.
 #[inline(always)]
 pub(crate) fn current(ctx: Context, origin: u16) -> Owner {
     let pid_tgid = bpf_get_current_pid_tgid();
-    let leader = leader(current_task());
+    let task = current_task();
+    if read::<u32>(task, Field::TaskFlags) & WORKER != 0 {
+        return UNKNOWN;
+    }
+    let leader = leader(task);
     let owner = Owner {
         pid: (pid_tgid >> 32) as u32,
         tid: pid_tgid as u32,

@@ -10,7 +10,7 @@ use crate::{
     connect::{self, Connect},
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Sock, Socket},
+    sock::{Sock, Socket, read},
     syscall, track,
 };
 
@@ -70,7 +70,13 @@ pub(crate) fn changed(
         return;
     }
     let (syn, owner) = match (from, to) {
-        (CLOSE, SYN_SENT) => (syn::COUNTED, owner::current(ctx, origin::CREATOR)),
+        (CLOSE, SYN_SENT) => {
+            let owner = match owner_of_connection(sk, socket) {
+                Some(owner) => owner,
+                None => owner::current(ctx, origin::CREATOR),
+            };
+            (syn::COUNTED, owner)
+        }
         (CLOSE, LISTEN) => (syn::NOT_COUNTED, owner::current(ctx, origin::CREATOR)),
         (LISTEN, SYN_RECV) => (syn::NOT_COUNTED, owner_of_listener(sk)),
         _ => {
@@ -84,6 +90,11 @@ pub(crate) fn changed(
                     anomaly::missed();
                 }
                 tracked.state = to;
+                if from == SYN_RECV && to == ESTABLISHED {
+                    if let Some(owner) = owner_of_connection(sk, socket) {
+                        tracked.creator = owner;
+                    }
+                }
                 if to == CLOSE {
                     // A socket that nobody has open any more has none of these states.
                     let is_unreturned =
@@ -225,6 +236,24 @@ fn owner_of_listener(child: Sock) -> Owner {
         }
     }
     owner::UNKNOWN
+}
+
+/// The owner of the connection of Multipath TCP that a subflow joins: that of its first subflow. None if
+/// it is no such subflow.
+///
+/// A worker of the kernel begins subflows, and no process accepts those that the peer begins.
+#[inline(always)]
+fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
+    let context = socket.get::<u64>(Field::UlpData);
+    // Others have data there, too, but none that points back.
+    if context == 0 || read::<u64>(context, Field::SubflowSock) != sk.0 {
+        return None;
+    }
+    let first = Sock::new(read(read(context, Field::SubflowOf), Field::MptcpFirst));
+    if first.0 == sk.0 {
+        return None;
+    }
+    track::get(first).map(|tracked| *track::owner(tracked))
 }
 
 /// Reports a change of state.

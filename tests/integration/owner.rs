@@ -7,12 +7,16 @@ use integration_tests::{
     actor::{Actor, Command, Endpoint, Outcome, errno},
     cgroup::Cgroup,
     life::{ACTIVE_CLIENT, ACTIVE_SERVER, LISTENER, Life, PASSIVE_CLIENT, PASSIVE_SERVER},
+    netns::ip,
     scene::{Connection, Scene, loopback},
     suite::{Test, skip},
-    trace::Trace,
+    trace::{Trace, show},
 };
 use nix::errno::Errno;
-use tcp_udp_trace::TcpState::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck};
+use tcp_udp_trace::{
+    Event, EventKind,
+    TcpState::{Close, CloseWait, Established, FinWait1, FinWait2, LastAck},
+};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
@@ -20,6 +24,7 @@ pub(crate) fn trials() -> Vec<Test> {
             inherited_listener_prefork,
             reuseport_three_processes,
             io_uring_accept,
+            mptcp_subflows,
             connection_passed_to_another_process_keeps_its_connector,
             connection_passed_to_another_process_keeps_its_acceptor,
             killed_client,
@@ -56,6 +61,90 @@ fn inherited_listener_prefork() -> anyhow::Result<()> {
         child.close(&listener)?;
     }
     scene.finish(&lives)
+}
+
+/// A connection of Multipath TCP is one process's at each end, though a worker of the kernel makes the
+/// second subflow at the one end, and nobody accepts it at the other one.
+fn mptcp_subflows() -> anyhow::Result<()> {
+    const SERVER: &str = "10.9.0.1:0";
+    const SECOND: &str = "10.9.1.1";
+    let mut parent = Actor::spawn("parent")?;
+    let open = Command::Open {
+        v6: false,
+        mptcp: true,
+    };
+    let Ok(listener) = parent.socket(open.clone()) else {
+        return skip("this kernel has no MPTCP");
+    };
+    for address in ["10.9.0.1", "10.9.0.2", SECOND] {
+        ip(&format!("addr add {address}/24 dev lo"))?;
+    }
+    ip("mptcp limits set subflow 2 add_addr_accepted 2")?;
+    ip(&format!("mptcp endpoint add {SECOND} dev lo subflow"))?;
+    let trace = Trace::start()?;
+    parent.run(Command::Bind(listener.fd, SERVER.parse()?))?;
+    let listener = parent.socket(Command::Listen(listener.fd))?;
+    let mut worker = Actor::spawn("worker")?;
+    let shared = worker.take(&parent, listener.fd)?;
+    let mut client = Actor::spawn("client")?;
+    let socket = client.socket(open)?;
+    client.run(Command::Bind(socket.fd, "10.9.0.2:0".parse()?))?;
+    let socket = client.socket(Command::Connect(socket.fd, listener.local))?;
+    let accepted = worker.accept(&shared)?;
+    client.send(&socket, 10)?;
+    worker.receive(&accepted, 10)?;
+    let second = SECOND.parse()?;
+    let is_second =
+        |event: &Event| [event.socket.local.ip(), event.socket.remote.ip()].contains(&second);
+    for is_client in [true, false] {
+        let is_there = move |event: &Event| {
+            let side = if is_client {
+                event.socket.local
+            } else {
+                event.socket.remote
+            };
+            side.ip() == second
+                && matches!(
+                    event.kind,
+                    EventKind::StateChange {
+                        to: Established,
+                        ..
+                    }
+                )
+        };
+        trace.wait_for("second subflow", is_there)?;
+    }
+    client.close(&socket)?;
+    ensure!(worker.receive_all(&accepted)? == 0);
+    worker.close(&accepted)?;
+    worker.close(&shared)?;
+    parent.close(&listener)?;
+
+    // A listener, and two ends of two subflows.
+    let lives = trace.finish(5)?.rest();
+    let accepts = lives.concat().into_iter();
+    let accepts: Vec<_> = accepts
+        .filter(|event| event.kind == EventKind::Accept)
+        .collect();
+    ensure!(
+        accepts.len() == 1 && !is_second(&accepts[0]),
+        "{}",
+        show(&accepts)
+    );
+    for events in &lives {
+        let last = events.last().unwrap();
+        let pid = match last.socket.local.port() {
+            _ if last.socket.remote.port() == 0 => parent.pid(),
+            port if port == listener.local.port() => worker.pid(),
+            _ => client.pid(),
+        };
+        let owner = last.process.as_ref().map(|process| process.pid);
+        ensure!(owner == Some(pid), "not of {pid}:{}", show(events));
+        let workers = events.iter().filter_map(|event| event.process.as_ref());
+        let workers = workers.filter(|process| process.comm.to_string().starts_with("kworker"));
+        ensure!(workers.count() == 0, "{}", show(events));
+    }
+    Ok(())
 }
 
 /// Three processes listen at one address: a connection belongs to the one whose listener the kernel has chosen, before
