@@ -81,7 +81,8 @@ pub(super) fn count(
         flow.report = report::NEXT;
         if is_first {
             // User space removes the flows that it knows.
-            let _ = FLOWS.remove(&datagrams.flow);
+            let key = &datagrams.flow;
+            let _ = FLOWS.remove(key);
             unassigned(tracked);
         }
     }
