@@ -134,6 +134,7 @@ fields! {
     CgroupResult: 4 = "bpf_cg_run_ctx.retval",
     SockAddrUser: 8 = "bpf_sock_addr_kern.uaddr",
     IoOpcode: 1 = "io_kiocb.opcode",
+    IoFile: 8 = "io_kiocb.file",
     ExecId: 8 = "task_struct.self_exec_id",
     Mm: 8 = "task_struct.mm",
     ExeFile: 8 = "mm_struct.exe_file",

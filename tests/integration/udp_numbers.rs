@@ -126,7 +126,8 @@ fn io_uring_write_and_read() -> anyhow::Result<()> {
     })
 }
 
-fn skip_without_uring(error: anyhow::Error) -> anyhow::Result<()> {
+/// Skips the test if the kernel, or a rule of the machine, refuses io_uring.
+pub(crate) fn skip_without_uring(error: anyhow::Error) -> anyhow::Result<()> {
     let is_refused = [Errno::ENOSYS, Errno::EPERM]
         .iter()
         .any(|&refusal| errno(&error) == Some(refusal as i32));

@@ -12,8 +12,9 @@ use std::{
 use anyhow::{bail, ensure};
 use integration_tests::{
     actor::{Operation, ReceiveCall, SendCall, SocketOption, receive_queue},
+    kernel::is_at_least,
     netns::{NEAR, ip, veth},
-    suite::Test,
+    suite::{Test, skip},
     talker::Talker,
     trace::{Trace, show},
     udp_life::UdpLife,
@@ -27,6 +28,8 @@ use nix::{
 };
 use tcp_udp_trace::{Event, EventKind};
 
+use crate::udp_numbers::skip_without_uring;
+
 pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
@@ -35,6 +38,7 @@ pub(crate) fn trials() -> Vec<Test> {
             dual_stack_server,
             connected_socket_that_sends_elsewhere,
             connect_to_another_peer,
+            connect_by_io_uring,
             connect_with_datagrams_of_others_in_the_queue,
             disconnect,
             failed_connect_is_no_event,
@@ -213,6 +217,28 @@ fn connect_to_another_peer() -> anyhow::Result<()> {
         other.receive(ReceiveCall::RecvFrom, 2)?;
         lives.push(other.close()?);
         lives.extend(site.close()?);
+    }
+    traces.finish(&lives)
+}
+
+/// By the thread that asks, and by a worker.
+fn connect_by_io_uring() -> anyhow::Result<()> {
+    if !is_at_least(5, 18)? {
+        return skip("this kernel does not tell which request of io_uring has ended");
+    }
+    let traces = UdpTraces::start()?;
+    let mut lives = Vec::new();
+    for family in Family::ALL {
+        for worker in [false, true] {
+            let mut server = Talker::bind("server", family.loopback())?;
+            let mut client = Talker::open("client", family.loopback())?;
+            client
+                .connect_in_ring(server.local(), worker)
+                .or_else(skip_without_uring)?;
+            client.send(SendCall::Write, None, &[10])?;
+            server.receive(ReceiveCall::RecvFrom, 1)?;
+            lives.extend([client.close()?, server.close()?]);
+        }
     }
     traces.finish(&lives)
 }

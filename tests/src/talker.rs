@@ -89,6 +89,17 @@ impl Talker {
         Ok(())
     }
 
+    /// Gives the socket a peer by `io_uring`.
+    pub fn connect_in_ring(&mut self, to: SocketAddr, worker: bool) -> anyhow::Result<()> {
+        let fd = self.socket.fd;
+        self.socket = self
+            .actor
+            .socket(Command::ConnectInRing { fd, to, worker })?;
+        self.life.moved_to(&self.socket);
+        self.life.connected_to(to);
+        Ok(())
+    }
+
     /// Fails to give the socket a peer: with what `errno`.
     pub fn fail_to_connect(&mut self, to: SocketAddr) -> anyhow::Result<i32> {
         let errno = self.actor.fail(Command::Connect(self.socket.fd, to))?;

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     connect::{self, Connect},
     emit::Context,
-    filter,
+    filter, owner,
     sock::{Sock, Socket as _, read},
     syscall,
 };
@@ -25,9 +25,15 @@ static CONNECTING: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 /// `IORING_OP_CONNECT` of `io_uring.h`.
 const IORING_OP_CONNECT: u8 = 16;
 
+/// `PF_IO_WORKER`: a thread of an io_uring, whose requests complete elsewhere.
+const IO_WORKER: u32 = 0x10;
+
 /// The current thread begins to connect the socket.
 #[inline(always)]
 pub(crate) fn connecting(key: u64) {
+    if read::<u32>(owner::current_task(), Field::TaskFlags) & IO_WORKER != 0 {
+        return;
+    }
     let thread = bpf_get_current_pid_tgid();
     // If it does not fit, the event will be missing; with 4096 threads in `connect` at once.
     let _ = CONNECTING.insert(thread, key, u64::from(BPF_ANY));
@@ -42,6 +48,12 @@ pub(crate) fn connected(ctx: Context, result: i64) {
         return;
     };
     let _ = CONNECTING.remove(thread);
+    ended(ctx, key, result);
+}
+
+/// A `connect` of the socket has ended with this result.
+#[inline(always)]
+fn ended(ctx: Context, key: u64, result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
     if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
@@ -117,10 +129,17 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
     }
 }
 
-/// The current process's io_uring has finished a request.
+/// An io_uring has finished a request, which perhaps another thread has carried out.
 #[inline(always)]
 pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
-    if read::<u8>(request, Field::IoOpcode) == IORING_OP_CONNECT {
-        connected(ctx, i64::from(result));
+    if read::<u8>(request, Field::IoOpcode) != IORING_OP_CONNECT {
+        return;
+    }
+    // If it was this thread, it made an entry that nobody needs.
+    let _ = CONNECTING.remove(bpf_get_current_pid_tgid());
+    if let Some(sk) = Sock::of_file(read(request, Field::IoFile)) {
+        if sk.is_udp() {
+            ended(ctx, key_of(sk), result.into());
+        }
     }
 }

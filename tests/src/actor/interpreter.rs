@@ -122,6 +122,10 @@ impl Interpreter {
             Command::AcceptInRing(fd, way, connections) => {
                 self.rings.push(ring::accept(fd, way, connections)?);
             }
+            Command::ConnectInRing { fd, to, worker } => {
+                ring::connect(fd, to, worker)?;
+                return self.tell(fd);
+            }
             Command::Take { pid, fd } => return self.keep(take(pid, fd)?.into()),
             Command::Tell(fd) => return self.tell(fd),
             Command::Udp(fd, operation) => return udp::perform(self.socket(fd)?, operation),

@@ -42,6 +42,15 @@ pub enum Command {
     AcceptByUring(RawFd),
     /// Accepts so many connections by `io_uring` in a certain way, and keeps them.
     AcceptInRing(RawFd, UringAccept, u32),
+    /// Connects by `io_uring`, perhaps in a worker's thread: [`Outcome::Socket`].
+    ConnectInRing {
+        /// The socket.
+        fd: RawFd,
+        /// Where to.
+        to: SocketAddr,
+        /// Whether a worker does it.
+        worker: bool,
+    },
     /// Takes a socket of another process, as one that inherits it would have it: [`Outcome::Socket`].
     Take {
         /// The other process.

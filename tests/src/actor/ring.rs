@@ -1,12 +1,13 @@
-//! Accepts by `io_uring`, in each way that there is.
+//! Accepts and connects by `io_uring`, in each way that there is.
 #![allow(
     unsafe_code,
-    reason = "a request may point to memory; those here do not"
+    reason = "a request may point to memory, which must outlive it"
 )]
 
-use std::{io, os::fd::RawFd, ptr};
+use std::{io, net::SocketAddr, os::fd::RawFd, ptr};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use socket2::SockAddr;
 
 use super::protocol::UringAccept;
 
@@ -44,6 +45,28 @@ pub(super) fn accept(listener: RawFd, way: UringAccept, connections: u32) -> io:
         is_armed = cqueue::more(completion.flags());
     }
     Ok(ring)
+}
+
+/// Connects a socket.
+pub(super) fn connect(socket: RawFd, to: SocketAddr, worker: bool) -> io::Result<()> {
+    let mut ring = IoUring::new(1)?;
+    let to = SockAddr::from(to);
+    let request = opcode::Connect::new(types::Fd(socket), to.as_ptr().cast(), to.len()).build();
+    let request = if worker {
+        request.flags(squeue::Flags::ASYNC)
+    } else {
+        request
+    };
+    // SAFETY: the address lives until the request is completed, and the socket stays open.
+    unsafe { ring.submission().push(&request) }.map_err(io::Error::other)?;
+    ring.submit_and_wait(1)?;
+    match ring.completion().next() {
+        Some(completion) if completion.result() < 0 => {
+            Err(io::Error::from_raw_os_error(-completion.result()))
+        }
+        Some(_) => Ok(()),
+        None => Err(io::Error::other("nothing was completed")),
+    }
 }
 
 fn request(listener: RawFd, way: UringAccept, number: u32) -> io::Result<squeue::Entry> {
