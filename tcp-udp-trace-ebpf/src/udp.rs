@@ -393,8 +393,6 @@ fn report(
 /// The headers of a packet that the kernel has at this address.
 #[derive(Clone, Copy)]
 struct Headers {
-    /// The address of the IP header.
-    network: u64,
     family: u16,
     source: [u32; 4],
     destination: [u32; 4],
@@ -424,7 +422,6 @@ fn headers(skb: u64) -> Headers {
     let shared = head + u64::from(read::<u32>(skb, Field::SkbEnd));
     let segments = read::<u16>(shared, Field::SkbSegments);
     Headers {
-        network,
         family: if v4 { AF_INET } else { AF_INET6 },
         source,
         destination,

@@ -4,8 +4,8 @@ use aya_ebpf::Global;
 use tcp_udp_trace_common::{AF_INET, Field, Peer};
 
 use super::{
-    Datagrams, Direction, Headers, Packet, UDP_HEADER, count, flow, flow_with, get, headers,
-    key_of, local_of_flow, nat, scope,
+    Datagrams, Direction, ETH_P_IP, Headers, Packet, UDP_HEADER, count, flow, flow_with, get,
+    headers, key_of, local_of_flow, nat, scope,
 };
 use crate::{
     emit::Context,
@@ -48,8 +48,7 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     }
     let key = key_of(sk);
     let Some(tracked) = get(key) else { return };
-    let headers = headers(skb);
-    if !is_refused && !stays_here(&headers, sk) {
+    if !is_refused && !stays_here(skb) {
         return;
     }
     let Headers {
@@ -60,8 +59,11 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
         destination_port,
         length,
         packets,
-        ..
-    } = headers;
+    } = headers(skb);
+    // A packet that arrives has another socket's port.
+    if source_port != sk.bound_port() && !is_refused {
+        return;
+    }
     let peer = Peer {
         address: destination,
         port: destination_port,
@@ -99,16 +101,15 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     }
 }
 
-/// Whether a socket has sent the packet to a group, and only to members on this host. The kernel lets
-/// no other packet of a socket have a time to live of 0.
+/// Whether a packet goes to a group, and only to members on this host. The kernel lets no other packet
+/// of a socket have a time to live of 0.
 #[inline(always)]
-fn stays_here(headers: &Headers, sk: Sock) -> bool {
+fn stays_here(skb: u64) -> bool {
     const TIME_TO_LIVE: u64 = 8;
-    // The low byte of what is read there, in memory order.
-    let [time_to_live, _] = read_at::<u16>(headers.network + TIME_TO_LIVE).to_ne_bytes();
-    let [first, ..] = headers.destination[0].to_ne_bytes();
-    headers.family == AF_INET
-        && time_to_live == 0
-        && first & 0xf0 == 0xe0
-        && headers.source_port == sk.bound_port()
+    const DESTINATION: u64 = 16;
+    let head = read::<u64>(skb, Field::SkbHead);
+    let header = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
+    read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP
+        && read_at::<u8>(header + TIME_TO_LIVE) == 0
+        && read_at::<u8>(header + DESTINATION) & 0xf0 == 0xe0
 }
