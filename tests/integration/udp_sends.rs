@@ -1,10 +1,14 @@
 //! What is sent, is what a send call says that it sent.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use anyhow::ensure;
 use integration_tests::{
-    actor::{Actor, Operation, ReceiveCall, SendCall, SocketOption},
+    actor::{Actor, Operation, ReceiveCall, SendCall, SocketOption, errno},
     cgroup::Cgroup,
     kernel::is_at_least,
     netns::{NEAR, ip, veth},
@@ -23,6 +27,8 @@ pub(crate) fn trials() -> Vec<Test> {
         ],
     ]
 }
+
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The send fails after the hook that counts: neither the socket nor the flow has sent anything, and
 /// there is no event of a send.
@@ -57,7 +63,15 @@ fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
                 ensure!(failed == Errno::EPERM as i32, "{failed}");
             }
             drop(refusal);
-            sender.send(SendCall::SendTo, to, &[20])?;
+            // A process that another test has just forked may keep it for a moment.
+            let deadline = Instant::now() + PATIENCE;
+            while let Err(error) = sender.send(SendCall::SendTo, to, &[20]) {
+                let is_refused = errno(&error) == Some(Errno::EPERM as i32);
+                if !is_refused || Instant::now() > deadline {
+                    return Err(error);
+                }
+                sleep(Duration::from_millis(1));
+            }
             receiver.receive(ReceiveCall::RecvFrom, 1)?;
             lives.push(sender.close()?);
             lives.push(receiver.close()?);
