@@ -383,9 +383,13 @@ pub struct UdpTracked {
     /// See [`Tracked::kin`].
     pub kin: u16,
     /// 1 once a datagram was counted for no flow, see [`Counters::unassigned`].
-    pub unassigned: u32,
+    pub unassigned: u16,
     /// 1 once netfilter has translated the addresses of a packet that it sent.
-    pub is_translated: u32,
+    pub is_translated: u8,
+    /// 1 once another program at the cgroup has refused a packet that it sent.
+    pub is_refused: u8,
+    /// How many packets were found to be refused before they were counted, and are yet to be freed.
+    pub unsent: u32,
     /// How many datagrams that have not been received yet may have come before the socket got its peer, so from anybody. At or below 0 (as a
     /// signed number): none.
     pub strangers: u64,

@@ -120,6 +120,8 @@ pub(crate) fn begin(
         kin: 0,
         unassigned: 0,
         is_translated: 0,
+        is_refused: 0,
+        unsent: 0,
         strangers: 0,
         owner,
         traffic: Traffic {
@@ -161,6 +163,8 @@ pub(crate) fn begin(
             tracked.flows = old.flows;
             tracked.unassigned = old.unassigned;
             tracked.is_translated = old.is_translated;
+            tracked.is_refused = old.is_refused;
+            tracked.unsent = old.unsent;
             tracked.strangers = old.strangers;
             tracked.kin = old.kin;
             tracked.traffic = old.traffic;
@@ -302,6 +306,15 @@ fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
         atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(bytes, datagrams.bytes);
         atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(packets, datagrams.packets);
     }
+}
+
+/// So many packets more (or, wrapping, fewer) were found to be refused and are yet to be freed.
+#[inline(always)]
+fn add_unsent(tracked: &mut UdpTracked, packets: u32) {
+    // SAFETY: a pointer into a map's value; other CPUs add to it too, so it is atomic.
+    unsafe {
+        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(&raw mut tracked.unsent, packets)
+    };
 }
 
 /// What a socket or a flow has carried.

@@ -4,8 +4,8 @@ use aya_ebpf::Global;
 use tcp_udp_trace_common::{AF_INET, Field, Peer};
 
 use super::{
-    Datagrams, Direction, ETH_P_IP, Headers, Packet, UDP_HEADER, count, flow, flow_with, get,
-    headers, key_of, local_of_flow, nat, scope,
+    Datagrams, Direction, ETH_P_IP, Headers, Packet, UDP_HEADER, add_unsent, count, flow,
+    flow_with, get, headers, key_of, local_of_flow, nat, scope,
 };
 use crate::{
     emit::Context,
@@ -48,7 +48,13 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     }
     let key = key_of(sk);
     let Some(tracked) = get(key) else { return };
-    if !is_refused && !stays_here(skb) {
+    if is_refused {
+        tracked.is_refused = 1;
+        if tracked.unsent.cast_signed() > 0 {
+            add_unsent(tracked, u32::MAX);
+            return;
+        }
+    } else if !stays_here(skb) {
         return;
     }
     let Headers {

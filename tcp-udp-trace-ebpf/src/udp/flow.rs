@@ -157,7 +157,7 @@ fn begin(
         },
         report: report::LATER,
         born: now(),
-        approximate: tracked.unassigned,
+        approximate: tracked.unassigned.into(),
         is_mixed: 0,
         local: datagrams.local.address,
     };

@@ -6,8 +6,8 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use super::{
-    Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, count, flow_with, local_of_flow, nat,
-    scope, seen,
+    Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, add_unsent, count, flow_with,
+    local_of_flow, nat, scope, seen,
 };
 use crate::{owner, sock::read};
 
@@ -101,6 +101,12 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
     let Some(tracked) = seen(key, sk.cast()) else {
         return;
     };
+    let packet = Leaving(ctx);
+    if tracked.is_refused != 0 && packet.is_refused() {
+        // Nobody shall see it counted, not even until the kernel frees it.
+        add_unsent(tracked, 1);
+        return;
+    }
     let peer = Peer {
         address: destination,
         port: u16::from_be(udp.destination),
@@ -135,7 +141,7 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
         other_port: source_port ^ own_port,
         device: Some(device),
     };
-    count(ctx.as_ptr(), key, tracked, &mut datagrams, Leaving(ctx));
+    count(ctx.as_ptr(), key, tracked, &mut datagrams, packet);
 }
 
 /// A packet that a program at the cgroup sees.
