@@ -69,6 +69,10 @@ pub(super) fn count(
         unassigned(tracked);
         return;
     }
+    if !is_first && packet.is_refused() {
+        // It will be taken back. The next one is reported.
+        return;
+    }
     flow.report = report::LATER;
     tracked.flows |= 1;
     datagrams.local.address = flow.local;
