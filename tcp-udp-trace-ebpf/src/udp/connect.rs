@@ -8,7 +8,7 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET6, Field, Peer, kind};
 
 use super::{
-    Datagrams, Direction, TCP_ESTABLISHED, flow_with, get, key_of, record, report, totals_of, used,
+    Datagrams, Direction, TCP_ESTABLISHED, flow_with, get, key_of, record, report, seen, totals_of,
 };
 use crate::{
     connect::{self, Connect},
@@ -100,7 +100,7 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
     };
     let key = key_of(connect.sk);
     let sk = ptr::without_provenance(connect.sk.0 as usize);
-    let Some(tracked) = used(ctx, key, sk) else {
+    let Some(tracked) = seen(key, sk) else {
         return;
     };
     let (mut local, mut peer) = connect.ends();

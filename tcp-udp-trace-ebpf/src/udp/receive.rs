@@ -57,6 +57,11 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
     if peeked || !sk.is_udp() {
         return;
     }
+    // Before the rest: the verifier follows what this may do, once for each way that leads here.
+    let key = key_of(sk);
+    let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) else {
+        return;
+    };
     let Headers {
         family,
         source,
@@ -86,10 +91,7 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
         other_port: 0,
         device: None,
     };
-    let key = key_of(sk);
-    if let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) {
-        count(ctx, key, tracked, &mut datagrams, Received);
-    }
+    count(ctx, key, tracked, &mut datagrams, Received);
 }
 
 /// The current thread receives from this peer (`user_ip`, `user_port` of the hook). The address that
