@@ -111,7 +111,11 @@ impl Kernel {
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
             let targets = targets.chain(walks.iter().map(|walk| walk.target()));
-            let images = config.process_details && offsets::verifies_images(&btf);
+            let verifies = match config.protocol {
+                Protocol::Tcp => offsets::verifies_images(&btf),
+                Protocol::Udp => offsets::verifies_images_of_udp(&btf),
+            };
+            let images = config.process_details && verifies;
             (
                 offsets::resolve(&btf)?,
                 btf_ids::find(&btf, targets),

@@ -133,6 +133,13 @@ pub(super) fn verifies_images(btf: &Btf<'_>) -> bool {
         && !has(super::btf::kind::FUNC, "bpf_compute_live_registers")
 }
 
+/// Whether it does so in the programs of UDP, too: 6.12 does not come to an end with them. It is told
+/// from 6.18 by the name of a function.
+pub(super) fn verifies_images_of_udp(btf: &Btf<'_>) -> bool {
+    let newer = btf.id(super::btf::kind::FUNC, "bpf_stream_stage_printk");
+    newer.is_some() && verifies_images(btf)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
