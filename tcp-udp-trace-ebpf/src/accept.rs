@@ -8,12 +8,12 @@ use crate::{
     emit::{self, Context, Weight},
     filter, owner,
     sock::{Copied, Sock, Socket as _, has, read, read_at},
-    syscall, track,
+    syscall,
+    tcp::{CLOSE, LISTEN},
+    track,
 };
 
 const IPPROTO_MPTCP: u16 = 262;
-const TCP_CLOSE: u8 = 7;
-const TCP_LISTEN: u8 = 10;
 
 /// `IORING_OP_ACCEPT` of `io_uring.h`.
 const IORING_OP_ACCEPT: u8 = 13;
@@ -24,8 +24,8 @@ const IORING_CQE_F_BUFFER: u32 = 1;
 /// The bits of a slot that belong to the address of its file.
 const FILE_ADDRESS: u64 = !7;
 
-/// The current process has accepted this socket, if it is one of TCP. Of Multipath TCP, that is the first
-/// subflow.
+/// The current process has accepted this socket, if it is one of TCP. Of Multipath TCP, that is the
+/// first subflow.
 #[inline(always)]
 pub(crate) fn accepted(ctx: Context, sk: Sock) {
     let sk = if sk.get::<u16>(Field::Protocol) == IPPROTO_MPTCP {
@@ -39,7 +39,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         return;
     }
     let state = socket.get::<u8>(Field::State);
-    if state == TCP_CLOSE {
+    if state == CLOSE {
         // The peer reset it while it waited: its life is over, and its end was reported.
         return;
     }
@@ -122,7 +122,7 @@ pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flag
 /// `accept` returned.
 #[inline(always)]
 fn is_acceptable(tracked: &Tracked) -> bool {
-    tracked.state != TCP_LISTEN
+    tracked.state != LISTEN
         && tracked.syn() != syn::COUNTED
         && tracked.acceptor.origin == origin::NONE
 }

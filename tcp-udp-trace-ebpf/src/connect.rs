@@ -3,7 +3,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::helpers::generated::bpf_probe_read_user;
-use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Peer};
 
 use crate::{
     sock::{Plain, Sock, Socket as _},
@@ -15,7 +15,8 @@ const EINTR: i64 = 4;
 const EISCONN: i64 = 106;
 const EALREADY: i64 = 114;
 const EINPROGRESS: i64 = 115;
-/// The first of the numbers that no process sees: the kernel makes the call again, or returns `EINTR`.
+/// The first of the numbers that no process sees: the kernel makes the call again, or returns
+/// `EINTR`.
 const ERESTARTSYS: i64 = 512;
 
 /// The sizes of a `sockaddr_in`, and of the shortest `sockaddr_in6` that the kernel takes
@@ -57,18 +58,8 @@ impl Connect {
     /// address is the IPv4 address that it is.
     #[inline(always)]
     pub(crate) fn ends(&self) -> (Peer, Peer) {
-        let sk = self.sk;
         // Of a socket that was connected before, only this port is its own.
-        let port = sk.bound_port();
-        let local = if sk.family() == AF_INET {
-            Peer {
-                address: [sk.get(Field::LocalAddr4), 0, 0, 0],
-                port,
-                family: AF_INET,
-            }
-        } else {
-            peer6(sk.get(Field::LocalAddr6), port)
-        };
+        let local = self.sk.local_end(self.sk.bound_port());
         let remote = self.remote().unwrap_or(Peer {
             address: [0; 4],
             port: 0,
@@ -112,8 +103,8 @@ pub(crate) fn mapped(peer: &Peer) -> [u32; 4] {
 #[inline(always)]
 fn read_user<T: Plain>(address: u64) -> T {
     let mut value = MaybeUninit::<T>::uninit();
-    // SAFETY: the helper writes `size_of::<T>()` bytes whatever the address: what it found, or zeros. A `Plain` may
-    // have any bytes.
+    // SAFETY: the helper writes `size_of::<T>()` bytes whatever the address: what it found, or
+    // zeros. A `Plain` may have any bytes.
     unsafe {
         bpf_probe_read_user(
             value.as_mut_ptr().cast(),

@@ -22,7 +22,7 @@ use crate::{
     anomaly, netns,
     owner::{self, leader},
     sock::{Sock, Socket as _, read},
-    track,
+    tcp, track,
     udp::Datagrams,
     walk::Step,
 };
@@ -50,9 +50,6 @@ static KIN: HashMap<Kin, [u16; 2]> = HashMap::with_max_entries(filter::MAX_KIN, 
 #[map]
 static REJECTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT as u32, 0);
 
-/// The TCP state.
-const CLOSE: u8 = 7;
-
 /// How many ancestors of a process are looked at; the walk visits parents before children, mostly.
 const MAX_ANCESTORS: u32 = 32;
 
@@ -74,11 +71,12 @@ pub(crate) fn wants_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked)
     })
 }
 
-/// Whether a `connect` between these ends (local, remote) that failed is wanted. Its socket is closed.
+/// Whether a `connect` between these ends (local, remote) that failed is wanted. Its socket is
+/// closed.
 #[inline(always)]
 pub(crate) fn wants_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
     decide(kind::CONNECT_FAILED_TCP, |word| {
-        filter::no_state(CLOSE) & !word != 0 && is_connect_wanted(word, sk.0, tracked, ends)
+        filter::no_state(tcp::CLOSE) & !word != 0 && is_connect_wanted(word, sk.0, tracked, ends)
     })
 }
 

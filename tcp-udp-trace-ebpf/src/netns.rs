@@ -38,9 +38,9 @@ fn search() -> Option<&'static mut Search> {
 
 /// Begins the search for an inode, or goes on with it. The answer is one of [`netns`].
 ///
-/// The program runs in an RCU read-side critical section, which keeps the namespaces where they are.
-/// Between two runs, the namespace at which the search goes on may be freed. Then its memory is either
-/// another namespace's, or is not taken for one.
+/// The program runs in an RCU read-side critical section, which keeps the namespaces where they
+/// are. Between two runs, the namespace at which the search goes on may be freed. Then its memory
+/// is either another namespace's, or is not taken for one.
 #[inline(always)]
 pub(crate) fn find(begins: bool, inode: u64) -> i32 {
     let namespaces = read::<u64>(current_task(), Field::Namespaces);

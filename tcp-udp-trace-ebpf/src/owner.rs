@@ -22,8 +22,8 @@ pub(crate) const UNKNOWN: Owner = Owner {
 /// `PF_WQ_WORKER`: a thread of the kernel that does what others have left to it.
 const WORKER: u32 = 0x20;
 
-/// The current process as the owner of a socket; none if it is a worker of the kernel, which works on
-/// behalf of some process. Writes what it runs, if that is wanted and new.
+/// The current process as the owner of a socket; none if it is a worker of the kernel, which works
+/// on behalf of some process. Writes what it runs, if that is wanted and new.
 #[inline(always)]
 pub(crate) fn current(ctx: Context, origin: u16) -> Owner {
     let pid_tgid = bpf_get_current_pid_tgid();

@@ -42,6 +42,8 @@ plain! {
     // Two addresses or ports side by side.
     [u32; 2] = [0; 2],
     [u16; 2] = [0; 2],
+    // The header of UDP.
+    [u16; 4] = [0; 4],
     // The beginning of a socket.
     [u64; COMMON / 8] = [0; COMMON / 8],
 }
@@ -391,21 +393,27 @@ impl Sock {
             bound
         };
         let remote_port = u16::from_be(self.get(Field::RemotePort));
+        let remote = self.end(Field::RemoteAddr4, Field::RemoteAddr6, remote_port);
+        (self.local_end(port), remote)
+    }
+
+    /// This end, with a port that it has.
+    #[inline(always)]
+    pub(crate) fn local_end(self, port: u16) -> Peer {
+        self.end(Field::LocalAddr4, Field::LocalAddr6, port)
+    }
+
+    /// The end whose address is in one of these fields, by the family of the socket.
+    #[inline(always)]
+    fn end(self, v4: Field, v6: Field, port: u16) -> Peer {
         if self.family() == AF_INET {
-            let end = |address, port| Peer {
-                address: [address, 0, 0, 0],
+            Peer {
+                address: [self.get(v4), 0, 0, 0],
                 port,
                 family: AF_INET,
-            };
-            (
-                end(self.get(Field::LocalAddr4), port),
-                end(self.get(Field::RemoteAddr4), remote_port),
-            )
+            }
         } else {
-            (
-                peer6(self.get(Field::LocalAddr6), port),
-                peer6(self.get(Field::RemoteAddr6), remote_port),
-            )
+            peer6(self.get(v6), port)
         }
     }
 }

@@ -1,4 +1,5 @@
-//! System calls by number, and their arguments. The numbers, and the registers, are the architecture's own.
+//! System calls by number, and their arguments. The numbers, and the registers, are the
+//! architecture's own.
 
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{ABSENT, Field};

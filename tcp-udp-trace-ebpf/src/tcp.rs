@@ -18,8 +18,8 @@ const ESTABLISHED: u8 = 1;
 const SYN_SENT: u8 = 2;
 const SYN_RECV: u8 = 3;
 const TIME_WAIT: u8 = 6;
-const CLOSE: u8 = 7;
-const LISTEN: u8 = 10;
+pub(crate) const CLOSE: u8 = 7;
+pub(crate) const LISTEN: u8 = 10;
 const NEW_SYN_RECV: u8 = 12;
 
 const EADDRINUSE: u32 = 98;
@@ -238,8 +238,8 @@ fn owner_of_listener(child: Sock) -> Owner {
     owner::UNKNOWN
 }
 
-/// The owner of the connection of Multipath TCP that a subflow joins: that of its first subflow. None if
-/// it is no such subflow.
+/// The owner of the connection of Multipath TCP that a subflow joins: that of its first subflow.
+/// None if it is no such subflow.
 ///
 /// A worker of the kernel begins subflows, and no process accepts those that the peer begins.
 #[inline(always)]

@@ -245,8 +245,11 @@ pub(crate) fn known(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
 
 /// What can be asked of the packet of some datagrams.
 pub(crate) trait Packet: Copy {
-    /// Puts back the addresses that the packet had when the socket sent it. False if netfilter has not
-    /// translated them.
+    /// Whether it may have other addresses than those that the socket knows.
+    const MAY_BE_TRANSLATED: bool;
+
+    /// Puts back the addresses that the packet had when the socket sent it. False if netfilter has
+    /// not translated them.
     #[inline(always)]
     fn undo_nat(self, _datagrams: &mut Datagrams) -> bool {
         false
@@ -422,9 +425,7 @@ fn headers(skb: u64) -> Headers {
     let head = read::<u64>(skb, Field::SkbHead);
     let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
     let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
-    let [ports, length] = read_at::<[u32; 2]>(transport);
-    let [source_port, destination_port]: [u16; 2] = halves(ports);
-    let [length, _] = halves(length);
+    let [source_port, destination_port, length, _] = read_at::<[u16; 4]>(transport);
     let v4 = read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP;
     let (source, destination) = if v4 {
         let [source, destination] = read_at::<[u32; 2]>(network + 12);
@@ -443,13 +444,6 @@ fn headers(skb: u64) -> Headers {
         length: u16::from_be(length),
         packets: if segments > 1 { segments.into() } else { 1 },
     }
-}
-
-/// The two numbers of two bytes in a word, as they stand in memory.
-#[inline(always)]
-fn halves(word: u32) -> [u16; 2] {
-    let [a, b, c, d] = word.to_ne_bytes();
-    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
 }
 
 /// Nothing was carried; for records about the socket itself, with the addresses that it has.

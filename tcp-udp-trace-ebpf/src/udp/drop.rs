@@ -25,6 +25,8 @@ static NOT_SPECIFIED: Global<u32> = Global::new(u32::MAX);
 struct Freed(u64);
 
 impl Packet for Freed {
+    const MAY_BE_TRANSLATED: bool = true;
+
     #[inline(always)]
     fn undo_nat(self, datagrams: &mut Datagrams) -> bool {
         nat::undo(self.0, datagrams)
@@ -34,8 +36,8 @@ impl Packet for Freed {
 /// `kfree_skb(skb, location, reason)`: the kernel drops a packet.
 ///
 /// One that a program at the cgroup refused was counted by ours, and its send call fails. One for a
-/// multicast group that may not leave this host (`IP_MULTICAST_TTL` of 0) has not reached ours, and its
-/// send call succeeds.
+/// multicast group that may not leave this host (`IP_MULTICAST_TTL` of 0) has not reached ours, and
+/// its send call succeeds.
 #[inline(always)]
 pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     let is_refused = reason == REFUSED.load();
@@ -107,8 +109,8 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     }
 }
 
-/// Whether a packet goes to a group, and only to members on this host. The kernel lets no other packet
-/// of a socket have a time to live of 0.
+/// Whether a packet goes to a group, and only to members on this host. The kernel lets no other
+/// packet of a socket have a time to live of 0.
 #[inline(always)]
 fn stays_here(skb: u64) -> bool {
     const TIME_TO_LIVE: u64 = 8;

@@ -106,12 +106,15 @@ pub(super) fn take_back(tracked: &mut UdpTracked, datagrams: &mut Datagrams, pac
 /// Only a socket whose packets netfilter translates needs more than a look into the map: the
 /// translated address of one peer may be another peer's own.
 #[inline(always)]
-fn find(
+fn find<P: Packet>(
     tracked: &mut UdpTracked,
     datagrams: &mut Datagrams,
-    packet: impl Packet,
+    packet: P,
 ) -> Option<&'static mut Flow> {
     datagrams.flow.socket = tracked.id;
+    if !P::MAY_BE_TRANSLATED {
+        return get_flow(&datagrams.flow);
+    }
     if datagrams.other_port == 0 && tracked.is_translated == 0 {
         let found = get_flow(&datagrams.flow);
         if found.is_some() {

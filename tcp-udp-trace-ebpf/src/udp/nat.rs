@@ -13,20 +13,20 @@ const REPLY: u64 = 3;
 /// `IPS_NAT_MASK`: the entry has other addresses or ports in the two directions.
 const NAT: u64 = 3 << 4;
 
-// Where two fields of `struct nf_conn` are on a kernel whose BTF does not say it, because conntrack is a
-// module.
+// Where two fields of `struct nf_conn` are on a kernel whose BTF does not say it, because conntrack
+// is a module.
 const TUPLES: u32 = 16;
 const STATUS: u32 = 128;
 
-// A `struct nf_conntrack_tuple_hash`: its size; what stands before its tuple; and in that, how far the
-// destination is behind the source, and each one's port behind its address.
+// A `struct nf_conntrack_tuple_hash`: its size; what stands before its tuple; and in that, how far
+// the destination is behind the source, and each one's port behind its address.
 const EACH: u64 = 56;
 const LINKS: u64 = 16;
 const DESTINATION: u64 = 20;
 const PORT: u64 = 16;
 
-/// Gives datagrams the addresses that their packet had when its socket sent it. False if netfilter has
-/// not translated them.
+/// Gives datagrams the addresses that their packet had when its socket sent it. False if netfilter
+/// has not translated them.
 #[inline(always)]
 pub(super) fn undo(skb: u64, datagrams: &mut Datagrams) -> bool {
     let conntrack = read::<u64>(skb, Field::SkbConntrack);

@@ -40,7 +40,9 @@ struct From {
 #[derive(Clone, Copy)]
 struct Received;
 
-impl Packet for Received {}
+impl Packet for Received {
+    const MAY_BE_TRANSLATED: bool = false;
+}
 
 /// Bit of `sk_shutdown`.
 const RCV_SHUTDOWN: u8 = 1;
@@ -94,8 +96,8 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
     count(ctx, key, tracked, &mut datagrams, Received);
 }
 
-/// The current thread receives from this peer (`user_ip`, `user_port` of the hook). The address that
-/// the kernel fills in has the interface of a link-local one.
+/// The current thread receives from this peer (`user_ip`, `user_port` of the hook). The address
+/// that the kernel fills in has the interface of a link-local one.
 #[inline(always)]
 pub(crate) fn receiving(hook: Context, peer: Peer) {
     /// Of a `struct sockaddr_in6`.

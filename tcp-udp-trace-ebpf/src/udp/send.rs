@@ -6,7 +6,7 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use super::{
-    Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, add_unsent, count, flow_with,
+    Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, UDP_HEADER, add_unsent, count, flow_with,
     local_of_flow, nat, scope, seen,
 };
 use crate::{owner, sock::read};
@@ -112,7 +112,8 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
         port: u16::from_be(udp.destination),
         family,
     };
-    // SAFETY: as above; it is not null. Volatile, because the verifier refuses one load of two words.
+    // SAFETY: as above; it is not null. Volatile, because the verifier refuses one load of two
+    // words.
     let (own_port, own, device) = unsafe {
         let own = if family == AF_INET {
             [(*sk).src_ip4, 0, 0, 0]
@@ -130,7 +131,7 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
     let scope = scope(device, &peer, &source, interface);
     let mut datagrams = Datagrams {
         direction: Direction::Sent,
-        bytes: u64::from(u16::from_be(udp.length)).saturating_sub(size_of::<UdpHeader>() as u64),
+        bytes: u64::from(u16::from_be(udp.length)).saturating_sub(UDP_HEADER),
         packets: if segments > 1 { segments.into() } else { 1 },
         flow: flow_with(peer, scope, local_of_flow(&source, &own)),
         local: Peer {
@@ -149,6 +150,8 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
 struct Leaving<'a>(&'a SkBuffContext);
 
 impl Packet for Leaving<'_> {
+    const MAY_BE_TRANSLATED: bool = true;
+
     #[inline(always)]
     fn undo_nat(self, datagrams: &mut Datagrams) -> bool {
         nat::undo(self.0.as_ptr() as u64, datagrams)
