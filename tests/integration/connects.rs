@@ -234,8 +234,8 @@ fn that_find_no_address_of_their_own() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// By a filter of system calls, so nothing in the kernel has looked at the address. With kprobes, the
-/// hook of TCP is in the system call, which is never entered.
+/// By a filter of system calls, so nothing in the kernel has looked at the address. With kprobes,
+/// the hook of TCP is in the system call, which is never entered.
 fn that_are_refused() -> anyhow::Result<()> {
     let to: SocketAddr = UNREACHABLE.parse()?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {

@@ -65,7 +65,8 @@ fn is_end_of(address: SocketAddr) -> impl Fn(&Event) -> bool {
     move |event| event.is_end() && event.socket.local == address
 }
 
-/// As each socket says it itself (`SO_NETNS_COOKIE`), of the tracer's own namespace and of another one.
+/// As each socket says it itself (`SO_NETNS_COOKIE`), of the tracer's own namespace and of another
+/// one.
 fn sockets_show_the_cookie_of_their_namespace() -> anyhow::Result<()> {
     let (here, there) = (Netns::current()?, Netns::new()?);
     for protocol in PROTOCOLS {
@@ -146,8 +147,8 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A filter means the namespace that has the number when the filter is set, and not one that gets the
-/// number later. Both in the builder and set later.
+/// A filter means the namespace that has the number when the filter is set, and not one that gets
+/// the number later. Both in the builder and set later.
 fn namespace_with_the_number_of_an_earlier_one() -> anyhow::Result<()> {
     // Another program of the machine may be faster, and get the number.
     const ATTEMPTS: usize = 10;

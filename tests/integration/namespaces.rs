@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command},
+    flow_sums::last_reports,
     netns::{MountedNetns, Netns, ip},
     scene::loopback,
     suite::{Test, skip},
@@ -262,12 +263,7 @@ fn one_socket_and_the_same_peer_over_two_links() -> anyhow::Result<()> {
     }
     drop(socket);
     let events = udp.finish_in_order(1 + links.len())?;
-    let is_last = |event: &&Event| matches!(event.kind, EventKind::Flow { last: true, .. });
-    let flows = events.iter().filter(is_last).map(|event| {
-        let ends = (event.socket.local, event.socket.remote);
-        (ends, (event.traffic.tx_bytes, event.traffic.rx_bytes))
-    });
-    let flows: BTreeMap<_, _> = flows.collect();
+    let flows = last_reports(&events);
     ensure!(
         flows == expected,
         "{expected:?} expected: {}",

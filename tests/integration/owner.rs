@@ -63,8 +63,8 @@ fn inherited_listener_prefork() -> anyhow::Result<()> {
     scene.finish(&lives)
 }
 
-/// A connection of Multipath TCP is one process's at each end, though a worker of the kernel makes the
-/// second subflow at the one end, and nobody accepts it at the other one.
+/// A connection of Multipath TCP is one process's at each end, though a worker of the kernel makes
+/// the second subflow at the one end, and nobody accepts it at the other one.
 fn mptcp_subflows() -> anyhow::Result<()> {
     const SERVER: &str = "10.9.0.1:0";
     const SECOND: &str = "10.9.1.1";

@@ -12,6 +12,7 @@ use std::{
 use anyhow::{bail, ensure};
 use integration_tests::{
     actor::{Operation, ReceiveCall, SendCall, SocketOption, receive_queue},
+    flow_sums::last_reports,
     kernel::is_at_least,
     netns::{NEAR, ip, veth},
     suite::{Test, skip},
@@ -123,12 +124,7 @@ fn one_server_with_two_addresses() -> anyhow::Result<()> {
     }
     trace.wait_closed(2)?;
     let events = trace.finish_all()?;
-    let is_last = |event: &&Event| matches!(event.kind, EventKind::Flow { last: true, .. });
-    let flows = events.iter().filter(is_last).map(|event| {
-        let ends = (event.socket.local, event.socket.remote);
-        (ends, (event.traffic.tx_bytes, event.traffic.rx_bytes))
-    });
-    let flows: BTreeMap<_, _> = flows.collect();
+    let flows = last_reports(&events);
     ensure!(
         flows == expected,
         "{expected:?} expected: {}",

@@ -30,8 +30,8 @@ pub(crate) fn trials() -> Vec<Test> {
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The send fails after the hook that counts: neither the socket nor the flow has sent anything, and
-/// there is no event of a send.
+/// The send fails after the hook that counts: neither the socket nor the flow has sent anything,
+/// and there is no event of a send.
 fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
     if !is_at_least(5, 18)? {
         return skip("this kernel does not say why it drops a packet");

@@ -8,8 +8,8 @@ use tcp_udp_trace::{Event, EventKind, Traffic};
 #[derive(Debug, Default)]
 pub struct FlowSums {
     ended: BTreeMap<(u64, SocketAddr), Traffic>,
-    /// By the beginning as well, because a socket may have several flows with one peer: by each of its
-    /// addresses.
+    /// By the beginning as well, because a socket may have several flows with one peer: by each of
+    /// its addresses.
     newest: BTreeMap<(u64, SocketAddr, Duration), Traffic>,
 }
 
@@ -38,6 +38,18 @@ impl FlowSums {
         }
         sums
     }
+}
+
+/// The bytes sent and received that the last report of each flow says, by its local address and its
+/// peer.
+#[must_use]
+pub fn last_reports(events: &[Event]) -> BTreeMap<(SocketAddr, SocketAddr), (u64, u64)> {
+    let is_last = |event: &&Event| matches!(event.kind, EventKind::Flow { last: true, .. });
+    let reports = events.iter().filter(is_last).map(|event| {
+        let ends = (event.socket.local, event.socket.remote);
+        (ends, (event.traffic.tx_bytes, event.traffic.rx_bytes))
+    });
+    reports.collect()
 }
 
 fn plus(sum: &mut Traffic, traffic: Traffic) {

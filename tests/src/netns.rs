@@ -153,7 +153,8 @@ pub fn tc(args: &str) -> anyhow::Result<()> {
     run("tc", args).or_else(|error| skip(format_args!("{error:#}")))
 }
 
-/// Adds these rules of nftables to the calling thread's namespace; a kernel without them skips the test.
+/// Adds these rules of nftables to the calling thread's namespace; a kernel without them skips the
+/// test.
 pub fn nft(rules: &str) -> anyhow::Result<()> {
     let output = match Command::new("nft").arg(rules).output() {
         Err(error) if error.kind() == ErrorKind::NotFound => bail!("needs `nft` (nftables)"),

@@ -202,7 +202,8 @@ pub enum SocketOption {
     Join(std::net::IpAddr, u32),
     /// The index of the interface to which multicasts of IPv6 go. (Those of IPv4 go to that of the bound address.)
     MulticastTo(u32),
-    /// How far multicasts go (`IP_MULTICAST_TTL`, `IPV6_MULTICAST_HOPS`): 0 keeps them on this host.
+    /// How far multicasts go (`IP_MULTICAST_TTL`, `IPV6_MULTICAST_HOPS`): 0 keeps them on this
+    /// host.
     MulticastHops(u32),
 }
 
