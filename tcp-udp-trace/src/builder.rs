@@ -38,8 +38,9 @@ const SAMPLE_INTERVAL: RangeInclusive<Duration> =
 
 /// Which events are shed when the queue is full and the buffer behind it fills up.
 ///
-/// Either way, events that tell the beginning or the end of something go last: state changes to or from `CLOSE`, `LISTEN` and
-/// `ESTABLISHED`, accepts, connects that failed, and the closes of UDP sockets. They are shed only if the queue is full of nothing else.
+/// Either way, events that tell the beginning or the end of something go last: state changes to or
+/// from `CLOSE`, `LISTEN` and `ESTABLISHED`, accepts, connects that failed, and the closes of UDP
+/// sockets. They are shed only if the queue is full of nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum OverflowPolicy {
@@ -191,21 +192,25 @@ macro_rules! builder {
                 self
             }
 
-            /// The size of the buffer between kernel and reader; one event takes at most 200 bytes. 4,096 to
-            /// 1,073,741,824, rounded up to a power of two, default [`DEFAULT_RING_BYTES`].
+            /// The size of the buffer between kernel and reader; one event takes at most 200 bytes.
+            /// 4,096 to 1,073,741,824, rounded up to a power of two, default
+            /// [`DEFAULT_RING_BYTES`].
             ///
-            /// The last eighth is kept for what begins or ends something: state changes to or from `CLOSE`, `LISTEN` and `ESTABLISHED`, accepts,
-            /// connects that failed, and closes of UDP sockets. Beside a ring buffer there is another one a quarter as large, for nothing but
-            /// the ends of sockets that find the first one full. They come a little late, in their place. So
-            /// while the reader does not run, no flood of other events costs the end of a socket, until so many
-            /// sockets have ended: with the default 4,096 of TCP, or 3,932 of UDP.
+            /// The last eighth is kept for what begins or ends something: state changes to or from
+            /// `CLOSE`, `LISTEN` and `ESTABLISHED`, accepts, connects that failed, and closes of
+            /// UDP sockets. Beside a ring buffer there is another one a quarter as large, for
+            /// nothing but the ends of sockets that find the first one full. They come a little
+            /// late, in their place. So while the reader does not run, no flood of other events
+            /// costs the end of a socket, until so many sockets have ended: with the default 4,096
+            /// of TCP, or 3,932 of UDP.
             pub fn ring_bytes(mut self, bytes: u32) -> Self {
                 self.config.ring_bytes = bytes;
                 self
             }
 
-            /// How many sockets are remembered at a time, from the beginning of their life to its end; at most 200 bytes of
-            /// kernel memory each, taken at the start. 1 to 16,777,216, default [`DEFAULT_MAX_SOCKETS`].
+            /// How many sockets are remembered at a time, from the beginning of their life to its
+            /// end; at most 200 bytes of kernel memory each, taken at the start. 1 to 16,777,216,
+            /// default [`DEFAULT_MAX_SOCKETS`].
             pub fn max_sockets(mut self, sockets: u32) -> Self {
                 self.config.max_sockets = sockets;
                 self
@@ -309,12 +314,14 @@ impl UdpTracerBuilder {
         self
     }
 
-    /// How many flows are remembered at a time; beyond that the least recently used make room, to the [interval](Self::interval), after a
-    /// last report ([`Stats::flows_evicted`](crate::Stats::flows_evicted)). 1 to 16,777,216, default [`DEFAULT_MAX_FLOWS`].
+    /// How many flows are remembered at a time; beyond that the least recently used make room, to
+    /// the [interval](Self::interval), after a last report
+    /// ([`Stats::flows_evicted`](crate::Stats::flows_evicted)). 1 to 16,777,216, default
+    /// [`DEFAULT_MAX_FLOWS`].
     ///
-    /// At most 200 bytes of kernel memory each, taken at the start, also for up to 16,384 more that have just begun, and for up to 16,384
-    /// that the filter does not want. At most 600 bytes of the process for each live flow, and 420 for each socket that has one, until
-    /// they end.
+    /// At most 200 bytes of kernel memory each, taken at the start, also for up to 16,384 more that
+    /// have just begun, and for up to 16,384 that the filter does not want. At most 600 bytes of
+    /// the process for each live flow, and 420 for each socket that has one, until they end.
     pub fn max_flows(mut self, flows: u32) -> Self {
         self.config.max_flows = flows;
         self

@@ -316,8 +316,8 @@ fn is_older(known: u16) -> Result<Option<bool>, Malformed> {
     }
 }
 
-/// Returns an address. A link-local one belongs to the interface `scope`. An IPv4-mapped IPv6 address
-/// becomes the IPv4 address.
+/// Returns an address. A link-local one belongs to the interface `scope`. An IPv4-mapped IPv6
+/// address becomes the IPv4 address.
 fn address(
     family: u16,
     words: [u32; 4],

@@ -63,9 +63,8 @@ pub enum EventKind {
     },
     /// UDP: `connect` gave the socket a peer.
     Connect,
-    /// A `connect` failed and left the socket as it was: there was no route, a cgroup's program, a
-    /// security module refused it, or the address made no sense. `connect`
-    /// returned the error.
+    /// A `connect` failed and left the socket as it was: there was no route, a program of a cgroup
+    /// or a security module refused it, or the address made no sense. `connect` returned the error.
     ///
     /// [`Socket::remote`] is where the caller wanted to go. It is unspecified if the caller gave no
     /// address of IPv4 or IPv6.
@@ -78,7 +77,8 @@ pub enum EventKind {
         /// The `errno` of Linux, such as 101, `ENETUNREACH`.
         error: i32,
     },
-    /// UDP: the totals of one flow (a socket, its local address and a peer) so far, in [`Event::traffic`]; at its first datagram, then at most once per
+    /// UDP: the totals of one flow (a socket, its local address and a peer) so far, in
+    /// [`Event::traffic`]; at its first datagram, then at most once per
     /// [interval](crate::UdpTracerBuilder::interval), and once more when the socket ends.
     Flow {
         /// `rx_packets` may be too small: this kernel tells how often was read, and the socket (with `UDP_GRO`) gets several
@@ -167,10 +167,10 @@ pub struct Socket {
     pub id: u64,
     /// The kernel's own name of the socket (`SO_COOKIE`), once somebody has asked the kernel for one.
     pub cookie: Option<u64>,
-    /// The address of this side, as the socket knows it: before any NAT. Unspecified until the kernel
-    /// has chosen it, or revealed it: the receives of a UDP socket that is bound to no address do not
-    /// tell it on a kernel without kprobes. A link-local IPv6 address has the interface
-    /// ([`device`](Self::device)) as its scope.
+    /// The address of this side, as the socket knows it: before any NAT. Unspecified until the
+    /// kernel has chosen it, or revealed it: the receives of a UDP socket that is bound to no
+    /// address do not tell it on a kernel without kprobes. A link-local IPv6 address has the
+    /// interface ([`device`](Self::device)) as its scope.
     pub local: SocketAddr,
     /// The address of the other side; unspecified until known. Its scope is as for
     /// [`local`](Self::local).
@@ -190,8 +190,8 @@ pub struct Socket {
     /// The interface that the socket is bound to: by `SO_BINDTODEVICE`, or by a link-local IPv6
     /// address. It is a number of the socket's network namespace (`if_nametoindex`).
     ///
-    /// A UDP socket that is bound to no interface has none. The link-local addresses of its flows then
-    /// have the interface that their datagrams went through as their scope.
+    /// A UDP socket that is bound to no interface has none. The link-local addresses of its flows
+    /// then have the interface that their datagrams went through as their scope.
     #[cfg_attr(feature = "serde", serde(default))]
     pub device: Option<NonZeroU32>,
     /// How long ago its life began. Of a socket that is not known to be younger than the tracer

@@ -96,8 +96,8 @@ pub(super) fn has_listened(btf: &Btf<'_>) -> u64 {
     bit.and_then(|bit| 1_u64.checked_shl(bit)).unwrap_or(0)
 }
 
-/// The values of `enum skb_drop_reason` that the programs know, by the name of their global. Before 5.18
-/// the kernel does not say that a program at the cgroup refused a packet.
+/// The values of `enum skb_drop_reason` that the programs know, by the name of their global. Before
+/// 5.18 the kernel does not say that a program at the cgroup refused a packet.
 pub(super) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
     let reason = |name| btf.enumerator("skb_drop_reason", name).unwrap_or(u32::MAX);
     [
@@ -133,8 +133,8 @@ pub(super) fn verifies_images(btf: &Btf<'_>) -> bool {
         && !has(super::btf::kind::FUNC, "bpf_compute_live_registers")
 }
 
-/// Whether it does so in the programs of UDP, too: 6.12 does not come to an end with them. It is told
-/// from 6.18 by the name of a function.
+/// Whether it does so in the programs of UDP, too: 6.12 does not come to an end with them. It is
+/// told from 6.18 by the name of a function.
 pub(super) fn verifies_images_of_udp(btf: &Btf<'_>) -> bool {
     let newer = btf.id(super::btf::kind::FUNC, "bpf_stream_stage_printk");
     newer.is_some() && verifies_images(btf)

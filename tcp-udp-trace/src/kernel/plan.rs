@@ -103,7 +103,8 @@ const TCP: &[Signal] = &[
         worse(&[("accept_fentry", Fentry("security_sock_graft"))], FENTRY),
         worse(&[("accept_sys_exit", RawTracepoint("sys_exit"))], SYS_EXIT),
     ]] },
-    // Without tracefs there is no hook but one in every system call, which is too much for a failure.
+    // Without tracefs there is no hook but one in every system call, which is too much for a
+    // failure.
     Signal { name: "connect_failed", required: false, slots: &[&[
         worse(&[("tcp_connect_kretprobe", Kretprobe("sys_connect"))], ONLY_CONNECT),
         worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], NO_KPROBE_CONNECT),
