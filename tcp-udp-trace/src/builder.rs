@@ -350,7 +350,8 @@ mod tests {
         let [tcp, udp] = [size_of::<StateChange>(), size_of::<Udp>()].map(|size| size as u32 + 8);
         let room = DEFAULT_RING_BYTES / 8 + DEFAULT_RING_BYTES / LATE_SHARE;
         let ends = [room / tcp, room / udp].map(|n| format!("{},{:03}", n / 1000, n % 1000));
-        let text = include_str!("builder.rs");
+        let text = include_str!("builder.rs").replace("///", " ");
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         for words in [
             format!(
                 "with the default {} of TCP, or {} of UDP.",
