@@ -47,8 +47,11 @@ pub(crate) fn drain(options: &Options) -> anyhow::Result<()> {
     }
     println!("\n### Draining\n");
     println!(
-        "The process was stopped while {DATAGRAMS} datagrams were sent and received, then went on: million events from the ring to the \
-         consumer a second of its CPU time (one thread): {rate:.1}; CPU each {cpu:.2} µs; lost {lost}.",
+        "The process was stopped while {DATAGRAMS} datagrams were sent and received, then continued. One thread\n\
+         drained the events.\n\n\
+         - from the ring to the consumer, in million events a second of its CPU time: {rate:.1}\n\
+         - CPU time for each event: {cpu:.2} µs\n\
+         - lost events: {lost}",
     );
     Ok(())
 }
