@@ -7,9 +7,11 @@ use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{process, workspace};
+use crate::{
+    process,
+    workspace::{self, LIBRARY},
+};
 
-const LIBRARY: &str = "tcp-udp-trace";
 const SNAPSHOT: &str = "tcp-udp-trace/public-api.txt";
 
 /// Crates that move faster than we promise to, or that are nobody's business: none of their types may be seen.

@@ -4,7 +4,11 @@ use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{arch::Arch, deps, ebpf, process, test, vm, workspace};
+use crate::{
+    arch::Arch,
+    deps, ebpf, process, report, test, vm,
+    workspace::{self, LIBRARY},
+};
 
 /// Measure what tracing costs: no tracer, ours, other tools if they are installed, and the floor. Prints tables in Markdown.
 #[derive(clap::Args)]
@@ -82,7 +86,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         files: &files,
     };
     let kernels = test::kernels(&args.vm, false)?;
-    if !test::report::print(&vm::run(&kernels, &job, NonZeroUsize::MIN)) {
+    if !report::print(&vm::run(&kernels, &job, NonZeroUsize::MIN)) {
         std::process::exit(1);
     }
     Ok(())
@@ -96,7 +100,7 @@ fn micro(only: Option<&str>) -> Result<()> {
         Command::new(workspace::cargo())
             .current_dir(workspace::root())
             .env("RUSTFLAGS", "--cfg micro_bench")
-            .args(["bench", "--package", "tcp-udp-trace", "--bench", "micro"])
+            .args(["bench", "--package", LIBRARY, "--bench", "micro"])
             .arg("--target-dir")
             .arg(workspace::target_dir().join("micro"))
             .args(only),

@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{arch::Arch, process, workspace};
+use crate::{process, workspace};
 
 /// Programs that one verb needs, each with the Debian package that has it.
 pub(crate) struct Group {
@@ -180,7 +180,8 @@ pub(crate) const BPF_LINKER_INSTALL: &str = "LLVM_PREFIX=/usr/lib/llvm-22 cargo 
      --version 0.13.0 --no-default-features --features llvm-22";
 
 impl Group {
-    fn missing(&self) -> Vec<&'static str> {
+    /// Returns the packages that are not installed.
+    pub(crate) fn missing(&self) -> Vec<&'static str> {
         self.packages
             .iter()
             .filter(|package| !package.probe.holds())
@@ -202,30 +203,6 @@ impl Probe {
             Self::File(path) => Path::new(path).exists(),
         }
     }
-}
-
-/// `cargo xtask setup`: installs whatever any verb needs and is not there.
-pub(crate) fn setup() -> Result<()> {
-    // What is needed for other architectures, `--arch` installs.
-    let missing: Vec<_> = [&EBPF, &TESTS, &VM, &FUZZ, Arch::host()?.qemu_package]
-        .into_iter()
-        .flat_map(Group::missing)
-        .collect();
-    if !missing.is_empty() {
-        if !is_debian_like() {
-            bail!(
-                "this is not a Debian-like system. Install what these Debian packages hold: {}; for the eBPF object a \
-                 nightly compiler does as well: `rustup toolchain install nightly --component rust-src`",
-                missing.join(" ")
-            );
-        }
-        install(&missing)?;
-    }
-    if workspace::find_program("bpf-linker").is_none() {
-        install_bpf_linker()?;
-    }
-    eprintln!("everything that the verbs need is installed");
-    Ok(())
 }
 
 /// Makes sure that `group` is there: as root on a Debian-like system it is installed, elsewhere the error names it.
@@ -286,11 +263,12 @@ pub(crate) fn typos() -> Result<PathBuf> {
     Ok(ours)
 }
 
-fn is_debian_like() -> bool {
+pub(crate) fn is_debian_like() -> bool {
     Path::new("/etc/debian_version").exists() && workspace::find_program("apt-get").is_some()
 }
 
-fn install(names: &[&str]) -> Result<()> {
+/// Installs packages; as root, or through sudo.
+pub(crate) fn install(names: &[&str]) -> Result<()> {
     let mut update = process::as_root("apt-get");
     update.args(["update", "-qq"]).stdin(Stdio::null());
     process::run(&mut update)?;
@@ -334,7 +312,11 @@ fn apt_install(names: &[&str]) -> Command {
     command
 }
 
-fn install_bpf_linker() -> Result<()> {
+/// Installs bpf-linker if it is missing.
+pub(crate) fn ensure_bpf_linker() -> Result<()> {
+    if workspace::find_program("bpf-linker").is_some() {
+        return Ok(());
+    }
     let mut command = Command::new(workspace::cargo());
     command
         .args([

@@ -15,14 +15,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use self::toolchain::Toolchain;
+use self::toolchain::{TARGET, Toolchain};
 use crate::{deps, process, workspace};
 
 const PACKAGE: &str = "tcp-udp-trace-ebpf";
 const BINARY: &str = "tcp-udp-trace";
 /// What `cargo xtask bench` compares with.
 const FLOOR: &str = "floor";
-const TARGET: &str = "bpfel-unknown-none";
 const PROFILE: &str = "bpf";
 
 /// The architectures that the library carries an object for, as `std::env::consts::ARCH` names them.

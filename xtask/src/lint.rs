@@ -1,5 +1,7 @@
 //! `cargo xtask lint`: formatting, clippy, documentation, and rules that no tool knows.
 
+mod files;
+mod layers;
 pub(crate) mod links;
 mod off_linux;
 
@@ -7,10 +9,12 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::{deps, process, workspace};
+use crate::{
+    deps, process,
+    workspace::{self, LIBRARY},
+};
 
 const EBPF: &str = "tcp-udp-trace-ebpf";
-const LIBRARY: &str = "tcp-udp-trace";
 
 /// Files that must not be in the tree, by the end of their path, and why.
 const FORBIDDEN: &[(&str, &str)] = &[
@@ -30,6 +34,7 @@ const FORBIDDEN: &[(&str, &str)] = &[
 pub(crate) fn run() -> Result<()> {
     forbidden_files()?;
     links::check()?;
+    layers::check()?;
     spelling()?;
     cargo(&["fmt", "--all", "--check"])?;
     cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"])?;
@@ -118,13 +123,9 @@ fn cargo_command(args: &[&str]) -> Command {
 }
 
 fn forbidden_files() -> Result<()> {
-    let files = process::stdout(
-        Command::new("git")
-            .arg("ls-files")
-            .current_dir(workspace::root()),
-    )?;
+    let files = files::tracked(&[])?;
     let found: Vec<_> = files
-        .lines()
+        .iter()
         .flat_map(|file| {
             FORBIDDEN
                 .iter()

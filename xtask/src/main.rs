@@ -5,6 +5,9 @@
     reason = "a command-line program talks to whoever runs it"
 )]
 
+// Layers, each uses only those after it: bench, package
+// -> api, ebpf, fuzz, lint, miri, newcomer, setup, soak, test -> vm -> apt, report -> arch -> deps
+// -> process, workspace.
 mod api;
 mod apt;
 mod arch;
@@ -17,6 +20,8 @@ mod miri;
 mod newcomer;
 mod package;
 mod process;
+mod report;
+mod setup;
 mod soak;
 mod test;
 mod vm;
@@ -57,7 +62,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
-        Verb::Setup => deps::setup(),
+        Verb::Setup => setup::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

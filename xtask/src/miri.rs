@@ -5,7 +5,10 @@
 
 use anyhow::{Context as _, Result};
 
-use crate::process;
+use crate::{
+    process,
+    workspace::{self, LIBRARY},
+};
 
 /// Run the unit tests of what does no I/O under Miri. Needs a nightly compiler.
 #[derive(clap::Args)]
@@ -20,8 +23,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     )?;
     process::run(
         process::nightly("cargo")
-            .current_dir(crate::workspace::root())
-            .args(["miri", "test", "--package", "tcp-udp-trace", "--lib", "--"])
+            .current_dir(workspace::root())
+            .args(["miri", "test", "--package", LIBRARY, "--lib", "--"])
             .args(&args.filter)
             // The seeds are files.
             .env("MIRIFLAGS", "-Zmiri-disable-isolation"),

@@ -18,10 +18,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use self::{
-    page::{Step, User},
-    root::Root,
-};
+use self::{page::Step, root::Root};
 use crate::{deps, process, workspace};
 
 /// Run the commands of README.md and CONTRIBUTING.md as an unprivileged user of a clean Debian.
@@ -165,14 +162,5 @@ impl Traffic {
             }
         });
         Ok(Self(sender))
-    }
-}
-
-impl User {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Newcomer => root::NAME,
-            Self::Root => "root",
-        }
     }
 }

@@ -16,9 +16,12 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{lint::links, process, workspace};
+use crate::{
+    lint::links,
+    process,
+    workspace::{self, LIBRARY},
+};
 
-const LIBRARY: &str = "tcp-udp-trace";
 const COMMON: &str = "tcp-udp-trace-common";
 
 /// What a stranger's machine has for Rust to link with.

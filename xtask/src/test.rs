@@ -1,22 +1,18 @@
 //! `cargo xtask test`: unit tests, then the integration tests on the kernel that runs here and on others in VMs.
 
 mod cross;
-pub(crate) mod report;
 mod suite;
 
-use std::{ffi::OsString, num::NonZeroUsize, time::Duration};
+use std::{ffi::OsString, num::NonZeroUsize};
 
 use anyhow::{Context as _, Result};
 
-use self::report::Row;
 use crate::{
     arch::Arch,
     deps,
+    report::{self, Row},
     vm::{self, KERNELS, Kernel},
 };
-
-/// How long the integration tests may take on one kernel.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(25 * 60);
 
 /// Run the tests: all of them, or those that options name.
 #[derive(clap::Args)]

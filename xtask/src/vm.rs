@@ -11,10 +11,8 @@ mod userland;
 
 use std::{
     collections::VecDeque,
-    ffi::OsString,
     fs,
     num::NonZeroUsize,
-    path::Path,
     sync::{Mutex, PoisonError},
     thread,
     time::Instant,
@@ -22,12 +20,15 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-pub(crate) use self::kernel::{KERNELS, Kernel};
 use self::{guest::Ended, userland::Userland};
+pub(crate) use self::{
+    initramfs::Job,
+    kernel::{KERNELS, Kernel},
+};
 use crate::{
     arch::Arch,
     deps,
-    test::report::{Counts, Outcome, Row},
+    report::{Counts, Outcome, Row},
     workspace,
 };
 
@@ -43,15 +44,6 @@ pub(crate) fn fetch(kernels: &[&Kernel], arch: &'static Arch) -> Result<()> {
         eprintln!("{}: {}", kernel.name_on(arch), installed.release);
     }
     Ok(())
-}
-
-/// What runs in a guest.
-pub(crate) struct Job<'a> {
-    pub(crate) arch: &'static Arch,
-    pub(crate) program: &'a Path,
-    pub(crate) args: &'a [OsString],
-    /// Files that the program needs, and where.
-    pub(crate) files: &'a [(&'a Path, &'a str)],
 }
 
 /// Runs a job on each of `kernels`, `jobs` guests at a time, and returns one row for each.

@@ -8,6 +8,9 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
+/// The name of the package that is the library.
+pub(crate) const LIBRARY: &str = "tcp-udp-trace";
+
 /// The workspace root: `cargo run` says where our package is.
 ///
 /// It must not be fixed at compile time: worktrees that share a target directory share the program as well.

@@ -10,11 +10,12 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use super::TARGET;
 use crate::{
     deps::{self, DEBIAN_RUSTC},
     process, workspace,
 };
+
+pub(super) const TARGET: &str = "bpfel-unknown-none";
 
 /// Where the programs of the pinned LLVM are; the search path has them only under suffixed names.
 const DEBIAN_LLVM_BIN: &str = "/usr/lib/llvm-22/bin";

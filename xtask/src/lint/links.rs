@@ -4,21 +4,17 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use pulldown_cmark::{Event, Parser, Tag, TagEnd};
 
-use crate::{process, workspace};
+use super::files;
+use crate::workspace;
 
 pub(super) fn check() -> Result<()> {
-    let pages = process::stdout(
-        Command::new("git")
-            .args(["ls-files", "*.md"])
-            .current_dir(workspace::root()),
-    )?;
-    let pages = pages.lines().map(|page| workspace::root().join(page));
+    let pages = files::tracked(&["*.md"])?.into_iter();
+    let pages = pages.map(|page| workspace::root().join(page));
     // The package has pages of the tree by symbolic links, and their links are relative to the tree.
     let broken = pages
         .filter(|page| !page.is_symlink())

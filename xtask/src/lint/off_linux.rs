@@ -7,7 +7,11 @@ use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 
-use crate::{process, workspace};
+use super::files;
+use crate::{
+    process,
+    workspace::{self, LIBRARY},
+};
 
 /// What the library consists of.
 const PARTS: &[&str] = &[
@@ -22,12 +26,7 @@ const ELSEWHERE: &str = "haiku";
 
 pub(super) fn check() -> Result<()> {
     let copy = workspace::target_dir().join("off-linux");
-    let files = process::stdout(
-        Command::new("git")
-            .arg("ls-files")
-            .args(PARTS)
-            .current_dir(workspace::root()),
-    )?;
+    let files = files::tracked(PARTS)?;
     // What is no longer in the tree must not be in the copy either; what cargo has compiled may.
     for part in PARTS.iter().map(|part| copy.join(part)) {
         if part.is_dir() {
@@ -35,7 +34,7 @@ pub(super) fn check() -> Result<()> {
                 .with_context(|| format!("cannot remove {}", part.display()))?;
         }
     }
-    for file in files.lines() {
+    for file in &files {
         // A symbolic link to a folder: what is in it is no part of the library's code.
         if workspace::root().join(file).is_dir() {
             continue;
@@ -51,7 +50,7 @@ pub(super) fn check() -> Result<()> {
         .args([
             "check",
             "--package",
-            super::LIBRARY,
+            LIBRARY,
             "--lib",
             "--all-features",
             "--manifest-path",

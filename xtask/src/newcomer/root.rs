@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::page::{Folder, Step};
+use super::page::{Folder, Step, User};
 use crate::{apt, process, workspace};
 
 /// The user, and the name of the home folder. The id is 1000, the first one of an ordinary user.
@@ -121,7 +121,7 @@ impl Root {
                 RUN,
             ])
             .arg(&self.folder)
-            .arg(step.user.name())
+            .arg(name(step.user))
             .arg(script)
             .arg(&self.cache);
         for (toolchain, name) in &self.toolchains {
@@ -130,6 +130,13 @@ impl Root {
                 .arg(format!("/home/{NAME}/.rustup/toolchains/{name}"));
         }
         command
+    }
+}
+
+fn name(user: User) -> &'static str {
+    match user {
+        User::Newcomer => NAME,
+        User::Root => "root",
     }
 }
 

@@ -5,17 +5,22 @@ use std::{
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use super::{
-    TIMEOUT, cross,
+use super::cross;
+use crate::{
+    arch::Arch,
+    process,
     report::{Outcome, Output, Row},
+    workspace,
 };
-use crate::{arch::Arch, process, workspace};
+
+/// How long the integration tests may take on one kernel.
+const TIMEOUT: Duration = Duration::from_secs(25 * 60);
 
 /// Tests that are a program of their own, to be run as root.
 pub(super) struct Program {

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{arch::Arch, test::report::Output};
+use crate::{arch::Arch, report::Output};
 
 /// How long a guest may take until the tests begin. It takes about three seconds on an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);

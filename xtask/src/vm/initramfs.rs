@@ -9,8 +9,17 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Job, cpio::Archive, kernel::Installed, modules, userland::Userland};
-use crate::process;
+use super::{cpio::Archive, kernel::Installed, modules, userland::Userland};
+use crate::{arch::Arch, process};
+
+/// What runs in a guest.
+pub(crate) struct Job<'a> {
+    pub(crate) arch: &'static Arch,
+    pub(crate) program: &'a Path,
+    pub(crate) args: &'a [OsString],
+    /// Files that the program needs, each with its path in the guest.
+    pub(crate) files: &'a [(&'a Path, &'a str)],
+}
 
 const INIT: &str = include_str!("init.sh");
 
