@@ -66,16 +66,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// What rustdoc knows of the library, as JSON; which it tells only if unstable options are allowed.
 fn document() -> Result<PathBuf> {
-    // Other flags, other fingerprints: elsewhere each run would evict the work of others.
-    let target_dir = workspace::target_dir().join("api");
     process::run(
         Command::new(workspace::cargo())
             .current_dir(workspace::root())
             .args(["rustdoc", "--package", LIBRARY, "--lib", "--all-features"])
-            .arg("--target-dir")
-            .arg(&target_dir)
             .args(["--", "-Z", "unstable-options", "--output-format", "json"])
-            .env("RUSTC_BOOTSTRAP", "1"),
+            .env("RUSTDOC", workspace::unstable_rustdoc()?),
     )?;
-    Ok(target_dir.join("doc/tcp_udp_trace.json"))
+    Ok(workspace::target_dir().join("doc/tcp_udp_trace.json"))
 }

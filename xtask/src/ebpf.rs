@@ -170,8 +170,13 @@ fn build(
     let remaps = remaps(toolchain)?;
     let flags = rustflags(arch, &toolchain.bpf_linker, &remaps);
 
-    // A target directory of its own: the compiler is another one, and would evict the artifacts of the host's.
-    let target_dir = workspace::target_dir().join("ebpf").join(arch);
+    // A target directory of its own, because this compiler would evict the artifacts of the host's.
+    let mut target_dir = workspace::target_dir().join("ebpf");
+    // On a clean clone, the architectures of a check share the derive macros. A developer compiles
+    // often, and in one directory the dependencies of one architecture would evict the other's.
+    if !locked {
+        target_dir.push(arch);
+    }
     let mut cargo = toolchain.cargo();
     cargo
         .current_dir(workspace::root())

@@ -91,25 +91,18 @@ fn ebpf_clippy(features: &[&str]) -> Result<()> {
     process::run(&mut command)
 }
 
-/// All of it; and the library once more as docs.rs builds it.
+/// Builds the documentation of the workspace, and that of the library as docs.rs does.
 fn document() -> Result<()> {
-    let mut all = cargo_command(&[
-        "doc",
-        "--no-deps",
-        "--workspace",
-        "--exclude",
-        EBPF,
-        "--all-features",
-    ]);
-    process::run(all.env("RUSTDOCFLAGS", "-D warnings"))?;
+    let mut others = cargo_command(&["doc", "--no-deps", "--workspace", "--all-features"]);
+    others
+        .args(["--exclude", EBPF, "--exclude", LIBRARY])
+        .env("RUSTDOCFLAGS", "-D warnings");
+    process::run(&mut others)?;
     let mut library = cargo_command(&["doc", "--no-deps", "--package", LIBRARY, "--all-features"]);
-    process::run(
-        library
-            .arg("--target-dir")
-            .arg(workspace::target_dir().join("api"))
-            .env("RUSTDOCFLAGS", "-D warnings --cfg docsrs")
-            .env("RUSTC_BOOTSTRAP", "1"),
-    )
+    library
+        .env("RUSTDOC", workspace::unstable_rustdoc()?)
+        .env("RUSTDOCFLAGS", "-D warnings --cfg docsrs");
+    process::run(&mut library)
 }
 
 fn cargo(args: &[&str]) -> Result<()> {

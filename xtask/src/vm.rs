@@ -10,7 +10,6 @@ mod modules;
 mod userland;
 
 use std::{
-    collections::VecDeque,
     fs,
     num::NonZeroUsize,
     sync::{Mutex, PoisonError},
@@ -64,16 +63,15 @@ pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize
         }
     };
 
-    let queue: Mutex<VecDeque<_>> = Mutex::new(kernels.iter().enumerate().collect());
+    let mut queue: Vec<_> = kernels.iter().enumerate().collect();
+    queue.sort_by_key(|(_, kernel)| kernel.seconds);
+    let queue = Mutex::new(queue);
     let rows = Mutex::new(Vec::new());
     thread::scope(|scope| {
         for _ in 0..jobs.get().min(kernels.len()) {
             scope.spawn(|| {
                 loop {
-                    let next = queue
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .pop_front();
+                    let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
                     let Some((index, kernel)) = next else { break };
                     let row = run_one(kernel, job, &userland);
                     rows.lock()

@@ -2,6 +2,8 @@
 
 use std::{
     env,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::LazyLock,
 };
@@ -32,6 +34,23 @@ pub(crate) fn cache_dir() -> PathBuf {
 pub(crate) fn target_dir() -> PathBuf {
     // A relative one is relative to where cargo runs, which for us is the root.
     root().join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
+}
+
+/// Writes a program that runs the pinned rustdoc with unstable options allowed, and returns its path.
+///
+/// `RUSTC_BOOTSTRAP` in the environment of cargo would do the same. But the build scripts of many
+/// dependencies depend on that variable, so cargo would compile all of them anew.
+pub(crate) fn unstable_rustdoc() -> Result<PathBuf> {
+    let path = target_dir().join("unstable-rustdoc");
+    let rustdoc = cargo().with_file_name("rustdoc");
+    let script = format!(
+        "#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec '{}' \"$@\"\n",
+        rustdoc.display()
+    );
+    fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::set_permissions(&path, Permissions::from_mode(0o755))
+        .with_context(|| format!("cannot make {} executable", path.display()))?;
+    Ok(path)
 }
 
 /// The cargo that runs us; through rustup it is the one that `rust-toolchain.toml` pins.
