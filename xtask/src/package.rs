@@ -169,6 +169,9 @@ impl Stranger {
             .env("RUSTC", workspace::cargo().with_file_name("rustc"))
             .env("PATH", &self.path)
             .env("CARGO_TARGET_DIR", self.folder.join("target"))
+            // The programs do not run, and are not compiled a second time.
+            .env("CARGO_PROFILE_DEV_DEBUG", "none")
+            .env("CARGO_INCREMENTAL", "0")
             .env("RUSTFLAGS", "-D warnings");
         command
     }
