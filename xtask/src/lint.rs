@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: formatting, clippy, documentation, and rules that no tool knows.
+//! `cargo xtask lint`: checks formatting, clippy, documentation, and rules of this project.
 
 mod files;
 mod layers;
@@ -20,7 +20,7 @@ const EBPF: &str = "tcp-udp-trace-ebpf";
 const FORBIDDEN: &[(&str, &str)] = &[
     (
         "tcp-udp-trace/build.rs",
-        "users of the library must need no BPF toolchain: the objects are committed",
+        "users of the library must not need a BPF toolchain: the objects are committed",
     ),
     (
         "tcp-udp-trace-common/build.rs",
@@ -45,7 +45,7 @@ pub(crate) fn run() -> Result<()> {
         "--all-targets",
         "--all-features",
     ])?;
-    // The library alone: in the workspace, another member may turn its features on.
+    // The library alone, because another member of the workspace can enable its features.
     clippy(&[
         "--package",
         LIBRARY,
@@ -59,7 +59,7 @@ pub(crate) fn run() -> Result<()> {
     document()
 }
 
-/// Among what git tracks; `typos.toml` has the exceptions.
+/// Checks the spelling of all files that git tracks; `typos.toml` has the exceptions.
 fn spelling() -> Result<()> {
     let typos = deps::typos()?;
     process::run(
@@ -75,13 +75,15 @@ fn clippy(args: &[&str]) -> Result<()> {
 
 const DENY_WARNINGS: &[&str] = &["--", "-D", "warnings"];
 
-/// clippy of the eBPF programs, compiled for this machine: the compiler that knows the BPF target has no clippy.
+/// Runs clippy on the eBPF programs, compiled for this machine, because the compiler that has the
+/// BPF target has no clippy.
 ///
-/// The profile aborts on panics, without which a program that has no `std` does not compile. `RUSTC_BOOTSTRAP` lets the
-/// stable compiler take the unstable features that the programs use.
+/// A program without `std` does not compile unless it aborts on panics, which the profile `bpf`
+/// does. `RUSTC_BOOTSTRAP` makes the stable compiler accept the unstable features of the programs.
 fn ebpf_clippy(features: &[&str]) -> Result<()> {
     let mut command = cargo_command(&["clippy", "--package", EBPF, "--profile", "bpf"]);
-    // Other environment, other fingerprints: in the common target directory each run would evict the other's work.
+    // The variable changes cargo's fingerprints: in the common target directory, each run would
+    // discard the artifacts of the other.
     command
         .args(features)
         .arg("--target-dir")

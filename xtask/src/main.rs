@@ -2,7 +2,7 @@
 #![allow(
     clippy::print_stderr,
     clippy::print_stdout,
-    reason = "a command-line program talks to whoever runs it"
+    reason = "a command-line program writes to the terminal"
 )]
 
 // Layers, each uses only those after it: bench, package
@@ -46,7 +46,7 @@ enum Verb {
     Test(test::Args),
     Soak(soak::Args),
     Bench(bench::Args),
-    /// Install what the other verbs need and this machine lacks (Debian and its descendants).
+    /// Install the missing packages that the other verbs need (Debian and its derivatives).
     Setup,
 }
 
@@ -66,7 +66,8 @@ fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // Not by returning it: with RUST_BACKTRACE set, which tests want, a backtrace would bury the message.
+        // Returning the error would print a backtrace after the message if RUST_BACKTRACE is set,
+        // as it is for tests.
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -16,7 +16,7 @@ pub(crate) fn run() -> Result<()> {
     if !missing.is_empty() {
         if !deps::is_debian_like() {
             bail!(
-                "this is not a Debian-like system. Install what these Debian packages contain: {}. \
+                "this is not a Debian-like system. Install the programs of these Debian packages: {}. \
                  For the eBPF object, a nightly compiler works too: \
                  `rustup toolchain install nightly --component rust-src`",
                 missing.join(" ")

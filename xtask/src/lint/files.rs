@@ -6,8 +6,8 @@ use anyhow::Result;
 
 use crate::{process, workspace};
 
-/// Returns the files that git tracks and that match `patterns`, relative to the workspace; all files
-/// if there are no patterns.
+/// Returns the files that git tracks and that match `patterns`, relative to the workspace; all
+/// files if there are no patterns.
 pub(super) fn tracked(patterns: &[&str]) -> Result<Vec<String>> {
     let files = process::stdout(
         Command::new("git")

@@ -3,8 +3,9 @@
 //!
 //! The comment starts with [`MARK`]. Arrows divide its modules into layers. A module may import
 //! modules of later layers, but none of its own layer. A name that the root re-exports counts as
-//! an import of the module that has it; nothing may import what the root itself defines. The files
-//! inside of one module may import each other, but not in a circle. Test modules are exempt.
+//! an import of the module that has it. No module may import an item that the root itself defines.
+//! The files inside of one module may import each other, but not in a circle. Test modules are
+//! exempt.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

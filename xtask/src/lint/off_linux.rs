@@ -1,7 +1,8 @@
-//! Does the library compile where there is no Linux?
+//! Checks that the library compiles on systems other than Linux.
 //!
-//! A machine rarely has the standard library of another system, but what counts is our own conditional code. So the library is copied,
-//! told that Linux has another name, and checked: everything that is conditional on Linux falls away.
+//! A machine rarely has the standard library of another system. But only the library's own
+//! conditional code matters. So the library is copied, Linux is renamed in the conditions, and the
+//! copy is checked: all code that is conditional on Linux is absent.
 
 use std::{fs, path::Path, process::Command};
 
@@ -13,7 +14,7 @@ use crate::{
     workspace::{self, LIBRARY},
 };
 
-/// What the library consists of.
+/// The files and folders of the library.
 const PARTS: &[&str] = &[
     "Cargo.toml",
     "Cargo.lock",
@@ -21,13 +22,13 @@ const PARTS: &[&str] = &[
     "tcp-udp-trace",
     "tcp-udp-trace-common",
 ];
-/// A system that has a Unix standard library and that nobody builds this workspace for.
+/// A system that has a Unix standard library, and for which this workspace is never compiled.
 const ELSEWHERE: &str = "haiku";
 
 pub(super) fn check() -> Result<()> {
     let copy = workspace::target_dir().join("off-linux");
     let files = files::tracked(PARTS)?;
-    // What is no longer in the tree must not be in the copy either; what cargo has compiled may.
+    // Files that are no longer in the tree must not be in the copy. The target directory stays.
     for part in PARTS.iter().map(|part| copy.join(part)) {
         if part.is_dir() {
             fs::remove_dir_all(&part)
@@ -35,7 +36,7 @@ pub(super) fn check() -> Result<()> {
         }
     }
     for file in &files {
-        // A symbolic link to a folder: what is in it is no part of the library's code.
+        // A symbolic link to a folder, whose files are no part of the library's code.
         if workspace::root().join(file).is_dir() {
             continue;
         }
