@@ -2,12 +2,14 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
-    reason = "a test fails by panicking, and tells what it could not check on stderr"
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and writes to stderr if it could not check something; the \
+              times come after the verdicts, on the same stream"
 )]
 
 use std::process::ExitCode;
 
-use integration_tests::actor;
+use integration_tests::{actor, suite};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 /// A list of tests, each with what it needs, named after their module.
@@ -76,6 +78,9 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "udp_lifecycle::every_signal_has_a_hook",
 ];
 
+/// How many of the slowest tests are written after the verdicts.
+const SLOWEST: usize = 10;
+
 fn main() -> ExitCode {
     if let Some(code) = actor::run_if_asked() {
         return code;
@@ -122,5 +127,14 @@ fn main() -> ExitCode {
         trials.extend(named.map(|test| test.with_perf_buffers()));
         assert!(trials.len() > before, "there is no test {name}");
     }
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // A process that is one test has ended before this: only the parent writes it.
+    let slowest = suite::slowest(SLOWEST);
+    if !slowest.is_empty() {
+        println!("the slowest tests:");
+    }
+    for (duration, name) in slowest {
+        println!("{:7.1} s  {name}", duration.as_secs_f64());
+    }
+    conclusion.exit_code()
 }

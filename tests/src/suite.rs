@@ -10,7 +10,7 @@ use std::{
     io::{self, Read as _, Write as _},
     panic::catch_unwind,
     process::{Child, Command, Stdio, exit},
-    sync::{PoisonError, RwLock},
+    sync::{Mutex, PoisonError, RwLock},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -40,6 +40,24 @@ pub enum Needs {
 
 /// Held shared by ordinary tests, exclusively by those that need solitude.
 static SOLITUDE: RwLock<()> = RwLock::new(());
+
+/// How long each test took that has ended, and its full name.
+static DURATIONS: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// Returns the `count` slowest tests of this process, longest first.
+///
+/// The time that a test waited for solitude does not count. The time that others took from the
+/// CPUs does.
+#[must_use]
+pub fn slowest(count: usize) -> Vec<(Duration, String)> {
+    let mut durations = DURATIONS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
+    durations.sort_by(|one, other| other.cmp(one));
+    durations.truncate(count);
+    durations
+}
 
 /// A test cannot run here, for a reason that lies in the machine.
 #[derive(Debug)]
@@ -132,6 +150,8 @@ impl Test {
                     Some(SOLITUDE.write().unwrap_or_else(PoisonError::into_inner)),
                 ),
             };
+            let started = Instant::now();
+            let recorded_name = full_name.clone();
             let run = move || {
                 BUFFER.set(buffer);
                 Netns::enter_new()?;
@@ -146,6 +166,10 @@ impl Test {
                 Needs::Process => verdict(test.join()),
                 Needs::Nothing | Needs::Solitude => verdict_in_time(test),
             };
+            DURATIONS
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push((started.elapsed(), recorded_name));
             match verdict {
                 Verdict::Passed => Ok(Completion::Completed),
                 Verdict::Skipped(reason) => Ok(Completion::ignored_with(reason)),

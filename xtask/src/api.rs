@@ -1,24 +1,27 @@
-//! `cargo xtask api`: is the library's public API what was agreed on?
+//! `cargo xtask api`: compares the library's public API with a snapshot.
 //!
-//! The snapshot is committed, so a change of the API is a line in a review. Made by the pinned compiler, whose form of rustdoc's JSON
-//! the reader of it knows.
+//! The snapshot is committed, so each change of the API is a line in a review. rustdoc's JSON has
+//! another format in each version. The `public-api` crate reads that of the pinned compiler.
 
 use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{process, workspace};
+use crate::{
+    process,
+    workspace::{self, LIBRARY},
+};
 
-const LIBRARY: &str = "tcp-udp-trace";
 const SNAPSHOT: &str = "tcp-udp-trace/public-api.txt";
 
-/// Crates that move faster than we promise to, or that are nobody's business: none of their types may be seen.
+/// Crates whose types must not be public: they have breaking releases more often than this library,
+/// or are an implementation detail.
 const PRIVATE: &[&str] = &["aya", "netlink", "nix::", "tcp_udp_trace_common"];
 
 /// Compare the library's public API with the committed snapshot.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Write the snapshot anew.
+    /// Write a new snapshot.
     #[arg(long)]
     bless: bool,
 }
@@ -28,7 +31,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .omit_blanket_impls(true)
         .omit_auto_trait_impls(true)
         .build()
-        .context("cannot read rustdoc's JSON: is this the compiler that rust-toolchain.toml pins?")?
+        .context("cannot read rustdoc's JSON; it must come from the compiler that rust-toolchain.toml pins")?
         .to_string();
     let seen: Vec<_> = api
         .lines()
@@ -36,7 +39,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .collect();
     ensure!(
         seen.is_empty(),
-        "what must not be in the public API:\n{}",
+        "types that must not be in the public API:\n{}",
         seen.join("\n")
     );
 
@@ -54,26 +57,23 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let difference = [only_in(&agreed, &api, '-'), only_in(&api, &agreed, '+')].concat();
     ensure!(
         difference.is_empty(),
-        "the public API is not that of {SNAPSHOT}:\n{}\nIf it shall be: `cargo xtask api --bless`, a line in CHANGELOG.md, and what \
-             CONTRIBUTING.md says of versions",
+        "the public API differs from {SNAPSHOT}:\n{}\nIf the change is intended, run \
+             `cargo xtask api --bless`, add a line to CHANGELOG.md, and choose the version by \
+             CONTRIBUTING.md",
         difference.join("\n")
     );
-    eprintln!("the public API is that of {SNAPSHOT}");
+    eprintln!("the public API matches {SNAPSHOT}");
     Ok(())
 }
 
-/// What rustdoc knows of the library, as JSON; which it tells only if unstable options are allowed.
+/// Writes rustdoc's JSON of the library, an unstable feature, and returns its path.
 fn document() -> Result<PathBuf> {
-    // Other flags, other fingerprints: elsewhere each run would evict the work of others.
-    let target_dir = workspace::target_dir().join("api");
     process::run(
         Command::new(workspace::cargo())
             .current_dir(workspace::root())
             .args(["rustdoc", "--package", LIBRARY, "--lib", "--all-features"])
-            .arg("--target-dir")
-            .arg(&target_dir)
             .args(["--", "-Z", "unstable-options", "--output-format", "json"])
-            .env("RUSTC_BOOTSTRAP", "1"),
+            .env("RUSTDOC", workspace::unstable_rustdoc()?),
     )?;
-    Ok(target_dir.join("doc/tcp_udp_trace.json"))
+    Ok(workspace::target_dir().join("doc/tcp_udp_trace.json"))
 }

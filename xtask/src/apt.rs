@@ -1,6 +1,6 @@
-//! Packages of other Debian suites and architectures than this machine's own, without touching its apt's state.
+//! Fetches packages of other Debian suites and architectures, without a change to apt's own state.
 //!
-//! The mirror is the one that the machine is configured with, so this works behind whatever proxy or cache it uses.
+//! The mirror is the one in apt's configuration, so this works behind the machine's proxy or cache.
 
 use std::{
     env, fs,
@@ -12,17 +12,19 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{arch::Arch, process, workspace};
 
-/// Names a Debian mirror for machines whose own apt has none (Ubuntu, for one).
+/// The variable that names a Debian mirror, for machines whose apt has none, such as Ubuntu.
 const MIRROR_VARIABLE: &str = "XTASK_DEBIAN_MIRROR";
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Archives whose packages are for one architecture, with apt's state in a folder of ours that goes away with this value: the lists of
-/// one suite take a hundred megabytes.
+/// A package archive for one architecture.
+///
+/// Its apt state is in a folder of the cache. The lists of one suite take a hundred megabytes, so
+/// the folder is removed when this value is dropped.
 pub(crate) struct Archive {
     state: PathBuf,
     arch: &'static Arch,
-    /// The sources are ours, not this machine's.
+    /// Whether the state has a sources list of its own, instead of that of this machine.
     has_sources: bool,
 }
 
@@ -31,14 +33,15 @@ impl Archive {
     pub(crate) fn of_suite(suite: &str, arch: &'static Arch) -> Result<Self> {
         ensure!(
             Path::new(KEYRING).exists(),
-            "{KEYRING} is missing: the kernels are Debian's, install `debian-archive-keyring`"
+            "{KEYRING} is missing: install `debian-archive-keyring`, which verifies Debian's kernels"
         );
         let mirror = mirror()?;
         let line = format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n");
         Self::open(suite, arch, Some(&line))
     }
 
-    /// Reads the package lists of the archives that this machine is configured with, for any architecture.
+    /// Reads the package lists of the archives in this machine's configuration, for any
+    /// architecture.
     pub(crate) fn of_this_machine(arch: &'static Arch) -> Result<Self> {
         Self::open("own", arch, None)
     }
@@ -63,13 +66,13 @@ impl Archive {
         Ok(archive)
     }
 
-    /// The names of all packages that start with `prefix`.
+    /// Returns the names of all packages that start with `prefix`.
     pub(crate) fn package_names(&self, prefix: &str) -> Result<Vec<String>> {
         let names = process::stdout(self.apt("apt-cache").args(["pkgnames", prefix]))?;
         Ok(names.lines().map(str::to_owned).collect())
     }
 
-    /// The packages, and those that they need where nothing is installed.
+    /// Returns `packages` and all their dependencies, as if no package were installed.
     pub(crate) fn with_dependencies(&self, packages: &[&str]) -> Result<Vec<String>> {
         let mut command = self.apt("apt-get");
         command
@@ -83,12 +86,15 @@ impl Archive {
             .collect())
     }
 
-    /// Downloads `packages`, which apt verifies, and unpacks them into `folder`. It is there only when all of them are in it.
+    /// Downloads `packages`, which apt verifies, and unpacks them into `folder`.
+    ///
+    /// `folder` exists only once it is complete.
     pub(crate) fn unpack(&self, packages: &[String], folder: &Path) -> Result<()> {
-        // Under a name that nobody looks for, then renamed: an interrupted run leaves nothing that looks whole.
+        // An interrupted run leaves only this folder, which the next run removes.
         let partial = folder.with_file_name("partial");
         if partial.exists() {
-            fs::remove_dir_all(&partial).context("cannot remove what an interrupted run left")?;
+            fs::remove_dir_all(&partial)
+                .context("cannot remove the folder of an interrupted run")?;
         }
         let (download, root) = (partial.join("download"), partial.join("root"));
         fs::create_dir_all(&download)
@@ -104,7 +110,7 @@ impl Archive {
             process::stdout(Command::new("dpkg-deb").arg("-x").arg(&file).arg(&root))
                 .context("cannot unpack a package")?;
         }
-        fs::rename(&root, folder).context("cannot move what was unpacked into place")?;
+        fs::rename(&root, folder).context("cannot rename the folder of unpacked packages")?;
         fs::remove_dir_all(&partial).context("cannot remove the downloaded packages")
     }
 
@@ -122,16 +128,16 @@ impl Archive {
             format!("Dir::State::Lists={state}/lists"),
             format!("Dir::Cache::pkgcache={state}/pkgcache.bin"),
             format!("Dir::Cache::srcpkgcache={state}/srcpkgcache.bin"),
-            // What is installed here must not count as a candidate.
+            // Packages that are installed here must not count as candidates.
             "Dir::State::status=/dev/null".to_owned(),
             format!("APT::Architecture={arch}"),
             format!("APT::Architectures={arch}"),
             "Acquire::Languages=none".to_owned(),
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
             "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false".to_owned(),
-            // Suites past their support are still signed, but no longer dated anew.
+            // A suite past its end of support has a signature, but its date is no longer renewed.
             "Acquire::Check-Valid-Until=false".to_owned(),
-            // The unprivileged download user may not reach into the workspace.
+            // apt's unprivileged download user may be unable to read the workspace.
             "APT::Sandbox::User=root".to_owned(),
         ] {
             command.arg("-o").arg(option);
@@ -142,12 +148,12 @@ impl Archive {
 
 impl Drop for Archive {
     fn drop(&mut self) {
-        // What is left over is overwritten by the next run.
+        // If this fails, the next run overwrites the files.
         let _ = fs::remove_dir_all(&self.state);
     }
 }
 
-/// The mirror of the Debian archive that this machine is configured with.
+/// Returns the mirror of the Debian archive in this machine's configuration.
 pub(crate) fn mirror() -> Result<String> {
     if let Ok(mirror) = env::var(MIRROR_VARIABLE) {
         return Ok(mirror);
@@ -160,15 +166,13 @@ pub(crate) fn mirror() -> Result<String> {
     ]))
     .with_context(|| {
         format!(
-            "the kernels are Debian's: run this on Debian, or with apt and {MIRROR_VARIABLE} set"
+            "cannot list apt's sources: Debian's kernels need Debian, or apt and {MIRROR_VARIABLE}"
         )
     })?;
     targets
         .lines()
-        // The security archive calls itself Debian-Security.
+        // The label of the security archive is Debian-Security.
         .find_map(|line| line.strip_suffix(" Debian Debian"))
         .map(str::to_owned)
-        .with_context(|| {
-            format!("apt has no Debian mirror configured: name one in {MIRROR_VARIABLE} to fetch kernels")
-        })
+        .with_context(|| format!("apt has no Debian mirror: set {MIRROR_VARIABLE} to one"))
 }

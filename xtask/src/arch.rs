@@ -1,5 +1,7 @@
-//! The architectures whose kernels the tests run on: this machine's, and others, for which the tests are compiled here and which
-//! QEMU emulates all the same.
+//! The architectures whose kernels the tests run on.
+//!
+//! The tests are compiled on this machine for each of them. QEMU emulates all of them, also this
+//! machine's own.
 
 use std::{env::consts, fmt};
 
@@ -8,14 +10,14 @@ use anyhow::{Context as _, Result};
 use crate::deps::{self, Group};
 
 pub(crate) struct Arch {
-    /// As Rust calls it.
+    /// Rust's name.
     name: &'static str,
-    /// As Debian calls it.
+    /// Debian's name.
     pub(crate) debian: &'static str,
-    /// What emulates it.
+    /// The emulator.
     pub(crate) qemu: &'static str,
     pub(crate) qemu_package: &'static Group,
-    /// What links programs for it elsewhere.
+    /// The linker for machines of another architecture.
     pub(crate) linker: &'static Group,
     /// The guest's hardware.
     pub(crate) machine: &'static [&'static str],
@@ -40,14 +42,14 @@ const ARCHES: &[Arch] = &[
         qemu: "qemu-system-aarch64",
         qemu_package: &deps::QEMU_AARCH64,
         linker: &deps::LINKER_AARCH64,
-        // Not `max`: signing pointers takes most of the time when it is emulated.
+        // `max` has pointer authentication, and its emulation takes most of the time.
         machine: &["-machine", "virt", "-cpu", "neoverse-n1"],
         console: "ttyAMA0",
     },
 ];
 
 impl Arch {
-    /// This machine's.
+    /// Returns the architecture of this machine.
     pub(crate) fn host() -> Result<&'static Self> {
         Self::named(consts::ARCH)
     }
@@ -59,7 +61,7 @@ impl Arch {
             .with_context(|| {
                 let known: Vec<_> = ARCHES.iter().map(|arch| arch.name).collect();
                 format!(
-                    "the tests know nothing of {name}: only of {}",
+                    "the tests do not run on {name}, only on {}",
                     known.join(", ")
                 )
             })
@@ -69,12 +71,12 @@ impl Arch {
         self.name == consts::ARCH
     }
 
-    /// The target that Rust compiles for.
+    /// Returns Rust's target.
     pub(crate) fn target(&self) -> String {
         format!("{self}-unknown-linux-gnu")
     }
 
-    /// How GNU's tools for it are called, and Debian's folders of libraries.
+    /// Returns the name in GNU's tools and in Debian's folders of libraries.
     pub(crate) fn gnu(&self) -> String {
         format!("{self}-linux-gnu")
     }

@@ -1,15 +1,21 @@
-//! `cargo xtask bench`: what tracing costs, beside other tools and beside the least that it could cost.
+//! `cargo xtask bench`: measures the cost of tracing, of other tools, and of a program that does
+//! only the least.
 
 use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf, process::Command};
 
 use anyhow::Result;
 
-use crate::{arch::Arch, deps, ebpf, process, test, vm, workspace};
+use crate::{
+    arch::Arch,
+    deps, ebpf, process, report, test, vm,
+    workspace::{self, LIBRARY},
+};
 
-/// Measure what tracing costs: no tracer, ours, other tools if they are installed, and the floor. Prints tables in Markdown.
+/// Measure the cost of no tracer, of ours, of other tools if they are installed, and of the floor.
+/// Prints tables in Markdown.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// One round, little traffic: under a minute, to see that it works.
+    /// One round with little traffic, to check that the benchmark works. Takes under a minute.
     #[arg(long)]
     quick: bool,
     /// How many rounds; each measures everything once.
@@ -18,10 +24,11 @@ pub(crate) struct Args {
     /// Only workloads with this in their name.
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Draw the rates that were kept.
+    /// Draw the rates that were sustained.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
-    /// On these kernels in emulated VMs, one after the other: `6.12,7.2`, or `all`. Little traffic; only the ratios tell something.
+    /// On these kernels in emulated VMs, one after the other: `6.12,7.2`, or `all`. Little traffic;
+    /// only the ratios are meaningful.
     #[arg(
         long,
         value_name = "KERNELS",
@@ -29,7 +36,7 @@ pub(crate) struct Args {
         conflicts_with = "plot"
     )]
     vm: Vec<String>,
-    /// The micro-benchmarks of decoding and of the queue.
+    /// Run the micro-benchmarks of decoding and of the queue.
     #[arg(long, conflicts_with_all = ["vm", "plot", "quick", "rounds"])]
     micro: bool,
 }
@@ -40,7 +47,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     deps::ensure(&deps::TESTS)?;
     let floor = ebpf::floor();
-    let floor = floor.inspect_err(|error| eprintln!("without the floor: {error:#}"));
+    let floor = floor.inspect_err(|error| eprintln!("skipping the floor: {error:#}"));
     let floor = floor.ok();
     process::run(
         Command::new(workspace::cargo())
@@ -82,7 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         files: &files,
     };
     let kernels = test::kernels(&args.vm, false)?;
-    if !test::report::print(&vm::run(&kernels, &job, NonZeroUsize::MIN)) {
+    if !report::print(&vm::run(&kernels, &job, NonZeroUsize::MIN)) {
         std::process::exit(1);
     }
     Ok(())
@@ -90,13 +97,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 const FLOOR_IN_GUEST: &str = "/tests/floor.o";
 
-/// They see what is private of the library, which is made visible for them only, as it is for the fuzzers.
+/// Runs the micro-benchmarks. `cfg(micro_bench)` makes private items of the library visible to
+/// them.
 fn micro(only: Option<&str>) -> Result<()> {
     process::run(
         Command::new(workspace::cargo())
             .current_dir(workspace::root())
             .env("RUSTFLAGS", "--cfg micro_bench")
-            .args(["bench", "--package", "tcp-udp-trace", "--bench", "micro"])
+            .args(["bench", "--package", LIBRARY, "--bench", "micro"])
             .arg("--target-dir")
             .arg(workspace::target_dir().join("micro"))
             .args(only),

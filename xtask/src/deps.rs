@@ -1,4 +1,4 @@
-//! What the verbs need besides cargo, and installing it where we know how: Debian and its descendants.
+//! The programs that the verbs need besides cargo; installs them on Debian and its derivatives.
 
 use std::{
     path::{Path, PathBuf},
@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{arch::Arch, process, workspace};
+use crate::{process, workspace};
 
 /// Programs that one verb needs, each with the Debian package that has it.
 pub(crate) struct Group {
@@ -17,7 +17,7 @@ pub(crate) struct Group {
 
 struct Package {
     name: &'static str,
-    /// What tells that it is there, on any distribution and without asking a package manager.
+    /// How to find out whether it is installed, on any distribution and without a package manager.
     probe: Probe,
 }
 
@@ -51,7 +51,7 @@ pub(crate) const EBPF: Group = Group {
     ],
 };
 
-/// Debian's compiler; rustup's proxy of the same name comes earlier on the search path, hence the absolute path.
+/// Debian's compiler. The path is absolute because rustup's proxy comes earlier on the search path.
 pub(crate) const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
 const RUSTC: Package = Package {
@@ -59,7 +59,8 @@ const RUSTC: Package = Package {
     probe: Probe::File(DEBIAN_RUSTC),
 };
 
-/// What the integration tests call to set up links, impairments and translated addresses.
+/// The programs with which the integration tests set up links, impairments and translated
+/// addresses.
 pub(crate) const TESTS: Group = Group {
     purpose: "running the integration tests",
     packages: &[
@@ -74,7 +75,7 @@ pub(crate) const TESTS: Group = Group {
     ],
 };
 
-/// Booting other kernels.
+/// The programs that make a guest's image.
 pub(crate) const VM: Group = Group {
     purpose: "running the tests on other kernels",
     packages: &[
@@ -143,16 +144,16 @@ pub(crate) const CROSS_RUSTC: Group = Group {
     packages: &[RUSTC],
 };
 
-/// Making a Debian root file system.
+/// The program that makes a Debian root file system.
 pub(crate) const NEWCOMER: Group = Group {
-    purpose: "trying the pages' commands",
+    purpose: "running the commands of the pages",
     packages: &[Package {
         name: "mmdebstrap",
         probe: Probe::Program("mmdebstrap"),
     }],
 };
 
-/// libFuzzer is C++.
+/// The compiler of libFuzzer, which is C++.
 pub(crate) const FUZZ: Group = Group {
     purpose: "building the fuzzers",
     packages: &[Package {
@@ -161,7 +162,8 @@ pub(crate) const FUZZ: Group = Group {
     }],
 };
 
-/// The spell checker comes as a Python package, which takes a second, where compiling it takes minutes.
+/// The installer of the spell checker: its Python package installs in a second, compiling it takes
+/// minutes.
 const SPELLING: Group = Group {
     purpose: "installing the spell checker",
     packages: &[Package {
@@ -175,12 +177,13 @@ const TYPOS_VERSION: &str = "1.52.0";
 /// The version that goes with the pinned compiler: both on LLVM 22.
 const BPF_LINKER_VERSION: &str = "0.13.0";
 
-/// What to type to get bpf-linker.
+/// The command that installs bpf-linker.
 pub(crate) const BPF_LINKER_INSTALL: &str = "LLVM_PREFIX=/usr/lib/llvm-22 cargo install --locked bpf-linker \
      --version 0.13.0 --no-default-features --features llvm-22";
 
 impl Group {
-    fn missing(&self) -> Vec<&'static str> {
+    /// Returns the packages that are not installed.
+    pub(crate) fn missing(&self) -> Vec<&'static str> {
         self.packages
             .iter()
             .filter(|package| !package.probe.holds())
@@ -188,7 +191,7 @@ impl Group {
             .collect()
     }
 
-    /// The command that installs the whole group on Debian.
+    /// Returns the command that installs the whole group on Debian.
     pub(crate) fn apt_command(&self) -> String {
         let names: Vec<_> = self.packages.iter().map(|package| package.name).collect();
         process::shell_line(&apt_install(&names))
@@ -204,31 +207,9 @@ impl Probe {
     }
 }
 
-/// `cargo xtask setup`: installs whatever any verb needs and is not there.
-pub(crate) fn setup() -> Result<()> {
-    // What is needed for other architectures, `--arch` installs.
-    let missing: Vec<_> = [&EBPF, &TESTS, &VM, &FUZZ, Arch::host()?.qemu_package]
-        .into_iter()
-        .flat_map(Group::missing)
-        .collect();
-    if !missing.is_empty() {
-        if !is_debian_like() {
-            bail!(
-                "this is not a Debian-like system. Install what these Debian packages hold: {}; for the eBPF object a \
-                 nightly compiler does as well: `rustup toolchain install nightly --component rust-src`",
-                missing.join(" ")
-            );
-        }
-        install(&missing)?;
-    }
-    if workspace::find_program("bpf-linker").is_none() {
-        install_bpf_linker()?;
-    }
-    eprintln!("everything that the verbs need is installed");
-    Ok(())
-}
-
-/// Makes sure that `group` is there: as root on a Debian-like system it is installed, elsewhere the error names it.
+/// Makes sure that `group` is installed.
+///
+/// As root on a Debian-like system, this installs it. Elsewhere the error names the packages.
 pub(crate) fn ensure(group: &Group) -> Result<()> {
     let missing = group.missing();
     if missing.is_empty() {
@@ -245,12 +226,13 @@ pub(crate) fn ensure(group: &Group) -> Result<()> {
     )
 }
 
-/// Whether a verb may install packages by itself: never through sudo, which asks for a password.
+/// Whether a verb may install packages by itself. It never uses sudo, which can prompt for a
+/// password.
 pub(crate) fn can_install() -> bool {
     process::is_root() && is_debian_like()
 }
 
-/// Installs cargo-fuzz if it is not there.
+/// Installs cargo-fuzz if it is missing.
 pub(crate) fn ensure_cargo_fuzz() -> Result<()> {
     if workspace::find_program("cargo-fuzz").is_some() {
         return Ok(());
@@ -259,7 +241,7 @@ pub(crate) fn ensure_cargo_fuzz() -> Result<()> {
     process::run(command.args(["install", "--locked", "cargo-fuzz"]))
 }
 
-/// The spell checker: the user's, or one that is installed where git does not look.
+/// Returns the path of the spell checker. Installs it into the cache if it is missing.
 pub(crate) fn typos() -> Result<PathBuf> {
     let folder = workspace::cache_dir().join("pip");
     let ours = folder.join("bin/typos");
@@ -269,8 +251,7 @@ pub(crate) fn typos() -> Result<PathBuf> {
     if let Some(program) = workspace::find_program("typos") {
         return Ok(program);
     }
-    ensure(&SPELLING)
-        .context("or install the spell checker by yourself: `cargo install typos-cli`")?;
+    ensure(&SPELLING).context("or install the spell checker with `cargo install typos-cli`")?;
     let mut command = Command::new("pip");
     command
         .args([
@@ -286,11 +267,12 @@ pub(crate) fn typos() -> Result<PathBuf> {
     Ok(ours)
 }
 
-fn is_debian_like() -> bool {
+pub(crate) fn is_debian_like() -> bool {
     Path::new("/etc/debian_version").exists() && workspace::find_program("apt-get").is_some()
 }
 
-fn install(names: &[&str]) -> Result<()> {
+/// Installs packages; as root, or through sudo.
+pub(crate) fn install(names: &[&str]) -> Result<()> {
     let mut update = process::as_root("apt-get");
     update.args(["update", "-qq"]).stdin(Stdio::null());
     process::run(&mut update)?;
@@ -309,8 +291,8 @@ fn install(names: &[&str]) -> Result<()> {
     }
     if !unknown.is_empty() {
         bail!(
-            "the package archives of this system do not have {}. For the eBPF object a nightly compiler does as well: \
-             `rustup toolchain install nightly --component rust-src`",
+            "the package archives of this system do not have {}. For the eBPF object, a nightly \
+             compiler works too: `rustup toolchain install nightly --component rust-src`",
             unknown.join(" ")
         );
     }
@@ -334,7 +316,11 @@ fn apt_install(names: &[&str]) -> Command {
     command
 }
 
-fn install_bpf_linker() -> Result<()> {
+/// Installs bpf-linker if it is missing.
+pub(crate) fn ensure_bpf_linker() -> Result<()> {
+    if workspace::find_program("bpf-linker").is_some() {
+        return Ok(());
+    }
     let mut command = Command::new(workspace::cargo());
     command
         .args([

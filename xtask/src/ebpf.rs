@@ -1,9 +1,10 @@
-//! `cargo xtask ebpf`: builds the eBPF object that the library embeds, the same bytes on every machine.
+//! `cargo xtask ebpf`: builds the eBPF objects that the library embeds, the same bytes on every
+//! machine.
 //!
-//! The object is committed, so that users of the library need neither a BPF toolchain nor a build script. For anyone to
-//! be able to check it, it must not depend on where it was built: paths are remapped, and what would
-//! still differ (debug sections) is stripped. `toolchain.txt` beside it records which compiler made it, because another
-//! compiler makes other bytes.
+//! The objects are committed, so that users of the library need neither a BPF toolchain nor a build
+//! script. Anyone can check them, because their bytes do not depend on the machine: paths are
+//! remapped, and the sections that would still differ (debug information) are stripped.
+//! `toolchain.txt` beside them records the compiler, because another compiler makes other bytes.
 
 mod toolchain;
 
@@ -15,29 +16,30 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use self::toolchain::Toolchain;
+use self::toolchain::{TARGET, Toolchain};
 use crate::{deps, process, workspace};
 
 const PACKAGE: &str = "tcp-udp-trace-ebpf";
 const BINARY: &str = "tcp-udp-trace";
-/// What `cargo xtask bench` compares with.
+/// The program that `cargo xtask bench` compares with.
 const FLOOR: &str = "floor";
-const TARGET: &str = "bpfel-unknown-none";
 const PROFILE: &str = "bpf";
 
-/// The architectures that the library carries an object for, as `std::env::consts::ARCH` names them.
+/// The architectures that the library carries an object for, as `std::env::consts::ARCH` names
+/// them.
 ///
-/// The programs read kernel structures by offsets that they get at load time, but which register holds which argument
-/// of a probed function is fixed at compile time, and so are the numbers of system calls.
+/// The offsets of kernel structures are set when the programs are loaded. But two facts are fixed
+/// at compile time: the registers that hold the arguments of a probed function, and the numbers of
+/// system calls.
 const ARCHITECTURES: &[&str] = &["x86_64", "aarch64"];
 
-/// What is built of the programs for each architecture: what the object's name says of it, and the features.
+/// The objects for each architecture: a suffix of the file name, and the features.
 const VARIANTS: &[(&str, &[&str])] = &[("", &[]), ("-perf", &["--features", "perf"])];
 
 /// Build the eBPF objects that the library embeds.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Write nothing; build, and fail if the committed objects are not what this source makes.
+    /// Write no files; build the objects, and fail if the committed ones differ from them.
     #[arg(long)]
     check: bool,
 }
@@ -61,9 +63,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
 }
 
-/// Builds the floor of the benchmarks for this machine, and says where it is.
+/// Builds the floor of the benchmarks for this machine, and returns its path.
 ///
-/// It is not committed: only who measures needs it.
+/// It is not committed, because only the benchmarks need it.
 pub(crate) fn floor() -> Result<PathBuf> {
     let toolchain = toolchain()?;
     let object = build(&toolchain, FLOOR, env::consts::ARCH, &[], false)?;
@@ -72,7 +74,7 @@ pub(crate) fn floor() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The tools; installed if they are missing and may be.
+/// Returns the tools. Installs them if they are missing and this process may install packages.
 fn toolchain() -> Result<Toolchain> {
     let toolchain = match Toolchain::find() {
         Err(_) if deps::can_install() => {
@@ -100,7 +102,7 @@ fn committed_object(arch: &str, variant: &str) -> PathBuf {
     object_dir().join(format!("{BINARY}{variant}.{arch}.o"))
 }
 
-/// What is written to `toolchain.txt`: everything outside the source that decides the bytes.
+/// Returns the text of `toolchain.txt`: everything besides the source that determines the bytes.
 fn record(toolchain: &Toolchain) -> String {
     let flags = rustflags("ARCH", &toolchain.bpf_linker, &[]).join(" ");
     let flags = flags.replace(&*toolchain.bpf_linker.to_string_lossy(), "bpf-linker");
@@ -132,30 +134,30 @@ fn check(record: &str, objects: &[(PathBuf, Vec<u8>)]) -> Result<()> {
     let path = object_dir().join("toolchain.txt");
     let committed_record = fs::read_to_string(&path).with_context(|| {
         format!(
-            "cannot read {}: run `cargo xtask ebpf` and commit what it writes",
+            "cannot read {}: run `cargo xtask ebpf` and commit its files",
             path.display()
         )
     })?;
     if committed_record != record {
         eprintln!(
-            "The programs build, but the committed objects were made by other tools, so there is nothing to compare.\n\
-             committed:\n{committed_record}\nhere:\n{record}"
+            "The programs build. They are not compared with the committed objects, because other \
+             tools made those.\ncommitted:\n{committed_record}\nhere:\n{record}"
         );
         return Ok(());
     }
     for (path, bytes) in objects {
         let committed = fs::read(path).with_context(|| {
             format!(
-                "cannot read {}: run `cargo xtask ebpf` and commit what it writes",
+                "cannot read {}: run `cargo xtask ebpf` and commit its files",
                 path.display()
             )
         })?;
         ensure!(
             committed == *bytes,
-            "{} is not what the source makes: run `cargo xtask ebpf` and commit the result",
+            "{} differs from the object built here: run `cargo xtask ebpf` and commit the result",
             relative(path).display()
         );
-        eprintln!("{} is what the source makes", relative(path).display());
+        eprintln!("{} matches the source", relative(path).display());
     }
     Ok(())
 }
@@ -171,8 +173,13 @@ fn build(
     let remaps = remaps(toolchain)?;
     let flags = rustflags(arch, &toolchain.bpf_linker, &remaps);
 
-    // A target directory of its own: the compiler is another one, and would evict the artifacts of the host's.
-    let target_dir = workspace::target_dir().join("ebpf").join(arch);
+    // A target directory of its own, because this compiler would evict the artifacts of the host's.
+    let mut target_dir = workspace::target_dir().join("ebpf");
+    // On a clean clone, the architectures of a check share the derive macros. A developer compiles
+    // often, and in one directory the dependencies of one architecture would evict the other's.
+    if !locked {
+        target_dir.push(arch);
+    }
     let mut cargo = toolchain.cargo();
     cargo
         .current_dir(workspace::root())
@@ -202,8 +209,10 @@ fn build(
     Ok(bytes)
 }
 
-/// `.BTF` and the map sections must stay: loaders find the maps by them. `.BTF.ext` only serves the verifier's log with
-/// source lines; it is half of the object.
+/// The options of llvm-objcopy.
+///
+/// `.BTF` and the map sections must stay, because loaders find the maps by them. `.BTF.ext` only
+/// adds source lines to the verifier's log, and is half of the object.
 const STRIP: &[&str] = &[
     "--strip-debug",
     "--remove-section=.BTF.ext",
@@ -212,10 +221,11 @@ const STRIP: &[&str] = &[
 
 fn rustflags(arch: &str, linker: &Path, remaps: &[(PathBuf, &str)]) -> Vec<String> {
     let mut flags = vec![
-        // Which registers hold the arguments of a probed function: aya-ebpf falls back to the host's architecture.
+        // The architecture whose registers hold the arguments of a probed function. Without it,
+        // aya-ebpf takes the host's.
         format!("--cfg=bpf_target_arch=\"{arch}\""),
         format!("-Clinker={}", linker.display()),
-        // BTF is made of the debug info.
+        // bpf-linker makes BTF from the debug information.
         "-Clink-arg=--btf".to_owned(),
         "-Cdebuginfo=2".to_owned(),
     ];
@@ -227,10 +237,11 @@ fn rustflags(arch: &str, linker: &Path, remaps: &[(PathBuf, &str)]) -> Vec<Strin
     flags
 }
 
-/// The folders of this machine whose names could enter the object, and what stands for each.
+/// Returns the folders of this machine whose names could enter the object, each with its
+/// replacement.
 fn remaps(toolchain: &Toolchain) -> Result<Vec<(PathBuf, &'static str)>> {
     let mut remaps = vec![(workspace::root().to_owned(), ".")];
-    // Each registry has a folder, named after where its index is: a mirror's has another name.
+    // The folder of a registry is named after the URL of its index, so a mirror has another name.
     let sources = workspace::cargo_home()?.join("registry").join("src");
     for entry in fs::read_dir(&sources)
         .with_context(|| format!("cannot list the registry sources in {}", sources.display()))?
@@ -245,14 +256,14 @@ fn ensure_no_host_path(object: &[u8], remaps: &[(PathBuf, &str)]) -> Result<()> 
     let home = env::var_os("HOME").map(PathBuf::from);
     let folders = remaps.iter().map(|(folder, _)| folder).chain(&home);
     for folder in folders {
-        // With a slash at its end: "/root" could well be part of something else.
+        // With a slash at its end, because "/root" could be a part of another path.
         let name = folder.join("");
         let name = name.as_os_str().as_encoded_bytes();
         // A root folder ("/") would match every path.
         if name.len() > 1 && object.windows(name.len()).any(|window| window == name) {
             bail!(
-                "the object contains the path {} of this machine: its section needs stripping or the path remapping \
-                 (see `remaps` in xtask/src/ebpf.rs)",
+                "the object contains the path {} of this machine: strip its section, or remap the path \
+                 (`remaps` in xtask/src/ebpf.rs)",
                 folder.display()
             );
         }

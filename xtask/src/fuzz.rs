@@ -1,6 +1,7 @@
-//! `cargo xtask fuzz`: feeds the library's decoders with whatever libFuzzer thinks of.
+//! `cargo xtask fuzz`: runs libFuzzer on the library's decoders.
 //!
-//! On stable, the unit tests replay the seeds and what is near them (`tcp-udp-trace/src/fuzzing.rs`); the fuzzer needs a nightly compiler.
+//! The fuzzer needs a nightly compiler. On stable, the unit tests of the library's `fuzzing` module
+//! replay the seeds and inputs near them.
 
 use std::{fs, path::Path};
 
@@ -8,12 +9,12 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{deps, process, workspace};
 
-/// Fuzz what decodes bytes of others: all of it, or one target. Needs a nightly compiler.
+/// Fuzz all decoders of untrusted bytes, or one target. Needs a nightly compiler.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// One of the programs in `fuzz/fuzz_targets`.
     target: Option<String>,
-    /// How long, for each target.
+    /// The time for each target.
     #[arg(long, default_value_t = 60)]
     seconds: u32,
 }
@@ -29,12 +30,11 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         );
         targets = vec![wanted.clone()];
     }
-    process::stdout(process::nightly("rustc").arg("--version")).context(
-        "no nightly compiler, which the fuzzer needs: `rustup toolchain install nightly`",
-    )?;
+    process::stdout(process::nightly("rustc").arg("--version"))
+        .context("the fuzzer needs a nightly compiler: `rustup toolchain install nightly`")?;
     deps::ensure(&deps::FUZZ)?;
     deps::ensure_cargo_fuzz()?;
-    // What is fuzzed has the same dependencies as what is tested; cargo adds the fuzzer's own.
+    // The fuzzed library has the same dependencies as the tested one; cargo adds the fuzzer's own.
     fs::copy(
         workspace::root().join("Cargo.lock"),
         folder.join("Cargo.lock"),
@@ -45,9 +45,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         .try_for_each(|target| fuzz(target, args.seconds))
 }
 
-/// Runs one target until the time is over or it has found something, which it then saves in `fuzz/artifacts`.
+/// Runs one target until the time is over or an input fails, which libFuzzer saves in
+/// `fuzz/artifacts`.
 fn fuzz(target: &str, seconds: u32) -> Result<()> {
-    // New inputs are kept there, for the next time; the seeds are only read.
+    // libFuzzer keeps new inputs in the first folder, for the next run, and only reads the seeds.
     let grown = workspace::cache_dir().join("fuzz").join(target);
     fs::create_dir_all(&grown).with_context(|| format!("cannot create {}", grown.display()))?;
     process::run(

@@ -1,5 +1,7 @@
-//! `cargo xtask lint`: formatting, clippy, documentation, and rules that no tool knows.
+//! `cargo xtask lint`: checks formatting, clippy, documentation, and rules of this project.
 
+mod files;
+mod layers;
 pub(crate) mod links;
 mod off_linux;
 
@@ -7,16 +9,18 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::{deps, process, workspace};
+use crate::{
+    deps, process,
+    workspace::{self, LIBRARY},
+};
 
 const EBPF: &str = "tcp-udp-trace-ebpf";
-const LIBRARY: &str = "tcp-udp-trace";
 
 /// Files that must not be in the tree, by the end of their path, and why.
 const FORBIDDEN: &[(&str, &str)] = &[
     (
         "tcp-udp-trace/build.rs",
-        "users of the library must need no BPF toolchain: the objects are committed",
+        "users of the library must not need a BPF toolchain: the objects are committed",
     ),
     (
         "tcp-udp-trace-common/build.rs",
@@ -30,6 +34,7 @@ const FORBIDDEN: &[(&str, &str)] = &[
 pub(crate) fn run() -> Result<()> {
     forbidden_files()?;
     links::check()?;
+    layers::check()?;
     spelling()?;
     cargo(&["fmt", "--all", "--check"])?;
     cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"])?;
@@ -40,7 +45,7 @@ pub(crate) fn run() -> Result<()> {
         "--all-targets",
         "--all-features",
     ])?;
-    // The library alone: in the workspace, another member may turn its features on.
+    // The library alone, because another member of the workspace can enable its features.
     clippy(&[
         "--package",
         LIBRARY,
@@ -54,7 +59,7 @@ pub(crate) fn run() -> Result<()> {
     document()
 }
 
-/// Among what git tracks; `typos.toml` has the exceptions.
+/// Checks the spelling of all files that git tracks; `typos.toml` has the exceptions.
 fn spelling() -> Result<()> {
     let typos = deps::typos()?;
     process::run(
@@ -70,13 +75,15 @@ fn clippy(args: &[&str]) -> Result<()> {
 
 const DENY_WARNINGS: &[&str] = &["--", "-D", "warnings"];
 
-/// clippy of the eBPF programs, compiled for this machine: the compiler that knows the BPF target has no clippy.
+/// Runs clippy on the eBPF programs, compiled for this machine, because the compiler that has the
+/// BPF target has no clippy.
 ///
-/// The profile aborts on panics, without which a program that has no `std` does not compile. `RUSTC_BOOTSTRAP` lets the
-/// stable compiler take the unstable features that the programs use.
+/// A program without `std` does not compile unless it aborts on panics, which the profile `bpf`
+/// does. `RUSTC_BOOTSTRAP` makes the stable compiler accept the unstable features of the programs.
 fn ebpf_clippy(features: &[&str]) -> Result<()> {
     let mut command = cargo_command(&["clippy", "--package", EBPF, "--profile", "bpf"]);
-    // Other environment, other fingerprints: in the common target directory each run would evict the other's work.
+    // The variable changes cargo's fingerprints: in the common target directory, each run would
+    // discard the artifacts of the other.
     command
         .args(features)
         .arg("--target-dir")
@@ -86,25 +93,18 @@ fn ebpf_clippy(features: &[&str]) -> Result<()> {
     process::run(&mut command)
 }
 
-/// All of it; and the library once more as docs.rs builds it.
+/// Builds the documentation of the workspace, and that of the library as docs.rs does.
 fn document() -> Result<()> {
-    let mut all = cargo_command(&[
-        "doc",
-        "--no-deps",
-        "--workspace",
-        "--exclude",
-        EBPF,
-        "--all-features",
-    ]);
-    process::run(all.env("RUSTDOCFLAGS", "-D warnings"))?;
+    let mut others = cargo_command(&["doc", "--no-deps", "--workspace", "--all-features"]);
+    others
+        .args(["--exclude", EBPF, "--exclude", LIBRARY])
+        .env("RUSTDOCFLAGS", "-D warnings");
+    process::run(&mut others)?;
     let mut library = cargo_command(&["doc", "--no-deps", "--package", LIBRARY, "--all-features"]);
-    process::run(
-        library
-            .arg("--target-dir")
-            .arg(workspace::target_dir().join("api"))
-            .env("RUSTDOCFLAGS", "-D warnings --cfg docsrs")
-            .env("RUSTC_BOOTSTRAP", "1"),
-    )
+    library
+        .env("RUSTDOC", workspace::unstable_rustdoc()?)
+        .env("RUSTDOCFLAGS", "-D warnings --cfg docsrs");
+    process::run(&mut library)
 }
 
 fn cargo(args: &[&str]) -> Result<()> {
@@ -118,13 +118,9 @@ fn cargo_command(args: &[&str]) -> Command {
 }
 
 fn forbidden_files() -> Result<()> {
-    let files = process::stdout(
-        Command::new("git")
-            .arg("ls-files")
-            .current_dir(workspace::root()),
-    )?;
+    let files = files::tracked(&[])?;
     let found: Vec<_> = files
-        .lines()
+        .iter()
         .flat_map(|file| {
             FORBIDDEN
                 .iter()

@@ -2,9 +2,12 @@
 #![allow(
     clippy::print_stderr,
     clippy::print_stdout,
-    reason = "a command-line program talks to whoever runs it"
+    reason = "a command-line program writes to the terminal"
 )]
 
+// Layers, each uses only those after it: bench, package
+// -> api, ebpf, fuzz, lint, miri, newcomer, setup, soak, test -> vm -> apt, report -> arch -> deps
+// -> process, workspace.
 mod api;
 mod apt;
 mod arch;
@@ -17,6 +20,8 @@ mod miri;
 mod newcomer;
 mod package;
 mod process;
+mod report;
+mod setup;
 mod soak;
 mod test;
 mod vm;
@@ -41,7 +46,7 @@ enum Verb {
     Test(test::Args),
     Soak(soak::Args),
     Bench(bench::Args),
-    /// Install what the other verbs need and this machine lacks (Debian and its descendants).
+    /// Install the missing packages that the other verbs need (Debian and its derivatives).
     Setup,
 }
 
@@ -57,11 +62,12 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
-        Verb::Setup => deps::setup(),
+        Verb::Setup => setup::run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // Not by returning it: with RUST_BACKTRACE set, which tests want, a backtrace would bury the message.
+        // Returning the error would print a backtrace after the message if RUST_BACKTRACE is set,
+        // as it is for tests.
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

@@ -1,7 +1,7 @@
-//! `cargo xtask newcomer`: do the commands of the pages work for an ordinary user, as they are written?
+//! `cargo xtask newcomer`: runs the commands of the pages as an ordinary user, as they are written.
 //!
-//! The commands come from the pages. They run in a clean Debian root file system, by a user who has
-//! `sudo` and has rustup in the home folder. The toolchains and the crates are this machine's. All
+//! The commands come from the pages. They run in a clean Debian root file system, as a user who has
+//! `sudo`, and rustup in the home folder. The toolchains and the crates are this machine's. All
 //! mounts are in a mount namespace of the command, and end with it.
 
 mod page;
@@ -18,23 +18,20 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use self::{
-    page::{Step, User},
-    root::Root,
-};
+use self::{page::Step, root::Root};
 use crate::{deps, process, workspace};
 
 /// Run the commands of README.md and CONTRIBUTING.md as an unprivileged user of a clean Debian.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Instead of those: this command, in the clone.
+    /// Run only this command, in the clone.
     command: Option<String>,
 }
 
-/// The pages, in the order in which one reads them.
+/// The pages, in the order in which a newcomer reads them.
 const PAGES: &[&str] = &["README.md", "CONTRIBUTING.md"];
 
-/// How long a command may show nothing. While cargo compiles, it shows each crate.
+/// How long a command may write nothing. While cargo compiles, it shows each crate.
 const SILENCE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
 /// How long a program may go on after Ctrl-C.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,7 +39,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) fn run(args: &Args) -> Result<()> {
     ensure!(
         process::is_root(),
-        "a root file system is made and mounted: run this as root"
+        "this makes and mounts a root file system: run it as root"
     );
     deps::ensure(&deps::NEWCOMER)?;
     let steps = match &args.command {
@@ -58,7 +55,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         follow(&root, step).with_context(|| format!("{}: {step}", step.page))?;
         eprintln!("    works, in {:.1} s", started.elapsed().as_secs_f64());
     }
-    eprintln!("a newcomer's {} commands work", steps.len());
+    eprintln!("all {} commands of the pages work", steps.len());
     Ok(())
 }
 
@@ -75,8 +72,8 @@ fn steps() -> Result<Vec<Step>> {
     Ok(steps)
 }
 
-/// Runs one command. One that runs until it is stopped is stopped by Ctrl-C, as soon as it has shown
-/// what it is for.
+/// Runs one command. A command that runs for ever is stopped by Ctrl-C, as soon as it has shown the
+/// expected output.
 fn follow(root: &Root, step: &Step) -> Result<()> {
     let mut command = root.command(step);
     let mut child = Ended(
@@ -100,20 +97,22 @@ fn follow(root: &Root, step: &Step) -> Result<()> {
                 }
             }
             Err(RecvTimeoutError::Disconnected) => break,
-            Err(RecvTimeoutError::Timeout) if stopped => bail!("Ctrl-C does not end it:\n{shown}"),
-            Err(RecvTimeoutError::Timeout) => bail!("it hangs:\n{shown}"),
+            Err(RecvTimeoutError::Timeout) if stopped => {
+                bail!("the command goes on after Ctrl-C:\n{shown}")
+            }
+            Err(RecvTimeoutError::Timeout) => bail!("the command hangs:\n{shown}"),
         }
         if !stopped && step.shows.is_some_and(|sign| shown.contains(sign)) {
-            terminal.write_all(b"\x03").context("cannot press Ctrl-C")?;
+            terminal.write_all(b"\x03").context("cannot send Ctrl-C")?;
             stopped = true;
             deadline = Instant::now() + END_TIMEOUT;
         }
     }
     let status = child.0.wait().context("cannot wait for the command")?;
     match step.shows {
-        // A program without a handler of its own dies of the signal.
+        // The signal kills a program that does not handle it.
         Some(_) if stopped => Ok(()),
-        Some(sign) => bail!("it ended ({status}) and did not show {sign:?}:\n{shown}"),
+        Some(sign) => bail!("the command ended ({status}) without {sign:?}:\n{shown}"),
         None => {
             ensure!(status.success(), "{status}:\n{shown}");
             Ok(())
@@ -121,7 +120,7 @@ fn follow(root: &Root, step: &Step) -> Result<()> {
     }
 }
 
-/// What a command writes, as it comes.
+/// Returns a channel of the pieces of text that a command writes.
 fn pieces(mut output: impl Read + Send + 'static) -> mpsc::Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
@@ -136,19 +135,19 @@ fn pieces(mut output: impl Read + Send + 'static) -> mpsc::Receiver<String> {
     receiver
 }
 
-/// A command that must not outlive us; all processes of its pid namespace end with it.
+/// A command that ends with this process, and with it all processes of its pid namespace.
 struct Ended(Child);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if the command has ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Connections on loopback, for the tracers to show.
-struct Traffic(#[allow(dead_code, reason = "its end ends the thread")] mpsc::Sender<()>);
+/// A thread that makes connections on loopback, which the tracers show.
+struct Traffic(#[allow(dead_code, reason = "dropping it ends the thread")] mpsc::Sender<()>);
 
 impl Traffic {
     fn start() -> Result<Self> {
@@ -165,14 +164,5 @@ impl Traffic {
             }
         });
         Ok(Self(sender))
-    }
-}
-
-impl User {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Newcomer => root::NAME,
-            Self::Root => "root",
-        }
     }
 }

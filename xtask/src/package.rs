@@ -1,8 +1,9 @@
-//! `cargo xtask package`: is what would be published all that a stranger needs?
+//! `cargo xtask package`: checks that the packages contain all that a user needs.
 //!
-//! The packages are made as for publishing. Then a crate of nobody's, outside of the workspace, depends on what is in them, and is compiled with
-//! each combination of features; on its search path are a C linker and nothing else. The package's own example is compiled too, its
-//! README must not link to files that the package lacks, and the source of the eBPF objects must be in it.
+//! The packages are made as for publishing. A crate outside of the workspace depends on them, and
+//! is compiled with each combination of features. Its search path has a C linker and no other
+//! program. The package's own example is compiled too. Its README must not link to files that the
+//! package lacks, and the source of the eBPF objects must be in it.
 
 mod dependencies;
 
@@ -16,18 +17,21 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{lint::links, process, workspace};
+use crate::{
+    lint::links,
+    process,
+    workspace::{self, LIBRARY},
+};
 
-const LIBRARY: &str = "tcp-udp-trace";
 const COMMON: &str = "tcp-udp-trace-common";
 
-/// What a stranger's machine has for Rust to link with.
+/// The programs that Rust links with, which every user has.
 const LINKER: &[&str] = &["cc", "ld", "as", "ar"];
 
-/// Make the packages, and compile a stranger's crate with them.
+/// Make the packages, and compile a user's crate with them.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Make packages of uncommitted changes too.
+    /// Include uncommitted changes.
     #[arg(long)]
     allow_dirty: bool,
 }
@@ -36,26 +40,26 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let metadata = metadata_of(&workspace::root().join("Cargo.toml"))?;
     let library = package(&metadata, LIBRARY)?;
     let packages = pack(library, args.allow_dirty)?;
-    let stranger = Stranger::new(&packages, text(library, "rust_version")?)?;
+    let user_crate = UserCrate::new(&packages, text(library, "rust_version")?)?;
     for features in subsets(&features(library)?) {
-        stranger.check(&features)?;
+        user_crate.check(&features)?;
     }
-    stranger.check_example(&packages.join(LIBRARY))?;
+    user_crate.check_example(&packages.join(LIBRARY))?;
     links::check_page(&packages.join(LIBRARY).join("README.md"))?;
     dependencies::check(
-        &metadata_of(&stranger.folder.join("Cargo.toml"))?,
+        &metadata_of(&user_crate.folder.join("Cargo.toml"))?,
         text(library, "rust_version")?,
     )?;
-    eprintln!("a stranger's crate compiles with what would be published");
+    eprintln!("a user's crate compiles with the packages");
     Ok(())
 }
 
-/// Makes the packages of both crates and unpacks them; returns the folder that they are in.
+/// Makes the packages of both crates and unpacks them; returns their folder.
 fn pack(library: &Value, allow_dirty: bool) -> Result<PathBuf> {
     let mut command = Command::new(workspace::cargo());
     command
         .current_dir(workspace::root())
-        // What it compiles to verify them is compiled below, too.
+        // cargo would compile the packages to verify them, but they are compiled below, too.
         .args(["package", "--no-verify", "--quiet"])
         .args(["--package", COMMON, "--package", LIBRARY])
         .args(allow_dirty.then_some("--allow-dirty"));
@@ -78,8 +82,8 @@ fn pack(library: &Value, allow_dirty: bool) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// Whether a folder of the package has all that the folder of the tree has. In the tree, the source of
-/// the objects is a link to that of the eBPF crate.
+/// Checks that a folder of the package has all files of the folder of the tree. In the tree, the
+/// source of the objects is a symbolic link to that of the eBPF crate.
 fn contains(packaged: &Path, committed: &Path) -> Result<()> {
     let entries =
         fs::read_dir(committed).with_context(|| format!("cannot list {}", committed.display()))?;
@@ -96,28 +100,29 @@ fn contains(packaged: &Path, committed: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A crate that depends on the packages, and nothing of ours around it.
-struct Stranger {
+/// A user's crate, which depends on the packages and is outside of the workspace.
+struct UserCrate {
     folder: PathBuf,
     path: PathBuf,
 }
 
-impl Stranger {
+impl UserCrate {
     fn new(packages: &Path, rust_version: &str) -> Result<Self> {
-        // Below the folder of the workspace, but a workspace of its own.
-        let folder = workspace::target_dir().join("stranger");
+        // The folder is inside of that of the workspace, but the crate is a workspace of its own.
+        let folder = workspace::target_dir().join("user_crate");
         let path = folder.join("path");
         recreate(&path)?;
-        fs::create_dir_all(folder.join("src")).context("cannot create the stranger's folder")?;
+        fs::create_dir_all(folder.join("src"))
+            .context("cannot create the folder of the user's crate")?;
         for tool in LINKER {
             let found = workspace::find_program(tool)
-                .with_context(|| format!("{tool} is missing: Rust links with it"))?;
+                .with_context(|| format!("{tool} is missing, and Rust needs it to link"))?;
             symlink(found, path.join(tool)).context("cannot link to the linker")?;
         }
         let packages = packages.display();
         let manifest = format!(
             "[workspace]\n\
-             [package]\nname = \"stranger\"\nversion = \"0.0.0\"\nedition = \"2024\"\nrust-version = \"{rust_version}\"\n\
+             [package]\nname = \"user_crate\"\nversion = \"0.0.0\"\nedition = \"2024\"\nrust-version = \"{rust_version}\"\n\
              [features]\nserde = [\"tcp-udp-trace/serde\"]\n\
              [dependencies]\n\
              anyhow = \"1\"\n\
@@ -138,7 +143,7 @@ impl Stranger {
         process::run(command.arg(features.join(",")))
     }
 
-    /// Compiles the example of the package itself, which takes its development dependencies too.
+    /// Compiles the example of the package, with the development dependencies that it needs.
     fn check_example(&self, library: &Path) -> Result<()> {
         let common = library.with_file_name(COMMON);
         let patch = format!(
@@ -146,7 +151,7 @@ impl Stranger {
             common.display().to_string()
         );
         let mut command = self.cargo(&["build", "--example", "trace", "--features", "serde"]);
-        // Without this, it would be a part of the workspace around it.
+        // Without this, the package would be a part of the workspace around it.
         let manifest = library.join("Cargo.toml");
         let mut text = fs::read_to_string(&manifest).context("cannot read the manifest")?;
         text.push_str("\n[workspace]\n");
@@ -166,12 +171,15 @@ impl Stranger {
             .env("RUSTC", workspace::cargo().with_file_name("rustc"))
             .env("PATH", &self.path)
             .env("CARGO_TARGET_DIR", self.folder.join("target"))
+            // The programs do not run, and are not compiled a second time.
+            .env("CARGO_PROFILE_DEV_DEBUG", "none")
+            .env("CARGO_INCREMENTAL", "0")
             .env("RUSTFLAGS", "-D warnings");
         command
     }
 }
 
-/// The first example of README.md, as somebody would paste it.
+/// Returns the first example of README.md.
 fn first_example() -> Result<String> {
     let path = workspace::root().join("README.md");
     let readme = fs::read_to_string(&path).context("cannot read README.md")?;
@@ -227,7 +235,7 @@ fn features(library: &Value) -> Result<Vec<&str>> {
         .collect())
 }
 
-/// Every combination.
+/// Returns every combination of features.
 fn subsets<'a>(features: &[&'a str]) -> Vec<Vec<&'a str>> {
     features.iter().fold(vec![vec![]], |subsets, feature| {
         let with = subsets

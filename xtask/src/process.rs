@@ -1,10 +1,10 @@
-//! Running other programs: each is shown before it runs, and a failure names the command.
+//! Runs other programs. Errors name the command.
 
 use std::{fs, os::unix::fs::MetadataExt as _, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 
-/// Shows `command`, runs it with our output streams, and fails unless it succeeds.
+/// Shows `command`, runs it with this program's output streams, and fails unless it succeeds.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let line = shell_line(command);
     eprintln!("$ {line}");
@@ -17,11 +17,11 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` without showing it, and returns what it wrote to standard output.
+/// Runs `command` without showing it, and returns its standard output.
 pub(crate) fn stdout(command: &mut Command) -> Result<String> {
     let bytes = stdout_bytes(command)?;
     String::from_utf8(bytes)
-        .with_context(|| format!("`{}` wrote something that is not text", shell_line(command)))
+        .with_context(|| format!("the output of `{}` is not UTF-8", shell_line(command)))
 }
 
 /// Like [`stdout`], for output that is not text.
@@ -37,7 +37,7 @@ pub(crate) fn stdout_bytes(command: &mut Command) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// The command as one would type it, without its environment.
+/// Returns the command as a line for a shell, without its environment.
 pub(crate) fn shell_line(command: &Command) -> String {
     std::iter::once(command.get_program())
         .chain(command.get_args())
@@ -46,7 +46,7 @@ pub(crate) fn shell_line(command: &Command) -> String {
         .join(" ")
 }
 
-/// Quotes `word` for a POSIX shell where it needs it.
+/// Quotes `word` for a POSIX shell if necessary.
 pub(crate) fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+./:,@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
@@ -56,12 +56,14 @@ pub(crate) fn quote(word: &str) -> String {
     }
 }
 
-/// Whether we run as root. `/proc/self` belongs to the effective user, which saves a dependency for `geteuid`.
+/// Whether this process runs as root. The owner of `/proc/self` is the effective user, so no
+/// dependency for `geteuid` is needed.
 pub(crate) fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 
-/// A command that runs `program` as root: directly, or through `sudo -E` that keeps the environment.
+/// Returns a command that runs `program` as root: directly, or through `sudo -E`, which keeps the
+/// environment.
 pub(crate) fn as_root(program: impl AsRef<std::ffi::OsStr>) -> Command {
     if is_root() {
         Command::new(program)
@@ -72,12 +74,12 @@ pub(crate) fn as_root(program: impl AsRef<std::ffi::OsStr>) -> Command {
     }
 }
 
-/// A command that runs `program` of the nightly toolchain.
+/// Returns a command that runs `program` of the nightly toolchain.
 pub(crate) fn nightly(program: &str) -> Command {
     let mut command = Command::new("rustup");
     command
         .args(["run", "nightly", program])
-        // The cargo that runs us sets these for its own compiler.
+        // The cargo that runs this program sets these for its own compiler.
         .env_remove("RUSTC")
         .env_remove("RUSTDOC");
     command

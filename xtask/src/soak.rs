@@ -1,4 +1,5 @@
-//! `cargo xtask soak`: everything at once for long, or very many sockets; the figures, and whether they add up.
+//! `cargo xtask soak`: runs all kinds of load at once for long, or opens very many sockets, and
+//! checks the sums.
 
 use std::process::Command;
 
@@ -6,13 +7,14 @@ use anyhow::Result;
 
 use crate::{deps, process, workspace};
 
-/// Let connections churn, datagrams flood, filters change, tracers start and stop, and check that it all adds up.
+/// Make connections, floods of datagrams, changes of filters, starts and stops of tracers, and
+/// check that all events are accounted for.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// For so long.
+    /// How long to run.
     #[arg(long, default_value_t = 20)]
     minutes: u64,
-    /// Instead of that: so many sockets, opened and closed under both tracers.
+    /// Instead, open and close this many sockets under both tracers.
     #[arg(long, value_name = "N")]
     sockets: Option<u64>,
 }
@@ -26,9 +28,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             .args(["--bin", "soak"]),
     )?;
     let program = workspace::target_dir().join("release/soak");
-    let (what, count) = match args.sockets {
+    let (mode, count) = match args.sockets {
         Some(sockets) => ("sockets", sockets),
         None => ("minutes", args.minutes),
     };
-    process::run(process::as_root(program).args([what, &count.to_string()]))
+    process::run(process::as_root(program).args([mode, &count.to_string()]))
 }

@@ -1,45 +1,43 @@
-//! `cargo xtask test`: unit tests, then the integration tests on the kernel that runs here and on others in VMs.
+//! `cargo xtask test`: runs the unit tests, then the integration tests on this kernel and on others
+//! in VMs.
 
 mod cross;
-pub(crate) mod report;
 mod suite;
 
-use std::{ffi::OsString, num::NonZeroUsize, time::Duration};
+use std::{ffi::OsString, num::NonZeroUsize};
 
 use anyhow::{Context as _, Result};
 
-use self::report::Row;
 use crate::{
     arch::Arch,
     deps,
+    report::{self, Row},
     vm::{self, KERNELS, Kernel},
 };
 
-/// How long the integration tests may take on one kernel.
-pub(crate) const TIMEOUT: Duration = Duration::from_secs(25 * 60);
-
-/// Run the tests: all of them, or those that options name.
+/// Run the tests: all of them, or those that the options name.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The unit and documentation tests.
+    /// Run the unit and documentation tests.
     #[arg(long)]
     unit: bool,
-    /// The integration tests and those of the examples on the kernel that runs here, as root.
+    /// Run the integration tests and those of the examples on this kernel, as root.
     #[arg(long)]
     local: bool,
-    /// The integration tests on these kernels in VMs: `5.10,6.1`, or `all`.
+    /// Run the integration tests on these kernels in VMs: `5.10,6.1`, or `all`.
     #[arg(long, value_name = "KERNELS", value_delimiter = ',')]
     vm: Vec<String>,
-    /// The integration tests on kernels of this architecture, `aarch64` or `x86_64`, in VMs: on 6.12, unless `--vm` names others.
+    /// Run the integration tests on kernels of this architecture, `aarch64` or `x86_64`, in VMs.
+    /// The kernel is 6.12 unless `--vm` names others.
     #[arg(long, value_parser = Arch::named, conflicts_with_all = ["unit", "local"])]
     arch: Option<&'static Arch>,
-    /// Only bring the cached kernels up to date.
+    /// Only update the cached kernels.
     #[arg(long)]
     fetch_only: bool,
-    /// How many VMs at a time; one for each core, unless given.
+    /// How many VMs run at a time. The default is one for each core.
     #[arg(long, env = "XTASK_JOBS")]
     jobs: Option<NonZeroUsize>,
-    /// Only tests whose names contain this.
+    /// Run only tests whose names contain this.
     filter: Option<String>,
     /// Further arguments of the integration test program, such as `--test-threads 1`.
     #[arg(last = true)]
@@ -52,7 +50,8 @@ impl Args {
     }
 }
 
-/// Where `--arch` alone runs the tests: what differs between architectures differs little between kernels.
+/// The kernel for `--arch` without `--vm`. One is enough, because the differences between
+/// architectures are almost the same on all kernels.
 const KERNEL_OF_ARCH: &str = "6.12";
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -100,7 +99,7 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
         rows.push(suite::local(&program, &program_args)?);
         rows.push(suite::run("examples", &examples, &program_args)?);
     }
-    // After the local run, not beside it: the tests measure time.
+    // The guests start after the local run has ended, because the tests measure time.
     let jobs = args.jobs.unwrap_or_else(vm::default_jobs);
     let job = vm::Job {
         arch,
@@ -112,7 +111,7 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
     Ok(rows)
 }
 
-/// The kernels that `names` select from the table.
+/// Returns the kernels of the table that `names` selects.
 pub(crate) fn kernels(names: &[String], everything: bool) -> Result<Vec<&'static Kernel>> {
     if everything || names.iter().any(|name| name == "all") {
         return Ok(KERNELS.iter().collect());
@@ -126,7 +125,7 @@ pub(crate) fn kernels(names: &[String], everything: bool) -> Result<Vec<&'static
                 .with_context(|| {
                     let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
                     format!(
-                        "no kernel {name:?}: there are {}, and `all`",
+                        "unknown kernel {name:?}: choose from {}, or `all`",
                         known.join(", ")
                     )
                 })

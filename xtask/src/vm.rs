@@ -1,6 +1,7 @@
-//! Running a test program on other kernels: a kernel package, an initramfs made of the program and little else, QEMU.
+//! Runs a test program on other kernels: QEMU boots a packaged kernel with an initramfs that has
+//! little besides the program.
 //!
-//! Plain emulation is enough: a stock cloud kernel boots in seconds, and no machine that runs the tests needs KVM.
+//! Emulation is enough: a stock cloud kernel boots in seconds, and the machine needs no KVM.
 
 mod cpio;
 mod guest;
@@ -10,11 +11,8 @@ mod modules;
 mod userland;
 
 use std::{
-    collections::VecDeque,
-    ffi::OsString,
     fs,
     num::NonZeroUsize,
-    path::Path,
     sync::{Mutex, PoisonError},
     thread,
     time::Instant,
@@ -22,21 +20,26 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-pub(crate) use self::kernel::{KERNELS, Kernel};
 use self::{guest::Ended, userland::Userland};
+pub(crate) use self::{
+    initramfs::Job,
+    kernel::{KERNELS, Kernel},
+};
 use crate::{
     arch::Arch,
     deps,
-    test::report::{Counts, Outcome, Row},
+    report::{Counts, Outcome, Row},
     workspace,
 };
 
-/// A guest has two CPUs, but the tests wait more than they compute: one guest for each core takes least.
+/// Returns how many guests run at a time: one for each core. A guest has two CPUs, but the tests
+/// wait more than they compute, so more cores for each would be idle.
 pub(crate) fn default_jobs() -> NonZeroUsize {
     thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
 }
 
-/// Fetches the newest packages of `kernels`, keeping what is cached where the mirror has no such kernel any more.
+/// Fetches the newest packages of `kernels`. If the mirror no longer has a kernel, the cached one
+/// stays.
 pub(crate) fn fetch(kernels: &[&Kernel], arch: &'static Arch) -> Result<()> {
     for kernel in kernels {
         let installed = kernel.fetch(arch)?;
@@ -45,18 +48,9 @@ pub(crate) fn fetch(kernels: &[&Kernel], arch: &'static Arch) -> Result<()> {
     Ok(())
 }
 
-/// What runs in a guest.
-pub(crate) struct Job<'a> {
-    pub(crate) arch: &'static Arch,
-    pub(crate) program: &'a Path,
-    pub(crate) args: &'a [OsString],
-    /// Files that the program needs, and where.
-    pub(crate) files: &'a [(&'a Path, &'a str)],
-}
-
 /// Runs a job on each of `kernels`, `jobs` guests at a time, and returns one row for each.
 ///
-/// What keeps a kernel from being tried (no QEMU, no mirror) becomes a row that says so; the others still run.
+/// If a kernel cannot run (no QEMU, no mirror), its row says why, and the others still run.
 pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize) -> Vec<Row> {
     let prepared = deps::ensure(&deps::VM)
         .and_then(|()| deps::ensure(job.arch.qemu_package))
@@ -72,16 +66,15 @@ pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize
         }
     };
 
-    let queue: Mutex<VecDeque<_>> = Mutex::new(kernels.iter().enumerate().collect());
+    let mut queue: Vec<_> = kernels.iter().enumerate().collect();
+    queue.sort_by_key(|(_, kernel)| kernel.seconds);
+    let queue = Mutex::new(queue);
     let rows = Mutex::new(Vec::new());
     thread::scope(|scope| {
         for _ in 0..jobs.get().min(kernels.len()) {
             scope.spawn(|| {
                 loop {
-                    let next = queue
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .pop_front();
+                    let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
                     let Some((index, kernel)) = next else { break };
                     let row = run_one(kernel, job, &userland);
                     rows.lock()
@@ -110,12 +103,14 @@ fn run_one(kernel: &'static Kernel, job: &Job<'_>, userland: &Userland) -> Row {
     row
 }
 
-/// How often a guest is booted at most. Emulation crashes one now and then: a CPU meets a breakpoint
-/// that another has removed (`Oops: int3`). The kernel sets them when hooks come and go.
+/// The most boots of one guest. Under emulation, a guest sometimes crashes because one CPU executes
+/// a breakpoint that another CPU has removed (`Oops: int3`). The kernel sets such breakpoints when
+/// hooks are attached and detached.
 const BOOTS: usize = 5;
 
-/// Boots the guest; again if the guest itself crashed, which emulation makes it do now and then, for the tests that had not ended. The note
-/// tells of that, since our programs could be the cause as well.
+/// Boots the guest. If the guest crashes, boots it again for the tests that had not ended.
+///
+/// The note of the row reports each crash, because the eBPF programs could be the cause as well.
 fn boot_with_retry(
     name: &str,
     installed: &kernel::Installed,
@@ -126,7 +121,7 @@ fn boot_with_retry(
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let initrd = logs.join(format!("{name}.initramfs"));
     let log = logs.join(format!("{name}.log"));
-    // What a filter selects is little, and may be run again.
+    // A filter selects few tests, so all of them run again.
     let resumes = job.args.is_empty();
     let mut args = job.args.to_vec();
     let (mut crashes, mut counts) = (Vec::new(), Counts::default());
@@ -134,7 +129,7 @@ fn boot_with_retry(
         fs::write(&initrd, initramfs::build(installed, job, &args, userland)?)
             .with_context(|| format!("cannot write {}", initrd.display()))?;
         let ended = guest::boot(job.arch, name, &installed.vmlinuz, &initrd, &log)?;
-        // The image is as large as the test program; the log is what one wants afterwards.
+        // The image is large, and only the log is of use afterwards.
         fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
         let mut failures = Vec::new();
         let outcome = match ended {
@@ -168,7 +163,7 @@ fn boot_with_retry(
                 Outcome::Broken(crash)
             }
             Ended::Hung(last_line) => Outcome::Broken(format!(
-                "the tests hung: nothing for {} s after {last_line:?}; log: {}",
+                "the tests hung: no output for {} s after {last_line:?}; log: {}",
                 guest::SILENCE_TIMEOUT.as_secs(),
                 log.display()
             )),

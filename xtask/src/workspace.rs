@@ -1,16 +1,22 @@
-//! Where things are: the workspace, its cache, cargo's folders, programs on the search path.
+//! Paths: the workspace, its cache, cargo's folders, programs on the search path.
 
 use std::{
     env,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::LazyLock,
 };
 
 use anyhow::{Context as _, Result};
 
-/// The workspace root: `cargo run` says where our package is.
+/// The name of the package that is the library.
+pub(crate) const LIBRARY: &str = "tcp-udp-trace";
+
+/// Returns the root of the workspace, from the package's path that `cargo run` sets.
 ///
-/// It must not be fixed at compile time: worktrees that share a target directory share the program as well.
+/// It is not fixed at compile time, because worktrees that share a target directory share the
+/// program as well.
 pub(crate) fn root() -> &'static Path {
     static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
         let package = env::var_os("CARGO_MANIFEST_DIR")
@@ -20,23 +26,42 @@ pub(crate) fn root() -> &'static Path {
     &ROOT
 }
 
-/// The folder for downloads and logs, which git ignores.
+/// Returns the folder for downloads and logs, which git ignores.
 pub(crate) fn cache_dir() -> PathBuf {
     root().join(".cache")
 }
 
-/// Cargo's target directory.
+/// Returns cargo's target directory.
 pub(crate) fn target_dir() -> PathBuf {
-    // A relative one is relative to where cargo runs, which for us is the root.
+    // A relative one is relative to cargo's working directory, which is the root.
     root().join(env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into()))
 }
 
-/// The cargo that runs us; through rustup it is the one that `rust-toolchain.toml` pins.
+/// Writes a program that runs the pinned rustdoc with unstable options allowed, and returns its
+/// path.
+///
+/// `RUSTC_BOOTSTRAP` in the environment of cargo would do the same. But the build scripts of many
+/// dependencies depend on that variable, so cargo would compile all of them anew.
+pub(crate) fn unstable_rustdoc() -> Result<PathBuf> {
+    let path = target_dir().join("unstable-rustdoc");
+    let rustdoc = cargo().with_file_name("rustdoc");
+    let script = format!(
+        "#!/bin/sh\nRUSTC_BOOTSTRAP=1 exec '{}' \"$@\"\n",
+        rustdoc.display()
+    );
+    fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
+    fs::set_permissions(&path, Permissions::from_mode(0o755))
+        .with_context(|| format!("cannot make {} executable", path.display()))?;
+    Ok(path)
+}
+
+/// Returns the cargo that runs this program. Through rustup it is the one that
+/// `rust-toolchain.toml` pins.
 pub(crate) fn cargo() -> PathBuf {
     env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
 }
 
-/// Cargo's home: registry sources and installed programs.
+/// Returns cargo's home, which has registry sources and installed programs.
 pub(crate) fn cargo_home() -> Result<PathBuf> {
     if let Some(home) = env::var_os("CARGO_HOME") {
         return Ok(PathBuf::from(home));
@@ -45,7 +70,8 @@ pub(crate) fn cargo_home() -> Result<PathBuf> {
     Ok(Path::new(&home).join(".cargo"))
 }
 
-/// Finds `program` on the search path, or where root's programs and cargo's are even when the path lacks them.
+/// Finds `program` on the search path, or in the folders of root's programs and of cargo's, which a
+/// search path may lack.
 pub(crate) fn find_program(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let cargo_bin = cargo_home().ok().map(|home| home.join("bin"));

@@ -1,7 +1,8 @@
-//! Finding a compiler that makes BPF code, the linker that belongs to it, and a tool to strip the result.
+//! Finds a compiler that makes BPF code, its linker, and a tool to strip the result.
 //!
-//! Stable Rust ships no `core` for BPF. Debian's compiler for web browsers does, at a version that everyone can
-//! install, so it is the pinned one; elsewhere a nightly from rustup compiles `core` from `rust-src`.
+//! Stable Rust ships no `core` for BPF. Debian's compiler for web browsers does, at a version that
+//! anyone can install, so it is the pinned one. Elsewhere a nightly from rustup compiles `core`
+//! from `rust-src`.
 
 use std::{
     path::{Path, PathBuf},
@@ -10,13 +11,14 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use super::TARGET;
 use crate::{
     deps::{self, DEBIAN_RUSTC},
     process, workspace,
 };
 
-/// Where the programs of the pinned LLVM are; the search path has them only under suffixed names.
+pub(super) const TARGET: &str = "bpfel-unknown-none";
+
+/// The folder of the programs of the pinned LLVM. On the search path, their names have suffixes.
 const DEBIAN_LLVM_BIN: &str = "/usr/lib/llvm-22/bin";
 
 pub(super) struct Toolchain {
@@ -31,12 +33,12 @@ pub(super) struct Toolchain {
 enum Compiler {
     /// Debian's `rustc-web`, which has a compiled `core` for BPF.
     Debian,
-    /// A nightly from rustup with `rust-src`, of which cargo compiles `core`.
+    /// A nightly from rustup with `rust-src`, from which cargo compiles `core`.
     Nightly,
 }
 
 impl Toolchain {
-    /// Takes the pinned compiler if it is there, else a nightly.
+    /// Finds the pinned compiler, or else a nightly.
     pub(super) fn find() -> Result<Self> {
         let (compiler, sysroot) = find_compiler()?;
         let bpf_linker = workspace::find_program("bpf-linker").with_context(|| {
@@ -62,12 +64,12 @@ impl Toolchain {
         &self.description
     }
 
-    /// A cargo that compiles with this toolchain.
+    /// Returns a cargo command that compiles with this toolchain.
     pub(super) fn cargo(&self) -> Command {
         let mut command = match self.compiler {
             Compiler::Debian => {
                 let mut command = Command::new(workspace::cargo());
-                // The sources use unstable features; this compiler is a stable one.
+                // The sources use unstable features, and this compiler is a stable one.
                 command
                     .env("RUSTC", DEBIAN_RUSTC)
                     .env("RUSTC_BOOTSTRAP", "1");
@@ -75,7 +77,7 @@ impl Toolchain {
             }
             Compiler::Nightly => process::nightly("cargo"),
         };
-        // A wrapper, or flags of the user, would change the bytes.
+        // A wrapper or the user's flags would change the bytes.
         for variable in ["RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTFLAGS"] {
             command.env_remove(variable);
         }
@@ -89,7 +91,8 @@ impl Toolchain {
         }
     }
 
-    /// Where `core`'s sources are when cargo compiles them: their paths must not enter the object.
+    /// Returns the folder of `core`'s sources, whose paths must not enter the object when cargo
+    /// compiles them.
     pub(super) fn core_sources(&self) -> PathBuf {
         self.sysroot.join("lib/rustlib/src/rust")
     }
@@ -123,7 +126,7 @@ fn find_compiler() -> Result<(Compiler, PathBuf)> {
             return Ok((Compiler::Debian, sysroot));
         }
     }
-    // Fails where there is no rustup, or no nightly: then it is not this compiler.
+    // This fails without rustup or without a nightly.
     if let Ok(sysroot) = sysroot(&mut process::nightly("rustc")) {
         if sysroot.join("lib/rustlib/src/rust/library/core").is_dir() {
             return Ok((Compiler::Nightly, sysroot));
@@ -139,7 +142,7 @@ fn find_compiler() -> Result<(Compiler, PathBuf)> {
 
 fn find_objcopy(sysroot: &Path) -> Result<PathBuf> {
     let pinned = Path::new(DEBIAN_LLVM_BIN).join("llvm-objcopy");
-    // Where the component `llvm-tools` of rustup puts it, whatever the host.
+    // The path in rustup's component `llvm-tools`.
     let rustup = sysroot
         .join("lib/rustlib")
         .join(format!("{}-unknown-linux-gnu", std::env::consts::ARCH))

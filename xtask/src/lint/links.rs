@@ -1,25 +1,23 @@
-//! Does every link between our own pages lead somewhere? Links to elsewhere are not followed: that would take a network, and be somebody
-//! else's fault.
+//! Checks that the targets of all links between the project's own pages exist.
+//!
+//! Links to other sites are not followed, because that would need a network, and this project
+//! cannot repair them.
 
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use pulldown_cmark::{Event, Parser, Tag, TagEnd};
 
-use crate::{process, workspace};
+use super::files;
+use crate::workspace;
 
 pub(super) fn check() -> Result<()> {
-    let pages = process::stdout(
-        Command::new("git")
-            .args(["ls-files", "*.md"])
-            .current_dir(workspace::root()),
-    )?;
-    let pages = pages.lines().map(|page| workspace::root().join(page));
-    // The package has pages of the tree by symbolic links, and their links are relative to the tree.
+    let pages = files::tracked(&["*.md"])?.into_iter();
+    let pages = pages.map(|page| workspace::root().join(page));
+    // The package has symbolic links to pages of the tree, whose links are relative to the tree.
     let broken = pages
         .filter(|page| !page.is_symlink())
         .map(|page| broken(&page))
@@ -36,7 +34,7 @@ pub(crate) fn check_page(page: &Path) -> Result<()> {
 fn none(broken: &[String]) -> Result<()> {
     ensure!(
         broken.is_empty(),
-        "these links lead nowhere:\n{}",
+        "the targets of these links do not exist:\n{}",
         broken.join("\n")
     );
     Ok(())
@@ -45,7 +43,7 @@ fn none(broken: &[String]) -> Result<()> {
 fn broken(page: &Path) -> Result<Vec<String>> {
     let mut broken = Vec::new();
     for link in links(&read(page)?) {
-        if !leads_somewhere(page, &link)? {
+        if !target_exists(page, &link)? {
             broken.push(format!("{}: {link}", page.display()));
         }
     }
@@ -67,7 +65,7 @@ fn links(page: &str) -> Vec<String> {
         .collect()
 }
 
-fn leads_somewhere(page: &Path, link: &str) -> Result<bool> {
+fn target_exists(page: &Path, link: &str) -> Result<bool> {
     if link.contains("://") || link.starts_with("mailto:") {
         return Ok(true);
     }
@@ -84,7 +82,7 @@ fn leads_somewhere(page: &Path, link: &str) -> Result<bool> {
     Ok(target.is_file() && sections(&read(&target)?).contains(&section.to_owned()))
 }
 
-/// The names that sites which show Markdown give to its headings.
+/// Returns the anchors that sites give to the headings of a page.
 fn sections(page: &str) -> Vec<String> {
     let mut sections = Vec::new();
     let mut heading: Option<String> = None;
@@ -116,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn headings_have_the_names_that_links_use() {
+    fn headings_have_the_anchors_that_links_use() {
         let page = "# Bird's eye\n\n## `Lost`, and why\n";
         assert_eq!(sections(page), ["birds-eye", "lost-and-why"]);
     }

@@ -1,15 +1,20 @@
-//! Does the library compile where there is no Linux?
+//! Checks that the library compiles on systems other than Linux.
 //!
-//! A machine rarely has the standard library of another system, but what counts is our own conditional code. So the library is copied,
-//! told that Linux has another name, and checked: everything that is conditional on Linux falls away.
+//! A machine rarely has the standard library of another system. But only the library's own
+//! conditional code matters. So the library is copied, Linux is renamed in the conditions, and the
+//! copy is checked: all code that is conditional on Linux is absent.
 
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 
-use crate::{process, workspace};
+use super::files;
+use crate::{
+    process,
+    workspace::{self, LIBRARY},
+};
 
-/// What the library consists of.
+/// The files and folders of the library.
 const PARTS: &[&str] = &[
     "Cargo.toml",
     "Cargo.lock",
@@ -17,26 +22,21 @@ const PARTS: &[&str] = &[
     "tcp-udp-trace",
     "tcp-udp-trace-common",
 ];
-/// A system that has a Unix standard library and that nobody builds this workspace for.
+/// A system that has a Unix standard library, and for which this workspace is never compiled.
 const ELSEWHERE: &str = "haiku";
 
 pub(super) fn check() -> Result<()> {
     let copy = workspace::target_dir().join("off-linux");
-    let files = process::stdout(
-        Command::new("git")
-            .arg("ls-files")
-            .args(PARTS)
-            .current_dir(workspace::root()),
-    )?;
-    // What is no longer in the tree must not be in the copy either; what cargo has compiled may.
+    let files = files::tracked(PARTS)?;
+    // Files that are no longer in the tree must not be in the copy. The target directory stays.
     for part in PARTS.iter().map(|part| copy.join(part)) {
         if part.is_dir() {
             fs::remove_dir_all(&part)
                 .with_context(|| format!("cannot remove {}", part.display()))?;
         }
     }
-    for file in files.lines() {
-        // A symbolic link to a folder: what is in it is no part of the library's code.
+    for file in &files {
+        // A symbolic link to a folder, whose files are no part of the library's code.
         if workspace::root().join(file).is_dir() {
             continue;
         }
@@ -51,7 +51,7 @@ pub(super) fn check() -> Result<()> {
         .args([
             "check",
             "--package",
-            super::LIBRARY,
+            LIBRARY,
             "--lib",
             "--all-features",
             "--manifest-path",

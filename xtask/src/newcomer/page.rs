@@ -1,4 +1,4 @@
-//! What a page tells its reader to do.
+//! The commands of a page.
 
 use std::fmt;
 
@@ -11,9 +11,9 @@ pub(super) struct Step {
     pub(super) command: String,
     pub(super) user: User,
     pub(super) folder: Folder,
-    /// A program that the page shows, which is there before the command.
+    /// A program of the page, which the reader writes before the command.
     pub(super) program: Option<String>,
-    /// What the command shows, if it runs until it is stopped.
+    /// Output that shows that a command works which runs until it is stopped.
     pub(super) shows: Option<&'static str>,
 }
 
@@ -26,7 +26,7 @@ pub(super) enum User {
 /// Where a command runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Folder {
-    /// Where the command before it ended, and at first the folder that has the clone.
+    /// The folder where the previous command ended; for the first command, the home folder.
     Project,
     Clone,
 }
@@ -42,8 +42,9 @@ impl fmt::Display for Step {
     }
 }
 
-/// The commands of the `sh` blocks of a page. README's introduction makes a project of the reader's
-/// own; everything else is in a clone.
+/// Returns the commands of the `sh` blocks of a page.
+///
+/// The commands of README's introduction make a new project. All others run in a clone.
 pub(super) fn steps(page: &str, text: &str) -> Vec<Step> {
     let mut steps = Vec::new();
     let mut in_introduction = page == "README.md";
@@ -82,7 +83,7 @@ pub(super) fn steps(page: &str, text: &str) -> Vec<Step> {
     steps
 }
 
-/// A command that no page has.
+/// Returns a step for a command that is on no page.
 pub(super) fn in_the_clone(command: &str) -> Step {
     Step {
         command: command.to_owned(),
@@ -97,8 +98,8 @@ fn step(page: &str, line: &str) -> Step {
     let as_root = comment.trim().starts_with("as root");
     Step {
         page: page.to_owned(),
-        // The project's own commands take hours in all, and are what CI runs. What is checked here is
-        // that they are there, with these options.
+        // CI runs the project's own commands, which take hours in all. Here only their options are
+        // checked.
         command: if command.starts_with("cargo xtask ") {
             format!("{command} --help")
         } else {
@@ -113,7 +114,7 @@ fn step(page: &str, line: &str) -> Step {
 
 fn shows(command: &str) -> Option<&'static str> {
     if command.contains("--example trace") {
-        // There may be nothing that passes a filter.
+        // Possibly no event passes the filter.
         let is_filtered = command.contains("--filter");
         Some(match command.contains("--json") {
             _ if is_filtered => "ready:",

@@ -1,4 +1,4 @@
-//! The root file system, and running a command in it.
+//! The root file system, and the commands that run in it.
 
 use std::{
     fs,
@@ -8,29 +8,29 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::page::{Folder, Step};
+use super::page::{Folder, Step, User};
 use crate::{apt, process, workspace};
 
 /// The user, and the name of the home folder. The id is 1000, the first one of an ordinary user.
 pub(super) const NAME: &str = "newcomer";
 
 const SUITE: &str = "bookworm";
-/// What Rust needs to link, and what the pages say is there.
+/// The packages that Rust needs to link, and those that the pages presume.
 const PACKAGES: &str = "--include=sudo,gcc,libc6-dev,ca-certificates";
 
-/// The toolchain by its own name, as in a folder without `rust-toolchain.toml`, and the one that ours
-/// names.
+/// The toolchain for folders without `rust-toolchain.toml`.
 const DEFAULT_TOOLCHAIN: &str = "stable";
 
 pub(super) struct Root {
     cache: PathBuf,
     folder: PathBuf,
-    /// Each with where it is in the home folder.
+    /// The folder of each toolchain, and its name.
     toolchains: Vec<(PathBuf, String)>,
 }
 
 impl Root {
-    /// A clean one, with a copy of what is here and not ignored by git in the home folder.
+    /// Makes a clean root file system, with a copy of all files that git does not ignore in the
+    /// home folder.
     pub(super) fn new() -> Result<Self> {
         let cache = workspace::cache_dir().join("newcomer");
         let folder = cache.join("root");
@@ -45,7 +45,7 @@ impl Root {
                     .arg(&partial)
                     .arg(apt::mirror()?),
             )?;
-            fs::rename(&partial, &base).context("cannot move the archive into place")?;
+            fs::rename(&partial, &base).context("cannot rename the archive")?;
         }
         let root = Self {
             toolchains: toolchains()?,
@@ -62,7 +62,7 @@ impl Root {
         self.folder.join("home").join(NAME)
     }
 
-    /// What a newcomer's rustup and cargo would have downloaded.
+    /// Copies the files that a newcomer's rustup and cargo would download.
     fn copy_cargo(&self) -> Result<()> {
         for (_, name) in &self.toolchains {
             fs::create_dir_all(self.home().join(".rustup/toolchains").join(name))
@@ -74,14 +74,15 @@ impl Root {
         self.shell(CARGO, &[&workspace::cargo_home()?])
     }
 
-    /// Runs a script of ours as root; `$0` is the root file system, then come `args`.
+    /// Runs one of the scripts below as root; `$0` is the root file system, `$1` the first of
+    /// `args`.
     fn shell(&self, script: &str, args: &[&Path]) -> Result<()> {
         let mut command = Command::new("sh");
         command.args(["-euc", script]).arg(&self.folder).args(args);
         process::stdout(&mut command).map(drop)
     }
 
-    /// Writes what a page tells the reader to write before the command.
+    /// Writes the program that the reader writes before the command.
     pub(super) fn prepare(&self, step: &Step) -> Result<()> {
         if let Some(program) = &step.program {
             let at = fs::read_to_string(self.home().join(CWD)).context("no project yet")?;
@@ -91,7 +92,7 @@ impl Root {
         Ok(())
     }
 
-    /// The command, on a terminal of its own, with mounts and processes that end with it.
+    /// Returns the command, with a terminal of its own, and mounts and processes that end with it.
     pub(super) fn command(&self, step: &Step) -> Command {
         let clone = format!("~{NAME}/tcp-udp-trace");
         let (folder, remember) = match step.folder {
@@ -121,7 +122,7 @@ impl Root {
                 RUN,
             ])
             .arg(&self.folder)
-            .arg(step.user.name())
+            .arg(name(step.user))
             .arg(script)
             .arg(&self.cache);
         for (toolchain, name) in &self.toolchains {
@@ -133,7 +134,14 @@ impl Root {
     }
 }
 
-/// The toolchains that the pages' commands need, of this machine's rustup.
+fn name(user: User) -> &'static str {
+    match user {
+        User::Newcomer => NAME,
+        User::Root => "root",
+    }
+}
+
+/// Returns the toolchains of this machine's rustup that the commands of the pages need.
 fn toolchains() -> Result<Vec<(PathBuf, String)>> {
     let mut found = Vec::new();
     for name in [None, Some(DEFAULT_TOOLCHAIN)] {
@@ -141,7 +149,7 @@ fn toolchains() -> Result<Vec<(PathBuf, String)>> {
         rustc
             .current_dir(workspace::root())
             .args(["--print", "sysroot"])
-            // The cargo that runs us sets this, to the toolchain that is pinned.
+            // The cargo that runs this program sets it to the pinned toolchain.
             .env_remove("RUSTUP_TOOLCHAIN")
             .envs(name.map(|name| ("RUSTUP_TOOLCHAIN", name)));
         let folder = process::stdout(&mut rustc)?;
@@ -156,7 +164,7 @@ fn toolchains() -> Result<Vec<(PathBuf, String)>> {
     Ok(found)
 }
 
-/// Where a command of the project ended, in the home folder.
+/// The file in the home folder that has the folder where a command of the project ended.
 const CWD: &str = ".cwd";
 
 const UNPACK: &str = r#"
@@ -188,7 +196,8 @@ git ls-files --cached --others --exclude-standard -z | tar --create --null --fil
 chown -R 1000:1000 "$0/home/newcomer"
 "#;
 
-/// `$0` root file system, `$1` user, `$2` command, `$3` cache, then pairs of folder and place.
+/// `$0` root file system, `$1` user, `$2` command, `$3` cache, then pairs of folder and mount
+/// point.
 const RUN: &str = r#"
 root=$0 user=$1 line=$2 cache=$3
 shift 3
@@ -199,7 +208,7 @@ while [ $# -ge 2 ]; do
     mount --bind -o ro "$1" "$root$2"
     shift 2
 done
-# What an earlier run has compiled.
+# The artifacts of an earlier run.
 mkdir -p "$cache/target"
 chown 1000:1000 "$cache/target"
 mount --bind "$cache/target" "$root/home/newcomer/tcp-udp-trace/target"

@@ -1,6 +1,7 @@
-//! What a user gets with the library: licences that everyone can take, nothing twice, nothing that wants a newer Rust.
+//! Checks the dependencies of the library: permissive licences, one version of each crate, and no
+//! crate that needs a newer Rust.
 //!
-//! What cargo-deny would say of licences and duplicates, without the minutes that compiling it takes.
+//! cargo-deny checks licences and duplicates too, but compiling it takes minutes.
 
 use std::{cmp::Ordering, collections::BTreeMap, fmt};
 
@@ -8,15 +9,15 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use spdx::{Expression, ParseMode};
 
-/// Licences that ask for no more than to be named.
+/// Licences that require only attribution.
 const LICENCES: &[&str] = &["MIT", "Apache-2.0", "Unicode-3.0", "Zlib"];
 
-/// What is there twice all the same, and why.
+/// The crates of which two versions are accepted, and why.
 const TWICE: &[(&str, &str)] = &[
-    ("hashbrown", "aya and lru want different ones"),
+    ("hashbrown", "aya and lru need different versions"),
     (
         "syn",
-        "of derive macros, on the way from 2 to 3; not in the program",
+        "derive macros are moving from 2 to 3; it is not in the program",
     ),
 ];
 
@@ -26,7 +27,7 @@ pub(super) fn check(metadata: &Value, rust_version: &str) -> Result<()> {
         .as_array()
         .context("no packages in the metadata")?
         .iter()
-        // The crate itself is nobody's.
+        // The user's crate has no licence.
         .filter(|package| !package["license"].is_null())
         .map(Package)
         .collect();
@@ -45,11 +46,15 @@ pub(super) fn check(metadata: &Value, rust_version: &str) -> Result<()> {
     for (name, why) in TWICE {
         ensure!(
             versions.remove(name).is_some(),
-            "{name} is there once, so nothing ({why}) keeps it in the list of xtask/src/package/dependencies.rs"
+            "{name} has one version now: remove it ({why}) from the list in \
+             xtask/src/package/dependencies.rs"
         );
     }
-    ensure!(versions.is_empty(), "in several versions: {versions:?}");
-    eprintln!("{} dependencies, in order", packages.len());
+    ensure!(
+        versions.is_empty(),
+        "crates with several versions: {versions:?}"
+    );
+    eprintln!("{} dependencies satisfy the rules", packages.len());
     Ok(())
 }
 
@@ -68,15 +73,18 @@ impl Package<'_> {
             let id = requirement.license.id();
             id.is_some_and(|id| LICENCES.contains(&id.name))
         });
-        ensure!(is_fine, "{self:?} may be used under {licence} only");
+        ensure!(
+            is_fine,
+            "the licence of {self:?} is not permitted: {licence}"
+        );
         Ok(())
     }
 
     fn check_rust_version(&self, declared: &str) -> Result<()> {
-        let wanted = self.text("rust_version");
+        let needed = self.text("rust_version");
         ensure!(
-            compare(wanted, declared).is_le(),
-            "{self:?} wants Rust {wanted}, and the library is said to do with {declared}"
+            compare(needed, declared).is_le(),
+            "{self:?} needs Rust {needed}, and the library declares {declared}"
         );
         Ok(())
     }
@@ -88,7 +96,7 @@ impl fmt::Debug for Package<'_> {
     }
 }
 
-/// Versions of Rust; one that is not told is older than any.
+/// Compares versions of Rust. A crate that declares none is older than any.
 fn compare(one: &str, other: &str) -> Ordering {
     let numbers = |text: &str| {
         let mut numbers: Vec<u32> = text

@@ -1,4 +1,4 @@
-//! Compiling the tests for another architecture.
+//! Compiles the tests for another architecture.
 
 use std::{path::PathBuf, process::Command};
 
@@ -11,8 +11,9 @@ use crate::{
     process, workspace,
 };
 
-/// Lets a cargo command compile for `arch`: by the compiler that compiles everything else, if it has a standard library for that, else by
-/// Debian's.
+/// Makes a cargo command compile for `arch`.
+///
+/// The compiler is the pinned one if it has a standard library for `arch`, else Debian's.
 pub(super) fn target(cargo: &mut Command, arch: &'static Arch) -> Result<()> {
     if arch.is_host() {
         return Ok(());
@@ -28,9 +29,9 @@ pub(super) fn target(cargo: &mut Command, arch: &'static Arch) -> Result<()> {
         .env(linker, format!("{}-gcc", arch.gnu()));
     if !has_std(&target)? {
         let std = debian_std(arch).with_context(|| {
-            format!("no standard library for {arch}: if not Debian's, `rustup target add {target}`")
+            format!("no standard library for {arch}: install Debian's, or run `rustup target add {target}`")
         })?;
-        // With a target, these are not for what is run here.
+        // Because cargo has a target, these flags are not for build scripts and macros.
         cargo
             .env("RUSTC", DEBIAN_RUSTC)
             .env("CARGO_ENCODED_RUSTFLAGS", format!("-L{}", std.display()));
@@ -47,9 +48,9 @@ fn has_std(target: &str) -> Result<bool> {
     Ok(PathBuf::from(folder.trim()).is_dir())
 }
 
-/// The folder of the standard library for `arch` of Debian's compiler.
+/// Returns the folder of the standard library for `arch` of Debian's compiler.
 ///
-/// Unpacked, not installed: that would take another architecture in this machine's package management.
+/// The package is unpacked into the cache. To install it, dpkg would need the other architecture.
 fn debian_std(arch: &'static Arch) -> Result<PathBuf> {
     deps::ensure(&deps::CROSS_RUSTC)?;
     let mut query = Command::new("dpkg-query");

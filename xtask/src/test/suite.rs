@@ -1,47 +1,53 @@
-//! Building and running the tests on this machine.
+//! Builds the tests, and runs them on this machine.
 
 use std::{
     ffi::OsString,
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use super::{
-    TIMEOUT, cross,
+use super::cross;
+use crate::{
+    arch::Arch,
+    process,
     report::{Outcome, Output, Row},
+    workspace,
 };
-use crate::{arch::Arch, process, workspace};
 
-/// Tests that are a program of their own, to be run as root.
+/// How long the integration tests may take on one kernel.
+const TIMEOUT: Duration = Duration::from_secs(25 * 60);
+
+/// A program of tests that runs as root.
 pub(super) struct Program {
     package: &'static str,
     target: &'static str,
     profile: &'static str,
 }
 
-/// Optimized, because emulated guests run it too.
+/// Optimized, because emulated guests run this program too.
 pub(super) const INTEGRATION: Program = Program {
     package: "integration-tests",
     target: "integration",
     profile: "release",
 };
 
-/// Not optimized: that would take several times as long as the tests do.
+/// Not optimized, because that would take several times as long as the tests.
 pub(super) const EXAMPLES: Program = Program {
     package: "examples",
     target: "examples",
     profile: "dev",
 };
 
-/// What `timeout` exits with when it had to end the program; a test program's own codes are 0 and 101.
+/// The exit code of `timeout` if it had to end the program. The codes of a program of tests are 0
+/// and 101.
 const TIMED_OUT: i32 = 124;
 
-/// Runs the unit and documentation tests of the crates that build for this machine.
+/// Runs the unit and documentation tests of the crates that compile for this machine.
 pub(super) fn unit(filter: Option<&str>) -> Result<Row> {
     let mut command = Command::new(workspace::cargo());
     command
@@ -60,7 +66,7 @@ pub(super) fn unit(filter: Option<&str>) -> Result<Row> {
     counted("unit tests", &mut command)
 }
 
-/// Runs the integration tests on the kernel that runs here.
+/// Runs the integration tests on this kernel.
 pub(super) fn local(program: &Path, args: &[OsString]) -> Result<Row> {
     let release = process::stdout(Command::new("uname").arg("-r"))?;
     run(&format!("local ({})", release.trim()), program, args)
@@ -69,7 +75,7 @@ pub(super) fn local(program: &Path, args: &[OsString]) -> Result<Row> {
 /// Runs a program of tests as root.
 pub(super) fn run(name: &str, program: &Path, args: &[OsString]) -> Result<Row> {
     let seconds = TIMEOUT.as_secs();
-    // Not by a timer of ours: through sudo we may not kill what we started.
+    // `timeout` ends the program, because this process may not kill a program of sudo.
     let mut command = process::as_root("timeout");
     command
         .args(["--kill-after=10", &seconds.to_string()])
@@ -103,11 +109,11 @@ pub(super) fn build(program: &Program, arch: &'static Arch) -> Result<PathBuf> {
         })
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
         .with_context(|| {
-            format!("cargo built no program for the test target {target} of {package}")
+            format!("cargo has built no program for the test target {target} of {package}")
         })
 }
 
-/// Runs `command`, passes its output on, and counts what its summary lines say.
+/// Runs `command`, shows its output, and collects the results.
 fn counted(name: &str, command: &mut Command) -> Result<Row> {
     let line = process::shell_line(command);
     eprintln!("$ {line}");
@@ -133,7 +139,9 @@ fn counted(name: &str, command: &mut Command) -> Result<Row> {
         .with_context(|| format!("cannot wait for `{line}`"))?;
     let outcome = match status.code() {
         Some(0) => Outcome::Passed(counts),
-        Some(TIMED_OUT) => Outcome::Broken(format!("the tests hung: {} s", TIMEOUT.as_secs())),
+        Some(TIMED_OUT) => {
+            Outcome::Broken(format!("the tests did not end in {} s", TIMEOUT.as_secs()))
+        }
         _ => Outcome::Failed(counts),
     };
     Ok(Row {

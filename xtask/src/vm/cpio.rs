@@ -1,9 +1,11 @@
-//! Writing the archive that a kernel unpacks as its first root file system: cpio's "newc" form.
+//! Writes the archive that a kernel unpacks as its first root file system, in cpio's format "newc".
 //!
-//! The form is in the kernel's `Documentation/driver-api/early-userspace/buffer-format.rst`. Written here, an archive
-//! needs no staging folder and no root (for the console's device node).
+//! [The kernel's documentation][format] defines the format. The program `cpio` would need a staging
+//! folder, and root for the device node of the console.
+//!
+//! [format]: https://docs.kernel.org/driver-api/early-userspace/buffer-format.html
 
-/// An archive that grows entry by entry. Parents must be added before what is in them.
+/// An archive that grows entry by entry. A folder must be added before its contents.
 #[derive(Default)]
 pub(super) struct Archive {
     bytes: Vec<u8>,
@@ -19,7 +21,7 @@ impl Archive {
         self.entry(path, DIRECTORY | 0o755, (0, 0), &[]);
     }
 
-    /// A file that anyone may read and run.
+    /// Adds a file that any user may read and run.
     pub(super) fn file(&mut self, path: &str, contents: &[u8]) {
         self.entry(path, FILE | 0o755, (0, 0), contents);
     }
@@ -35,7 +37,7 @@ impl Archive {
 
     fn entry(&mut self, path: &str, mode: u32, (major, minor): (u32, u32), contents: &[u8]) {
         self.inodes += 1;
-        // Names are relative to the root, and end in a NUL that their size counts.
+        // Names are relative to the root. Their size includes the NUL at the end.
         let name = path.trim_start_matches('/');
         let fields = [
             self.inodes,
@@ -50,7 +52,7 @@ impl Archive {
             major,
             minor,
             u32::try_from(name.len() + 1).unwrap_or(u32::MAX),
-            0, // checksum, which this form does not use
+            0, // checksum, which this format does not use
         ];
         self.bytes.extend(b"070701");
         for field in fields {
@@ -63,7 +65,7 @@ impl Archive {
         self.pad();
     }
 
-    /// Headers with their names, and contents, each end on a multiple of four bytes.
+    /// Pads to a multiple of four bytes, where a header with its name ends, and the contents.
     fn pad(&mut self) {
         let padded = self.bytes.len().next_multiple_of(4);
         self.bytes.resize(padded, 0);
@@ -80,7 +82,8 @@ mod tests {
         archive.file("/ab", b"hello");
         let bytes = archive.finish();
         assert!(bytes.starts_with(b"07070100000001000081ed"));
-        // 110 bytes of header, "ab\0", padding to 116, five bytes, padding to 124, then the trailer.
+        // 110 bytes of header, "ab\0", padding to 116, five bytes, padding to 124, then the
+        // trailer.
         assert_eq!(&bytes[110..116], b"ab\0\0\0\0");
         assert_eq!(&bytes[116..124], b"hello\0\0\0");
         assert_eq!(&bytes[124..130], b"070701");

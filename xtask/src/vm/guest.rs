@@ -1,4 +1,4 @@
-//! One boot of one guest: QEMU, its console, and telling the end of the tests from the end of the guest.
+//! One boot of one guest: starts QEMU, and reads on its console how the tests or the guest end.
 
 use std::{
     fs::File,
@@ -12,22 +12,23 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{arch::Arch, test::report::Output};
+use crate::{arch::Arch, report::Output};
 
-/// How long a guest may take until the tests begin. It takes about three seconds on an idle machine.
+/// How long a guest may take until the tests begin. On an idle machine it takes about three
+/// seconds.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long the tests may write nothing. A test takes under a minute on an idle machine, and several
-/// times as long beside other load, so a slow guest goes on and a hung one is found all the same.
+/// How long the tests may write nothing. A test takes under a minute on an idle machine, and
+/// several times as long beside other load. The limit is above that, and a hung guest still ends.
 pub(super) const SILENCE_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 
-/// How long QEMU may take to go away once the tests have ended.
+/// How long QEMU may take to exit after the tests have ended.
 const POWEROFF_TIMEOUT: Duration = Duration::from_secs(10);
 
 const BEGIN: &str = "@@begin";
 const END: &str = "@@end ";
 
-/// What the kernel writes when it, and not a test, is in trouble.
+/// Messages that the kernel writes when it crashes.
 const CRASH_SIGNS: &[&str] = &[
     "Kernel panic",
     "BUG:",
@@ -38,8 +39,8 @@ const CRASH_SIGNS: &[&str] = &[
 
 /// The guest's hardware, whatever its architecture.
 ///
-/// One thread of the host emulates both CPUs in turn. With a thread for each, two guests on two
-/// cores take a third longer, and the kernel crashes now and then when it changes its own code.
+/// One thread of the host emulates both CPUs in turn. With one thread for each CPU, two guests on
+/// two cores take a third longer, and the kernel sometimes crashes when it changes its own code.
 const HARDWARE: &[&str] = &[
     "-accel",
     "tcg,thread=single",
@@ -58,21 +59,24 @@ const HARDWARE: &[&str] = &[
     "-no-reboot",
 ];
 
-/// The kernel's parameters. An oops becomes a panic, and a panic ends QEMU, so that a crash is known at once and not by a timeout.
+/// The kernel's parameters. An oops becomes a panic, and a panic ends QEMU, so that a crash is
+/// found at once and not by a timeout.
 const PARAMETERS: &str = "quiet oops=panic softlockup_panic=1 panic=-1 tut_vm";
 
 /// How a boot ended.
 pub(super) enum Ended {
     /// The test program ended, with this exit code.
     Finished { code: i32, output: Output },
-    /// The guest did not get there by a fault of its own: the kernel crashed, or it never began the tests. With what the tests had written.
+    /// The kernel crashed, or the tests never began. With the output of the tests until then.
     Crashed { cause: String, output: Output },
-    /// The tests began, and then wrote nothing for [`SILENCE_TIMEOUT`]. The last line that they wrote.
+    /// The tests began, and then wrote nothing for [`SILENCE_TIMEOUT`]. With their last line.
     Hung(String),
 }
 
-/// Boots a guest and waits for its end. The console goes to `log`, what the tests write also to our standard output,
-/// each line after `name`.
+/// Boots a guest and waits for its end.
+///
+/// Copies the console to `log`, and the output of the tests also to standard output, each line
+/// after `name`.
 pub(super) fn boot(
     arch: &Arch,
     name: &str,
@@ -127,7 +131,7 @@ pub(super) fn boot(
             Err(RecvTimeoutError::Disconnected) => {
                 let cause = console
                     .crash
-                    .unwrap_or_else(|| "QEMU ended before the tests did".to_owned());
+                    .unwrap_or_else(|| "QEMU exited before the tests had ended".to_owned());
                 let output = console.output;
                 return Ok(Ended::Crashed { cause, output });
             }
@@ -143,7 +147,8 @@ pub(super) fn boot(
                         output,
                         ..
                     } => {
-                        let cause = format!("no tests began in {} s", BOOT_TIMEOUT.as_secs());
+                        let cause =
+                            format!("the tests did not begin in {} s", BOOT_TIMEOUT.as_secs());
                         Ended::Crashed { cause, output }
                     }
                     Console { last_line, .. } => Ended::Hung(last_line),
@@ -153,13 +158,14 @@ pub(super) fn boot(
     }
 }
 
-/// Whether the kernel wrote the line. One in trouble may repeat a warning for ever, which is no progress.
+/// Whether the kernel wrote the line. A kernel may repeat a warning for ever, and that is no
+/// progress of the tests.
 fn is_of_the_kernel(line: &str) -> bool {
     let time = line.strip_prefix('[').and_then(|rest| rest.split_once(']'));
     time.is_some_and(|(time, _)| time.trim().parse::<f64>().is_ok())
 }
 
-/// What the lines of the console have told so far.
+/// The state of a boot, from the lines of the console so far.
 #[derive(Default)]
 struct Console {
     begun: bool,
@@ -170,9 +176,9 @@ struct Console {
 }
 
 impl Console {
-    /// Takes a line in; returns the exit code of the tests if it tells that.
+    /// Reads a line; returns the exit code of the tests if the line has it.
     ///
-    /// The kernel writes to the same console, so what we look for may be anywhere in a line.
+    /// The kernel writes to the same console, so a mark may be anywhere in a line.
     fn line(&mut self, line: &str) -> Option<i32> {
         if line.contains(BEGIN) {
             self.begun = true;
@@ -203,7 +209,7 @@ fn read_lines(console: impl Read + Send + 'static, mut log: File) -> mpsc::Recei
         {
             let line = String::from_utf8_lossy(&bytes);
             let line = line.trim_end_matches(['\r', '\n']).to_owned();
-            // A full disk must not end the tests; the log is for reading afterwards.
+            // A full disk must not end the tests, which need no log.
             let _ = writeln!(log, "{line}");
             if sender.send(line).is_err() {
                 break;
@@ -214,11 +220,11 @@ fn read_lines(console: impl Read + Send + 'static, mut log: File) -> mpsc::Recei
     receiver
 }
 
-/// A running QEMU, which must not outlive us.
+/// A running QEMU, which ends with this process.
 struct Qemu(Child);
 
 impl Qemu {
-    /// Waits for the end of the process, not longer than `timeout`.
+    /// Waits for the end of the process, but not longer than `timeout`.
     fn wait(&mut self, timeout: Duration) {
         let deadline = Instant::now() + timeout;
         while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < deadline {
@@ -229,7 +235,7 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if QEMU has ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

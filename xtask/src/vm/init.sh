@@ -1,10 +1,10 @@
 #!/bin/sh
-# PID 1 of a test guest: mounts what a system has, loads modules, runs the tests, says how they ended, powers off.
-# The lines that start with @@ are read by xtask/src/vm/guest.rs.
+# PID 1 of a test guest: mounts file systems, loads modules, runs the tests, writes their exit code,
+# and powers off. xtask/src/vm/guest.rs reads the lines that start with @@.
 
-# It complains that sh, which is not busybox's, is there already.
+# busybox warns that sh, which is not its own, exists.
 /bin/busybox --install -s /bin 2>/dev/null
-# iproute2's ip comes before busybox's. The console is no place for colours: it becomes a log.
+# iproute2's ip comes before busybox's. TERM keeps colours out of the console, which becomes a log.
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM=dumb RUST_BACKTRACE=1
 
 mount -t proc proc /proc
@@ -16,10 +16,10 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
-# As systemd does.
+# systemd does this, too.
 echo +memory > /sys/fs/cgroup/cgroup.subtree_control
 mount -t bpf bpf /sys/fs/bpf
-# Not tracefs: minimal systems do not mount it either, and the library has to cope.
+# tracefs stays unmounted, as on minimal systems, where the library has to work too.
 
 for module in /modules/*.ko; do
     insmod "$module" || echo "cannot load $module"
@@ -34,7 +34,7 @@ cd /tmp
 echo "@@begin"
 /tests/run
 code=$?
-# A test may have left the cursor in the middle of a line.
+# The output of the tests may end in the middle of a line.
 echo
 echo "@@end $code"
 poweroff -f

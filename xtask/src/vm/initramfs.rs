@@ -1,4 +1,5 @@
-//! The guest's root file system: an init script, busybox, iproute2, kernel modules and the test program.
+//! The guest's root file system: an init script, busybox, iproute2, kernel modules and the test
+//! program.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
@@ -9,14 +10,23 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{Job, cpio::Archive, kernel::Installed, modules, userland::Userland};
-use crate::process;
+use super::{cpio::Archive, kernel::Installed, modules, userland::Userland};
+use crate::{arch::Arch, process};
+
+/// The program that runs in a guest.
+pub(crate) struct Job<'a> {
+    pub(crate) arch: &'static Arch,
+    pub(crate) program: &'a Path,
+    pub(crate) args: &'a [OsString],
+    /// Files that the program needs, each with its path in the guest.
+    pub(crate) files: &'a [(&'a Path, &'a str)],
+}
 
 const INIT: &str = include_str!("init.sh");
 
-/// Programs that the guest gets: common tools, and what the tests set links up with.
+/// The programs in a guest: common tools, and those with which the tests set up links.
 ///
-/// The shell is not busybox's, which takes its own `ip` over the one on the search path.
+/// The shell is not busybox's, which would prefer its own `ip` to the one on the search path.
 const PROGRAMS: &[(&str, &str)] = &[
     ("busybox", "/bin/busybox"),
     ("sh", "/bin/sh"),
@@ -26,12 +36,14 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("nft", "/usr/sbin/nft"),
 ];
 
-/// Empty folders: mount points, and where busybox puts its links.
+/// Empty folders: mount points, and folders for busybox's links.
 const FOLDERS: &[&str] = &[
     "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", "/bin", "/sbin",
 ];
 
-/// Builds an image that runs the job's program with `args` and ends. Not compressed: the guest would be slow to unpack it.
+/// Builds an image that runs the job's program with `args` and ends.
+///
+/// It is not compressed, because the guest would be slow to unpack it.
 pub(super) fn build(
     kernel: &Installed,
     job: &Job<'_>,
@@ -64,7 +76,7 @@ pub(super) fn build(
             module.object,
         );
     }
-    // Built in, or lacking: the guest's log tells, should a test need one.
+    // These are built into the kernel, or it lacks them. The guest's log lists them.
     files.insert(
         "/modules/missing".to_owned(),
         missing.join(" ").into_bytes(),
@@ -73,7 +85,7 @@ pub(super) fn build(
     Ok(archive(&files))
 }
 
-/// The arguments go through a script rather than the kernel's command line, which has its own quoting.
+/// Returns a script with the arguments. The kernel's command line would need another quoting.
 fn run_script(args: &[OsString]) -> String {
     let words: Vec<_> = args
         .iter()
@@ -82,7 +94,8 @@ fn run_script(args: &[OsString]) -> String {
     format!("#!/bin/sh\nexec /tests/integration {}\n", words.join(" "))
 }
 
-/// Adds the program at `path` as `destination`, and its shared libraries where its loader looks for them.
+/// Adds the program at `path` as `destination`, and its shared libraries where its loader looks for
+/// them.
 fn add_program(
     files: &mut BTreeMap<String, Vec<u8>>,
     userland: &Userland,
@@ -112,13 +125,13 @@ fn archive(files: &BTreeMap<String, Vec<u8>>) -> Vec<u8> {
             .filter(|parent| *parent != Path::new("/"));
         folders.extend(parents.map(|parent| parent.to_string_lossy().into_owned()));
     }
-    // Sorted, so that a parent comes before what is in it.
+    // Sorted, so that a folder comes before its contents.
     folders.sort();
     folders.dedup();
     for folder in &folders {
         archive.directory(folder);
     }
-    // init's own output: the kernel opens it before anything is mounted.
+    // The kernel opens it for init's output before any file system is mounted.
     archive.character_device("/dev/console", 5, 1);
     for (path, contents) in files {
         archive.file(path, contents);

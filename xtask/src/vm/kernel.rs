@@ -1,4 +1,4 @@
-//! The kernels that the tests run on, and getting them: Debian's packages, unpacked into the cache.
+//! The kernels that the tests run on: Debian's packages, unpacked into the cache.
 
 use std::{
     fs,
@@ -11,18 +11,22 @@ use crate::{apt::Archive, arch::Arch, workspace};
 
 /// One kernel of the table.
 pub(crate) struct Kernel {
-    /// What `--vm` calls it.
+    /// The name for `--vm`.
     pub(crate) name: &'static str,
     suite: &'static str,
-    /// How its packages are named: `PREFIX` + what moves with each update + `-cloud-` + Debian's architecture + `SUFFIX`.
+    /// The names of its packages are `PREFIX`, a part that changes with each update, `-cloud-`,
+    /// Debian's architecture, and `SUFFIX`.
     prefixes: &'static [&'static str],
     moving_part_starts_with: &'static str,
     suffix: &'static str,
+    /// How many seconds the whole suite took, measured on two cores with two guests at a time. The
+    /// guest that takes longest starts first, so that no core is idle while the last one runs.
+    pub(super) seconds: u32,
 }
 
-/// Each is a kernel that people run for years: the oldest that we support, two long-term ones, and the newest.
+/// The oldest supported kernel, two long-term ones, and the newest.
 ///
-/// Debian's kernels, since one mirror has them all; the cloud flavour, since it is small.
+/// They are Debian's, because one mirror has them all. The flavour is cloud, because it is small.
 pub(crate) const KERNELS: &[Kernel] = &[
     Kernel {
         name: "5.10",
@@ -30,6 +34,7 @@ pub(crate) const KERNELS: &[Kernel] = &[
         prefixes: &["linux-image-"],
         moving_part_starts_with: "5.10.",
         suffix: "-unsigned",
+        seconds: 1087,
     },
     Kernel {
         name: "6.1",
@@ -37,6 +42,7 @@ pub(crate) const KERNELS: &[Kernel] = &[
         prefixes: &["linux-image-"],
         moving_part_starts_with: "6.1.",
         suffix: "-unsigned",
+        seconds: 1135,
     },
     Kernel {
         name: "6.12",
@@ -44,27 +50,29 @@ pub(crate) const KERNELS: &[Kernel] = &[
         prefixes: &["linux-image-"],
         moving_part_starts_with: "6.12.",
         suffix: "-unsigned",
+        seconds: 796,
     },
     Kernel {
         name: "7.2",
         suite: "sid",
-        // The first is the kernel; newer packaging has the modules apart.
+        // The first is the kernel. Newer packages have the modules apart.
         prefixes: &["linux-binary-", "linux-modules-"],
         moving_part_starts_with: "7.2.",
         suffix: "",
+        seconds: 1260,
     },
 ];
 
 /// An unpacked kernel.
 pub(crate) struct Installed {
-    /// What `uname -r` says there, less the flavour.
+    /// The release that `uname -r` shows there, without the flavour.
     pub(crate) release: String,
     pub(crate) vmlinuz: PathBuf,
     pub(crate) modules: PathBuf,
 }
 
 impl Kernel {
-    /// What its results, logs and files are called.
+    /// Returns the name of its results, logs and files.
     pub(crate) fn name_on(&self, arch: &Arch) -> String {
         if arch.is_host() {
             self.name.to_owned()
@@ -73,7 +81,7 @@ impl Kernel {
         }
     }
 
-    /// The kernel from the cache, or else from the mirror.
+    /// Returns the kernel from the cache, or else from the mirror.
     pub(crate) fn cached_or_fetch(&self, arch: &'static Arch) -> Result<Installed> {
         match self.newest_cached(arch) {
             Some(installed) => Ok(installed),
@@ -81,7 +89,7 @@ impl Kernel {
         }
     }
 
-    /// The newest one that the mirror has, or else whatever is cached.
+    /// Returns the newest one of the mirror, or else the cached one.
     pub(crate) fn fetch(&self, arch: &'static Arch) -> Result<Installed> {
         match (self.fetch_newest(arch), self.newest_cached(arch)) {
             (Ok(installed), _) => Ok(installed),
@@ -129,7 +137,8 @@ impl Kernel {
             .map(str::to_owned)
             .with_context(|| {
                 format!(
-                    "the mirror has no {kernel_prefix}{}*{} in {}: the table in xtask/src/vm/kernel.rs wants an update",
+                    "the mirror has no {kernel_prefix}{}*{} in {}: update the table in \
+                     xtask/src/vm/kernel.rs",
                     self.moving_part_starts_with, suffix, self.suite
                 )
             })?;
@@ -151,7 +160,7 @@ impl Kernel {
 impl Installed {
     fn open(folder: &Path, release: &str) -> Result<Self> {
         let root = folder.join(release);
-        // Before usrmerge became complete in the packages, modules were in /lib and the kernel in /boot.
+        // Older packages have the modules in /lib and the kernel in /boot.
         let modules = ["usr/lib/modules", "lib/modules"]
             .iter()
             .find_map(|parent| only_child(&root.join(parent)))

@@ -1,4 +1,4 @@
-//! Kernel modules for a guest: found in an unpacked package, decompressed, in an order that loads.
+//! The kernel modules of a guest: finds them in an unpacked package, and orders them by dependency.
 
 use std::{
     collections::HashMap,
@@ -11,8 +11,9 @@ use anyhow::{Context as _, Result};
 
 use crate::process;
 
-/// What the tests use and a cloud kernel has as a module. What a kernel has built in, or lacks, is passed over.
-const WANTED: &[&str] = &[
+/// The features that the tests use and that a cloud kernel has as modules. A kernel may have some
+/// of them built in, or may lack them.
+const MODULES: &[&str] = &[
     "ipv6",
     "inet_diag",
     "tcp_diag",
@@ -36,16 +37,17 @@ pub(super) struct Module {
     pub(super) object: Vec<u8>,
 }
 
-/// The wanted modules under `folder` and all that they depend on, dependencies first; then the names that are not there.
+/// Returns the [`MODULES`] under `folder` with all their dependencies, dependencies first, and the
+/// names of those that are missing.
 pub(super) fn load_order(folder: &Path) -> Result<(Vec<Module>, Vec<&'static str>)> {
     let mut files = HashMap::new();
     index(&folder.join("kernel"), &mut files)
         .with_context(|| format!("cannot list the modules in {}", folder.display()))?;
     let mut loaded = Vec::new();
-    for &name in WANTED {
+    for &name in MODULES {
         add(name, &files, &mut loaded)?;
     }
-    let missing = WANTED
+    let missing = MODULES
         .iter()
         .copied()
         .filter(|name| !files.contains_key(*name))
@@ -53,7 +55,7 @@ pub(super) fn load_order(folder: &Path) -> Result<(Vec<Module>, Vec<&'static str
     Ok((loaded, missing))
 }
 
-/// Adds what `name` depends on, then `name`.
+/// Adds the dependencies of `name`, then `name`.
 fn add(name: &str, files: &HashMap<String, PathBuf>, loaded: &mut Vec<Module>) -> Result<()> {
     if loaded.iter().any(|module| module.name == name) {
         return Ok(());
@@ -88,7 +90,7 @@ fn index(folder: &Path, files: &mut HashMap<String, PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// On the host, because a guest would take seconds for it.
+/// Decompresses a module on the host, because a guest would take seconds.
 fn decompress(path: &Path) -> Result<Vec<u8>> {
     let program = match path.extension().and_then(|extension| extension.to_str()) {
         Some("xz") => "xz",
@@ -99,9 +101,9 @@ fn decompress(path: &Path) -> Result<Vec<u8>> {
         .with_context(|| format!("cannot decompress a kernel module: is `{program}` installed?"))
 }
 
-/// The names in the `depends=` entry of the module's `.modinfo` section.
+/// Returns the names in the `depends=` entry of the module's `.modinfo` section.
 ///
-/// Packages have no `modules.dep`, which `depmod` writes when they are installed.
+/// Packages have no `modules.dep`. `depmod` writes it when they are installed.
 fn dependencies(object: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
     let Some(at) = object.windows(KEY.len()).position(|window| window == KEY) else {

@@ -1,4 +1,4 @@
-//! Where the programs of a guest come from, and the libraries that they need.
+//! The programs of a guest, and the libraries that they need.
 
 use std::{
     path::{Path, PathBuf},
@@ -10,13 +10,13 @@ use anyhow::{Context as _, Result};
 use crate::{apt::Archive, arch::Arch, process, workspace};
 
 pub(super) enum Userland {
-    /// This machine.
+    /// The programs of this machine.
     Host,
-    /// Packages of another architecture, unpacked.
+    /// Unpacked packages of another architecture.
     Unpacked { root: PathBuf, arch: &'static Arch },
 }
 
-/// What has the programs that a guest gets.
+/// The packages of the programs.
 const PACKAGES: &[&str] = &["busybox-static", "dash", "iproute2", "nftables"];
 const SUITE: &str = "trixie";
 
@@ -44,7 +44,8 @@ impl Userland {
         }
     }
 
-    /// The shared libraries of a program, and where its loader looks for them; the loader too. None for a static program.
+    /// Returns the shared libraries of a program and its loader, each with its path in the guest. A
+    /// static program has none.
     pub(super) fn libraries(&self, program: &Path) -> Result<Vec<(PathBuf, String)>> {
         match self {
             Self::Host => ldd(program),
@@ -79,13 +80,14 @@ fn find(root: &Path, folders: &[&str], name: &str) -> Result<PathBuf> {
         })
 }
 
-/// The absolute paths in what `ldd` prints. It runs the program's loader, and so knows this machine's programs only.
+/// Returns the absolute paths in the output of `ldd`. It runs the program's loader, so it works
+/// only for programs of this machine.
 fn ldd(program: &Path) -> Result<Vec<(PathBuf, String)>> {
     let output = Command::new("ldd")
         .arg(program)
         .output()
         .context("cannot start ldd")?;
-    // For a static program ldd fails, saying so.
+    // ldd fails for a static program, which needs no libraries.
     let text = String::from_utf8_lossy(&output.stdout);
     Ok(text
         .split_whitespace()
@@ -94,13 +96,14 @@ fn ldd(program: &Path) -> Result<Vec<(PathBuf, String)>> {
         .collect())
 }
 
-/// The names of the libraries that a program or a library says it needs. The loader is one of the C library.
+/// Returns the names of the libraries that a program or a library needs. The C library needs the
+/// loader.
 fn needed(object: &Path) -> Result<Vec<String>> {
     let text = process::stdout(Command::new("readelf").arg("--dynamic").arg(object))?;
     Ok(libraries_in(&text))
 }
 
-/// They stand in lines like `0x… (NEEDED)  Shared library: [libc.so.6]`.
+/// Returns the names in lines like `0x… (NEEDED)  Shared library: [libc.so.6]`.
 fn libraries_in(dynamic: &str) -> Vec<String> {
     dynamic
         .lines()

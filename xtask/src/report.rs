@@ -1,8 +1,8 @@
-//! What came out of each run, and the table of it.
+//! The results of each run of tests, and their table.
 
 use std::{ops::AddAssign, time::Duration};
 
-/// How many tests ended how.
+/// The number of tests for each result.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub(crate) struct Counts {
     pub(crate) passed: u64,
@@ -10,25 +10,25 @@ pub(crate) struct Counts {
     pub(crate) skipped: u64,
 }
 
-/// What the output of the tests tells, line by line.
+/// The results in the output of the tests, collected line by line.
 #[derive(Debug, Default)]
 pub(crate) struct Output {
     pub(crate) counts: Counts,
-    /// What the tests that failed said, to be shown again where it is found.
+    /// The messages of the tests that failed, to be shown again before the table.
     pub(crate) failures: Vec<String>,
     in_failures: bool,
-    /// The tests that have ended so far, and did not fail.
+    /// The tests that have ended without a failure so far.
     pub(crate) good: Vec<(String, Counts)>,
 }
 
-/// How many lines of failures are shown again for each run.
+/// The most lines of failures that are shown again for each run.
 const MAX_FAILURE_LINES: usize = 40;
 
 impl Output {
     pub(crate) fn line(&mut self, line: &str) {
         self.counts.add_summary_line(line);
         self.good.extend(good(line));
-        // The list of what failed begins and ends so, each once or twice.
+        // The list of failures begins and ends with these lines, each once or twice.
         if line.trim_end() == "failures:" {
             self.in_failures = true;
         } else if line.contains("test result: ") {
@@ -39,7 +39,7 @@ impl Output {
     }
 }
 
-/// Which test has ended well, as a line like `test bytes::one ... ok` tells, and how.
+/// Returns the test that has ended without a failure, from a line like `test bytes::one ... ok`.
 fn good(line: &str) -> Option<(String, Counts)> {
     let (name, verdict) = line.trim().strip_prefix("test ")?.split_once(" ... ")?;
     let mut counts = Counts::default();
@@ -52,18 +52,20 @@ fn good(line: &str) -> Option<(String, Counts)> {
 }
 
 impl Counts {
-    /// Adds what a line like `test result: ok. 3 passed; 0 failed; 1 ignored; …` says; other lines say nothing.
+    /// Adds the counts of a line like `test result: ok. 3 passed; 0 failed; 1 ignored; …`. Other
+    /// lines have none.
     fn add_summary_line(&mut self, line: &str) {
         let Some((_, summary)) = line.split_once("test result: ") else {
             return;
         };
         for field in summary.split([';', '.']) {
             let mut words = field.split_whitespace();
-            let (Some(Ok(count)), Some(what)) = (words.next().map(str::parse::<u64>), words.next())
+            let (Some(Ok(count)), Some(result)) =
+                (words.next().map(str::parse::<u64>), words.next())
             else {
                 continue;
             };
-            match what {
+            match result {
                 "passed" => self.passed += count,
                 "failed" => self.failed += count,
                 "ignored" => self.skipped += count,
@@ -85,9 +87,9 @@ impl AddAssign for Counts {
 pub(crate) enum Outcome {
     Passed(Counts),
     Failed(Counts),
-    /// It ended in another way than by the tests' own verdict; the text says how.
+    /// The run ended without a verdict of the tests, in the way that the text says.
     Broken(String),
-    /// It did not start, for a reason outside this project; the text says what to do.
+    /// The run did not start, for a reason outside this project. The text says what to do.
     NotRun(String),
 }
 
@@ -96,14 +98,14 @@ pub(crate) struct Row {
     pub(crate) name: String,
     pub(crate) outcome: Outcome,
     pub(crate) elapsed: Duration,
-    /// What else one should know about the run.
+    /// Another fact about the run, such as a crash of the guest.
     pub(crate) note: Option<String>,
     /// See [`Output::failures`].
     pub(crate) failures: Vec<String>,
 }
 
 impl Row {
-    /// A row of a run that took no time.
+    /// Returns a row of a run that took no time.
     pub(crate) fn new(name: impl Into<String>, outcome: Outcome) -> Self {
         Self {
             name: name.into(),
@@ -114,11 +116,12 @@ impl Row {
         }
     }
 
-    /// The counts that go into the sum. A run that broke counts as one failure, else the sum would hide it.
+    /// Returns the counts for the sum. A run that broke counts as one failure, else the sum would
+    /// hide it.
     fn counts(&self) -> Counts {
         match &self.outcome {
             Outcome::Passed(counts) => *counts,
-            // It may have died before it could count.
+            // The program may have ended before it could write the counts.
             Outcome::Failed(counts) => Counts {
                 failed: counts.failed.max(1),
                 ..*counts
@@ -132,7 +135,7 @@ impl Row {
     }
 }
 
-/// Prints what failed, the table and, as the last line, the sum. Returns whether nothing failed.
+/// Prints the failures, the table and, as the last line, the sum. Returns whether no test failed.
 pub(crate) fn print(rows: &[Row]) -> bool {
     for row in rows.iter().filter(|row| !row.failures.is_empty()) {
         println!("\nfailures of {}:\n{}", row.name, row.failures.join("\n"));
@@ -183,7 +186,9 @@ mod tests {
     #[test]
     fn failures_are_found_in_the_output() {
         let mut output = Output::default();
-        let lines = "test a ... FAILED\ntest b::c    ... ok\ntest d ... ignored (no e)\n\nfailures:\n\n---- a ----\nwrong\n\nfailures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\nmore";
+        let lines = "test a ... FAILED\ntest b::c    ... ok\ntest d ... ignored (no e)\n\nfailures:\n\n\
+                     ---- a ----\nwrong\n\nfailures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\n\
+                     the slowest tests:\n   12.3 s  b::c";
         lines.lines().for_each(|line| output.line(line));
         assert_eq!(output.failures, ["---- a ----", "wrong", "    a"]);
         assert_eq!(output.counts.failed, 1);
