@@ -265,45 +265,27 @@
     allow(dead_code, unused_imports, reason = "there, nothing can be started")
 )]
 
+#[cfg(all(any(test, micro_bench), target_os = "linux"))]
+#[doc(hidden)]
+pub mod bench_support;
 mod builder;
-mod comm;
-#[cfg(target_os = "linux")]
-mod decode;
-#[cfg(target_os = "linux")]
-mod details;
-#[cfg(target_os = "linux")]
-mod enrich;
 mod error;
-mod escape;
 mod event;
 mod filter;
-#[cfg(target_os = "linux")]
-mod flows;
 #[cfg(all(any(test, fuzzing), target_os = "linux", feature = "serde"))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod hook;
 #[cfg(target_os = "linux")]
-mod images;
-mod info;
-#[cfg(feature = "serde")]
-mod json;
-#[cfg(target_os = "linux")]
 mod kernel;
-mod kind;
-#[cfg(all(any(test, micro_bench), target_os = "linux"))]
-#[doc(hidden)]
-pub mod micro;
-mod process;
-mod progress;
-mod queue;
-#[cfg_attr(not(target_os = "linux"), path = "unsupported.rs")]
-mod reader;
 #[cfg(target_os = "linux")]
-mod samples;
+mod netns;
+mod pipeline;
+#[cfg(target_os = "linux")]
+mod sock_diag;
 mod stats;
-mod tcp_state;
-mod time;
+#[cfg_attr(not(target_os = "linux"), path = "tasks/unsupported.rs")]
+mod tasks;
 mod tracer;
 
 pub use crate::{
@@ -312,15 +294,17 @@ pub use crate::{
         DEFAULT_QUEUE, DEFAULT_RING_BYTES, DEFAULT_SAMPLE_INTERVAL, OverflowPolicy,
         TcpTracerBuilder, UdpTracerBuilder,
     },
-    comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},
-    event::{Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic},
+    event::{
+        Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic,
+        comm::{Comm, ParseCommError},
+        kind::{Fate, Fates, Kind, UnknownKind},
+        process::{Origin, Process, ProcessDetails},
+        tcp_info::{SampleInfo, TcpInfo, UdpInfo},
+        tcp_state::TcpState,
+    },
     filter::{Family, Filter},
     hook::Hook,
-    info::{SampleInfo, TcpInfo, UdpInfo},
-    kind::{Fate, Fates, Kind, UnknownKind},
-    process::{Origin, Process, ProcessDetails},
     stats::Stats,
-    tcp_state::TcpState,
     tracer::{TcpTracer, TracerHandle, UdpTracer},
 };

@@ -60,7 +60,10 @@ pub struct Stats {
     /// consumer.
     #[cfg_attr(
         feature = "serde",
-        serde(rename = "sample_last_round_ns", with = "crate::json::nanos")
+        serde(
+            rename = "sample_last_round_ns",
+            with = "crate::event::serde_impls::nanos"
+        )
     )]
     pub sample_last_round: Duration,
     /// Times that a network namespace could not be sampled: netlink failed, or it may not be entered. It is tried again in the next

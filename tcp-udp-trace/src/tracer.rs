@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use crate::{
     Error, ErrorKind, Event, Filter, Hook, Stats, TcpTracerBuilder, UdpTracerBuilder,
     builder::Config,
-    reader::{self, Shared, Tasks},
+    tasks::{self, Shared, Tasks},
 };
 
 /// What both tracers are.
@@ -28,7 +28,7 @@ pub(crate) struct Tracer {
 
 impl Tracer {
     pub(crate) async fn start(config: Config) -> Result<Self, Error> {
-        let (shared, tasks) = reader::start(config).await?;
+        let (shared, tasks) = tasks::start(config).await?;
         Ok(Self {
             shared,
             tasks,

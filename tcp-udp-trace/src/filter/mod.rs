@@ -3,9 +3,9 @@
 //! The kernel side decides before it makes a record ([`Compiled`] is what it is told). What user space produces itself, the totals
 //! of UDP flows and the end of their sockets, is decided here, by the same rules ([`Filter::matches`]).
 
-mod compiled;
-mod network;
-mod resolved;
+mod cidr;
+mod compile;
+mod resolve;
 mod text;
 
 use std::{
@@ -15,8 +15,8 @@ use std::{
     path::PathBuf,
 };
 
-use self::network::Cidr;
-pub(crate) use self::{compiled::Compiled, resolved::Names};
+use self::cidr::Cidr;
+pub(crate) use self::{compile::Compiled, resolve::Names};
 use crate::{Comm, Error, ErrorKind, Event, Kind, Process, Socket, TcpState};
 
 /// Which events a tracer shall report; without any restriction, all.

@@ -9,7 +9,7 @@ use std::{
 use super::{Family, Filter, Namespace, invalid};
 use crate::{
     Comm, Error, TcpState,
-    escape::{Escaped, unescape},
+    event::escape::{Escaped, unescape},
 };
 
 /// The text form, which parses back to an equal filter.

@@ -14,12 +14,12 @@ use aya::{
 };
 
 use super::{
-    btf_ids::{self, Ids},
-    cgroup, mounts,
+    btf::ids::{self, Ids},
+    cgroup, errors,
+    iter::Walk,
     plan::{Choice, HookPoint, Signal},
+    private_mounts,
     privileges::Privileges,
-    refusal,
-    walk::Walk,
 };
 use crate::{Error, ErrorKind, Hook, Protocol};
 
@@ -40,7 +40,7 @@ pub(super) fn attach(
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .spawn_scoped(scope, || {
-                let tracefs = mounts::make_tracefs_visible();
+                let tracefs = private_mounts::make_tracefs_visible();
                 if let Err(error) = &tracefs {
                     log::info!("no tracefs: {error}");
                 }
@@ -87,9 +87,9 @@ fn attach_signal(
                     hook.note = (!notes.is_empty()).then(|| notes.join("; "));
                     break;
                 }
-                Err((point, error)) if refusal::is_want(&error) => {
+                Err((point, error)) if errors::is_want(&error) => {
                     return Err(
-                        refusal::of_hook(&error, signal.name, point, protocol).with_source(error)
+                        errors::of_hook(&error, signal.name, point, protocol).with_source(error)
                     );
                 }
                 Err((point, error)) => {
@@ -101,7 +101,7 @@ fn attach_signal(
     }
     match refusal {
         Some((point, error)) if hook.programs.is_empty() && signal.required => {
-            Err(refusal::of_hook(&error, signal.name, point, protocol).with_source(error))
+            Err(errors::of_hook(&error, signal.name, point, protocol).with_source(error))
         }
         Some((_, error)) if hook.programs.is_empty() => {
             hook.note = Some(format!(
@@ -138,16 +138,16 @@ fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Attached, (HookPoin
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
         match program.and_then(|program| attach_program(program, point)) {
             Ok(()) => attached.programs.push(point.to_string()),
-            Err(error) if index == 0 || refusal::is_want(&error) => {
+            Err(error) if index == 0 || errors::is_want(&error) => {
                 unload_all(ebpf, choice);
                 return Err((point, error));
             }
             Err(error) => {
                 log::debug!("{point}: {}", chain(&error));
-                let taken = refusal::is_taken(point, &error, &Privileges::of_this_thread());
+                let taken = errors::is_taken(point, &error, &Privileges::of_this_thread());
                 attached
                     .taken
-                    .extend(taken.then(|| refusal::cost_of_taken(point)));
+                    .extend(taken.then(|| errors::cost_of_taken(point)));
             }
         }
     }
@@ -205,7 +205,7 @@ fn load(
     let looked_up;
     let ids = match (ids, point.target()) {
         (None, Some(target)) => {
-            looked_up = btf_ids::look_up(target)?;
+            looked_up = ids::look_up(target)?;
             Some(&looked_up)
         }
         (ids, _) => ids,
@@ -263,7 +263,7 @@ pub(super) fn load_ahead(
         .collect();
     // To make the ids takes as long as to load a program, so it is one of the jobs.
     let load_with_ids = || {
-        let Ok(ids) = btf_ids::for_aya(ids) else {
+        let Ok(ids) = ids::for_aya(ids) else {
             return;
         };
         for (point, program) in with_ids {

@@ -9,7 +9,7 @@ use std::{
 
 use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
-use crate::escape::Escaped;
+use crate::event::escape::Escaped;
 
 /// Why less than the machine's sockets may be seen.
 pub(super) const PARTIAL: &str = "in a cgroup namespace: only the sockets of its cgroups";

@@ -14,9 +14,9 @@ use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing};
 
 use super::{
     attach::{attach_program, unload},
+    errors, iter,
     names::Caller,
     plan::HookPoint,
-    refusal, walk,
 };
 use crate::{
     Error, ErrorKind, Event, Filter, Process, Protocol,
@@ -133,9 +133,9 @@ impl Filters {
             return Ok(());
         }
         self.follow_kin(ebpf, protocol)?;
-        walk::load_tasks(ebpf).map_err(no_walk)?;
+        iter::load_tasks(ebpf).map_err(no_walk)?;
         let found = find_kin(ebpf, generation, &filter.roots, new);
-        walk::unload_tasks(ebpf);
+        iter::unload_tasks(ebpf);
         found
     }
 
@@ -153,7 +153,7 @@ impl Filters {
             for (name, _) in KIN {
                 ebpf.program_mut(name).map(unload);
             }
-            refusal::of_signal(&error, "pid_tree", protocol).with_source(error)
+            errors::of_signal(&error, "pid_tree", protocol).with_source(error)
         })
     }
 }
@@ -168,13 +168,13 @@ fn find_kin(
     for (index, &root) in roots.iter().enumerate() {
         new.add(ebpf, Value::new(generation, wire::ROOT, [root.into(), 0]))?;
         // A byte stands for a root.
-        if walk::through_tasks(ebpf).map_err(no_walk)? <= index {
+        if iter::through_tasks(ebpf).map_err(no_walk)? <= index {
             let what = format!("pid_tree is {root}: there is no such process");
             return Err(Error::new(ErrorKind::InvalidFilter, what));
         }
     }
     // A child whose number is lower than its parent's was met before it.
-    walk::through_tasks(ebpf).map_err(no_walk).map(drop)
+    iter::through_tasks(ebpf).map_err(no_walk).map(drop)
 }
 
 impl Installed {

@@ -3,19 +3,17 @@
 
 mod attach;
 mod btf;
-mod btf_ids;
 mod cgroup;
+mod errors;
 mod filter;
-mod mounts;
+mod iter;
 mod names;
-mod needs;
-mod offsets;
 mod perf;
 mod plan;
+mod preflight;
+mod private_mounts;
 mod privileges;
-mod refusal;
 mod ring;
-mod walk;
 
 use std::{
     fs::{self, File},
@@ -24,7 +22,7 @@ use std::{
     thread,
 };
 
-pub(crate) use self::{ring::Ring, walk::SampleScope};
+pub(crate) use self::{iter::SampleScope, ring::Ring};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, MapData, MapError, PerCpuArray},
@@ -38,12 +36,17 @@ use log::Log;
 use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, Udp, kind};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-use self::filter::{ASK_FILTER, Filters};
+use self::{
+    btf::{ids, offsets},
+    filter::{ASK_FILTER, Filters},
+};
 use crate::{
     Buffer, Error, ErrorKind, Event, Filter, Hook, Protocol, Traffic,
     builder::{Config, LATE_SHARE},
-    decode,
-    flows::{FlowMap, Totals},
+    pipeline::{
+        decode,
+        flows::{FlowMap, Totals},
+    },
 };
 
 /// The eBPF objects of this architecture, as `cargo xtask ebpf` made them: with a ring buffer, and with perf buffers.
@@ -103,9 +106,9 @@ impl Kernel {
             let what = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
             return Err(Error::new(ErrorKind::Unsupported, what));
         };
-        needs::check(config.protocol)?;
+        preflight::check(config.protocol)?;
         let plan = plan::wanted(config);
-        let walks = walk::wanted(config);
+        let walks = iter::wanted(config);
         let (offsets, ids, images, has_listened, drop_reasons, registers) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
@@ -118,7 +121,7 @@ impl Kernel {
             let images = config.process_details && verifies;
             (
                 offsets::resolve(&btf)?,
-                btf_ids::find(&btf, targets),
+                ids::find(&btf, targets),
                 images,
                 offsets::has_listened(&btf),
                 offsets::drop_reasons(&btf),
@@ -178,7 +181,7 @@ impl Kernel {
             .map_max_entries("FLOWS", flows)
             .map_max_entries("UNWANTED", unwanted)
             .load(object)
-            .map_err(|source| refusal::of_map(&source, config.protocol).with_source(source))?;
+            .map_err(|source| errors::of_map(&source, config.protocol).with_source(source))?;
         let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
         let log = log.transpose().map_err(|source| {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
@@ -191,7 +194,7 @@ impl Kernel {
         for name in questions {
             let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
             program.and_then(attach::load_question).map_err(|source| {
-                refusal::of_program(&source, "a program that the reader asks", config.protocol)
+                errors::of_program(&source, "a program that the reader asks", config.protocol)
                     .with_source(source)
             })?;
         }
@@ -206,7 +209,7 @@ impl Kernel {
             })?;
         }
         // Only now: a socket made meanwhile has met the hooks.
-        let walks = walk::start(&mut ebpf, config);
+        let walks = iter::start(&mut ebpf, config);
         hooks.extend(walks.hooks);
         hooks.push(ring::hook(buffer));
         Ok((
@@ -233,9 +236,9 @@ impl Kernel {
         self.sample_scope
     }
 
-    /// See [`Shared::walk`](crate::reader::Shared::walk).
+    /// See [`Shared::walk`](crate::tasks::Shared::walk).
     pub(crate) fn walk(&mut self) -> io::Result<File> {
-        walk::open(&mut self.ebpf).map_err(io::Error::other)
+        iter::open(&mut self.ebpf).map_err(io::Error::other)
     }
 
     /// Asks to be woken by the next record; gives how many records the ring has refused so far, modulo 2³².
@@ -376,8 +379,8 @@ fn flows_on_their_way(ring_bytes: u32) -> u32 {
 #[cfg(any(test, fuzzing))]
 pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
     let btf = offsets::parse(bytes)?;
-    let targets = ["task_file", "tcp"].map(btf_ids::Target::iterator);
-    let ids = btf_ids::for_aya(&btf_ids::find(&btf, targets));
+    let targets = ["task_file", "tcp"].map(ids::Target::iterator);
+    let ids = ids::for_aya(&ids::find(&btf, targets));
     assert!(ids.is_ok(), "aya does not take what we made for it");
     offsets::resolve(&btf).map(|_| ())
 }
@@ -410,7 +413,7 @@ impl Drop for Kernel {
 /// aya's loader begins by reading all of it, which takes most of the time and memory of a start, and nothing in our objects refers to it.
 fn loader<'a>() -> EbpfLoader<'a> {
     let without_btf = || {
-        if let Err(error) = mounts::hide_btf() {
+        if let Err(error) = private_mounts::hide_btf() {
             log::debug!("the kernel's BTF cannot be hidden from the loader: {error}");
         }
         EbpfLoader::new()

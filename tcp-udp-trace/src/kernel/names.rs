@@ -5,7 +5,7 @@ use std::{collections::HashMap, io, path::Path};
 use aya::Ebpf;
 use tcp_udp_trace_common::filter::{netns, op};
 
-use super::{cgroup, filter::ask, walk};
+use super::{cgroup, filter::ask, iter};
 use crate::{Error, ErrorKind, filter::Names};
 
 /// The names that the calling process knows.
@@ -32,7 +32,7 @@ impl<'a> Caller<'a> {
         let processes = match self.processes.take() {
             Some(processes) => processes,
             None if ask(self.ebpf, &[op::LEVEL]).map_err(unknown)? == 0 => Processes::Initial,
-            None => Processes::Child(walk::through_pids(self.ebpf).map_err(no_walk)?),
+            None => Processes::Child(iter::through_pids(self.ebpf).map_err(no_walk)?),
         };
         Ok(self.processes.insert(processes))
     }

@@ -3,7 +3,7 @@
 //! What works on which kernel was measured (docs/kernels.md), but nothing here asks for a version or a feature:
 //! each choice is tried, and the first that the running kernel accepts is taken.
 
-use super::btf_ids::Target;
+use super::btf::ids::Target;
 use crate::{Protocol, builder::Config};
 
 /// Something that a tracer needs to hear about.

@@ -11,7 +11,7 @@ use aya::{
 use tcp_udp_trace_common::Head;
 use zerocopy::FromBytes as _;
 
-use super::{Kernel, SHARE, perf::Perf, refusal, take_map};
+use super::{Kernel, SHARE, errors, perf::Perf, take_map};
 use crate::{Buffer, Error, Hook, builder::Config};
 
 /// The records that the programs have written.
@@ -129,7 +129,7 @@ impl Ring {
                 let maps = [take("EVENTS")?, take("URGENT")?];
                 Perf::open(maps, config.ring_bytes as usize)
                     .map(Self::Perf)
-                    .map_err(|source| refusal::of_perf_buffer(&source).with_source(source))
+                    .map_err(|source| errors::of_perf_buffer(&source).with_source(source))
             }
         }
     }

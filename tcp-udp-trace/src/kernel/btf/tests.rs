@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tcp_udp_trace_common::FIELDS;
 
-use super::{made::Builder, *};
+use super::{test_builder::Builder, *};
 
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const FLAG: u32 = 1 << 31;

@@ -13,9 +13,8 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use crate::{
-    Error, Event, EventKind, LossStage, OverflowPolicy, Protocol, kind, progress::Progress,
-};
+use super::thread_notify::Progress;
+use crate::{Error, Event, EventKind, LossStage, OverflowPolicy, Protocol, event::kind};
 
 /// How often the log is told at most that events are shed.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);

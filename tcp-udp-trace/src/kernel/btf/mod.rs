@@ -16,10 +16,13 @@
 //! Whatever the bytes, the answer is an error or `None`: no panic and no unbounded work. Left out:
 //! the BTF of modules, which continues the ids of `vmlinux`, and big-endian kernels.
 
+pub(in crate::kernel) mod ids;
+pub(in crate::kernel) mod offsets;
+
 use thiserror::Error;
 
 /// `BTF_KIND_*`.
-pub(super) mod kind {
+pub(in crate::kernel) mod kind {
     pub(in crate::kernel) const INT: u32 = 1;
     pub(in crate::kernel) const PTR: u32 = 2;
     pub(in crate::kernel) const ARRAY: u32 = 3;
@@ -395,9 +398,9 @@ fn whole_bytes(bits: u32) -> Option<u32> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-pub(super) const MAGIC: u32 = 0xeb9f;
+pub(in crate::kernel) const MAGIC: u32 = 0xeb9f;
 const MAGIC_BIG_ENDIAN: u32 = 0x9feb;
-pub(super) const VERSION: u32 = 1;
+pub(in crate::kernel) const VERSION: u32 = 1;
 
 /// Length of the header, in bytes, up to the last field that we read. A newer one may be longer.
 const HEADER_LEN: u32 = 24;
@@ -414,6 +417,6 @@ const MAX_CHAIN: usize = 32;
 const MAX_MEMBERS: usize = 1 << 16;
 
 #[cfg(test)]
-mod made;
+mod test_builder;
 #[cfg(test)]
 mod tests;

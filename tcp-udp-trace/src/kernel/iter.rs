@@ -16,10 +16,10 @@ use tcp_udp_trace_common::filter::from_numbers;
 
 use super::{
     attach::{chain, unload},
-    btf_ids::{self, Target},
+    btf::ids::{self, Target},
     privileges::{Privileges, SYS_PTRACE},
 };
-use crate::{Hook, Protocol, builder::Config, enrich};
+use crate::{Hook, Protocol, builder::Config, netns};
 
 /// A program, and the kernel's iterator (`bpf_iter_…`) that runs it.
 #[derive(Debug, Clone, Copy)]
@@ -120,7 +120,7 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Walks {
         if hook.note.is_none() {
             hook.programs.insert(0, "netlink:sock_diag".into());
             // Trying it takes a thread of its own.
-            let trial = thread::Builder::new().spawn(enrich::may_enter);
+            let trial = thread::Builder::new().spawn(netns::may_enter);
             if trial.is_ok_and(|trial| trial.join().unwrap_or(false)) {
                 samples = SampleScope::EveryNamespace;
                 if !Privileges::of_this_thread().has(SYS_PTRACE) {
@@ -199,7 +199,7 @@ fn load(ebpf: &mut Ebpf, walk: Walk) -> Result<(), String> {
     if program.fd().is_ok() {
         return Ok(());
     }
-    let ids = btf_ids::look_up(walk.target());
+    let ids = ids::look_up(walk.target());
     ids.and_then(|ids| walk.load(program, &ids))
         .map_err(|error| chain(&error))
 }

@@ -5,7 +5,7 @@ use std::{
     os::unix::ffi::{OsStrExt as _, OsStringExt as _},
 };
 
-use crate::escape::{Escaped, unescape};
+use super::escape::{Escaped, unescape};
 use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
 /// A `SystemTime` as RFC 3339 in UTC with nanoseconds.
@@ -14,7 +14,7 @@ pub(crate) mod rfc3339 {
     use std::time::SystemTime;
 
     pub(crate) fn serialize<S: Serializer>(time: &SystemTime, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(&crate::time::Rfc3339(*time))
+        s.collect_str(&crate::pipeline::clock::Rfc3339(*time))
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<SystemTime, D::Error> {

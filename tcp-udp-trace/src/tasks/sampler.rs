@@ -1,14 +1,11 @@
 //! The enrichment task: a periodic look at every live socket, by sock_diag.
 //!
 //! A round has a thread of its own, which enters each network namespace in turn and then ends. In each namespace it asks sock_diag for
-//! every socket, which also gives each its cookie; keeps the answers ([`Samples`](crate::samples::Samples)); and lets the kernel walk
+//! every socket, which also gives each its cookie; keeps the answers ([`Samples`](crate::pipeline::pending_samples::Samples)); and lets the kernel walk
 //! through the same sockets with a program of ours, which writes a record of each into the ring. The reader joins the two by
 //! the cookie.
 //!
 //! The thread goes ahead only as fast as the consumer follows: a sample never sheds an event.
-
-mod namespaces;
-mod netlink;
 
 use std::{
     fmt::Display,
@@ -22,11 +19,12 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-pub(crate) use self::namespaces::may_enter;
-#[cfg(any(test, fuzzing))]
-pub(crate) use self::netlink::told;
-use self::netlink::{Told, dump};
-use crate::{kernel::SampleScope, reader::Shared};
+use super::shared::Shared;
+use crate::{
+    kernel::SampleScope,
+    netns,
+    sock_diag::{self, Told, dump},
+};
 
 /// How long the reader may take for the records of a step.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -83,7 +81,7 @@ impl Round<'_> {
         if self.shared.sample_scope != SampleScope::EveryNamespace {
             return Ok(());
         }
-        let namespaces = match namespaces::others() {
+        let namespaces = match netns::others() {
             Ok(namespaces) => namespaces,
             Err(error) => return self.fault("listing the network namespaces", &error),
         };
@@ -111,7 +109,7 @@ impl Round<'_> {
             match answer {
                 Ok(None) => {}
                 Ok(Some(Told { cookie, info })) => samples.put(cookie, info, limits.sockets),
-                Err(netlink::Malformed) => samples.count(|counts| counts.malformed += 1),
+                Err(sock_diag::Malformed) => samples.count(|counts| counts.malformed += 1),
             }
             !self.shared.is_over()
         };

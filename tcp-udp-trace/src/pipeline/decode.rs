@@ -12,9 +12,10 @@ use tcp_udp_trace_common::{
 };
 use zerocopy::{FromBytes, IntoBytes as _};
 
+use super::{clock::BootClock, images::ImageKey};
 use crate::{
     Comm, Direction, Event, EventKind, Origin, Process, Protocol, SampleInfo, Socket, TcpState,
-    Traffic, images::ImageKey, time::BootClock,
+    Traffic,
 };
 
 /// A record that makes no sense.

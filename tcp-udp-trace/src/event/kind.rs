@@ -8,7 +8,7 @@ use std::{
 
 use tcp_udp_trace_common::kind as record;
 
-use crate::{Event, EventKind};
+use super::{Event, EventKind};
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident $field:ident $name:literal,)+) => {

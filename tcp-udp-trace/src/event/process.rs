@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
 
-use crate::comm::Comm;
+use super::comm::Comm;
 
 /// The process that owns a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +25,11 @@ pub struct Process {
     /// When the process was made, on the clock of [`Event::uptime`](crate::Event::uptime). Its pid may be another's one day; pid and this together never are.
     #[cfg_attr(
         feature = "serde",
-        serde(rename = "started_ns", with = "crate::json::nanos", default)
+        serde(
+            rename = "started_ns",
+            with = "crate::event::serde_impls::nanos",
+            default
+        )
     )]
     pub started: Duration,
     /// What else is known of it, if [asked for](crate::TcpTracerBuilder::process_details). Absent too if the process had ended before it
@@ -45,10 +49,10 @@ pub struct ProcessDetails {
     /// The path of its executable (`/proc/PID/exe`), from the root of the mount namespace that the
     /// executable's mount is in, also for a process in a chroot. ` (deleted)` is at its end if the file
     /// was deleted before it was read. None only for a kernel thread.
-    #[cfg_attr(feature = "serde", serde(with = "crate::json::path"))]
+    #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::path"))]
     pub exe: Option<PathBuf>,
     /// Its command line (`/proc/PID/cmdline`), which it can change at will: at most the first 4096 bytes.
-    #[cfg_attr(feature = "serde", serde(with = "crate::json::words"))]
+    #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::words"))]
     pub cmdline: Vec<OsString>,
 }
 

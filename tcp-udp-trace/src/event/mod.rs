@@ -1,5 +1,14 @@
 //! What a tracer yields.
 
+pub(crate) mod comm;
+pub(crate) mod escape;
+pub(crate) mod kind;
+pub(crate) mod process;
+#[cfg(feature = "serde")]
+pub(crate) mod serde_impls;
+pub(crate) mod tcp_info;
+pub(crate) mod tcp_state;
+
 use std::{
     fmt,
     net::SocketAddr,
@@ -7,7 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::{info::SampleInfo, process::Process, tcp_state::TcpState};
+use self::{process::Process, tcp_info::SampleInfo, tcp_state::TcpState};
 
 /// Something that happened to a socket of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,13 +24,13 @@ use crate::{info::SampleInfo, process::Process, tcp_state::TcpState};
 #[non_exhaustive]
 pub struct Event {
     /// When, on the wall clock: right to 1 ms, whatever clock steps and suspends came before.
-    #[cfg_attr(feature = "serde", serde(with = "crate::json::rfc3339"))]
+    #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::rfc3339"))]
     pub time: SystemTime,
     /// The same instant on `CLOCK_BOOTTIME` of this process (which a time namespace may have set): monotonic, in nanoseconds, time in suspend
     /// included.
     #[cfg_attr(
         feature = "serde",
-        serde(rename = "uptime_ns", with = "crate::json::nanos")
+        serde(rename = "uptime_ns", with = "crate::event::serde_impls::nanos")
     )]
     pub uptime: Duration,
     /// What happened.
@@ -88,7 +97,7 @@ pub enum EventKind {
         /// How long ago its first datagram was counted. A flow that goes on after its last report starts again at zero.
         #[cfg_attr(
             feature = "serde",
-            serde(rename = "age_ns", with = "crate::json::nanos")
+            serde(rename = "age_ns", with = "crate::event::serde_impls::nanos")
         )]
         age: Duration,
         /// It is the last report of the flow: the socket has ended, or the flow made room for another one
@@ -198,7 +207,7 @@ pub struct Socket {
     /// ([`older`](Self::older)), how long ago the tracer saw it for the first time.
     #[cfg_attr(
         feature = "serde",
-        serde(rename = "age_ns", with = "crate::json::nanos")
+        serde(rename = "age_ns", with = "crate::event::serde_impls::nanos")
     )]
     pub age: Duration,
     /// Whether its life began before the tracer was there. Then its true age is more than
@@ -351,7 +360,12 @@ impl fmt::Display for Event {
             traffic,
             ..
         } = self;
-        write!(f, "{} {} ", crate::time::Rfc3339(*time), socket.protocol)?;
+        write!(
+            f,
+            "{} {} ",
+            crate::pipeline::clock::Rfc3339(*time),
+            socket.protocol
+        )?;
         if let EventKind::Lost { count, stage } = kind {
             return write!(f, "lost {count} in the {stage}");
         }

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use crate::escape::{Escaped, unescape};
+use super::escape::{Escaped, unescape};
 
 /// A process name (`comm`): at most 15 bytes, chosen by the process itself and therefore untrusted.
 ///

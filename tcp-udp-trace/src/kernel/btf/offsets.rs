@@ -8,7 +8,7 @@ use std::{
 use nix::unistd::{SysconfVar, sysconf};
 use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
 
-use super::btf::Btf;
+use super::Btf;
 use crate::{Error, ErrorKind};
 
 /// The kernel's description of its own types.
@@ -25,7 +25,7 @@ const REQUIRED: &[Field] = {
 };
 
 /// Reads the running kernel's BTF.
-pub(super) fn read_btf() -> Result<Vec<u8>, Error> {
+pub(in crate::kernel) fn read_btf() -> Result<Vec<u8>, Error> {
     let mut btf = Vec::with_capacity(CAPACITY);
     let read = File::open(VMLINUX).and_then(|mut file| file.read_to_end(&mut btf));
     read.map(|_| btf).map_err(|source| {
@@ -43,7 +43,7 @@ pub(super) fn read_btf() -> Result<Vec<u8>, Error> {
 }
 
 /// Makes sense of it.
-pub(super) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
+pub(in crate::kernel) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
     Btf::parse(btf).map_err(|source| {
         Error::new(
             ErrorKind::Unsupported,
@@ -54,7 +54,7 @@ pub(super) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
 }
 
 /// Looks up every field.
-pub(super) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
+pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
     let mut offsets: Offsets = std::array::from_fn(|index| {
         let wanted = &FIELDS[index];
         let found = wanted.path.split(" | ").find_map(|path| btf.field(path));
@@ -91,14 +91,14 @@ pub(super) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
 }
 
 /// The bit of `sock.sk_flags` that the kernel sets when a socket has begun to listen; 0 if it is not known.
-pub(super) fn has_listened(btf: &Btf<'_>) -> u64 {
+pub(in crate::kernel) fn has_listened(btf: &Btf<'_>) -> u64 {
     let bit = btf.enumerator("sock_flags", "SOCK_RCU_FREE");
     bit.and_then(|bit| 1_u64.checked_shl(bit)).unwrap_or(0)
 }
 
 /// The values of `enum skb_drop_reason` that the programs know, by the name of their global. Before
 /// 5.18 the kernel does not say that a program at the cgroup refused a packet.
-pub(super) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
+pub(in crate::kernel) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
     let reason = |name| btf.enumerator("skb_drop_reason", name).unwrap_or(u32::MAX);
     [
         ("REFUSED", reason("SKB_DROP_REASON_BPF_CGROUP_EGRESS")),
@@ -114,7 +114,7 @@ pub(super) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
 ///
 /// [x86_64]: https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/page_64_types.h#L15
 /// [aarch64]: https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/asm/memory.h#L113
-pub(super) fn registers(btf: &Btf<'_>) -> u64 {
+pub(in crate::kernel) fn registers(btf: &Btf<'_>) -> u64 {
     const STACK: u64 = 16 << 10;
     let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
     let page = page.and_then(|page| u64::try_from(page).ok()).unwrap_or(0);
@@ -127,16 +127,16 @@ pub(super) fn registers(btf: &Btf<'_>) -> u64 {
 /// Verifiers that do not forget numbers that do not matter in programs with functions take minutes
 /// (5.10 and 6.1): `backtrack_state` came with that ability. So does that of 7.2, which is recognized
 /// by the name of a function.
-pub(super) fn verifies_images(btf: &Btf<'_>) -> bool {
+pub(in crate::kernel) fn verifies_images(btf: &Btf<'_>) -> bool {
     let has = |kind, name| btf.id(kind, name).is_some();
-    has(super::btf::kind::STRUCT, "backtrack_state")
-        && !has(super::btf::kind::FUNC, "bpf_compute_live_registers")
+    has(super::kind::STRUCT, "backtrack_state")
+        && !has(super::kind::FUNC, "bpf_compute_live_registers")
 }
 
 /// Whether it does so in the programs of UDP, too: 6.12 does not come to an end with them. It is
 /// told from 6.18 by the name of a function.
-pub(super) fn verifies_images_of_udp(btf: &Btf<'_>) -> bool {
-    let newer = btf.id(super::btf::kind::FUNC, "bpf_stream_stage_printk");
+pub(in crate::kernel) fn verifies_images_of_udp(btf: &Btf<'_>) -> bool {
+    let newer = btf.id(super::kind::FUNC, "bpf_stream_stage_printk");
     newer.is_some() && verifies_images(btf)
 }
 

@@ -14,12 +14,14 @@ use std::{
 use crate::{
     Comm, Event, EventKind, Filter, LossStage, Origin, Process, ProcessDetails, Protocol,
     SampleInfo,
-    decode::{Malformed, decode},
-    enrich,
-    escape::{Escaped, is_deceptive, unescape},
+    event::escape::{Escaped, is_deceptive, unescape},
     filter::Standing,
     kernel,
-    time::BootClock,
+    pipeline::{
+        clock::BootClock,
+        decode::{Malformed, decode},
+    },
+    sock_diag,
 };
 
 /// A record as the ring hands it over.
@@ -50,7 +52,7 @@ pub fn btf(bytes: &[u8]) {
 
 /// A datagram of sock_diag.
 pub fn netlink(bytes: &[u8]) {
-    for info in enrich::told(bytes) {
+    for info in sock_diag::told(bytes) {
         any_event(&an_event(EventKind::Sample { info }, None));
     }
 }
@@ -359,7 +361,7 @@ pub(crate) mod tests {
             });
         }
         let mut last = an_event(EventKind::Accept, None);
-        last.time = UNIX_EPOCH + crate::time::LATEST;
+        last.time = UNIX_EPOCH + crate::pipeline::clock::LATEST;
         write_event("last_moment", &last);
         let gap = EventKind::Lost {
             count: 1,

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::TcpState;
+use super::tcp_state::TcpState;
 
 /// The kernel's view of a live socket, in an [`EventKind::Sample`](crate::EventKind::Sample).
 #[derive(Debug, Clone, PartialEq, Eq)]

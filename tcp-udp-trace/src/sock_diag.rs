@@ -41,17 +41,17 @@ const INET_DIAG_SKMEMINFO: u16 = 7;
 
 /// What the kernel said of a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Told {
-    pub(super) cookie: u64,
-    pub(super) info: SampleInfo,
+pub(crate) struct Told {
+    pub(crate) cookie: u64,
+    pub(crate) info: SampleInfo,
 }
 
 /// An answer that makes no sense.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Malformed;
+pub(crate) struct Malformed;
 
 /// An answer; `None` is one of what is no whole socket: TIME_WAIT passes for the state before it.
-pub(super) type Answer = Result<Option<Told>, Malformed>;
+pub(crate) type Answer = Result<Option<Told>, Malformed>;
 
 /// Hands every socket of the calling thread's namespace to `take`, until that says `false`. Those of TCP that are no whole socket
 /// (a handshake's first half, TIME_WAIT) are not asked for.
@@ -59,7 +59,7 @@ pub(super) type Answer = Result<Option<Told>, Malformed>;
 /// # Errors
 ///
 /// The kernel has no sock_diag for this protocol, or did not answer, or every attempt was interrupted.
-pub(super) async fn dump(
+pub(crate) async fn dump(
     protocol: Protocol,
     mut take: impl FnMut(Answer) -> bool,
 ) -> io::Result<()> {

@@ -16,7 +16,8 @@ use std::{
 
 use tcp_udp_trace_common::{FlowKey, Peer};
 
-use crate::{Event, EventKind, Traffic, decode};
+use super::decode;
+use crate::{Event, EventKind, Traffic};
 
 /// How many flows are looked at, at most, to find one that makes room.
 const LOOKS: usize = 8;

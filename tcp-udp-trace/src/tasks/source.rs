@@ -12,13 +12,15 @@ use tokio::io::unix::AsyncFd;
 
 use crate::{
     Error, Event, EventKind, Fates, Filter, Kind, LossStage, Protocol, Stats,
-    decode::{Decoded, Malformed, decode},
-    flows::Flows,
-    images::Images,
+    event::kind::Counts,
     kernel::{Kernel, Ring},
-    kind::Counts,
-    samples::Samples,
-    time::{BootClock, namespace_offset},
+    pipeline::{
+        clock::{BootClock, namespace_offset},
+        decode::{Decoded, Malformed, decode},
+        flows::Flows,
+        images::Images,
+        pending_samples::Samples,
+    },
 };
 
 /// How many records are taken in one go, between two chances for other tasks to run.

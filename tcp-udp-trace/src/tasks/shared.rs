@@ -12,10 +12,12 @@ use std::{
 
 use tokio::sync::{Notify, oneshot};
 
-use super::attached::Attached;
+use super::{sampler, source::Attached};
 use crate::{
-    Error, ErrorKind, Filter, Hook, Protocol, Stats, builder::Config, enrich, kernel::SampleScope,
-    queue::Queue, samples::Samples,
+    Error, ErrorKind, Filter, Hook, Protocol, Stats,
+    builder::Config,
+    kernel::SampleScope,
+    pipeline::{pending_samples::Samples, queue::Queue},
 };
 
 /// See the module.
@@ -172,7 +174,7 @@ impl Shared {
         let thread = thread::Builder::new()
             .name("samples".into())
             .spawn(move || {
-                enrich::round(&shared);
+                sampler::round(&shared);
                 // Before the other end hears of it: the last owner of all this must not be this thread.
                 drop(shared);
                 // Nobody listens any more if the task was ended.

@@ -10,7 +10,10 @@ use std::{
 use tcp_udp_trace_common::{AF_INET, StateChange, Tcp, Udp, kind, origin};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
-use crate::{Event, OverflowPolicy, decode::decode, queue::Queue, time::BootClock};
+use crate::{
+    Event, OverflowPolicy,
+    pipeline::{clock::BootClock, decode::decode, queue::Queue},
+};
 
 /// A record of a change of state, as the ring hands it over.
 #[must_use]

@@ -7,35 +7,32 @@ use std::io;
 
 use aya::{BtfError, Endianness, programs::ProgramError};
 
-use super::{
-    btf::{Btf, MAGIC, VERSION, kind},
-    offsets,
-};
+use super::{Btf, MAGIC, VERSION, kind, offsets};
 
 /// What aya looks up by its name.
 #[derive(Debug, Clone)]
-pub(super) struct Target {
+pub(in crate::kernel) struct Target {
     kind: u32,
     name: String,
 }
 
 impl Target {
     /// What an iterator's program is loaded for.
-    pub(super) fn iterator(name: &str) -> Self {
+    pub(in crate::kernel) fn iterator(name: &str) -> Self {
         Self {
             kind: kind::FUNC,
             name: format!("bpf_iter_{name}"),
         }
     }
 
-    pub(super) fn tracepoint(name: &str) -> Self {
+    pub(in crate::kernel) fn tracepoint(name: &str) -> Self {
         Self {
             kind: kind::TYPEDEF,
             name: format!("btf_trace_{name}"),
         }
     }
 
-    pub(super) fn function(name: &str) -> Self {
+    pub(in crate::kernel) fn function(name: &str) -> Self {
         Self {
             kind: kind::FUNC,
             name: name.into(),
@@ -44,10 +41,10 @@ impl Target {
 }
 
 /// Some of what a kernel has, each with its id.
-pub(super) type Ids = Vec<(Target, u32)>;
+pub(in crate::kernel) type Ids = Vec<(Target, u32)>;
 
 /// Those of these that the kernel has.
-pub(super) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = Target>) -> Ids {
+pub(in crate::kernel) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = Target>) -> Ids {
     let targets = targets.into_iter();
     targets
         .filter_map(|target| Some((btf.id(target.kind, &target.name)?, target)))
@@ -60,7 +57,7 @@ pub(super) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = Target>) -> 
 /// # Errors
 ///
 /// The kernel's BTF cannot be read.
-pub(super) fn look_up(target: Target) -> Result<aya::Btf, ProgramError> {
+pub(in crate::kernel) fn look_up(target: Target) -> Result<aya::Btf, ProgramError> {
     let ids = || {
         let vmlinux = offsets::read_btf()?;
         Ok::<_, crate::Error>(find(&offsets::parse(&vmlinux)?, [target]))
@@ -74,7 +71,7 @@ pub(super) fn look_up(target: Target) -> Result<aya::Btf, ProgramError> {
 /// # Errors
 ///
 /// aya does not take it, which would be our mistake.
-pub(super) fn for_aya(ids: &Ids) -> Result<aya::Btf, BtfError> {
+pub(in crate::kernel) fn for_aya(ids: &Ids) -> Result<aya::Btf, BtfError> {
     let mut strings = vec![0];
     let mut wanted = Vec::new();
     for (Target { kind, name }, id) in ids {

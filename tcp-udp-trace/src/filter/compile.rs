@@ -2,7 +2,7 @@
 
 use tcp_udp_trace_common::filter as wire;
 
-use super::{Family, Filter, invalid, network::SidedCidr};
+use super::{Family, Filter, cidr::SidedCidr, invalid};
 use crate::{Comm, Error, Kind};
 
 /// A filter in the form that the kernel side gets; without a generation yet.

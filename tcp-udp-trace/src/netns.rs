@@ -12,7 +12,7 @@ use nix::sched::{CloneFlags, setns};
 
 /// A network namespace that was there a moment ago.
 #[derive(Debug)]
-pub(super) struct Namespace {
+pub(crate) struct Namespace {
     inode: u64,
     path: PathBuf,
 }
@@ -30,7 +30,7 @@ const OWN: &str = "/proc/thread-self/ns/net";
 /// # Errors
 ///
 /// `/proc` cannot be read.
-pub(super) fn others() -> io::Result<Vec<Namespace>> {
+pub(crate) fn others() -> io::Result<Vec<Namespace>> {
     let mut seen = HashSet::from([fs::metadata(OWN)?.ino()]);
     let mut found = Vec::new();
     let mut look_at = |path: PathBuf| {
@@ -106,7 +106,7 @@ impl Namespace {
     /// # Errors
     ///
     /// It may not be entered.
-    pub(super) fn enter(&self) -> io::Result<bool> {
+    pub(crate) fn enter(&self) -> io::Result<bool> {
         let Ok(file) = File::open(&self.path) else {
             return Ok(false);
         };
@@ -118,7 +118,7 @@ impl Namespace {
         Ok(true)
     }
 
-    pub(super) fn inode(&self) -> u64 {
+    pub(crate) fn inode(&self) -> u64 {
         self.inode
     }
 }

@@ -4,54 +4,28 @@
 //! After a pause it asks for the next record and sleeps; the first one wakes it at once; from then on it lets records gather
 //! for the latency that the user allows, takes them all, and asks again only when a round brought nothing.
 
-mod attached;
-mod shared;
-
 use std::{
     future::{Future, poll_fn},
     io,
-    panic::{AssertUnwindSafe, catch_unwind},
     pin::pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    runtime::Handle,
-    task::{self, JoinHandle},
-    time::sleep,
-};
+use tokio::{task, time::sleep};
 
-pub(crate) use self::shared::Shared;
-use self::{
-    attached::{Attached, BATCH},
-    shared::Limits,
+use super::{
+    process_details::Details,
+    shared::Shared,
+    source::{Attached, BATCH},
 };
-use crate::{
-    Error, ErrorKind, Event,
-    builder::Config,
-    details::Details,
-    enrich,
-    flows::Flows,
-    images::Images,
-    kernel::{Kernel, SampleScope},
-    queue::Queue,
-    samples::Samples,
-};
+use crate::{Error, ErrorKind, Event};
 
 /// How long the reader sleeps when nothing happens. It does not have to wake at all, but for a record that was
 /// being written just while it asked to be woken; so it looks once soon, and then rarely.
 const FIRST_NAP: Duration = Duration::from_millis(50);
 const NAP: Duration = Duration::from_secs(5);
-
-/// The tasks of a tracer.
-#[derive(Debug)]
-pub(crate) struct Tasks {
-    pub(crate) reader: JoinHandle<()>,
-    pub(crate) enrichment: Option<JoinHandle<()>>,
-}
 
 /// Everything of ours has left the kernel.
 struct Gone;
@@ -67,83 +41,11 @@ enum Drained {
     HeldUp,
 }
 
-/// Loads, attaches and starts to read.
-pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error> {
-    let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
-    let runtime = Handle::try_current().map_err(|source| {
-        no_runtime("no Tokio runtime here: call `start` from within one").with_source(source)
-    })?;
-    let Config {
-        protocol,
-        queue,
-        overflow,
-        latency,
-        interval,
-        sample_interval,
-        process_details,
-        max_flows,
-        ref filter,
-        ..
-    } = config;
-    let filter = filter.clone();
-    let settings = config.clone();
-    let (kernel, ring) = runtime
-        .spawn_blocking(move || Kernel::start(&settings))
-        .await
-        .map_err(|source| {
-            no_runtime("the runtime was shut down during the start").with_source(source)
-        })??;
-    let limits = Limits::new(&config, ring.parts());
-    // Tokio panics when its drivers are off, and offers no way to ask.
-    let ring = catch_unwind(AssertUnwindSafe(|| {
-        drop(sleep(Duration::ZERO));
-        #[allow(
-            deprecated,
-            reason = "its successor is unsafe; the ring owns its descriptor and keeps it open"
-        )]
-        AsyncFd::with_interest(ring, Interest::READABLE)
-    }))
-    .map_err(|_| {
-        no_runtime("this Tokio runtime has I/O or time disabled: build it with `enable_all`")
-    })?
-    .map_err(|source| {
-        Error::new(ErrorKind::Read, "cannot wait for the buffer of records").with_source(source)
-    })?;
-
-    let samples = Arc::new(Samples::default());
-    let flows = Flows::new(interval, max_flows as usize);
-    let images = process_details.then(Images::default);
-    let attached = Attached::new(
-        kernel,
-        ring,
-        protocol,
-        flows,
-        Arc::clone(&samples),
-        filter,
-        images,
-    );
-    let queue = Queue::new(queue, overflow);
-    let shared = Arc::new(Shared::new(queue, limits, samples, attached));
-    let reader = Reader {
-        shared: Arc::clone(&shared),
-        latency,
-        details: process_details.then(Details::default),
-        batch: Vec::with_capacity(BATCH),
-    };
-    let tasks = Tasks {
-        reader: runtime.spawn(reader.run()),
-        enrichment: sample_interval
-            .filter(|_| shared.sample_scope != SampleScope::Nothing)
-            .map(|every| runtime.spawn(enrich::run(Arc::clone(&shared), every))),
-    };
-    Ok((shared, tasks))
-}
-
-struct Reader {
-    shared: Arc<Shared>,
-    latency: Duration,
-    details: Option<Details>,
-    batch: Vec<Event>,
+pub(super) struct Reader {
+    pub(super) shared: Arc<Shared>,
+    pub(super) latency: Duration,
+    pub(super) details: Option<Details>,
+    pub(super) batch: Vec<Event>,
 }
 
 /// However the task ends, nobody must wait for events that will not come.
@@ -159,7 +61,7 @@ impl Drop for Reader {
 }
 
 impl Reader {
-    async fn run(mut self) {
+    pub(super) async fn run(mut self) {
         let result = match self.read_until_stopped().await {
             Ok(()) | Err(None) => Ok(()),
             Err(Some(source)) => Err(Error::new(
