@@ -269,6 +269,7 @@
 #[doc(hidden)]
 pub mod bench_support;
 mod builder;
+mod config;
 mod error;
 mod event;
 mod filter;
@@ -289,10 +290,10 @@ mod tasks;
 mod tracer;
 
 pub use crate::{
-    builder::{
+    builder::{TcpTracerBuilder, UdpTracerBuilder},
+    config::{
         Buffer, DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS,
         DEFAULT_QUEUE, DEFAULT_RING_BYTES, DEFAULT_SAMPLE_INTERVAL, OverflowPolicy,
-        TcpTracerBuilder, UdpTracerBuilder,
     },
     error::{Error, ErrorKind},
     event::{
@@ -300,8 +301,10 @@ pub use crate::{
         comm::{Comm, ParseCommError},
         kind::{Fate, Fates, Kind, UnknownKind},
         process::{Origin, Process, ProcessDetails},
-        tcp_info::{SampleInfo, TcpInfo, UdpInfo},
+        sample_info::SampleInfo,
+        tcp_info::TcpInfo,
         tcp_state::TcpState,
+        udp_info::UdpInfo,
     },
     filter::{Family, Filter},
     hook::Hook,

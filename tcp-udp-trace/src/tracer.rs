@@ -12,8 +12,8 @@ use futures_core::{FusedStream, Stream};
 use tokio::runtime::Handle;
 
 use crate::{
-    Error, ErrorKind, Event, Filter, Hook, Stats, TcpTracerBuilder, UdpTracerBuilder,
-    builder::Config,
+    Error, ErrorKind, Event, Filter, Hook, Stats,
+    config::Config,
     tasks::{self, Shared, Tasks},
 };
 
@@ -66,7 +66,7 @@ impl Drop for Tracer {
 }
 
 macro_rules! tracer {
-    ($(#[$doc:meta])* $tracer:ident, $builder:ident) => {
+    ($(#[$doc:meta])* $tracer:ident) => {
         $(#[$doc])*
         ///
         /// Made by [`builder`](Self::builder); several may run at once. The stream ends (`None`) only after
@@ -87,11 +87,6 @@ macro_rules! tracer {
         pub struct $tracer(Tracer);
 
         impl $tracer {
-            /// A tracer with default settings.
-            pub fn builder() -> $builder {
-                $builder::new()
-            }
-
             /// A handle for other tasks.
             #[must_use]
             pub fn handle(&self) -> TracerHandle {
@@ -140,13 +135,13 @@ macro_rules! tracer {
 tracer! {
     /// The TCP events of the whole machine, as a stream: each state change and each accept, and now and then a sample of each live
     /// socket.
-    TcpTracer, TcpTracerBuilder
+    TcpTracer
 }
 
 tracer! {
     /// The UDP events of the whole machine, as a stream: the totals of each flow now and then, connects, and the end of each
     /// socket with its totals; each datagram on request; and now and then a sample of each live socket.
-    UdpTracer, UdpTracerBuilder
+    UdpTracer
 }
 
 /// Looks at a tracer and steers it while another task reads its events.

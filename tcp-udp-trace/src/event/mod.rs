@@ -4,10 +4,13 @@ pub(crate) mod comm;
 pub(crate) mod escape;
 pub(crate) mod kind;
 pub(crate) mod process;
+pub(crate) mod rfc3339;
+pub(crate) mod sample_info;
 #[cfg(feature = "serde")]
 pub(crate) mod serde_impls;
 pub(crate) mod tcp_info;
 pub(crate) mod tcp_state;
+pub(crate) mod udp_info;
 
 use std::{
     fmt,
@@ -16,7 +19,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use self::{process::Process, tcp_info::SampleInfo, tcp_state::TcpState};
+use self::{process::Process, sample_info::SampleInfo, tcp_state::TcpState};
 
 /// Something that happened to a socket of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -360,12 +363,7 @@ impl fmt::Display for Event {
             traffic,
             ..
         } = self;
-        write!(
-            f,
-            "{} {} ",
-            crate::pipeline::clock::Rfc3339(*time),
-            socket.protocol
-        )?;
+        write!(f, "{} {} ", rfc3339::Rfc3339(*time), socket.protocol)?;
         if let EventKind::Lost { count, stage } = kind {
             return write!(f, "lost {count} in the {stage}");
         }

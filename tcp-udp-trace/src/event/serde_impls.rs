@@ -14,7 +14,7 @@ pub(crate) mod rfc3339 {
     use std::time::SystemTime;
 
     pub(crate) fn serialize<S: Serializer>(time: &SystemTime, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(&crate::pipeline::clock::Rfc3339(*time))
+        s.collect_str(&crate::event::rfc3339::Rfc3339(*time))
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<SystemTime, D::Error> {

@@ -1,91 +1,7 @@
-//! What the kernel tells of a live socket when it is asked: from the bytes of sock_diag. No I/O, and any bytes are survived.
+//! What the kernel tells of a live TCP socket.
 
-use std::fmt;
-
-use super::tcp_state::TcpState;
-
-/// The kernel's view of a live socket, in an [`EventKind::Sample`](crate::EventKind::Sample).
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(untagged))]
-#[non_exhaustive]
-pub enum SampleInfo {
-    /// Of a TCP socket.
-    Tcp(Box<TcpInfo>),
-    /// Of a UDP socket.
-    Udp(Box<UdpInfo>),
-}
-
-/// The few numbers that are looked at first.
-impl fmt::Display for SampleInfo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(info) => {
-                match TcpState::from_number(info.state) {
-                    Some(state) => write!(f, "{state}")?,
-                    None => write!(f, "state {}", info.state)?,
-                }
-                let TcpInfo {
-                    rtt,
-                    snd_cwnd,
-                    total_retrans,
-                    ..
-                } = **info;
-                write!(f, " rtt {rtt} us cwnd {snd_cwnd} retrans {total_retrans}")
-            }
-            Self::Udp(info) => {
-                let UdpInfo {
-                    rx_queue,
-                    tx_queue,
-                    drops,
-                    ..
-                } = **info;
-                write!(f, "queues rx {rx_queue} B tx {tx_queue} B, {drops} dropped")
-            }
-        }
-    }
-}
-
-/// The queues and buffers of a UDP socket. The kernel counts memory here, its own overhead included, not payload.
-///
-/// Source: `inet_diag_msg` and `INET_DIAG_SKMEMINFO` of the kernel's `inet_diag.h` and `sock_diag.h`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[non_exhaustive]
-pub struct UdpInfo {
-    /// Bytes that wait to be received (`idiag_rqueue`).
-    pub rx_queue: u32,
-    /// Bytes that were sent and have not left the machine (`idiag_wqueue`).
-    pub tx_queue: u32,
-    /// The most that may wait to be received: `SO_RCVBUF` (`SK_MEMINFO_RCVBUF`).
-    pub rx_buffer: u32,
-    /// The most that may wait to be sent: `SO_SNDBUF` (`SK_MEMINFO_SNDBUF`).
-    pub tx_buffer: u32,
-    /// Bytes taken for what was received (`SK_MEMINFO_RMEM_ALLOC`).
-    pub rx_memory: u32,
-    /// Bytes taken for what was sent (`SK_MEMINFO_WMEM_ALLOC`).
-    pub tx_memory: u32,
-    /// Datagrams that found the receive buffer full, since the socket was made (`SK_MEMINFO_DROPS`).
-    pub drops: u32,
-}
-
-impl UdpInfo {
-    /// From the header's queues and the words of `INET_DIAG_SKMEMINFO`; `None` if there are too few.
-    pub(crate) fn decode(rx_queue: u32, tx_queue: u32, memory: &[u8]) -> Option<Self> {
-        let word = |index: usize| field::<4>(memory, index * 4).map(u32::from_ne_bytes);
-        Some(Self {
-            rx_queue,
-            tx_queue,
-            rx_memory: word(0)?,
-            rx_buffer: word(1)?,
-            tx_memory: word(2)?,
-            tx_buffer: word(3)?,
-            drops: word(8)?,
-        })
-    }
-}
-
-fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
+/// The bytes of a field; `None` if they are not all there.
+pub(super) fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
     bytes.get(offset..)?.first_chunk().copied()
 }
 
@@ -313,22 +229,5 @@ mod tests {
         for len in 0..SHORTEST {
             assert_eq!(TcpInfo::decode(&bytes(len)), None, "{len} bytes");
         }
-    }
-
-    #[test]
-    fn fields_of_udp() {
-        let words: Vec<u8> = (10_u32..19).flat_map(u32::to_ne_bytes).collect();
-        let info = UdpInfo::decode(1, 2, &words).expect("nine words");
-        let expected = UdpInfo {
-            rx_queue: 1,
-            tx_queue: 2,
-            rx_memory: 10,
-            rx_buffer: 11,
-            tx_memory: 12,
-            tx_buffer: 13,
-            drops: 18,
-        };
-        assert_eq!(info, expected);
-        assert_eq!(UdpInfo::decode(1, 2, &words[..words.len() - 1]), None);
     }
 }

@@ -155,7 +155,7 @@ pub(crate) mod tests {
     };
 
     use super::*;
-    use crate::{TcpInfo, UdpInfo, builder::Config, kernel::Kernel};
+    use crate::{TcpInfo, UdpInfo, config::Config, kernel::Kernel};
 
     #[test]
     fn record_survives() {
@@ -361,7 +361,7 @@ pub(crate) mod tests {
             });
         }
         let mut last = an_event(EventKind::Accept, None);
-        last.time = UNIX_EPOCH + crate::pipeline::clock::LATEST;
+        last.time = UNIX_EPOCH + crate::event::rfc3339::LATEST;
         write_event("last_moment", &last);
         let gap = EventKind::Lost {
             count: 1,

@@ -19,7 +19,7 @@ use super::{
     btf::ids::{self, Target},
     privileges::{Privileges, SYS_PTRACE},
 };
-use crate::{Hook, Protocol, builder::Config, netns};
+use crate::{Hook, Protocol, config::Config, netns};
 
 /// A program, and the kernel's iterator (`bpf_iter_…`) that runs it.
 #[derive(Debug, Clone, Copy)]

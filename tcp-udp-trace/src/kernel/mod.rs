@@ -42,7 +42,7 @@ use self::{
 };
 use crate::{
     Buffer, Error, ErrorKind, Event, Filter, Hook, Protocol, Traffic,
-    builder::{Config, LATE_SHARE},
+    config::{Config, LATE_SHARE},
     pipeline::{
         decode,
         flows::{FlowMap, Totals},

@@ -4,7 +4,7 @@
 //! each choice is tried, and the first that the running kernel accepts is taken.
 
 use super::btf::ids::Target;
-use crate::{Protocol, builder::Config};
+use crate::{Protocol, config::Config};
 
 /// Something that a tracer needs to hear about.
 pub(super) struct Signal {

@@ -12,7 +12,7 @@ use tcp_udp_trace_common::Head;
 use zerocopy::FromBytes as _;
 
 use super::{Kernel, SHARE, errors, perf::Perf, take_map};
-use crate::{Buffer, Error, Hook, builder::Config};
+use crate::{Buffer, Error, Hook, config::Config};
 
 /// The records that the programs have written.
 pub(crate) enum Ring {

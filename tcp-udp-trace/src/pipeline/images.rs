@@ -7,7 +7,7 @@ use lru::LruCache;
 use tcp_udp_trace_common::{Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
 use zerocopy::FromBytes as _;
 
-use crate::{ProcessDetails, tasks::process_details::words};
+use crate::ProcessDetails;
 
 /// How many images are remembered.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -136,4 +136,16 @@ impl Pieces {
             cmdline: words(&self.arguments),
         }
     }
+}
+
+/// The arguments of a command line, each of which ends with a NUL.
+pub(crate) fn words(bytes: &[u8]) -> Vec<OsString> {
+    if bytes.is_empty() {
+        return Vec::new();
+    }
+    let words = bytes.strip_suffix(&[0]).unwrap_or(bytes);
+    words
+        .split(|&byte| byte == 0)
+        .map(|word| OsString::from_vec(word.to_vec()))
+        .collect()
 }

@@ -1,6 +1,6 @@
 //! The tasks of a running tracer.
 
-pub(crate) mod process_details;
+mod process_details;
 mod reader;
 mod sampler;
 mod shared;
@@ -28,7 +28,7 @@ use self::{
 };
 use crate::{
     Error, ErrorKind,
-    builder::Config,
+    config::Config,
     kernel::{Kernel, SampleScope},
     pipeline::{flows::Flows, images::Images, pending_samples::Samples, queue::Queue},
 };

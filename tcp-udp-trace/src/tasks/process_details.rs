@@ -6,7 +6,6 @@ use std::{
     fs::{self, File},
     io::Read as _,
     num::NonZeroUsize,
-    os::unix::ffi::OsStringExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     thread,
@@ -16,7 +15,7 @@ use std::{
 use lru::LruCache;
 use tokio::{sync::oneshot, time::timeout};
 
-use crate::{Comm, Event, Process, ProcessDetails};
+use crate::{Comm, Event, Process, ProcessDetails, pipeline::images::words};
 
 /// How many processes are remembered.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -170,18 +169,6 @@ fn cmdline(path: PathBuf) -> std::io::Result<Vec<OsString>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(CMDLINE).read_to_end(&mut bytes)?;
     Ok(words(&bytes))
-}
-
-/// The arguments of a command line, each of which ends with a NUL.
-pub(crate) fn words(bytes: &[u8]) -> Vec<OsString> {
-    if bytes.is_empty() {
-        return Vec::new();
-    }
-    let words = bytes.strip_suffix(&[0]).unwrap_or(bytes);
-    words
-        .split(|&byte| byte == 0)
-        .map(|word| OsString::from_vec(word.to_vec()))
-        .collect()
 }
 
 /// When the process was made, in ticks since the machine was.

@@ -32,12 +32,12 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const RESPITE: Duration = Duration::from_millis(10);
 
 /// Has a round now and then once in each interval, until the tracer ends.
-pub(crate) async fn run(shared: Arc<Shared>, every: Duration) {
+pub(super) async fn run(shared: Arc<Shared>, every: Duration) {
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let Some(done) = shared.begin_round() else {
+        let Some(done) = shared.begin_round(round) else {
             return;
         };
         // An error is the thread's end too.
@@ -49,7 +49,7 @@ pub(crate) async fn run(shared: Arc<Shared>, every: Duration) {
 struct Over;
 
 /// One round; on a thread that ends after it, because it does not come back from the namespaces.
-pub(crate) fn round(shared: &Shared) {
+fn round(shared: &Shared) {
     let began = Instant::now();
     let round = Round { shared };
     let result = round.everywhere();

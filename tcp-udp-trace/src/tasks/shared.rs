@@ -12,10 +12,10 @@ use std::{
 
 use tokio::sync::{Notify, oneshot};
 
-use super::{sampler, source::Attached};
+use super::source::Attached;
 use crate::{
     Error, ErrorKind, Filter, Hook, Protocol, Stats,
-    builder::Config,
+    config::Config,
     kernel::SampleScope,
     pipeline::{pending_samples::Samples, queue::Queue},
 };
@@ -163,8 +163,11 @@ impl Shared {
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins a round of samples, unless the tracer is over; the receiver hears of its end.
-    pub(crate) fn begin_round(self: &Arc<Self>) -> Option<oneshot::Receiver<()>> {
+    /// Runs a round of samples on a thread of its own, unless the tracer is over; the receiver hears of its end.
+    pub(crate) fn begin_round(
+        self: &Arc<Self>,
+        run: impl FnOnce(&Self) + Send + 'static,
+    ) -> Option<oneshot::Receiver<()>> {
         let mut round = self.round();
         if self.is_over() {
             return None;
@@ -174,7 +177,7 @@ impl Shared {
         let thread = thread::Builder::new()
             .name("samples".into())
             .spawn(move || {
-                sampler::round(&shared);
+                run(&shared);
                 // Before the other end hears of it: the last owner of all this must not be this thread.
                 drop(shared);
                 // Nobody listens any more if the task was ended.

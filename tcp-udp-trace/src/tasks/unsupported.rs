@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
-use crate::{Error, ErrorKind, Filter, Hook, Stats, builder::Config, pipeline::queue::Queue};
+use crate::{Error, ErrorKind, Filter, Hook, Stats, config::Config, pipeline::queue::Queue};
 
 /// Never made.
 #[derive(Debug)]
