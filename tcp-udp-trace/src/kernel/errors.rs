@@ -151,6 +151,23 @@ fn errno(error: &(dyn StdError + 'static)) -> Option<Errno> {
     None
 }
 
+/// An error and its sources, in one line.
+pub(super) fn chain(error: &dyn StdError) -> String {
+    let mut line = error
+        .to_string()
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned();
+    let mut source = error.source();
+    while let Some(error) = source {
+        line.push_str(": ");
+        line.push_str(error.to_string().lines().next().unwrap_or_default());
+        source = error.source();
+    }
+    line
+}
+
 #[cfg(test)]
 mod tests {
     use aya::sys::SyscallError;

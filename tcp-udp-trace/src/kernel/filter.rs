@@ -1,29 +1,25 @@
 //! Telling the programs which events are wanted.
 //!
 //! They look at one word, and at sets whose values carry the word's generation: so a new filter is built beside the old one, and one
-//! write changes over. All of it is asked of a program of ours ([`ASK_FILTER`]) and not written into maps from here, because a map system call
+//! write changes over. All of it is asked of a program of ours ([`ask`]) and not written into maps from here, because a map system call
 //! would keep other programs from running meanwhile.
 
-use std::{error::Error as StdError, io};
+use std::error::Error as StdError;
 
-use aya::{
-    Ebpf,
-    programs::{ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
-};
+use aya::{Ebpf, programs::ProgramError};
 use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing};
 
 use super::{
-    attach::{attach_program, unload},
+    control::ask,
     errors, iter,
     names::Caller,
     plan::HookPoint,
+    program::{attach_program, unload},
 };
 use crate::{
     Error, ErrorKind, Event, Filter, Process, Protocol,
     filter::{Compiled, Names as _, Standing},
 };
-
-pub(super) const ASK_FILTER: &str = "ask_filter";
 
 /// The programs that follow the trees of processes.
 const KIN: [(&str, HookPoint); 2] = [
@@ -224,22 +220,6 @@ fn standing(ebpf: &Ebpf, process: &Process) -> Standing {
     Standing {
         is_kin: bits & standing::KIN != 0,
         is_own: bits & standing::OWN != 0,
-    }
-}
-
-/// Asks the program; what it answers is not negative.
-pub(super) fn ask(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
-    let program: &RawTracePoint = ebpf
-        .program(ASK_FILTER)
-        .ok_or(ProgramError::NotLoaded)
-        .and_then(TryFrom::try_from)
-        .map_err(io::Error::other)?;
-    let mut options = RawTracePointRunOptions::new();
-    options.args[..args.len()].copy_from_slice(args);
-    let answer = program.test_run(options).map_err(io::Error::other)?;
-    match answer.return_value.cast_signed() {
-        error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
-        answer => Ok(answer),
     }
 }
 

@@ -15,9 +15,10 @@ use aya::{
 use tcp_udp_trace_common::filter::from_numbers;
 
 use super::{
-    attach::{chain, unload},
     btf::ids::{self, Target},
+    errors::chain,
     privileges::{Privileges, SYS_PTRACE},
+    program::unload,
 };
 use crate::{Hook, Protocol, config::Config, netns};
 

@@ -4,15 +4,19 @@
 mod attach;
 mod btf;
 mod cgroup;
+mod control;
 mod errors;
 mod filter;
 mod iter;
+mod maps;
 mod names;
 mod perf;
 mod plan;
 mod preflight;
+mod preload;
 mod private_mounts;
 mod privileges;
+mod program;
 mod ring;
 
 use std::{
@@ -25,28 +29,23 @@ use std::{
 pub(crate) use self::{iter::SampleScope, ring::Ring};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData, MapError, PerCpuArray},
-    programs::{
-        ProgramError, RawTracePoint, RawTracePointRunOptions, SchedClassifier, TestRun as _,
-        TestRunOptions,
-    },
+    maps::{Array, MapData, PerCpuArray},
+    programs::ProgramError,
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, Udp, kind};
-use zerocopy::{FromZeros as _, IntoBytes as _};
+use tcp_udp_trace_common::{Counters, FlowKey, Udp, kind};
 
 use self::{
     btf::{ids, offsets},
-    filter::{ASK_FILTER, Filters},
+    control::{ASK_ARM, ASK_FILTER, ASK_FLOW, QUESTIONS, RING_FILL},
+    filter::Filters,
+    maps::{SHARE, take_map},
 };
 use crate::{
     Buffer, Error, ErrorKind, Event, Filter, Hook, Protocol, Traffic,
     config::{Config, LATE_SHARE},
-    pipeline::{
-        decode,
-        flows::{FlowMap, Totals},
-    },
+    pipeline::flows::{FlowMap, Totals},
 };
 
 /// The eBPF objects of this architecture, as `cargo xtask ebpf` made them: with a ring buffer, and with perf buffers.
@@ -70,20 +69,8 @@ static OBJECTS: Option<[&[u8]; 2]> = None;
 /// No ring can be smaller.
 const MIN_RING_BYTES: u32 = 4096;
 
-/// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
-/// matter most.
-const SHARE: u32 = 8;
-
 /// How many flows that the filter does not want are remembered.
 const UNWANTED: u32 = 16_384;
-
-/// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
-/// would keep the kernel from running others.
-const ASK_ARM: &str = "ask_arm";
-const ASK_FLOW: &str = "ask_flow";
-/// Only in the object with a ring.
-const RING_FILL: &str = "ring_fill";
-const QUESTIONS: [&str; 4] = [ASK_ARM, ASK_FLOW, ASK_FILTER, RING_FILL];
 
 /// Programs and maps in the kernel, and what they are attached to. Dropping it removes everything.
 pub(crate) struct Kernel {
@@ -187,13 +174,13 @@ impl Kernel {
             Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
         })?;
         // Not while the maps are made: who runs out of memory meanwhile is killed, where the maker of a map gets an error.
-        attach::load_ahead(&mut ebpf, &plan, &walks, &questions, &ids);
+        preload::load_ahead(&mut ebpf, &plan, &walks, &questions, &ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
         for name in questions {
             let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
-            program.and_then(attach::load_question).map_err(|source| {
+            program.and_then(control::load_question).map_err(|source| {
                 errors::of_program(&source, "a program that the reader asks", config.protocol)
                     .with_source(source)
             })?;
@@ -243,43 +230,12 @@ impl Kernel {
 
     /// Asks to be woken by the next record; gives how many records the ring has refused so far, modulo 2³².
     pub(crate) fn arm(&self) -> io::Result<u32> {
-        self.run(ASK_ARM)
+        control::run(&self.ebpf, ASK_ARM)
     }
 
     /// How many eighths of the ring are filled.
     pub(crate) fn ring_fill(&self) -> Option<u32> {
-        self.run(RING_FILL).ok()
-    }
-
-    /// Runs a program that takes no arguments, and returns its result.
-    fn run(&self, name: &str) -> io::Result<u32> {
-        let program = self.ebpf.program(name).ok_or(ProgramError::NotLoaded);
-        let program: Result<&RawTracePoint, _> = program.and_then(TryFrom::try_from);
-        let answer =
-            program.and_then(|program| program.test_run(RawTracePointRunOptions::default()));
-        answer
-            .map(|answer| answer.return_value)
-            .map_err(io::Error::other)
-    }
-
-    /// Asks for the totals of a flow.
-    fn ask_flow(&self, flow: &FlowKey, known: Traffic, forget: bool) -> Option<Totals> {
-        let mut query = FlowQuery::new_zeroed();
-        query.key = *flow;
-        query.known.tx_packets = known.tx_packets;
-        query.known.rx_packets = known.rx_packets;
-        query.forget = u64::from(forget);
-        let question = query;
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(question.as_bytes());
-        options.data_out = Some(query.as_mut_bytes());
-        let program: &SchedClassifier = self.ebpf.program(ASK_FLOW)?.try_into().ok()?;
-        let answer = program.test_run(options).ok()?;
-        (answer.return_value == 1).then(|| Totals {
-            traffic: decode::traffic(query.traffic),
-            approximate: query.approximate != 0,
-            local: Some(query.local),
-        })
+        control::run(&self.ebpf, RING_FILL).ok()
     }
 
     /// What the programs have counted.
@@ -363,7 +319,7 @@ impl Kernel {
                     continue;
                 }
                 // Where no thread can be had, dropping `ebpf` does it, one after the other.
-                let _ = thread::Builder::new().spawn_scoped(scope, || attach::unload(program));
+                let _ = thread::Builder::new().spawn_scoped(scope, || program::unload(program));
             }
         });
     }
@@ -394,11 +350,11 @@ fn tells_local(hooks: &[Hook]) -> bool {
 
 impl FlowMap for Kernel {
     fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals> {
-        self.ask_flow(flow, known, false)
+        control::ask_flow(&self.ebpf, flow, known, false)
     }
 
     fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
-        self.ask_flow(flow, Traffic::default(), true)
+        control::ask_flow(&self.ebpf, flow, Traffic::default(), true)
     }
 }
 
@@ -421,21 +377,6 @@ fn loader<'a>() -> EbpfLoader<'a> {
     let thread = thread::Builder::new().spawn(without_btf);
     let made = thread.ok().and_then(|thread| thread.join().ok());
     made.unwrap_or_default()
-}
-
-fn take_map<M>(
-    ebpf: &mut Ebpf,
-    name: &str,
-    convert: impl FnOnce(aya::maps::Map) -> Result<M, MapError>,
-) -> Result<M, Error> {
-    let missing = || {
-        Error::new(
-            ErrorKind::Load,
-            format!("the eBPF object has no usable map {name}"),
-        )
-    };
-    let map = ebpf.take_map(name).ok_or_else(missing)?;
-    convert(map).map_err(|source| missing().with_source(source))
 }
 
 impl std::fmt::Debug for Kernel {

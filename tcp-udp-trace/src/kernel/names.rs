@@ -5,7 +5,7 @@ use std::{collections::HashMap, io, path::Path};
 use aya::Ebpf;
 use tcp_udp_trace_common::filter::{netns, op};
 
-use super::{cgroup, filter::ask, iter};
+use super::{cgroup, control::ask, iter};
 use crate::{Error, ErrorKind, filter::Names};
 
 /// The names that the calling process knows.

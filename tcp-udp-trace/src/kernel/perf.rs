@@ -15,7 +15,7 @@ use perf_event::{Builder, SampleFlag, Sampler, events::Software};
 use tcp_udp_trace_common::{Head, Udp};
 use zerocopy::FromBytes as _;
 
-use super::SHARE;
+use super::maps::SHARE;
 
 /// No machine has larger pages. A buffer has one at least.
 const MAX_PAGE: usize = 64 << 10;

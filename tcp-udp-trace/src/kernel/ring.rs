@@ -11,7 +11,11 @@ use aya::{
 use tcp_udp_trace_common::Head;
 use zerocopy::FromBytes as _;
 
-use super::{Kernel, SHARE, errors, perf::Perf, take_map};
+use super::{
+    errors,
+    maps::{SHARE, take_map},
+    perf::Perf,
+};
 use crate::{Buffer, Error, Hook, config::Config};
 
 /// The records that the programs have written.
@@ -144,11 +148,11 @@ impl Ring {
 
     /// Whether the last quarter has been reached, so that records must be taken out now. Records other
     /// than lifecycle events find no room in the last eighth.
-    pub(crate) fn is_nearly_full(&mut self, kernel: &Kernel) -> bool {
+    pub(crate) fn is_nearly_full(&mut self, ring_fill: impl FnOnce() -> Option<u32>) -> bool {
         const LIMIT: u32 = SHARE - SHARE / 4;
         match self {
             // If the kernel does not answer, records are safer in the queue.
-            Self::Ring(_) => kernel.ring_fill().is_none_or(|eighths| eighths >= LIMIT),
+            Self::Ring(_) => ring_fill().is_none_or(|eighths| eighths >= LIMIT),
             Self::Perf(perf) => perf.is_nearly_full(),
         }
     }

@@ -115,7 +115,9 @@ impl Attached {
     /// Whether so little room is left between the programs and the reader that records must not stay
     /// there.
     pub(super) fn is_ring_nearly_full(&mut self) -> bool {
-        self.ring.get_mut().is_nearly_full(&self.kernel)
+        self.ring
+            .get_mut()
+            .is_nearly_full(|| self.kernel.ring_fill())
     }
 
     /// Only what this filter lets pass is reported from now on.

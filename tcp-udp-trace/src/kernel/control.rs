@@ -1,0 +1,90 @@
+//! Runs the programs that user space runs.
+
+use std::io;
+
+use aya::{
+    Ebpf,
+    programs::{
+        Program, ProgramError, RawTracePoint, RawTracePointRunOptions, SchedClassifier,
+        TestRun as _, TestRunOptions,
+    },
+};
+use tcp_udp_trace_common::{FlowKey, FlowQuery};
+use zerocopy::{FromZeros as _, IntoBytes as _};
+
+use crate::{
+    Traffic,
+    pipeline::{decode, flows::Totals},
+};
+
+/// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
+/// would keep the kernel from running others.
+pub(super) const ASK_ARM: &str = "ask_arm";
+pub(super) const ASK_FLOW: &str = "ask_flow";
+pub(super) const ASK_FILTER: &str = "ask_filter";
+/// Only in the object with a ring.
+pub(super) const RING_FILL: &str = "ring_fill";
+pub(super) const QUESTIONS: [&str; 4] = [ASK_ARM, ASK_FLOW, ASK_FILTER, RING_FILL];
+
+/// Runs a program that takes no arguments, and returns its result.
+pub(super) fn run(ebpf: &Ebpf, name: &str) -> io::Result<u32> {
+    let program = ebpf.program(name).ok_or(ProgramError::NotLoaded);
+    let program: Result<&RawTracePoint, _> = program.and_then(TryFrom::try_from);
+    let answer = program.and_then(|program| program.test_run(RawTracePointRunOptions::default()));
+    answer
+        .map(|answer| answer.return_value)
+        .map_err(io::Error::other)
+}
+
+/// Asks for the totals of a flow.
+pub(super) fn ask_flow(
+    ebpf: &Ebpf,
+    flow: &FlowKey,
+    known: Traffic,
+    forget: bool,
+) -> Option<Totals> {
+    let mut query = FlowQuery::new_zeroed();
+    query.key = *flow;
+    query.known.tx_packets = known.tx_packets;
+    query.known.rx_packets = known.rx_packets;
+    query.forget = u64::from(forget);
+    let question = query;
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(question.as_bytes());
+    options.data_out = Some(query.as_mut_bytes());
+    let program: &SchedClassifier = ebpf.program(ASK_FLOW)?.try_into().ok()?;
+    let answer = program.test_run(options).ok()?;
+    (answer.return_value == 1).then(|| Totals {
+        traffic: decode::traffic(query.traffic),
+        approximate: query.approximate != 0,
+        local: Some(query.local),
+    })
+}
+
+/// Asks the program; what it answers is not negative.
+pub(super) fn ask(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
+    let program: &RawTracePoint = ebpf
+        .program(ASK_FILTER)
+        .ok_or(ProgramError::NotLoaded)
+        .and_then(TryFrom::try_from)
+        .map_err(io::Error::other)?;
+    let mut options = RawTracePointRunOptions::new();
+    options.args[..args.len()].copy_from_slice(args);
+    let answer = program.test_run(options).map_err(io::Error::other)?;
+    match answer.return_value.cast_signed() {
+        error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
+        answer => Ok(answer),
+    }
+}
+
+/// Loads a program that is attached nowhere, but run by us.
+pub(super) fn load_question(program: &mut Program) -> Result<(), ProgramError> {
+    if program.fd().is_ok() {
+        return Ok(());
+    }
+    match program {
+        Program::RawTracePoint(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}

@@ -1,0 +1,24 @@
+//! The maps that user space takes out of the eBPF object.
+
+use aya::{Ebpf, maps::MapError};
+
+use crate::{Error, ErrorKind};
+
+/// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
+/// matter most.
+pub(super) const SHARE: u32 = 8;
+
+pub(super) fn take_map<M>(
+    ebpf: &mut Ebpf,
+    name: &str,
+    convert: impl FnOnce(aya::maps::Map) -> Result<M, MapError>,
+) -> Result<M, Error> {
+    let missing = || {
+        Error::new(
+            ErrorKind::Load,
+            format!("the eBPF object has no usable map {name}"),
+        )
+    };
+    let map = ebpf.take_map(name).ok_or_else(missing)?;
+    convert(map).map_err(|source| missing().with_source(source))
+}

@@ -1,0 +1,86 @@
+//! Loads programs ahead of their turn, on every CPU at once.
+
+use std::{
+    collections::HashMap,
+    fs,
+    sync::{Mutex, PoisonError},
+    thread,
+};
+
+use aya::Ebpf;
+
+use super::{
+    btf::ids::{self, Ids},
+    control::load_question,
+    iter::Walk,
+    plan::{Choice, HookPoint, Signal},
+    program::{KPROBES, load},
+};
+
+/// Loads what will probably be attached, on every CPU at once: most of a start is the kernel's verifier at work. What fails here is tried again when it
+/// is its turn, and then it is told why.
+pub(super) fn load_ahead(
+    ebpf: &mut Ebpf,
+    plan: &[&Signal],
+    walks: &[Walk],
+    questions: &[&str],
+    ids: &Ids,
+) {
+    let mut programs: HashMap<_, _> = ebpf.programs_mut().collect();
+    let has_kprobes = fs::exists(KPROBES).unwrap_or(false);
+    let is_likely = |choice: &&Choice| match choice.hooks[0].1 {
+        HookPoint::Kprobe(_) | HookPoint::Kretprobe(_) => has_kprobes,
+        // It is what is taken where nothing else is to be had.
+        HookPoint::Fentry(_) => false,
+        _ => true,
+    };
+    let slots = plan.iter().flat_map(|signal| signal.slots);
+    let hooks = slots
+        .filter_map(|slot| slot.iter().find(is_likely))
+        .flat_map(|choice| choice.hooks);
+    let hooks = hooks.filter_map(|(name, point)| Some((*point, programs.remove(name)?)));
+    let (with_ids, others): (Vec<_>, Vec<_>) =
+        hooks.partition(|(point, _)| point.target().is_some());
+    let mut take = |name: &&str| programs.remove(*name);
+    let questions: Vec<_> = questions.iter().filter_map(&mut take).collect();
+    let walks: Vec<_> = walks
+        .iter()
+        .filter_map(|walk| Some((walk, take(&walk.program)?)))
+        .collect();
+    // To make the ids takes as long as to load a program, so it is one of the jobs.
+    let load_with_ids = || {
+        let Ok(ids) = ids::for_aya(ids) else {
+            return;
+        };
+        for (point, program) in with_ids {
+            let _ = load(program, point, Some(&ids));
+        }
+        for (walk, program) in walks {
+            let _ = walk.load(program, &ids);
+        }
+    };
+    let mut jobs: Vec<Box<dyn FnOnce() + Send>> = vec![Box::new(load_with_ids)];
+    for (point, program) in others {
+        jobs.push(Box::new(move || drop(load(program, point, None))));
+    }
+    for program in questions {
+        jobs.push(Box::new(move || drop(load_question(program))));
+    }
+    let threads = jobs
+        .len()
+        .min(thread::available_parallelism().map_or(1, usize::from));
+    let jobs = Mutex::new(jobs.into_iter());
+    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some(job) = next() {
+            job();
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            // Without that thread it takes longer.
+            let _ = thread::Builder::new().spawn_scoped(scope, work);
+        }
+        work();
+    });
+}
