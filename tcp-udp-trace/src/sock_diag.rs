@@ -415,9 +415,9 @@ mod tests {
             socket.send_to(&bytes, &kernel, 0).expect("asked");
             let (datagram, _) = socket.recv_from_full().expect("an answer");
             assert_eq!(told(&datagram).len(), 1);
-            crate::fuzzing::tests::write_seed("netlink", name, &datagram);
+            crate::fuzzing::seeds::write_seed("netlink", name, &datagram);
         }
         // One that newer kernels and others could send.
-        crate::fuzzing::tests::write_seed("netlink", "unknown_attribute", &answer());
+        crate::fuzzing::seeds::write_seed("netlink", "unknown_attribute", &answer());
     }
 }

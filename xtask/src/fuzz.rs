@@ -1,6 +1,6 @@
 //! `cargo xtask fuzz`: feeds the library's decoders with whatever libFuzzer thinks of.
 //!
-//! On stable, the unit tests replay the seeds and what is near them (`tcp-udp-trace/src/fuzzing.rs`); the fuzzer needs a nightly compiler.
+//! On stable, the unit tests replay the seeds and what is near them (`tcp-udp-trace/src/fuzzing/`); the fuzzer needs a nightly compiler.
 
 use std::{fs, path::Path};
 

@@ -117,8 +117,8 @@ fn everything_of_a_small_kernel() {
 #[test]
 #[ignore = "writes the fuzzers' seeds"]
 fn write_seeds() {
-    crate::fuzzing::tests::write_seed("btf", "small_kernel", &small_kernel().build());
-    crate::fuzzing::tests::write_seed("btf", "other_kinds", &sample().build());
+    crate::fuzzing::seeds::write_seed("btf", "small_kernel", &small_kernel().build());
+    crate::fuzzing::seeds::write_seed("btf", "other_kinds", &sample().build());
 }
 
 #[test]
