@@ -11,7 +11,8 @@ use tcp_udp_trace_common::{AF_INET, StateChange, Tcp, Udp, kind, origin};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use crate::{
-    Event, OverflowPolicy,
+    config::OverflowPolicy,
+    event::Event,
     pipeline::{clock::BootClock, decode::decode, queue::Queue},
 };
 

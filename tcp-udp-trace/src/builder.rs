@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use crate::{
-    Error, Filter, Protocol, TcpTracer, UdpTracer,
     config::{Buffer, Config, OverflowPolicy},
-    tracer::Tracer,
+    error::Error,
+    event::Protocol,
+    filter::Filter,
+    tracer::{TcpTracer, Tracer, UdpTracer},
 };
 
 /// A builder with the settings that both protocols have.
@@ -199,8 +201,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        ErrorKind,
         config::{DEFAULT_RING_BYTES, LATE_SHARE},
+        error::ErrorKind,
     };
 
     /// The crate's documentation says how many TCP events the default ring holds before the queue sheds.

@@ -2,7 +2,11 @@
 
 use std::{ops::RangeInclusive, time::Duration};
 
-use crate::{Error, ErrorKind, Filter, Protocol};
+use crate::{
+    error::{Error, ErrorKind},
+    event::Protocol,
+    filter::Filter,
+};
 
 /// How many decoded events may wait for the consumer.
 pub const DEFAULT_QUEUE: usize = 1024;

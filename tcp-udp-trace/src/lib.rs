@@ -253,7 +253,7 @@
 //! Semantic versioning: what compiles and what events mean stays within a compatible version; kinds, fields, hooks and error kinds may be added, and the
 //! text of messages and of `Display` may change. JSON that an older compatible version wrote can be read. The Rust version may rise in a
 //! minor release. The programs and the library always come from the same release (`tcp-udp-trace-common` is not for anybody else).
-// The layers. A module imports only from the layers to the right of its own:
+// Layers, each uses only those after it:
 // fuzzing, bench_support -> builder -> tracer -> tasks -> kernel, sock_diag -> pipeline, netns
 // -> config -> filter, stats -> event, error, hook
 #![forbid(unsafe_code)]

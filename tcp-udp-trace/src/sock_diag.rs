@@ -26,7 +26,7 @@ use netlink_proto::{
 use netlink_sys::Socket;
 use tokio::time::timeout;
 
-use crate::{Protocol, SampleInfo, TcpInfo, UdpInfo};
+use crate::event::{Protocol, sample_info::SampleInfo, tcp_info::TcpInfo, udp_info::UdpInfo};
 
 /// How often an inconsistent dump is tried.
 const ATTEMPTS: usize = 3;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::{Fate, Fates};
+use crate::event::kind::{Fate, Fates, Kind};
 
 /// What has become of every event, and what the kernel could not do; all counts since the start.
 ///
@@ -81,7 +81,7 @@ impl Stats {
     /// Lets the kinds say what has become of the events, and sums that up.
     pub(crate) fn with_kinds(self, kinds: Fates) -> Self {
         let mut sum = Fate::default();
-        for &kind in crate::Kind::ALL {
+        for &kind in Kind::ALL {
             sum += kinds[kind];
         }
         Self {

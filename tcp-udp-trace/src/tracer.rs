@@ -12,8 +12,12 @@ use futures_core::{FusedStream, Stream};
 use tokio::runtime::Handle;
 
 use crate::{
-    Error, ErrorKind, Event, Filter, Hook, Stats,
     config::Config,
+    error::{Error, ErrorKind},
+    event::Event,
+    filter::Filter,
+    hook::Hook,
+    stats::Stats,
     tasks::{self, Shared, Tasks},
 };
 

@@ -86,13 +86,13 @@ fn as_it_was<E: serde::de::Error>(shown: &str) -> Result<OsString, E> {
     Ok(OsString::from_vec(bytes))
 }
 
-impl serde::Serialize for crate::Comm {
+impl serde::Serialize for super::comm::Comm {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(self)
     }
 }
 
-impl<'de> serde::Deserialize<'de> for crate::Comm {
+impl<'de> serde::Deserialize<'de> for super::comm::Comm {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         String::deserialize(d)?.parse().map_err(D::Error::custom)
     }
@@ -108,7 +108,12 @@ mod tests {
     use serde_json::{Value, json};
 
     use crate::{
-        Event, EventKind, LossStage, Origin, Process, Protocol, Socket, Stats, TcpState, Traffic,
+        event::{
+            Event, EventKind, LossStage, Protocol, Socket, Traffic,
+            process::{Origin, Process},
+            tcp_state::TcpState,
+        },
+        stats::Stats,
     };
 
     fn event(kind: EventKind) -> Event {
@@ -247,7 +252,7 @@ mod tests {
 
         let mut hostile = event(EventKind::Accept);
         if let Some(process) = &mut hostile.process {
-            process.comm = crate::Comm::from_bytes(b"\x1b]0;x\x07\xff\"\\\n");
+            process.comm = super::super::comm::Comm::from_bytes(b"\x1b]0;x\x07\xff\"\\\n");
         }
         let written = serde_json::to_string(&hostile).expect("an event can be written");
         assert!(

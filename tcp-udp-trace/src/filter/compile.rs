@@ -3,7 +3,10 @@
 use tcp_udp_trace_common::filter as wire;
 
 use super::{Family, Filter, cidr::SidedCidr, invalid};
-use crate::{Comm, Error, Kind};
+use crate::{
+    error::Error,
+    event::{comm::Comm, kind::Kind},
+};
 
 /// A filter in the form that the kernel side gets; without a generation yet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -163,7 +166,7 @@ mod tests {
     use tcp_udp_trace_common::kind as record;
 
     use super::{super::tests::everything, *};
-    use crate::ErrorKind;
+    use crate::error::ErrorKind;
 
     #[test]
     fn what_makes_no_sense_names_itself() {

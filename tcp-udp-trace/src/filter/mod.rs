@@ -1,11 +1,11 @@
 //! Which events are wanted.
 //!
-//! The kernel side decides before it makes a record ([`Compiled`] is what it is told). What user space produces itself, the totals
+//! The kernel side decides before it makes a record ([`Compiled`](compile::Compiled) is what it is told). What user space produces itself, the totals
 //! of UDP flows and the end of their sockets, is decided here, by the same rules ([`Filter::matches`]).
 
 mod cidr;
-mod compile;
-mod resolve;
+pub(crate) mod compile;
+pub(crate) mod resolve;
 mod text;
 
 use std::{
@@ -16,8 +16,10 @@ use std::{
 };
 
 use self::cidr::Cidr;
-pub(crate) use self::{compile::Compiled, resolve::Names};
-use crate::{Comm, Error, ErrorKind, Event, Kind, Process, Socket, TcpState};
+use crate::{
+    error::{Error, ErrorKind},
+    event::{Event, Socket, comm::Comm, kind::Kind, process::Process, tcp_state::TcpState},
+};
 
 /// Which events a tracer shall report; without any restriction, all.
 ///
@@ -354,7 +356,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{EventKind, LossStage, Origin, Protocol};
+    use crate::event::{EventKind, LossStage, Protocol, process::Origin};
 
     pub(super) fn everything() -> Filter {
         let comm = Comm::from_bytes(b"a b,c\\\n");

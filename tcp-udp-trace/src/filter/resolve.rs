@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::{Filter, Namespace, invalid};
-use crate::Error;
+use crate::error::Error;
 
 /// Translates what the caller names into what the programs compare with.
 pub(crate) trait Names {
@@ -70,7 +70,7 @@ impl Filter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ErrorKind;
+    use crate::error::ErrorKind;
 
     /// A pid namespace with the processes 1 to 9. The initial one knows them as 1001 to 1009.
     struct Child;

@@ -8,8 +8,12 @@ use std::{
 
 use super::{Family, Filter, Namespace, invalid};
 use crate::{
-    Comm, Error, TcpState,
-    event::escape::{Escaped, unescape},
+    error::Error,
+    event::{
+        comm::Comm,
+        escape::{Escaped, unescape},
+        tcp_state::TcpState,
+    },
 };
 
 /// The text form, which parses back to an equal filter.

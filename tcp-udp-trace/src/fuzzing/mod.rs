@@ -12,10 +12,14 @@ use std::{
 };
 
 use crate::{
-    Comm, Event, EventKind, Filter, LossStage, Origin, Process, ProcessDetails, Protocol,
-    SampleInfo,
-    event::escape::{Escaped, is_deceptive, unescape},
-    filter::Standing,
+    event::{
+        Event, EventKind, LossStage, Protocol,
+        comm::Comm,
+        escape::{Escaped, is_deceptive, unescape},
+        process::{Origin, Process, ProcessDetails},
+        sample_info::SampleInfo,
+    },
+    filter::{Filter, Standing},
     kernel,
     pipeline::{
         clock::BootClock,

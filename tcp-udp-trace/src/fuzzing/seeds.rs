@@ -11,8 +11,11 @@ use std::{
 
 use super::{YEAR, a_process, an_event};
 use crate::{
-    Comm, Event, EventKind, LossStage, Protocol, SampleInfo, TcpInfo, UdpInfo,
     config::Config,
+    event::{
+        Event, EventKind, LossStage, Protocol, comm::Comm, sample_info::SampleInfo,
+        tcp_info::TcpInfo, udp_info::UdpInfo,
+    },
     kernel::Kernel,
     pipeline::{clock::BootClock, decode::decode},
 };

@@ -12,7 +12,11 @@ use super::{
     privileges::Privileges,
     program::{attach_program, unload},
 };
-use crate::{Error, ErrorKind, Hook, Protocol};
+use crate::{
+    error::{Error, ErrorKind},
+    event::Protocol,
+    hook::Hook,
+};
 
 /// Attaches every signal of `plan` in the best way this kernel allows, and says which.
 pub(super) fn attach(

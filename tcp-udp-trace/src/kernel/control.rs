@@ -13,7 +13,7 @@ use tcp_udp_trace_common::{FlowKey, FlowQuery};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use crate::{
-    Traffic,
+    event::Traffic,
     pipeline::{decode, flows::Totals},
 };
 

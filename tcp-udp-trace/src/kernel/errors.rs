@@ -9,7 +9,10 @@ use super::{
     plan::HookPoint,
     privileges::{NET_ADMIN, Privileges},
 };
-use crate::{Error, ErrorKind, Protocol};
+use crate::{
+    error::{Error, ErrorKind},
+    event::Protocol,
+};
 
 /// The object could not be loaded.
 pub(super) fn of_map(error: &EbpfError, protocol: Protocol) -> Error {

@@ -17,8 +17,9 @@ use super::{
     program::{attach_program, unload},
 };
 use crate::{
-    Error, ErrorKind, Event, Filter, Process, Protocol,
-    filter::{Compiled, Names as _, Standing},
+    error::{Error, ErrorKind},
+    event::{Event, Protocol, process::Process},
+    filter::{Filter, Standing, compile::Compiled, resolve::Names as _},
 };
 
 /// The programs that follow the trees of processes.

@@ -20,7 +20,7 @@ use super::{
     privileges::{Privileges, SYS_PTRACE},
     program::unload,
 };
-use crate::{Hook, Protocol, config::Config, netns};
+use crate::{config::Config, event::Protocol, hook::Hook, netns};
 
 /// A program, and the kernel's iterator (`bpf_iter_…`) that runs it.
 #[derive(Debug, Clone, Copy)]

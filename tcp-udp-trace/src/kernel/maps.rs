@@ -2,7 +2,7 @@
 
 use aya::{Ebpf, maps::MapError};
 
-use crate::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind};
 
 /// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
 /// matter most.

@@ -43,8 +43,11 @@ use self::{
     maps::{SHARE, take_map},
 };
 use crate::{
-    Buffer, Error, ErrorKind, Event, Filter, Hook, Protocol, Traffic,
-    config::{Config, LATE_SHARE},
+    config::{Buffer, Config, LATE_SHARE},
+    error::{Error, ErrorKind},
+    event::{Event, Protocol, Traffic},
+    filter::Filter,
+    hook::Hook,
     pipeline::flows::{FlowMap, Totals},
 };
 

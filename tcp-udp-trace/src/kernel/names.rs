@@ -6,7 +6,10 @@ use aya::Ebpf;
 use tcp_udp_trace_common::filter::{netns, op};
 
 use super::{cgroup, control::ask, iter};
-use crate::{Error, ErrorKind, filter::Names};
+use crate::{
+    error::{Error, ErrorKind},
+    filter::resolve::Names,
+};
 
 /// The names that the calling process knows.
 pub(super) struct Caller<'a> {

@@ -4,7 +4,7 @@
 //! each choice is tried, and the first that the running kernel accepts is taken.
 
 use super::btf::ids::Target;
-use crate::{Protocol, config::Config};
+use crate::{config::Config, event::Protocol};
 
 /// Something that a tracer needs to hear about.
 pub(super) struct Signal {

@@ -10,7 +10,10 @@ use aya::util::KernelVersion;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::privileges::{Privileges, SYS_ADMIN};
-use crate::{Error, ErrorKind, Protocol};
+use crate::{
+    error::{Error, ErrorKind},
+    event::Protocol,
+};
 
 /// More than a tracer has open at any time.
 const DESCRIPTORS: usize = 80;

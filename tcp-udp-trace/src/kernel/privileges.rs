@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::Protocol;
+use crate::event::Protocol;
 
 /// A capability, and what it is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -16,7 +16,11 @@ use super::{
     maps::{SHARE, take_map},
     perf::Perf,
 };
-use crate::{Buffer, Error, Hook, config::Config};
+use crate::{
+    config::{Buffer, Config},
+    error::Error,
+    hook::Hook,
+};
 
 /// The records that the programs have written.
 pub(crate) enum Ring {

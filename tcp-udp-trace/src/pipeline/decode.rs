@@ -13,9 +13,12 @@ use tcp_udp_trace_common::{
 use zerocopy::{FromBytes, IntoBytes as _};
 
 use super::{clock::BootClock, images::ImageKey};
-use crate::{
-    Comm, Direction, Event, EventKind, Origin, Process, Protocol, SampleInfo, Socket, TcpState,
-    Traffic,
+use crate::event::{
+    Direction, Event, EventKind, Protocol, Socket, Traffic,
+    comm::Comm,
+    process::{Origin, Process},
+    sample_info::SampleInfo,
+    tcp_state::TcpState,
 };
 
 /// A record that makes no sense.

@@ -17,7 +17,7 @@ use std::{
 use tcp_udp_trace_common::{FlowKey, Peer};
 
 use super::decode;
-use crate::{Event, EventKind, Traffic};
+use crate::event::{Event, EventKind, Traffic};
 
 /// How many flows are looked at, at most, to find one that makes room.
 const LOOKS: usize = 8;

@@ -7,7 +7,7 @@ use lru::LruCache;
 use tcp_udp_trace_common::{Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
 use zerocopy::FromBytes as _;
 
-use crate::ProcessDetails;
+use crate::event::process::ProcessDetails;
 
 /// How many images are remembered.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use crate::SampleInfo;
+use crate::event::sample_info::SampleInfo;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -96,7 +96,7 @@ impl Samples {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::UdpInfo;
+    use crate::event::udp_info::UdpInfo;
 
     fn info(drops: u32) -> SampleInfo {
         SampleInfo::Udp(Box::new(UdpInfo {

@@ -14,7 +14,11 @@ use std::{
 };
 
 use super::thread_notify::Progress;
-use crate::{Error, Event, EventKind, LossStage, OverflowPolicy, Protocol, event::kind};
+use crate::{
+    config::OverflowPolicy,
+    error::Error,
+    event::{Event, EventKind, LossStage, Protocol, kind},
+};
 
 /// How often the log is told at most that events are shed.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);

@@ -27,8 +27,8 @@ use self::{
     source::{Attached, BATCH},
 };
 use crate::{
-    Error, ErrorKind,
     config::Config,
+    error::{Error, ErrorKind},
     kernel::{Kernel, SampleScope},
     pipeline::{flows::Flows, images::Images, pending_samples::Samples, queue::Queue},
 };

@@ -15,7 +15,14 @@ use std::{
 use lru::LruCache;
 use tokio::{sync::oneshot, time::timeout};
 
-use crate::{Comm, Event, Process, ProcessDetails, pipeline::images::words};
+use crate::{
+    event::{
+        Event,
+        comm::Comm,
+        process::{Process, ProcessDetails},
+    },
+    pipeline::images::words,
+};
 
 /// How many processes are remembered.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();

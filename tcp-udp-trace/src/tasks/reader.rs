@@ -20,7 +20,10 @@ use super::{
     shared::Shared,
     source::{Attached, BATCH},
 };
-use crate::{Error, ErrorKind, Event};
+use crate::{
+    error::{Error, ErrorKind},
+    event::Event,
+};
 
 /// How long the reader sleeps when nothing happens. It does not have to wake at all, but for a record that was
 /// being written just while it asked to be woken; so it looks once soon, and then rarely.

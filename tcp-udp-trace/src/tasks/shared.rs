@@ -14,10 +14,14 @@ use tokio::sync::{Notify, oneshot};
 
 use super::source::Attached;
 use crate::{
-    Error, ErrorKind, Filter, Hook, Protocol, Stats,
     config::Config,
+    error::{Error, ErrorKind},
+    event::Protocol,
+    filter::Filter,
+    hook::Hook,
     kernel::SampleScope,
     pipeline::{pending_samples::Samples, queue::Queue},
+    stats::Stats,
 };
 
 /// See the module.

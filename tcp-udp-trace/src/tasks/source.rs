@@ -11,8 +11,12 @@ use tcp_udp_trace_common::{Counters, kind as record};
 use tokio::io::unix::AsyncFd;
 
 use crate::{
-    Error, Event, EventKind, Fates, Filter, Kind, LossStage, Protocol, Stats,
-    event::kind::Counts,
+    error::Error,
+    event::{
+        Event, EventKind, LossStage, Protocol,
+        kind::{Counts, Fates, Kind},
+    },
+    filter::Filter,
     kernel::{Kernel, Ring},
     pipeline::{
         clock::{BootClock, namespace_offset},
@@ -21,6 +25,7 @@ use crate::{
         images::Images,
         pending_samples::Samples,
     },
+    stats::Stats,
 };
 
 /// How many records are taken in one go, between two chances for other tasks to run.

@@ -4,7 +4,14 @@ use std::sync::Arc;
 
 use tokio::task::JoinHandle;
 
-use crate::{Error, ErrorKind, Filter, Hook, Stats, config::Config, pipeline::queue::Queue};
+use crate::{
+    config::Config,
+    error::{Error, ErrorKind},
+    filter::Filter,
+    hook::Hook,
+    pipeline::queue::Queue,
+    stats::Stats,
+};
 
 /// Never made.
 #[derive(Debug)]

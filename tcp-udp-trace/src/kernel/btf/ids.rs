@@ -8,6 +8,7 @@ use std::io;
 use aya::{BtfError, Endianness, programs::ProgramError};
 
 use super::{Btf, MAGIC, VERSION, kind, offsets};
+use crate::error::Error;
 
 /// What aya looks up by its name.
 #[derive(Debug, Clone)]
@@ -60,7 +61,7 @@ pub(in crate::kernel) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = T
 pub(in crate::kernel) fn look_up(target: Target) -> Result<aya::Btf, ProgramError> {
     let ids = || {
         let vmlinux = offsets::read_btf()?;
-        Ok::<_, crate::Error>(find(&offsets::parse(&vmlinux)?, [target]))
+        Ok::<_, Error>(find(&offsets::parse(&vmlinux)?, [target]))
     };
     let ids = ids().map_err(io::Error::other)?;
     Ok(for_aya(&ids)?)

@@ -9,7 +9,7 @@ use nix::unistd::{SysconfVar, sysconf};
 use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
 
 use super::Btf;
-use crate::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind};
 
 /// The kernel's description of its own types.
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
@@ -170,7 +170,7 @@ mod tests {
             return;
         };
         let btf = Btf::parse(&btf).expect("the running kernel's BTF");
-        for (name, offset, size) in crate::TcpInfo::FIELDS {
+        for (name, offset, size) in crate::event::tcp_info::TcpInfo::FIELDS {
             // What this kernel lacks is another one's.
             if let Some(field) = btf.field(&format!("tcp_info.tcpi_{name}")) {
                 assert_eq!(

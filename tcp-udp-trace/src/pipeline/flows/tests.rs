@@ -3,7 +3,7 @@
 use std::{collections::HashMap, time::SystemTime};
 
 use super::*;
-use crate::{LossStage, Protocol};
+use crate::event::{LossStage, Protocol};
 
 const SECOND: Duration = Duration::from_secs(1);
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::*;
-use crate::ErrorKind;
+use crate::error::ErrorKind;
 
 fn event(id: u64) -> Event {
     let mut event = Event::gap(
