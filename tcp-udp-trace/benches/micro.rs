@@ -48,13 +48,13 @@ mod micro {
 
     fn pass(bencher: Bencher<'_, '_>, batch: usize, capacity: usize) {
         let event = bench_support::event(&bench_support::state_change());
-        let between = bench_support::Between::new(capacity);
+        let queue = bench_support::BenchQueue::new(capacity);
         bencher
             .counter(ItemsCount::new(batch))
             .with_inputs(|| vec![event.clone(); batch])
             .bench_local_refs(|events: &mut Vec<Event>| {
-                between.push(events);
-                between.take_all(|event| drop(black_box(event)));
+                queue.push(events);
+                queue.take_all(|event| drop(black_box(event)));
             });
     }
 }

@@ -56,9 +56,9 @@ pub fn event(record: &[u8]) -> Event {
 
 /// The queue between the reader and the consumer.
 #[derive(Debug)]
-pub struct Between(Queue);
+pub struct BenchQueue(Queue);
 
-impl Between {
+impl BenchQueue {
     /// An empty one.
     #[must_use]
     pub fn new(capacity: usize) -> Self {

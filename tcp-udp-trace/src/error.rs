@@ -67,6 +67,17 @@ impl Error {
     }
 }
 
+/// Turns another error into an [`Error`] that has it as its source.
+pub(crate) trait ResultExt<T> {
+    fn or_error(self, kind: ErrorKind, message: impl Into<String>) -> Result<T, Error>;
+}
+
+impl<T, E: Into<Box<dyn StdError + Send + Sync>>> ResultExt<T> for Result<T, E> {
+    fn or_error(self, kind: ErrorKind, message: impl Into<String>) -> Result<T, Error> {
+        self.map_err(|source| Error::new(kind, message).with_source(source))
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0.message)

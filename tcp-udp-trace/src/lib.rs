@@ -255,7 +255,7 @@
 //! minor release. The programs and the library always come from the same release (`tcp-udp-trace-common` is not for anybody else).
 // Layers, each uses only those after it:
 // fuzzing, bench_support -> builder -> tracer -> tasks -> kernel, sock_diag -> pipeline, netns
-// -> config -> filter, stats -> event, error, hook
+// -> config -> filter, stats -> event, error, hook, lock
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(
@@ -282,6 +282,7 @@ pub mod fuzzing;
 mod hook;
 #[cfg(target_os = "linux")]
 mod kernel;
+mod lock;
 #[cfg(target_os = "linux")]
 mod netns;
 mod pipeline;
@@ -302,7 +303,7 @@ pub use crate::{
     event::{
         Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic,
         comm::{Comm, ParseCommError},
-        kind::{Fate, Fates, Kind, UnknownKind},
+        kind::{EventCounts, EventCountsByKind, Kind, UnknownKind},
         process::{Origin, Process, ProcessDetails},
         sample_info::SampleInfo,
         tcp_info::TcpInfo,

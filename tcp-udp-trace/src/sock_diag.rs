@@ -41,7 +41,7 @@ const INET_DIAG_SKMEMINFO: u16 = 7;
 
 /// What the kernel said of a socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Told {
+pub(crate) struct SocketInfo {
     pub(crate) cookie: u64,
     pub(crate) info: SampleInfo,
 }
@@ -51,7 +51,7 @@ pub(crate) struct Told {
 pub(crate) struct Malformed;
 
 /// An answer; `None` is one of what is no whole socket: TIME_WAIT passes for the state before it.
-pub(crate) type Answer = Result<Option<Told>, Malformed>;
+pub(crate) type Answer = Result<Option<SocketInfo>, Malformed>;
 
 /// Hands every socket of the calling thread's namespace to `take`, until that says `false`. Those of TCP that are no whole socket
 /// (a handshake's first half, TIME_WAIT) are not asked for.
@@ -227,12 +227,12 @@ fn parse(payload: &[u8]) -> Answer {
         info = Some(decoded.ok_or(Malformed)?);
     }
     let cookie = u64::from_ne_bytes(header.socket_id.cookie);
-    Ok(info.map(|info| Told { cookie, info }))
+    Ok(info.map(|info| SocketInfo { cookie, info }))
 }
 
 /// What bytes tell, taken as one answer and as a datagram that the netlink crates cut into answers: for the fuzzers.
 #[cfg(any(test, fuzzing))]
-pub(crate) fn told(bytes: &[u8]) -> Vec<SampleInfo> {
+pub(crate) fn parse_answers(bytes: &[u8]) -> Vec<SampleInfo> {
     use netlink_proto::NetlinkMessageCodec as _;
 
     let mut answers = vec![parse(bytes)];
@@ -242,8 +242,8 @@ pub(crate) fn told(bytes: &[u8]) -> Vec<SampleInfo> {
             answers.push(answer);
         }
     }
-    let told = answers.into_iter().filter_map(|answer| answer.ok()?);
-    told.map(|told| told.info).collect()
+    let infos = answers.into_iter().filter_map(|answer| answer.ok()?);
+    infos.map(|socket| socket.info).collect()
 }
 
 /// A socket that lets others run after each datagram. The connection reads until there is nothing, and for a dump the kernel writes
@@ -351,24 +351,24 @@ mod tests {
     #[test]
     fn attributes_that_are_not_known_do_no_harm() {
         let info = TcpInfo::decode(&[7; 280]).expect("long enough");
-        let told = Told {
+        let expected = SocketInfo {
             cookie: 77,
             info: SampleInfo::Tcp(info.into()),
         };
-        assert_eq!(parse(&answer()), Ok(Some(told)));
+        assert_eq!(parse(&answer()), Ok(Some(expected)));
     }
 
     #[test]
     fn udp_has_its_queues_in_the_header() {
         let memory = attribute(INET_DIAG_SKMEMINFO, &[1; 36]);
         let info = UdpInfo::decode(3, 4, &[1; 36]).expect("long enough");
-        let told = Told {
+        let expected = SocketInfo {
             cookie: 5,
             info: SampleInfo::Udp(info.into()),
         };
         assert_eq!(
             parse(&[header(AF_INET, 5), memory].concat()),
-            Ok(Some(told))
+            Ok(Some(expected))
         );
     }
 
@@ -414,7 +414,7 @@ mod tests {
             let kernel = SocketAddr::new(0, 0);
             socket.send_to(&bytes, &kernel, 0).expect("asked");
             let (datagram, _) = socket.recv_from_full().expect("an answer");
-            assert_eq!(told(&datagram).len(), 1);
+            assert_eq!(parse_answers(&datagram).len(), 1);
             crate::fuzzing::seeds::write_seed("netlink", name, &datagram);
         }
         // One that newer kernels and others could send.

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use crate::event::kind::{Fate, Fates, Kind};
+use crate::event::kind::{EventCounts, EventCountsByKind, Kind};
 
 /// What has become of every event, and what the kernel could not do; all counts since the start.
 ///
 /// Once a tracer is closed,
-/// `emitted == delivered + ring_lost + queue_shed + filtered + malformed + discarded`, and the same of each kind in [`kinds`](Self::kinds) (where
+/// `emitted == delivered + ring_lost + queue_shed + reader_filtered + malformed + discarded`, and the same of each kind in [`kinds`](Self::kinds) (where
 /// a malformed record has none).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -23,15 +23,17 @@ pub struct Stats {
     pub queue_shed: u64,
     /// Events that the [filter](crate::Filter) turned out after they had been produced: totals of UDP flows whose socket it does not want any more,
     /// and closes of UDP sockets that were produced for the sake of their flows.
-    pub filtered: u64,
+    #[cfg_attr(feature = "serde", serde(rename = "filtered"))]
+    pub reader_filtered: u64,
     /// Records that could not be decoded: an eBPF object and a library that do not belong together.
     pub malformed: u64,
     /// Events that waited in the queue when the tracer was closed.
     pub discarded: u64,
     /// Not among `emitted`: events that the [filter](crate::Filter) kept from being produced.
-    pub rejected: u64,
+    #[cfg_attr(feature = "serde", serde(rename = "rejected"))]
+    pub kernel_filtered: u64,
     /// The counts above, for each kind of event.
-    pub kinds: Fates,
+    pub kinds: EventCountsByKind,
     /// Times that a hook found no room to remember a socket, because [`max_sockets`] others were. TCP: after the first, its events have no
     /// owner, and each has an id of its own. UDP: it has no events until there is room.
     ///
@@ -79,8 +81,8 @@ pub struct Stats {
 
 impl Stats {
     /// Lets the kinds say what has become of the events, and sums that up.
-    pub(crate) fn with_kinds(self, kinds: Fates) -> Self {
-        let mut sum = Fate::default();
+    pub(crate) fn with_kinds(self, kinds: EventCountsByKind) -> Self {
+        let mut sum = EventCounts::default();
         for &kind in Kind::ALL {
             sum += kinds[kind];
         }
@@ -89,9 +91,9 @@ impl Stats {
             delivered: sum.delivered,
             ring_lost: sum.ring_lost,
             queue_shed: sum.queue_shed,
-            filtered: sum.filtered,
+            reader_filtered: sum.reader_filtered,
             discarded: sum.discarded,
-            rejected: sum.rejected,
+            kernel_filtered: sum.kernel_filtered,
             kinds,
             ..self
         }
@@ -106,10 +108,10 @@ impl std::ops::AddAssign for Stats {
             delivered,
             ring_lost,
             queue_shed,
-            filtered,
+            reader_filtered,
             malformed,
             discarded,
-            rejected,
+            kernel_filtered,
             kinds,
             untracked,
             missed,
@@ -127,11 +129,11 @@ impl std::ops::AddAssign for Stats {
         self.delivered += delivered;
         self.ring_lost += ring_lost;
         self.queue_shed += queue_shed;
-        self.filtered += filtered;
+        self.reader_filtered += reader_filtered;
         self.malformed += malformed;
         self.discarded += discarded;
-        self.rejected += rejected;
-        self.kinds = self.kinds.each(|kind, fate| *fate += kinds[kind]);
+        self.kernel_filtered += kernel_filtered;
+        self.kinds = self.kinds.each(|kind, counts| *counts += kinds[kind]);
         self.untracked += untracked;
         self.missed += missed;
         self.unknown_family += unknown_family;

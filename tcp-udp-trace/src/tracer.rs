@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 
 use crate::{
     config::Config,
-    error::{Error, ErrorKind},
+    error::{Error, ErrorKind, ResultExt as _},
     event::Event,
     filter::Filter,
     hook::Hook,
@@ -62,8 +62,8 @@ impl Drop for Tracer {
         self.shared.queue.abandon();
         self.shared.release();
         self.tasks.reader.abort();
-        if let Some(enrichment) = &self.tasks.enrichment {
-            enrichment.abort();
+        if let Some(sampler) = &self.tasks.sampler {
+            sampler.abort();
         }
         self.shared.queue.finish(Ok(()));
     }
@@ -190,16 +190,16 @@ impl TracerHandle {
     ///
     /// If the future is dropped, the filter may be changed or not.
     pub async fn set_filter(&self, filter: Filter) -> Result<(), Error> {
-        let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
-        let runtime = Handle::try_current().map_err(|source| {
-            no_runtime("no Tokio runtime here: call `set_filter` from within one")
-                .with_source(source)
-        })?;
+        let runtime = Handle::try_current().or_error(
+            ErrorKind::NoRuntime,
+            "no Tokio runtime here: call `set_filter` from within one",
+        )?;
         let shared = Arc::clone(&self.shared);
         let changed = runtime.spawn_blocking(move || shared.set_filter(filter));
-        changed.await.map_err(|source| {
-            no_runtime("the runtime was shut down during the change").with_source(source)
-        })?
+        changed.await.or_error(
+            ErrorKind::NoRuntime,
+            "the runtime was shut down during the change",
+        )?
     }
 
     /// Detaches. The stream yields what had already been produced, and then ends.

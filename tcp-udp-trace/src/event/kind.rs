@@ -36,25 +36,25 @@ macro_rules! kinds {
         #[derive(Clone, Copy, Default, PartialEq, Eq)]
         #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         #[non_exhaustive]
-        pub struct Fates {
+        pub struct EventCountsByKind {
             $(
                 $(#[$doc])*
-                #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Fate::is_nothing"))]
-                pub $field: Fate,
+                #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "EventCounts::is_nothing"))]
+                pub $field: EventCounts,
             )+
         }
 
-        impl Index<Kind> for Fates {
-            type Output = Fate;
+        impl Index<Kind> for EventCountsByKind {
+            type Output = EventCounts;
 
-            fn index(&self, kind: Kind) -> &Fate {
+            fn index(&self, kind: Kind) -> &EventCounts {
                 match kind { $(Kind::$kind => &self.$field,)+ }
             }
         }
 
-        impl Fates {
-            pub(crate) fn each(mut self, fate: impl Fn(Kind, &mut Fate)) -> Self {
-                $(fate(Kind::$kind, &mut self.$field);)+
+        impl EventCountsByKind {
+            pub(crate) fn each(mut self, counts: impl Fn(Kind, &mut EventCounts)) -> Self {
+                $(counts(Kind::$kind, &mut self.$field);)+
                 self
             }
         }
@@ -87,11 +87,11 @@ kinds! {
 }
 
 /// What has become of events: of those that the hooks produced,
-/// `emitted == delivered + ring_lost + queue_shed + filtered + discarded` once the tracer is closed.
+/// `emitted == delivered + ring_lost + queue_shed + reader_filtered + discarded` once the tracer is closed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
-pub struct Fate {
+pub struct EventCounts {
     /// The hooks produced them.
     pub emitted: u64,
     /// The consumer took them from the stream.
@@ -101,47 +101,49 @@ pub struct Fate {
     /// The queue shed them, because the consumer was too slow.
     pub queue_shed: u64,
     /// The [filter](crate::Filter) turned them out after they had been produced.
-    pub filtered: u64,
+    #[cfg_attr(feature = "serde", serde(rename = "filtered"))]
+    pub reader_filtered: u64,
     /// They waited in the queue when the tracer was closed.
     pub discarded: u64,
     /// Not among `emitted`: the [filter](crate::Filter) kept them from being produced.
-    pub rejected: u64,
+    #[cfg_attr(feature = "serde", serde(rename = "rejected"))]
+    pub kernel_filtered: u64,
 }
 
-impl Fate {
+impl EventCounts {
     fn is_nothing(&self) -> bool {
         *self == Self::default()
     }
 }
 
 /// Only the kinds of which there was anything.
-impl fmt::Debug for Fates {
+impl fmt::Debug for EventCountsByKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kinds = Kind::ALL.iter().map(|&kind| (kind.name(), self[kind]));
         f.debug_map()
-            .entries(kinds.filter(|(_, fate)| !fate.is_nothing()))
+            .entries(kinds.filter(|(_, counts)| !counts.is_nothing()))
             .finish()
     }
 }
 
-impl AddAssign for Fate {
+impl AddAssign for EventCounts {
     fn add_assign(&mut self, other: Self) {
         let Self {
             emitted,
             delivered,
             ring_lost,
             queue_shed,
-            filtered,
+            reader_filtered,
             discarded,
-            rejected,
+            kernel_filtered,
         } = other;
         self.emitted += emitted;
         self.delivered += delivered;
         self.ring_lost += ring_lost;
         self.queue_shed += queue_shed;
-        self.filtered += filtered;
+        self.reader_filtered += reader_filtered;
         self.discarded += discarded;
-        self.rejected += rejected;
+        self.kernel_filtered += kernel_filtered;
     }
 }
 

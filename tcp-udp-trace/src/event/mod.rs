@@ -293,7 +293,7 @@ impl Event {
     }
 
     /// Whether it tells the beginning or the end of something, so that whoever misses it has a wrong picture from then on.
-    pub(crate) fn is_vital(&self) -> bool {
+    pub(crate) fn is_lifecycle(&self) -> bool {
         use TcpState::{Close, Established, Listen};
         match &self.kind {
             EventKind::StateChange { from, to, .. } => [from, to]

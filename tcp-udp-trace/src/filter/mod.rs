@@ -24,7 +24,7 @@ use crate::{
 /// Which events a tracer shall report; without any restriction, all.
 ///
 /// It works in the kernel: an event that is not wanted is turned out before it is written, and costs neither room in the buffer nor a
-/// wake-up ([`Fate::rejected`](crate::Fate::rejected) counts them). What it restricts are the events, not what they tell: totals stay those of the
+/// wake-up ([`EventCounts::kernel_filtered`](crate::EventCounts::kernel_filtered) counts them). What it restricts are the events, not what they tell: totals stay those of the
 /// whole socket, from its beginning.
 ///
 /// Values of the same setting are alternatives, different settings must all hold. `pid`, `pid_tree` and
@@ -255,9 +255,13 @@ impl Filter {
     }
 
     /// Whether an event that user space made of what the programs had let pass before is still wanted. What the programs alone know of a
-    /// process, `standing` tells. The filter is a [resolved](Self::resolve) one.
-    pub(crate) fn matches(&self, event: &Event, standing: impl Fn(&Process) -> Standing) -> bool {
-        self.matches_ends(event) && self.matches_but_ends(event, standing)
+    /// process, `membership` tells. The filter is a [resolved](Self::resolve) one.
+    pub(crate) fn matches(
+        &self,
+        event: &Event,
+        membership: impl Fn(&Process) -> Membership,
+    ) -> bool {
+        self.matches_ends(event) && self.matches_but_ends(event, membership)
     }
 
     /// Whether the ports and addresses of an event are wanted.
@@ -281,7 +285,7 @@ impl Filter {
     pub(crate) fn matches_but_ends(
         &self,
         event: &Event,
-        standing: impl Fn(&Process) -> Standing,
+        membership: impl Fn(&Process) -> Membership,
     ) -> bool {
         let (process, socket) = (event.process.as_ref(), &event.socket);
         let owner = |wants: &dyn Fn(&Process) -> bool| process.is_some_and(wants);
@@ -293,10 +297,10 @@ impl Filter {
             && one_of(&self.cgroups, &socket.cgroup)
             && (self.namespaces.is_empty() || self.namespaces.iter().any(|one| one.is_of(socket)))
             && (self.comms.is_empty() || owner(&|process| self.comms.contains(&process.comm)))
-            && (!self.exclude_self || !owner(&|process| standing(process).is_own))
+            && (!self.exclude_self || !owner(&|process| membership(process).is_own))
             && (self.pids.is_empty() && self.pid_trees.is_empty()
                 || owner(&|process| self.pids.contains(&process.pid))
-                || !self.pid_trees.is_empty() && owner(&|process| standing(process).is_kin))
+                || !self.pid_trees.is_empty() && owner(&|process| membership(process).is_in_tree))
     }
 
     /// Whether samples are wanted at all.
@@ -321,9 +325,9 @@ fn one_of<T: PartialEq>(wanted: &[T], value: &T) -> bool {
 
 /// What a process is to a filter.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Standing {
+pub(crate) struct Membership {
     /// One of a tree's.
-    pub(crate) is_kin: bool,
+    pub(crate) is_in_tree: bool,
     /// The tracing process itself.
     pub(crate) is_own: bool,
 }
@@ -398,11 +402,11 @@ mod tests {
         event.socket.local = "127.0.0.1:50".parse().unwrap();
         event.socket.remote = "10.1.2.3:53".parse().unwrap();
         event.socket.uid = 1000;
-        let matches = |event: &Event, text: &str, standing| {
+        let matches = |event: &Event, text: &str, membership| {
             let filter = text.parse::<Filter>().unwrap();
-            filter.matches(event, |_| standing)
+            filter.matches(event, |_| membership)
         };
-        let nobody = Standing::default();
+        let nobody = Membership::default();
         for text in [
             "",
             "port=53",
@@ -441,14 +445,14 @@ mod tests {
             started: Duration::ZERO,
             details: None,
         });
-        let kin = Standing {
-            is_kin: true,
+        let member = Membership {
+            is_in_tree: true,
             is_own: true,
         };
         assert!(matches(&event, "pid=7,8 comm=x", nobody));
         assert!(!matches(&event, "pid_tree=1", nobody));
-        assert!(matches(&event, "pid_tree=1", kin));
-        assert!(!matches(&event, "exclude_self", kin));
+        assert!(matches(&event, "pid_tree=1", member));
+        assert!(!matches(&event, "exclude_self", member));
     }
 
     #[test]
@@ -476,7 +480,7 @@ mod tests {
             for (inode, is_wanted) in inodes {
                 let mut filter = Filter::new().netns(inode);
                 filter.namespaces[0].cookie = wanted;
-                let matches = filter.matches(&event, |_| Standing::default());
+                let matches = filter.matches(&event, |_| Membership::default());
                 assert_eq!(matches, is_wanted, "{shown} {wanted} {inode}");
             }
         }
@@ -505,7 +509,7 @@ mod tests {
             ("pid=7", false),
         ] {
             let filter = text.parse::<Filter>().unwrap();
-            let nobody = |_: &Process| Standing::default();
+            let nobody = |_: &Process| Membership::default();
             assert!(!filter.matches(&event, nobody), "{text}");
             assert_eq!(filter.matches_but_ends(&event, nobody), but_ends, "{text}");
         }

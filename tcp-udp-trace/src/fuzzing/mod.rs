@@ -19,7 +19,7 @@ use crate::{
         process::{Origin, Process, ProcessDetails},
         sample_info::SampleInfo,
     },
-    filter::{Filter, Standing},
+    filter::{Filter, Membership},
     kernel,
     pipeline::{
         clock::BootClock,
@@ -49,14 +49,14 @@ pub fn record(bytes: &[u8]) {
 
 /// The kernel's BTF.
 pub fn btf(bytes: &[u8]) {
-    if let Err(error) = kernel::ask_btf(bytes) {
+    if let Err(error) = kernel::check_btf(bytes) {
         can_be_shown(&error.to_string());
     }
 }
 
 /// A datagram of sock_diag.
 pub fn netlink(bytes: &[u8]) {
-    for info in sock_diag::told(bytes) {
+    for info in sock_diag::parse_answers(bytes) {
         any_event(&an_event(EventKind::Sample { info }, None));
     }
 }
@@ -81,7 +81,9 @@ pub fn filter(bytes: &[u8]) {
             if let Err(error) = filter.compile() {
                 can_be_shown(&error.to_string());
             }
-            let _ = filter.matches(&an_event(EventKind::Accept, None), |_| Standing::default());
+            let _ = filter.matches(&an_event(EventKind::Accept, None), |_| {
+                Membership::default()
+            });
         }
         Err(error) => can_be_shown(&error.to_string()),
     }

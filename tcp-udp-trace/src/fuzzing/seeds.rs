@@ -172,8 +172,8 @@ fn own_records(protocol: Protocol, mut take: impl FnMut(&[u8])) {
                 [Box::new(client), Box::new(server)]
             }
         };
-        let mut walk = kernel.walk().expect("a walk");
-        while walk.read(&mut [0; 4096]).expect("walked") > 0 {}
+        let mut iter = kernel.open_socket_iter().expect("an iterator");
+        while iter.read(&mut [0; 4096]).expect("read") > 0 {}
     }
     while ring.next(&mut take) {}
 }

@@ -13,7 +13,7 @@ use super::{
     program::{attach_program, unload},
 };
 use crate::{
-    error::{Error, ErrorKind},
+    error::{Error, ErrorKind, ResultExt as _},
     event::Protocol,
     hook::Hook,
 };
@@ -36,9 +36,7 @@ pub(super) fn attach(
                     .map(|signal| attach_signal(ebpf, signal, protocol, tracefs.is_ok()))
                     .collect()
             })
-            .map_err(|source| {
-                Error::new(ErrorKind::Load, "no thread to attach the hooks").with_source(source)
-            })?;
+            .or_error(ErrorKind::Load, "no thread to attach the hooks")?;
         thread
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -75,7 +73,7 @@ fn attach_signal(
                     hook.note = (!notes.is_empty()).then(|| notes.join("; "));
                     break;
                 }
-                Err((point, error)) if errors::is_want(&error) => {
+                Err((point, error)) if errors::is_resource_exhaustion(&error) => {
                     return Err(
                         errors::of_hook(&error, signal.name, point, protocol).with_source(error)
                     );
@@ -126,7 +124,7 @@ fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Attached, (HookPoin
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
         match program.and_then(|program| attach_program(program, point)) {
             Ok(()) => attached.programs.push(point.to_string()),
-            Err(error) if index == 0 || errors::is_want(&error) => {
+            Err(error) if index == 0 || errors::is_resource_exhaustion(&error) => {
                 unload_all(ebpf, choice);
                 return Err((point, error));
             }

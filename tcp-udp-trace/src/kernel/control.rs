@@ -19,12 +19,12 @@ use crate::{
 
 /// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
 /// would keep the kernel from running others.
-pub(super) const ASK_ARM: &str = "ask_arm";
-pub(super) const ASK_FLOW: &str = "ask_flow";
-pub(super) const ASK_FILTER: &str = "ask_filter";
+pub(super) const ARM_WAKEUP: &str = "arm_wakeup";
+pub(super) const QUERY_FLOW: &str = "query_flow";
+pub(super) const CONTROL_FILTER: &str = "control_filter";
 /// Only in the object with a ring.
 pub(super) const RING_FILL: &str = "ring_fill";
-pub(super) const QUESTIONS: [&str; 4] = [ASK_ARM, ASK_FLOW, ASK_FILTER, RING_FILL];
+pub(super) const CONTROL_PROGRAMS: [&str; 4] = [ARM_WAKEUP, QUERY_FLOW, CONTROL_FILTER, RING_FILL];
 
 /// Runs a program that takes no arguments, and returns its result.
 pub(super) fn run(ebpf: &Ebpf, name: &str) -> io::Result<u32> {
@@ -37,7 +37,7 @@ pub(super) fn run(ebpf: &Ebpf, name: &str) -> io::Result<u32> {
 }
 
 /// Asks for the totals of a flow.
-pub(super) fn ask_flow(
+pub(super) fn query_flow(
     ebpf: &Ebpf,
     flow: &FlowKey,
     known: Traffic,
@@ -52,7 +52,7 @@ pub(super) fn ask_flow(
     let mut options = TestRunOptions::new();
     options.data_in = Some(question.as_bytes());
     options.data_out = Some(query.as_mut_bytes());
-    let program: &SchedClassifier = ebpf.program(ASK_FLOW)?.try_into().ok()?;
+    let program: &SchedClassifier = ebpf.program(QUERY_FLOW)?.try_into().ok()?;
     let answer = program.test_run(options).ok()?;
     (answer.return_value == 1).then(|| Totals {
         traffic: decode::traffic(query.traffic),
@@ -62,9 +62,9 @@ pub(super) fn ask_flow(
 }
 
 /// Asks the program; what it answers is not negative.
-pub(super) fn ask(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
+pub(super) fn control_filter(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
     let program: &RawTracePoint = ebpf
-        .program(ASK_FILTER)
+        .program(CONTROL_FILTER)
         .ok_or(ProgramError::NotLoaded)
         .and_then(TryFrom::try_from)
         .map_err(io::Error::other)?;
@@ -78,7 +78,7 @@ pub(super) fn ask(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
 }
 
 /// Loads a program that is attached nowhere, but run by us.
-pub(super) fn load_question(program: &mut Program) -> Result<(), ProgramError> {
+pub(super) fn load_control(program: &mut Program) -> Result<(), ProgramError> {
     if program.fd().is_ok() {
         return Ok(());
     }

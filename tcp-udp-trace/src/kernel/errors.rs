@@ -111,7 +111,7 @@ pub(super) fn cost_of_taken(point: HookPoint) -> String {
 }
 
 /// Whether it is no answer to what was asked: at another time it may be granted.
-pub(super) fn is_want(error: &(dyn StdError + 'static)) -> bool {
+pub(super) fn is_resource_exhaustion(error: &(dyn StdError + 'static)) -> bool {
     matches!(
         errno(error),
         Some(Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE)

@@ -1,16 +1,16 @@
 //! Telling the programs which events are wanted.
 //!
 //! They look at one word, and at sets whose values carry the word's generation: so a new filter is built beside the old one, and one
-//! write changes over. All of it is asked of a program of ours ([`ask`]) and not written into maps from here, because a map system call
+//! write changes over. All of it is asked of a program of ours ([`control_filter`]) and not written into maps from here, because a map system call
 //! would keep other programs from running meanwhile.
 
 use std::error::Error as StdError;
 
 use aya::{Ebpf, programs::ProgramError};
-use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing};
+use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing as membership};
 
 use super::{
-    control::ask,
+    control::control_filter,
     errors, iter,
     names::Caller,
     plan::HookPoint,
@@ -19,13 +19,13 @@ use super::{
 use crate::{
     error::{Error, ErrorKind},
     event::{Event, Protocol, process::Process},
-    filter::{Filter, Standing, compile::Compiled, resolve::Names as _},
+    filter::{Filter, Membership, compile::Compiled, resolve::Names as _},
 };
 
 /// The programs that follow the trees of processes.
-const KIN: [(&str, HookPoint); 2] = [
-    ("kin_fork", HookPoint::RawTracepoint("sched_process_fork")),
-    ("kin_free", HookPoint::RawTracepoint("sched_process_free")),
+const TREE_PROGRAMS: [(&str, HookPoint); 2] = [
+    ("tree_fork", HookPoint::RawTracepoint("sched_process_fork")),
+    ("tree_free", HookPoint::RawTracepoint("sched_process_free")),
 ];
 
 /// The filter that the programs look at.
@@ -33,7 +33,7 @@ const KIN: [(&str, HookPoint); 2] = [
 pub(super) struct Filters {
     generation: u16,
     installed: Installed,
-    follows_kin: bool,
+    follows_trees: bool,
     /// With the names resolved.
     filter: Filter,
 }
@@ -54,13 +54,13 @@ impl Filters {
     /// Whether an event that user space made is wanted.
     pub(super) fn want(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
-            .matches(event, |process| standing(ebpf, process))
+            .matches(event, |process| membership(ebpf, process))
     }
 
     /// [`want`](Self::want), whatever the event's ports and addresses are.
     pub(super) fn want_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
-            .matches_but_ends(event, |process| standing(ebpf, process))
+            .matches_but_ends(event, |process| membership(ebpf, process))
     }
 
     /// Lets this be the filter from now on. If that fails, the one of before stays.
@@ -96,8 +96,8 @@ impl Filters {
             word => word | wire::of_generation(self.generation),
         };
         let switched = built
-            .and_then(|()| ask(ebpf, &[op::SWITCH, word]).map_err(refused))
-            .and_then(|_| ask(ebpf, &[op::PREPARE, 0]).map_err(refused));
+            .and_then(|()| control_filter(ebpf, &[op::SWITCH, word]).map_err(refused))
+            .and_then(|_| control_filter(ebpf, &[op::PREPARE, 0]).map_err(refused));
         if let Err(error) = switched {
             new.remove(ebpf);
             return Err(error);
@@ -115,7 +115,7 @@ impl Filters {
         new: &mut Installed,
     ) -> Result<(), Error> {
         let generation = self.generation;
-        ask(ebpf, &[op::PREPARE, wire::of_generation(generation)]).map_err(refused)?;
+        control_filter(ebpf, &[op::PREPARE, wire::of_generation(generation)]).map_err(refused)?;
         for &(set, value) in &filter.values {
             new.add(ebpf, Value::new(generation, set, value))?;
         }
@@ -129,25 +129,25 @@ impl Filters {
         if filter.roots.is_empty() {
             return Ok(());
         }
-        self.follow_kin(ebpf, protocol)?;
-        iter::load_tasks(ebpf).map_err(no_walk)?;
-        let found = find_kin(ebpf, generation, &filter.roots, new);
+        self.follow_trees(ebpf, protocol)?;
+        iter::load_tasks(ebpf).map_err(no_iterator)?;
+        let found = find_tree_members(ebpf, generation, &filter.roots, new);
         iter::unload_tasks(ebpf);
         found
     }
 
     /// Attaches what keeps the trees up to date, unless it is.
-    fn follow_kin(&mut self, ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), Error> {
-        if self.follows_kin {
+    fn follow_trees(&mut self, ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), Error> {
+        if self.follows_trees {
             return Ok(());
         }
-        let attached = KIN.iter().try_for_each(|(name, point)| {
+        let attached = TREE_PROGRAMS.iter().try_for_each(|(name, point)| {
             let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
             attach_program(program, *point)
         });
-        self.follows_kin = attached.is_ok();
+        self.follows_trees = attached.is_ok();
         attached.map_err(|error| {
-            for (name, _) in KIN {
+            for (name, _) in TREE_PROGRAMS {
                 ebpf.program_mut(name).map(unload);
             }
             errors::of_signal(&error, "pid_tree", protocol).with_source(error)
@@ -156,7 +156,7 @@ impl Filters {
 }
 
 /// Finds the members of the trees that are there already. Those that are made meanwhile, the programs find.
-fn find_kin(
+fn find_tree_members(
     ebpf: &mut Ebpf,
     generation: u16,
     roots: &[u32],
@@ -165,24 +165,24 @@ fn find_kin(
     for (index, &root) in roots.iter().enumerate() {
         new.add(ebpf, Value::new(generation, wire::ROOT, [root.into(), 0]))?;
         // A byte stands for a root.
-        if iter::through_tasks(ebpf).map_err(no_walk)? <= index {
+        if iter::visit_tasks(ebpf).map_err(no_iterator)? <= index {
             let what = format!("pid_tree is {root}: there is no such process");
             return Err(Error::new(ErrorKind::InvalidFilter, what));
         }
     }
     // A child whose number is lower than its parent's was met before it.
-    iter::through_tasks(ebpf).map_err(no_walk).map(drop)
+    iter::visit_tasks(ebpf).map_err(no_iterator).map(drop)
 }
 
 impl Installed {
     fn add(&mut self, ebpf: &Ebpf, value: Value) -> Result<(), Error> {
-        ask(ebpf, &value_args(op::ADD, &value)).map_err(refused)?;
+        control_filter(ebpf, &value_args(op::ADD, &value)).map_err(refused)?;
         self.values.push(value);
         Ok(())
     }
 
     fn add_network(&mut self, ebpf: &Ebpf, network: Network) -> Result<(), Error> {
-        ask(ebpf, &network_args(op::ADD_NETWORK, &network)).map_err(refused)?;
+        control_filter(ebpf, &network_args(op::ADD_NETWORK, &network)).map_err(refused)?;
         self.networks.push(network);
         Ok(())
     }
@@ -190,10 +190,10 @@ impl Installed {
     fn remove(self, ebpf: &Ebpf) {
         // What cannot be removed takes room and is not looked at.
         for value in &self.values {
-            let _ = ask(ebpf, &value_args(op::REMOVE, value));
+            let _ = control_filter(ebpf, &value_args(op::REMOVE, value));
         }
         for network in &self.networks {
-            let _ = ask(ebpf, &network_args(op::REMOVE_NETWORK, network));
+            let _ = control_filter(ebpf, &network_args(op::REMOVE_NETWORK, network));
         }
     }
 }
@@ -215,12 +215,12 @@ fn network_args(op: u64, network: &Network) -> [u64; 4] {
 }
 
 /// What a process is to the filter; nothing, if that cannot be asked.
-fn standing(ebpf: &Ebpf, process: &Process) -> Standing {
+fn membership(ebpf: &Ebpf, process: &Process) -> Membership {
     let started = u64::try_from(process.started.as_nanos()).unwrap_or(u64::MAX);
-    let bits = ask(ebpf, &[op::STANDING, process.pid.into(), started]).unwrap_or(0);
-    Standing {
-        is_kin: bits & standing::KIN != 0,
-        is_own: bits & standing::OWN != 0,
+    let bits = control_filter(ebpf, &[op::STANDING, process.pid.into(), started]).unwrap_or(0);
+    Membership {
+        is_in_tree: bits & membership::KIN != 0,
+        is_own: bits & membership::OWN != 0,
     }
 }
 
@@ -229,7 +229,7 @@ fn refused(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
     Error::new(ErrorKind::Load, what).with_source(source)
 }
 
-fn no_walk(source: String) -> Error {
+fn no_iterator(source: String) -> Error {
     let what = "pid_tree needs the kernel's iterator through all tasks, which it refuses";
     Error::new(ErrorKind::Attach, what).with_source(source)
 }

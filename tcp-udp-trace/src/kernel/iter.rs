@@ -24,12 +24,12 @@ use crate::{config::Config, event::Protocol, hook::Hook, netns};
 
 /// A program, and the kernel's iterator (`bpf_iter_…`) that runs it.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Walk {
+pub(super) struct IterProgram {
     pub(super) program: &'static str,
     iterator: &'static str,
 }
 
-impl Walk {
+impl IterProgram {
     pub(super) fn target(self) -> Target {
         Target::iterator(self.iterator)
     }
@@ -40,37 +40,37 @@ impl Walk {
 }
 
 /// Through every file that a process has open: the sockets that are older than the tracer, and whose they are.
-const fn files(protocol: Protocol) -> Walk {
-    Walk {
+const fn files(protocol: Protocol) -> IterProgram {
+    IterProgram {
         program: match protocol {
-            Protocol::Tcp => "walk_files_tcp",
-            Protocol::Udp => "walk_files_udp",
+            Protocol::Tcp => "iter_files_tcp",
+            Protocol::Udp => "iter_files_udp",
         },
         iterator: "task_file",
     }
 }
 
 /// Through the sockets of a network namespace.
-const SOCKETS: [Walk; 2] = [
-    Walk {
-        program: "walk_tcp",
+const SOCKETS: [IterProgram; 2] = [
+    IterProgram {
+        program: "iter_tcp",
         iterator: "tcp",
     },
-    Walk {
-        program: "walk_udp",
+    IterProgram {
+        program: "iter_udp",
         iterator: "udp",
     },
 ];
 
 /// Through every task: the trees of a filter.
-const TASKS: Walk = Walk {
-    program: "walk_tasks",
+const TASKS: IterProgram = IterProgram {
+    program: "iter_tasks",
     iterator: "task",
 };
 
 /// Through every task: the pids that the caller's pid namespace has.
-const PIDS: Walk = Walk {
-    program: "walk_pids",
+const PIDS: IterProgram = IterProgram {
+    program: "iter_pids",
     iterator: "task",
 };
 
@@ -91,14 +91,14 @@ pub(crate) enum SampleScope {
 }
 
 /// What became of the walks at the start.
-pub(super) struct Walks {
+pub(super) struct Started {
     pub(super) hooks: Vec<Hook>,
     pub(super) samples: SampleScope,
 }
 
 /// Takes the snapshot of what is there already, and prepares the samples if they are wanted. What the kernel refuses of this is missing, and
 /// told in the hooks' notes.
-pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Walks {
+pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Started {
     let Config {
         protocol,
         sample_interval,
@@ -107,8 +107,8 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Walks {
     let (files, sockets) = (files(protocol), sockets(protocol));
     let mut hooks = Vec::new();
     let snapshot = load(ebpf, files)
-        .and_then(|()| open_walk(ebpf, files))
-        .and_then(walk_through)
+        .and_then(|()| open_iter(ebpf, files))
+        .and_then(read_to_end)
         .map(drop);
     if let Some(program) = ebpf.program_mut(files.program) {
         unload(program);
@@ -134,7 +134,7 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Walks {
         }
         hooks.push(hook);
     }
-    Walks { hooks, samples }
+    Started { hooks, samples }
 }
 
 /// Opens a walk through the sockets of the calling thread's network namespace. It begins when it is read.
@@ -142,19 +142,19 @@ pub(super) fn open(ebpf: &mut Ebpf) -> Result<File, String> {
     // Only one of them is loaded.
     let loaded = SOCKETS
         .into_iter()
-        .find(|walk| ebpf.program(walk.program).is_some_and(|p| p.fd().is_ok()));
-    open_walk(ebpf, loaded.ok_or("its program is not loaded")?)
+        .find(|iter| ebpf.program(iter.program).is_some_and(|p| p.fd().is_ok()));
+    open_iter(ebpf, loaded.ok_or("its program is not loaded")?)
 }
 
-/// Loads what [`through_tasks`] runs.
+/// Loads what [`visit_tasks`] runs.
 pub(super) fn load_tasks(ebpf: &mut Ebpf) -> Result<(), String> {
     load(ebpf, TASKS)
 }
 
 /// Walks through all tasks, and says how many the program counted.
-pub(super) fn through_tasks(ebpf: &mut Ebpf) -> Result<usize, String> {
-    open_walk(ebpf, TASKS)
-        .and_then(walk_through)
+pub(super) fn visit_tasks(ebpf: &mut Ebpf) -> Result<usize, String> {
+    open_iter(ebpf, TASKS)
+        .and_then(read_to_end)
         .map(|bytes| bytes.len())
 }
 
@@ -164,10 +164,10 @@ pub(super) fn unload_tasks(ebpf: &mut Ebpf) {
 
 /// Returns the processes of the caller's pid namespace: the number of each there, and the initial
 /// pid namespace's.
-pub(super) fn through_pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
+pub(super) fn pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
     let bytes = load(ebpf, PIDS)
-        .and_then(|()| open_walk(ebpf, PIDS))
-        .and_then(walk_through);
+        .and_then(|()| open_iter(ebpf, PIDS))
+        .and_then(read_to_end);
     ebpf.program_mut(PIDS.program).map(unload);
     let bytes = bytes?;
     let processes = bytes
@@ -177,7 +177,7 @@ pub(super) fn through_pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String>
 }
 
 /// The walks of a tracer.
-pub(super) fn wanted(config: &Config) -> Vec<Walk> {
+pub(super) fn wanted(config: &Config) -> Vec<IterProgram> {
     let samples = config.sample_interval.is_some();
     let samples = samples.then(|| sockets(config.protocol));
     [files(config.protocol)]
@@ -186,7 +186,7 @@ pub(super) fn wanted(config: &Config) -> Vec<Walk> {
         .collect()
 }
 
-fn sockets(protocol: Protocol) -> Walk {
+fn sockets(protocol: Protocol) -> IterProgram {
     match protocol {
         Protocol::Tcp => SOCKETS[0],
         Protocol::Udp => SOCKETS[1],
@@ -194,19 +194,19 @@ fn sockets(protocol: Protocol) -> Walk {
 }
 
 /// Loads the program of a walk, if it was not loaded ahead.
-fn load(ebpf: &mut Ebpf, walk: Walk) -> Result<(), String> {
-    let program = ebpf.program_mut(walk.program);
+fn load(ebpf: &mut Ebpf, iter: IterProgram) -> Result<(), String> {
+    let program = ebpf.program_mut(iter.program);
     let program = program.ok_or("the object does not have it")?;
     if program.fd().is_ok() {
         return Ok(());
     }
-    let ids = ids::look_up(walk.target());
-    ids.and_then(|ids| walk.load(program, &ids))
+    let ids = ids::look_up(iter.target());
+    ids.and_then(|ids| iter.load(program, &ids))
         .map_err(|error| chain(&error))
 }
 
-fn open_walk(ebpf: &mut Ebpf, walk: Walk) -> Result<File, String> {
-    let program = program(ebpf, walk).map_err(|error| chain(&error))?;
+fn open_iter(ebpf: &mut Ebpf, iter: IterProgram) -> Result<File, String> {
+    let program = program(ebpf, iter).map_err(|error| chain(&error))?;
     let link = program
         .attach()
         .and_then(|link| program.take_link(link))
@@ -214,14 +214,14 @@ fn open_walk(ebpf: &mut Ebpf, walk: Walk) -> Result<File, String> {
     link.into_file().map_err(|error| chain(&error))
 }
 
-fn program(ebpf: &mut Ebpf, walk: Walk) -> Result<&mut Iter, ProgramError> {
-    ebpf.program_mut(walk.program)
+fn program(ebpf: &mut Ebpf, iter: IterProgram) -> Result<&mut Iter, ProgramError> {
+    ebpf.program_mut(iter.program)
         .ok_or(ProgramError::NotLoaded)?
         .try_into()
 }
 
 /// Reads a walk to its end, and returns the bytes that it gave.
-fn walk_through(mut file: File) -> Result<Vec<u8>, String> {
+fn read_to_end(mut file: File) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];
     loop {
@@ -235,14 +235,14 @@ fn walk_through(mut file: File) -> Result<Vec<u8>, String> {
     }
 }
 
-fn hook(signal: &str, walk: Walk, result: Result<(), String>, cost: &str) -> Hook {
+fn hook(signal: &str, iter: IterProgram, result: Result<(), String>, cost: &str) -> Hook {
     let mut hook = Hook {
         signal: signal.into(),
         programs: Vec::new(),
         note: None,
     };
     match result {
-        Ok(()) => hook.programs.push(format!("iter:{}", walk.iterator)),
+        Ok(()) => hook.programs.push(format!("iter:{}", iter.iterator)),
         Err(error) => hook.note = Some(format!("{cost}: {error}")),
     }
     hook

@@ -38,13 +38,13 @@ use tcp_udp_trace_common::{Counters, FlowKey, Udp, kind};
 
 use self::{
     btf::{ids, offsets},
-    control::{ASK_ARM, ASK_FILTER, ASK_FLOW, QUESTIONS, RING_FILL},
+    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, QUERY_FLOW, RING_FILL},
     filter::Filters,
     maps::{SHARE, take_map},
 };
 use crate::{
     config::{Buffer, Config, LATE_SHARE},
-    error::{Error, ErrorKind},
+    error::{Error, ErrorKind, ResultExt as _},
     event::{Event, Protocol, Traffic},
     filter::Filter,
     hook::Hook,
@@ -98,12 +98,12 @@ impl Kernel {
         };
         preflight::check(config.protocol)?;
         let plan = plan::wanted(config);
-        let walks = iter::wanted(config);
+        let iters = iter::wanted(config);
         let (offsets, ids, images, has_listened, drop_reasons, registers) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
-            let targets = targets.chain(walks.iter().map(|walk| walk.target()));
+            let targets = targets.chain(iters.iter().map(|iter| iter.target()));
             let verifies = match config.protocol {
                 Protocol::Tcp => offsets::verifies_images(&btf),
                 Protocol::Udp => offsets::verifies_images_of_udp(&btf),
@@ -138,9 +138,9 @@ impl Kernel {
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
-        let mut questions = vec![ASK_ARM, ASK_FILTER];
-        questions.extend((buffer == Buffer::Ring).then_some(RING_FILL));
-        questions.extend((config.protocol == Protocol::Udp).then_some(ASK_FLOW));
+        let mut controls = vec![ARM_WAKEUP, CONTROL_FILTER];
+        controls.extend((buffer == Buffer::Ring).then_some(RING_FILL));
+        controls.extend((config.protocol == Protocol::Udp).then_some(QUERY_FLOW));
         // As the loader rounds it.
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
@@ -173,17 +173,17 @@ impl Kernel {
             .load(object)
             .map_err(|source| errors::of_map(&source, config.protocol).with_source(source))?;
         let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
-        let log = log.transpose().map_err(|source| {
-            Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
-        })?;
+        let log = log
+            .transpose()
+            .or_error(ErrorKind::Load, "cannot read the programs' log")?;
         // Not while the maps are made: who runs out of memory meanwhile is killed, where the maker of a map gets an error.
-        preload::load_ahead(&mut ebpf, &plan, &walks, &questions, &ids);
+        preload::load_ahead(&mut ebpf, &plan, &iters, &controls, &ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
-        for name in questions {
+        for name in controls {
             let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
-            program.and_then(control::load_question).map_err(|source| {
+            program.and_then(control::load_control).map_err(|source| {
                 errors::of_program(&source, "a program that the reader asks", config.protocol)
                     .with_source(source)
             })?;
@@ -194,19 +194,19 @@ impl Kernel {
         let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol)?;
         if !tells_local(&hooks) {
             let mut hides_local = take_map(&mut ebpf, "HIDES_LOCAL", Array::<_, u32>::try_from)?;
-            hides_local.set(0, u32::MAX, 0).map_err(|source| {
-                Error::new(ErrorKind::Load, "cannot write to a map").with_source(source)
-            })?;
+            hides_local
+                .set(0, u32::MAX, 0)
+                .or_error(ErrorKind::Load, "cannot write to a map")?;
         }
         // Only now: a socket made meanwhile has met the hooks.
-        let walks = iter::start(&mut ebpf, config);
-        hooks.extend(walks.hooks);
+        let iters = iter::start(&mut ebpf, config);
+        hooks.extend(iters.hooks);
         hooks.push(ring::hook(buffer));
         Ok((
             Self {
                 ebpf,
                 hooks,
-                sample_scope: walks.samples,
+                sample_scope: iters.samples,
                 counters,
                 rejected,
                 protocol: config.protocol,
@@ -226,14 +226,14 @@ impl Kernel {
         self.sample_scope
     }
 
-    /// See [`Shared::walk`](crate::tasks::Shared::walk).
-    pub(crate) fn walk(&mut self) -> io::Result<File> {
+    /// See [`Shared::open_socket_iter`](crate::tasks::Shared::open_socket_iter).
+    pub(crate) fn open_socket_iter(&mut self) -> io::Result<File> {
         iter::open(&mut self.ebpf).map_err(io::Error::other)
     }
 
     /// Asks to be woken by the next record; gives how many records the ring has refused so far, modulo 2³².
     pub(crate) fn arm(&self) -> io::Result<u32> {
-        control::run(&self.ebpf, ASK_ARM)
+        control::run(&self.ebpf, ARM_WAKEUP)
     }
 
     /// How many eighths of the ring are filled.
@@ -285,7 +285,7 @@ impl Kernel {
         let loaded = self
             .ebpf
             .programs()
-            .filter(|(name, _)| !QUESTIONS.contains(name))
+            .filter(|(name, _)| !CONTROL_PROGRAMS.contains(name))
             .filter_map(|(_, program)| {
                 let fd = program.fd().ok()?.as_fd().as_raw_fd();
                 let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
@@ -318,7 +318,7 @@ impl Kernel {
         }
         thread::scope(|scope| {
             for (name, program) in self.ebpf.programs_mut() {
-                if program.fd().is_err() || QUESTIONS.contains(&name) {
+                if program.fd().is_err() || CONTROL_PROGRAMS.contains(&name) {
                     continue;
                 }
                 // Where no thread can be had, dropping `ebpf` does it, one after the other.
@@ -336,7 +336,7 @@ fn flows_on_their_way(ring_bytes: u32) -> u32 {
 
 /// Asks everything of a BTF that may be anything: for the fuzzers.
 #[cfg(any(test, fuzzing))]
-pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
+pub(crate) fn check_btf(bytes: &[u8]) -> Result<(), Error> {
     let btf = offsets::parse(bytes)?;
     let targets = ["task_file", "tcp"].map(ids::Target::iterator);
     let ids = ids::for_aya(&ids::find(&btf, targets));
@@ -353,11 +353,11 @@ fn tells_local(hooks: &[Hook]) -> bool {
 
 impl FlowMap for Kernel {
     fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals> {
-        control::ask_flow(&self.ebpf, flow, known, false)
+        control::query_flow(&self.ebpf, flow, known, false)
     }
 
     fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
-        control::ask_flow(&self.ebpf, flow, Traffic::default(), true)
+        control::query_flow(&self.ebpf, flow, Traffic::default(), true)
     }
 }
 

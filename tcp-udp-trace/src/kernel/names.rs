@@ -5,7 +5,7 @@ use std::{collections::HashMap, io, path::Path};
 use aya::Ebpf;
 use tcp_udp_trace_common::filter::{netns, op};
 
-use super::{cgroup, control::ask, iter};
+use super::{cgroup, control::control_filter, iter};
 use crate::{
     error::{Error, ErrorKind},
     filter::resolve::Names,
@@ -34,8 +34,10 @@ impl<'a> Caller<'a> {
     fn processes(&mut self) -> Result<&Processes, Error> {
         let processes = match self.processes.take() {
             Some(processes) => processes,
-            None if ask(self.ebpf, &[op::LEVEL]).map_err(unknown)? == 0 => Processes::Initial,
-            None => Processes::Child(iter::through_pids(self.ebpf).map_err(no_walk)?),
+            None if control_filter(self.ebpf, &[op::LEVEL]).map_err(unknown)? == 0 => {
+                Processes::Initial
+            }
+            None => Processes::Child(iter::pids(self.ebpf).map_err(no_iterator)?),
         };
         Ok(self.processes.insert(processes))
     }
@@ -43,7 +45,7 @@ impl<'a> Caller<'a> {
 
 impl Names for Caller<'_> {
     fn own_pid(&mut self) -> Result<u32, Error> {
-        let pid = ask(self.ebpf, &[op::CALLER]).map_err(unknown)?;
+        let pid = control_filter(self.ebpf, &[op::CALLER]).map_err(unknown)?;
         Ok(pid.cast_unsigned())
     }
 
@@ -73,18 +75,18 @@ const MAX_RUNS: usize = 4096;
 /// Returns the cookie of the network namespace that has this inode now.
 fn find_netns(ebpf: &Ebpf, inode: u32) -> io::Result<Option<u64>> {
     let inode = u64::from(inode);
-    let mut answer = ask(ebpf, &[op::FIND_NETNS, inode])?;
+    let mut answer = control_filter(ebpf, &[op::FIND_NETNS, inode])?;
     for _ in 0..MAX_RUNS {
         if answer != netns::PAUSED {
             break;
         }
-        answer = ask(ebpf, &[op::GO_ON, inode])?;
+        answer = control_filter(ebpf, &[op::GO_ON, inode])?;
     }
     match answer {
         netns::NONE => Ok(None),
         netns::FOUND => {
             let bits = |from: u32| {
-                let bits = ask(ebpf, &[op::NETNS_COOKIE, from.into()])?;
+                let bits = control_filter(ebpf, &[op::NETNS_COOKIE, from.into()])?;
                 io::Result::Ok(u64::from(bits.cast_unsigned()) << from)
             };
             let each = netns::COOKIE_BITS;
@@ -104,7 +106,7 @@ fn no_namespaces(source: io::Error) -> Error {
     Error::new(ErrorKind::Unsupported, what).with_source(source)
 }
 
-fn no_walk(source: String) -> Error {
+fn no_iterator(source: String) -> Error {
     let what = "a pid in a child pid namespace needs the kernel's iterator through all tasks, \
                 which it refuses";
     Error::new(ErrorKind::Attach, what).with_source(source)

@@ -11,7 +11,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::privileges::{Privileges, SYS_ADMIN};
 use crate::{
-    error::{Error, ErrorKind},
+    error::{Error, ErrorKind, ResultExt as _},
     event::Protocol,
 };
 
@@ -54,9 +54,7 @@ fn check_locked_memory() -> Result<(), Error> {
 
 fn check_descriptors() -> Result<(), Error> {
     let all: io::Result<Vec<_>> = (0..DESCRIPTORS).map(|_| File::open("/")).collect();
-    all.map(drop).map_err(|source| {
-        let what =
-            format!("a tracer needs {DESCRIPTORS} file descriptors: raise the limit (`ulimit -n`)");
-        Error::new(ErrorKind::Load, what).with_source(source)
-    })
+    let what =
+        format!("a tracer needs {DESCRIPTORS} file descriptors: raise the limit (`ulimit -n`)");
+    all.map(drop).or_error(ErrorKind::Load, what)
 }

@@ -1,29 +1,25 @@
 //! Loads programs ahead of their turn, on every CPU at once.
 
-use std::{
-    collections::HashMap,
-    fs,
-    sync::{Mutex, PoisonError},
-    thread,
-};
+use std::{collections::HashMap, fs, sync::Mutex, thread};
 
 use aya::Ebpf;
 
 use super::{
     btf::ids::{self, Ids},
-    control::load_question,
-    iter::Walk,
+    control::load_control,
+    iter::IterProgram,
     plan::{Choice, HookPoint, Signal},
     program::{KPROBES, load},
 };
+use crate::lock::lock;
 
 /// Loads what will probably be attached, on every CPU at once: most of a start is the kernel's verifier at work. What fails here is tried again when it
 /// is its turn, and then it is told why.
 pub(super) fn load_ahead(
     ebpf: &mut Ebpf,
     plan: &[&Signal],
-    walks: &[Walk],
-    questions: &[&str],
+    iters: &[IterProgram],
+    controls: &[&str],
     ids: &Ids,
 ) {
     let mut programs: HashMap<_, _> = ebpf.programs_mut().collect();
@@ -42,10 +38,10 @@ pub(super) fn load_ahead(
     let (with_ids, others): (Vec<_>, Vec<_>) =
         hooks.partition(|(point, _)| point.target().is_some());
     let mut take = |name: &&str| programs.remove(*name);
-    let questions: Vec<_> = questions.iter().filter_map(&mut take).collect();
-    let walks: Vec<_> = walks
+    let controls: Vec<_> = controls.iter().filter_map(&mut take).collect();
+    let iters: Vec<_> = iters
         .iter()
-        .filter_map(|walk| Some((walk, take(&walk.program)?)))
+        .filter_map(|iter| Some((iter, take(&iter.program)?)))
         .collect();
     // To make the ids takes as long as to load a program, so it is one of the jobs.
     let load_with_ids = || {
@@ -55,22 +51,22 @@ pub(super) fn load_ahead(
         for (point, program) in with_ids {
             let _ = load(program, point, Some(&ids));
         }
-        for (walk, program) in walks {
-            let _ = walk.load(program, &ids);
+        for (iter, program) in iters {
+            let _ = iter.load(program, &ids);
         }
     };
     let mut jobs: Vec<Box<dyn FnOnce() + Send>> = vec![Box::new(load_with_ids)];
     for (point, program) in others {
         jobs.push(Box::new(move || drop(load(program, point, None))));
     }
-    for program in questions {
-        jobs.push(Box::new(move || drop(load_question(program))));
+    for program in controls {
+        jobs.push(Box::new(move || drop(load_control(program))));
     }
     let threads = jobs
         .len()
         .min(thread::available_parallelism().map_or(1, usize::from));
     let jobs = Mutex::new(jobs.into_iter());
-    let next = || jobs.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let next = || lock(&jobs).next();
     let work = || {
         while let Some(job) = next() {
             job();

@@ -34,18 +34,18 @@ pub(crate) struct Rings {
     events: RingBuf<MapData>,
     late: RingBuf<MapData>,
     /// The first late one, until what is older has been taken.
-    waiting: Option<Copied>,
+    waiting: Option<OwnedRecord>,
     /// What was taken and turned out to be younger.
-    next: Option<Copied>,
+    next: Option<OwnedRecord>,
 }
 
 /// A record, and its time.
-struct Copied {
+struct OwnedRecord {
     time: u64,
     bytes: Box<[u8]>,
 }
 
-impl Copied {
+impl OwnedRecord {
     fn new(record: &[u8]) -> Self {
         // What is too short to have a time will be found to be malformed.
         let time = Head::read_from_prefix(record).map_or(0, |(head, _)| head.time);
@@ -69,12 +69,12 @@ impl Rings {
             return true;
         }
         if waiting.is_none() {
-            *waiting = late.next().map(|record| Copied::new(&record));
+            *waiting = late.next().map(|record| OwnedRecord::new(&record));
         }
         match (events.next(), waiting.take()) {
             (Some(event), None) => take(&event),
             (Some(event), Some(first)) => {
-                let event = Copied::new(&event);
+                let event = OwnedRecord::new(&event);
                 if event.time < first.time {
                     take(&event.bytes);
                     *waiting = Some(first);

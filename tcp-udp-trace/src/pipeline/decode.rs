@@ -468,7 +468,7 @@ mod tests {
         record.amount = 101;
         let event = decode(record.as_bytes()).expect("well-formed").event;
         assert_eq!(event.kind, EventKind::ConnectFailed { error: 101 });
-        assert!(event.is_vital() && !event.is_end());
+        assert!(event.is_lifecycle() && !event.is_end());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use super::decode;
 use crate::event::{Event, EventKind, Traffic};
 
 /// How many flows are looked at, at most, to find one that makes room.
-const LOOKS: usize = 8;
+const ATTEMPTS: usize = 8;
 
 /// The flows that were reported and have not ended.
 ///
@@ -259,13 +259,13 @@ impl Flows {
         mut stamp: impl FnMut(&mut Event),
         emit: &mut impl FnMut(Event),
     ) {
-        let mut looks = LOOKS;
+        let mut attempts = ATTEMPTS;
         while let Some((_, &key)) = self.used.first_key_value() {
-            looks -= 1;
+            attempts -= 1;
             let reported = self.flows.get(&key).map(|flow| flow.reported);
             let totals = reported.and_then(|reported| map.totals(&key, reported));
             let is_used = totals.is_some_and(|totals| reported != Some(totals.traffic));
-            if is_used && looks > 0 {
+            if is_used && attempts > 0 {
                 self.touch(&key);
                 continue;
             }

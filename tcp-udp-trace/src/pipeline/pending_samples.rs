@@ -6,17 +6,17 @@
 use std::{
     collections::HashMap,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
-use crate::event::sample_info::SampleInfo;
+use crate::{event::sample_info::SampleInfo, lock::lock};
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(crate) struct Samples {
+pub(crate) struct PendingSamples {
     state: Mutex<State>,
     /// Whether `state` has any infos: spares the reader the lock.
     any: AtomicBool,
@@ -39,10 +39,9 @@ pub(crate) struct Counts {
     pub(crate) last_round: Duration,
 }
 
-impl Samples {
+impl PendingSamples {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No invariant spans a panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Keeps what was told of a socket, if there are not `limit` others.
@@ -107,7 +106,7 @@ mod tests {
 
     #[test]
     fn each_socket_is_sampled_once_and_not_after_its_close() {
-        let samples = Samples::default();
+        let samples = PendingSamples::default();
         for cookie in 1..=4 {
             samples.put(cookie, info(cookie as u32), 3);
         }

@@ -8,16 +8,17 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard},
     task::{Context, Poll, Waker},
     time::{Duration, Instant, SystemTime},
 };
 
-use super::thread_notify::Progress;
+use super::thread_notify::ThreadNotify;
 use crate::{
     config::OverflowPolicy,
     error::Error,
     event::{Event, EventKind, LossStage, Protocol, kind},
+    lock::lock,
 };
 
 /// How often the log is told at most that events are shed.
@@ -27,13 +28,13 @@ const LOG_INTERVAL: Duration = Duration::from_secs(10);
 pub(crate) struct Queue {
     state: Mutex<State>,
     /// Told when the queue gets room to spare, and at its end.
-    pub(crate) progress: Progress,
+    pub(crate) changed: ThreadNotify,
 }
 
 #[derive(Debug)]
 struct State {
     /// The events in their order, in two lanes: those that outlive floods of the others, and the others.
-    vital: Lane,
+    lifecycle: Lane,
     other: Lane,
     /// What is missing between them, in its order too. Two gaps have an event between them, so they are never more than the events.
     gaps: VecDeque<Gap>,
@@ -83,7 +84,7 @@ impl Queue {
     pub(crate) fn new(capacity: usize, policy: OverflowPolicy) -> Self {
         Self {
             state: Mutex::new(State {
-                vital: Lane::new(),
+                lifecycle: Lane::new(),
                 other: Lane::new(),
                 gaps: VecDeque::new(),
                 next: 0,
@@ -96,13 +97,13 @@ impl Queue {
                 is_abandoned: false,
                 end: None,
             }),
-            progress: Progress::default(),
+            changed: ThreadNotify::default(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // No invariant spans a panic: every method leaves the state whole between two statements.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        // Every method leaves the state whole between two statements.
+        lock(&self.state)
     }
 
     /// Appends as many events of the batch as there is room for, and wakes the consumer. The rest
@@ -149,7 +150,7 @@ impl Queue {
             if state.len() == state.room_to_spare() {
                 let reader = state.reader.take();
                 drop(state);
-                self.progress.made();
+                self.changed.notify();
                 if let Some(reader) = reader {
                     reader.wake();
                 }
@@ -186,7 +187,7 @@ impl Queue {
         state.end.get_or_insert(result);
         let consumer = state.consumer.take();
         drop(state);
-        self.progress.made();
+        self.changed.notify();
         if let Some(consumer) = consumer {
             consumer.wake();
         }
@@ -214,18 +215,18 @@ impl Queue {
         let mut state = self.lock();
         state.is_abandoned = true;
         let State {
-            vital,
+            lifecycle,
             other,
             counts,
             ..
         } = &mut *state;
-        for (_, event) in vital.drain(..).chain(other.drain(..)) {
+        for (_, event) in lifecycle.drain(..).chain(other.drain(..)) {
             counts.discarded.add(&event);
         }
         state.gaps.clear();
         let reader = state.reader.take();
         drop(state);
-        self.progress.made();
+        self.changed.notify();
         if let Some(reader) = reader {
             reader.wake();
         }
@@ -243,7 +244,7 @@ impl Queue {
 
 impl State {
     fn len(&self) -> usize {
-        self.vital.len() + self.other.len()
+        self.lifecycle.len() + self.other.len()
     }
 
     /// How many events can be appended without shedding one.
@@ -261,11 +262,11 @@ impl State {
     }
 
     fn push(&mut self, event: Event) {
-        let place = self.next;
+        let position = self.next;
         self.next += 1;
         if let EventKind::Lost { count, .. } = event.kind {
             if !self.is_abandoned {
-                self.miss(place, &event, 0, count);
+                self.miss(position, &event, 0, count);
             }
             return;
         }
@@ -273,12 +274,13 @@ impl State {
             self.counts.discarded.add(&event);
             return;
         }
-        let is_vital = event.is_vital();
+        let is_lifecycle = event.is_lifecycle();
         if self.len() == self.capacity {
-            let victim = match (self.policy, is_vital) {
-                (OverflowPolicy::ShedOldest, true) => {
-                    self.other.pop_front().or_else(|| self.vital.pop_front())
-                }
+            let victim = match (self.policy, is_lifecycle) {
+                (OverflowPolicy::ShedOldest, true) => self
+                    .other
+                    .pop_front()
+                    .or_else(|| self.lifecycle.pop_front()),
                 (OverflowPolicy::ShedOldest, false) => self.other.pop_front(),
                 (OverflowPolicy::ShedNewest, true) => self.other.pop_back(),
                 (OverflowPolicy::ShedNewest, false) => None,
@@ -287,25 +289,25 @@ impl State {
                 .shed
                 .add(victim.as_ref().map_or(&event, |(_, victim)| victim));
             match victim {
-                Some((place, victim)) => self.miss(place, &victim, 1, 0),
-                None => return self.miss(place, &event, 1, 0),
+                Some((position, victim)) => self.miss(position, &victim, 1, 0),
+                None => return self.miss(position, &event, 1, 0),
             }
         }
-        let lane = if is_vital {
-            &mut self.vital
+        let lane = if is_lifecycle {
+            &mut self.lifecycle
         } else {
             &mut self.other
         };
-        lane.push_back((place, event));
+        lane.push_back((position, event));
     }
 
     /// Notes that so many events are missing at this place.
-    fn miss(&mut self, place: u64, event: &Event, queue: u64, ring: u64) {
+    fn miss(&mut self, position: u64, event: &Event, queue: u64, ring: u64) {
         let (time, uptime) = (event.time, event.uptime);
-        let at = self.gaps.partition_point(|gap| gap.last < place);
+        let at = self.gaps.partition_point(|gap| gap.last < position);
         let gap = Gap {
-            first: place,
-            last: place,
+            first: position,
+            last: position,
             queue,
             ring,
             time,
@@ -327,10 +329,11 @@ impl State {
         };
         let (after, before) = (gap.last, next.first);
         let is_between = |lane: &Lane| {
-            let next = lane.partition_point(|(place, _)| *place < after);
-            lane.get(next).is_some_and(|(place, _)| *place < before)
+            let next = lane.partition_point(|(position, _)| *position < after);
+            lane.get(next)
+                .is_some_and(|(position, _)| *position < before)
         };
-        if is_between(&self.vital) || is_between(&self.other) {
+        if is_between(&self.lifecycle) || is_between(&self.other) {
             return;
         }
         let Some(next) = self.gaps.remove(at + 1) else {
@@ -346,12 +349,12 @@ impl State {
     }
 
     fn pop(&mut self) -> Option<Event> {
-        let place = |lane: &Lane| lane.front().map_or(u64::MAX, |(place, _)| *place);
-        let (vital, other) = (place(&self.vital), place(&self.other));
+        let position = |lane: &Lane| lane.front().map_or(u64::MAX, |(position, _)| *position);
+        let (lifecycle, other) = (position(&self.lifecycle), position(&self.other));
         if let Some(gap) = self
             .gaps
             .front_mut()
-            .filter(|gap| gap.first < vital.min(other))
+            .filter(|gap| gap.first < lifecycle.min(other))
         {
             let (stage, count) = match gap.ring {
                 0 => (LossStage::Queue, gap.queue),
@@ -365,8 +368,8 @@ impl State {
             }
             return Some(event);
         }
-        let lane = if vital < other {
-            &mut self.vital
+        let lane = if lifecycle < other {
+            &mut self.lifecycle
         } else {
             &mut self.other
         };

@@ -24,28 +24,28 @@ use self::{
     process_details::Details,
     reader::Reader,
     shared::Limits,
-    source::{Attached, BATCH},
+    source::{BATCH, Source},
 };
 use crate::{
     config::Config,
-    error::{Error, ErrorKind},
+    error::{Error, ErrorKind, ResultExt as _},
     kernel::{Kernel, SampleScope},
-    pipeline::{flows::Flows, images::Images, pending_samples::Samples, queue::Queue},
+    pipeline::{flows::Flows, images::Images, pending_samples::PendingSamples, queue::Queue},
 };
 
 /// The tasks of a tracer.
 #[derive(Debug)]
 pub(crate) struct Tasks {
     pub(crate) reader: JoinHandle<()>,
-    pub(crate) enrichment: Option<JoinHandle<()>>,
+    pub(crate) sampler: Option<JoinHandle<()>>,
 }
 
 /// Loads, attaches and starts to read.
 pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error> {
-    let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
-    let runtime = Handle::try_current().map_err(|source| {
-        no_runtime("no Tokio runtime here: call `start` from within one").with_source(source)
-    })?;
+    let runtime = Handle::try_current().or_error(
+        ErrorKind::NoRuntime,
+        "no Tokio runtime here: call `start` from within one",
+    )?;
     let Config {
         protocol,
         queue,
@@ -63,9 +63,10 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
     let (kernel, ring) = runtime
         .spawn_blocking(move || Kernel::start(&settings))
         .await
-        .map_err(|source| {
-            no_runtime("the runtime was shut down during the start").with_source(source)
-        })??;
+        .or_error(
+            ErrorKind::NoRuntime,
+            "the runtime was shut down during the start",
+        )??;
     let limits = Limits::new(&config, ring.parts());
     // Tokio panics when its drivers are off, and offers no way to ask.
     let ring = catch_unwind(AssertUnwindSafe(|| {
@@ -77,16 +78,15 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
         AsyncFd::with_interest(ring, Interest::READABLE)
     }))
     .map_err(|_| {
-        no_runtime("this Tokio runtime has I/O or time disabled: build it with `enable_all`")
+        let what = "this Tokio runtime has I/O or time disabled: build it with `enable_all`";
+        Error::new(ErrorKind::NoRuntime, what)
     })?
-    .map_err(|source| {
-        Error::new(ErrorKind::Read, "cannot wait for the buffer of records").with_source(source)
-    })?;
+    .or_error(ErrorKind::Read, "cannot wait for the buffer of records")?;
 
-    let samples = Arc::new(Samples::default());
+    let samples = Arc::new(PendingSamples::default());
     let flows = Flows::new(interval, max_flows as usize);
     let images = process_details.then(Images::default);
-    let attached = Attached::new(
+    let source = Source::new(
         kernel,
         ring,
         protocol,
@@ -96,7 +96,7 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
         images,
     );
     let queue = Queue::new(queue, overflow);
-    let shared = Arc::new(Shared::new(queue, limits, samples, attached));
+    let shared = Arc::new(Shared::new(queue, limits, samples, source));
     let reader = Reader {
         shared: Arc::clone(&shared),
         latency,
@@ -105,7 +105,7 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
     };
     let tasks = Tasks {
         reader: runtime.spawn(reader.run()),
-        enrichment: sample_interval
+        sampler: sample_interval
             .filter(|_| shared.sample_scope != SampleScope::Nothing)
             .map(|every| runtime.spawn(sampler::run(Arc::clone(&shared), every))),
     };

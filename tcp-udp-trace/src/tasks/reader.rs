@@ -18,7 +18,7 @@ use tokio::{task, time::sleep};
 use super::{
     process_details::Details,
     shared::Shared,
-    source::{Attached, BATCH},
+    source::{BATCH, Source},
 };
 use crate::{
     error::{Error, ErrorKind},
@@ -74,8 +74,8 @@ impl Reader {
             .with_source(source)),
         };
         self.blocking(|shared| {
-            if let Some(attached) = &mut *shared.attached() {
-                attached.kernel.detach();
+            if let Some(source) = &mut *shared.source() {
+                source.kernel.detach();
             }
         })
         .await;
@@ -109,7 +109,7 @@ impl Reader {
                 self.wait_for_room(FIRST_NAP).await?;
                 continue;
             }
-            let due = self.with_attached(Attached::report_flows)?;
+            let due = self.on_source(Source::report_flows)?;
             self.complete().await;
             if self.hand_over()? {
                 self.wait(due.map_or(pause, |due| pause.min(due))).await?;
@@ -124,12 +124,12 @@ impl Reader {
             if !self.hand_over()? {
                 return Ok(Drained::HeldUp);
             }
-            let (taken, sampled) = self.with_attached(Attached::read)?;
+            let (taken, sampled) = self.on_source(Source::read)?;
             self.complete().await;
             let is_handed_over = self.hand_over()?;
             if sampled > 0 {
                 self.shared.samples.taken_in(sampled);
-                self.shared.queue.progress.made();
+                self.shared.queue.changed.notify();
             }
             if !is_handed_over {
                 return Ok(Drained::HeldUp);
@@ -149,7 +149,7 @@ impl Reader {
         while self.drain().await? == Drained::HeldUp {
             self.room().await;
         }
-        self.with_attached(Attached::report_last)?;
+        self.on_source(Source::report_last)?;
         self.complete().await;
         while !self.hand_over()? {
             self.room().await;
@@ -171,31 +171,31 @@ impl Reader {
         if self.batch.is_empty() {
             return Ok(true);
         }
-        let Some(attached) = &mut *self.shared.attached() else {
+        let Some(source) = &mut *self.shared.source() else {
             return Err(Gone);
         };
-        if attached.is_ring_nearly_full() {
+        if source.is_ring_nearly_full() {
             self.shared.queue.push(&mut self.batch);
         }
         Ok(self.batch.is_empty())
     }
 
     /// Runs `f`, which may put events into the batch.
-    fn with_attached<T>(
+    fn on_source<T>(
         &mut self,
-        f: impl FnOnce(&mut Attached, &mut Vec<Event>) -> T,
+        f: impl FnOnce(&mut Source, &mut Vec<Event>) -> T,
     ) -> Result<T, Gone> {
-        match &mut *self.shared.attached() {
-            Some(attached) => Ok(f(attached, &mut self.batch)),
+        match &mut *self.shared.source() {
+            Some(source) => Ok(f(source, &mut self.batch)),
             None => Err(Gone),
         }
     }
 
     fn arm(&mut self) -> Result<(), Option<io::Error>> {
-        let armed: io::Result<()> = self.with_attached(|attached, batch| {
-            attached.kernel.flush_log();
-            let lost = attached.kernel.arm()?;
-            attached.report_losses(lost, batch);
+        let armed: io::Result<()> = self.on_source(|source, batch| {
+            source.kernel.flush_log();
+            let lost = source.kernel.arm()?;
+            source.report_losses(lost, batch);
             Ok(())
         })?;
         armed.map_err(Some)
@@ -230,8 +230,8 @@ impl Reader {
     }
 
     fn poll_woken(&self, cx: &mut Context<'_>) -> Poll<Result<(), Option<io::Error>>> {
-        match &*self.shared.attached() {
-            Some(attached) => attached.ring.poll_read_ready(cx).map(|ready| {
+        match &*self.shared.source() {
+            Some(source) => source.ring.poll_read_ready(cx).map(|ready| {
                 // Cleared before the ring is read: a wake-up after this is a new one.
                 ready.map_err(Some)?.clear_ready();
                 Ok(())

@@ -1,7 +1,7 @@
 //! The enrichment task: a periodic look at every live socket, by sock_diag.
 //!
 //! A round has a thread of its own, which enters each network namespace in turn and then ends. In each namespace it asks sock_diag for
-//! every socket, which also gives each its cookie; keeps the answers ([`Samples`](crate::pipeline::pending_samples::Samples)); and lets the kernel walk
+//! every socket, which also gives each its cookie; keeps the answers ([`PendingSamples`](crate::pipeline::pending_samples::PendingSamples)); and lets the kernel walk
 //! through the same sockets with a program of ours, which writes a record of each into the ring. The reader joins the two by
 //! the cookie.
 //!
@@ -23,7 +23,7 @@ use super::shared::Shared;
 use crate::{
     kernel::SampleScope,
     netns,
-    sock_diag::{self, Told, dump},
+    sock_diag::{self, SocketInfo, dump},
 };
 
 /// How long the reader may take for the records of a step.
@@ -108,7 +108,7 @@ impl Round<'_> {
         let take = |answer| {
             match answer {
                 Ok(None) => {}
-                Ok(Some(Told { cookie, info })) => samples.put(cookie, info, limits.sockets),
+                Ok(Some(SocketInfo { cookie, info })) => samples.put(cookie, info, limits.sockets),
                 Err(sock_diag::Malformed) => samples.count(|counts| counts.malformed += 1),
             }
             !self.shared.is_over()
@@ -116,22 +116,22 @@ impl Round<'_> {
         if let Err(error) = runtime.block_on(dump(self.shared.protocol, take)) {
             return self.fault(name, &error);
         }
-        match self.walk() {
+        match self.read_socket_iter() {
             Ok(()) => self.go_on(),
             Err(error) => self.fault(name, &error),
         }
     }
 
     /// Lets the kernel write a record of each socket of the namespace that the thread is in.
-    fn walk(&self) -> io::Result<()> {
+    fn read_socket_iter(&self) -> io::Result<()> {
         let shared = self.shared;
-        let mut file = shared.walk()?;
+        let mut file = shared.open_socket_iter()?;
         let mut step = vec![0; shared.limits.step];
         let mut expected = shared.samples.taken();
         loop {
             let has_room = || shared.is_over() || shared.queue.has_room_to_spare();
             // However long the consumer takes.
-            while !shared.queue.progress.wait(PATIENCE, has_room) {}
+            while !shared.queue.changed.wait(PATIENCE, has_room) {}
             if shared.is_over() {
                 return Ok(());
             }
@@ -140,7 +140,7 @@ impl Round<'_> {
                 // A byte stands for a record.
                 Ok(records) => expected += records as u64,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    shared.queue.progress.wait(RESPITE, || shared.is_over());
+                    shared.queue.changed.wait(RESPITE, || shared.is_over());
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -148,7 +148,7 @@ impl Round<'_> {
             shared.wake.notify_one();
             let are_taken = || shared.is_over() || shared.samples.taken() >= expected;
             // While the queue is full, the reader leaves records in the ring.
-            while !shared.queue.progress.wait(PATIENCE, are_taken) {
+            while !shared.queue.changed.wait(PATIENCE, are_taken) {
                 if !shared.queue.has_room_to_spare() {
                     continue;
                 }

@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -12,7 +12,7 @@ use std::{
 
 use tokio::sync::{Notify, oneshot};
 
-use super::source::Attached;
+use super::source::Source;
 use crate::{
     config::Config,
     error::{Error, ErrorKind},
@@ -20,7 +20,8 @@ use crate::{
     filter::Filter,
     hook::Hook,
     kernel::SampleScope,
-    pipeline::{pending_samples::Samples, queue::Queue},
+    lock::lock,
+    pipeline::{pending_samples::PendingSamples, queue::Queue},
     stats::Stats,
 };
 
@@ -29,11 +30,11 @@ use crate::{
 pub(crate) struct Shared {
     pub(crate) protocol: Protocol,
     pub(crate) queue: Queue,
-    pub(crate) samples: Arc<Samples>,
+    pub(crate) samples: Arc<PendingSamples>,
     pub(crate) limits: Limits,
     pub(crate) sample_scope: SampleScope,
     /// `None` once everything of ours has left the kernel.
-    attached: Mutex<Option<Attached>>,
+    source: Mutex<Option<Source>>,
     hooks: Vec<Hook>,
     /// The counts when everything left the kernel.
     last: Mutex<Stats>,
@@ -70,17 +71,17 @@ impl Shared {
     pub(super) fn new(
         queue: Queue,
         limits: Limits,
-        samples: Arc<Samples>,
-        attached: Attached,
+        samples: Arc<PendingSamples>,
+        source: Source,
     ) -> Self {
         Self {
-            protocol: attached.protocol,
+            protocol: source.protocol,
             queue,
             samples,
             limits,
-            sample_scope: attached.kernel.sample_scope(),
-            hooks: attached.kernel.hooks().to_vec(),
-            attached: Mutex::new(Some(attached)),
+            sample_scope: source.kernel.sample_scope(),
+            hooks: source.kernel.hooks().to_vec(),
+            source: Mutex::new(Some(source)),
             last: Mutex::new(Stats::default()),
             stopping: AtomicBool::new(false),
             wake: Notify::new(),
@@ -93,9 +94,8 @@ impl Shared {
         self.stopping.load(Ordering::Relaxed)
     }
 
-    pub(super) fn attached(&self) -> MutexGuard<'_, Option<Attached>> {
-        // No invariant spans a panic here.
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn source(&self) -> MutexGuard<'_, Option<Source>> {
+        lock(&self.source)
     }
 
     pub(crate) fn hooks(&self) -> &[Hook] {
@@ -103,15 +103,15 @@ impl Shared {
     }
 
     pub(crate) fn stats(&self) -> Stats {
-        let stats = match &*self.attached() {
-            Some(attached) => attached.stats(),
-            None => *self.last.lock().unwrap_or_else(PoisonError::into_inner),
+        let stats = match &*self.source() {
+            Some(source) => source.stats(),
+            None => *lock(&self.last),
         };
         let counts = self.queue.counts();
-        let kinds = stats.kinds.each(|kind, fate| {
-            fate.delivered = counts.delivered.of(kind);
-            fate.queue_shed = counts.shed.of(kind);
-            fate.discarded = counts.discarded.of(kind);
+        let kinds = stats.kinds.each(|kind, of_kind| {
+            of_kind.delivered = counts.delivered.of(kind);
+            of_kind.queue_shed = counts.shed.of(kind);
+            of_kind.discarded = counts.discarded.of(kind);
         });
         let mut stats = stats.with_kinds(kinds);
         let samples = self.samples.counts();
@@ -124,24 +124,22 @@ impl Shared {
 
     /// Blocks for some milliseconds.
     pub(crate) fn set_filter(&self, filter: Filter) -> Result<(), Error> {
-        match &mut *self.attached() {
-            Some(attached) => attached.set_filter(filter),
+        match &mut *self.source() {
+            Some(source) => source.set_filter(filter),
             None => Err(Error::new(ErrorKind::Ended, "the tracer has ended")),
         }
     }
 
     /// The filter, while the tracer runs.
     pub(crate) fn filter(&self) -> Option<Filter> {
-        self.attached()
-            .as_ref()
-            .map(|attached| attached.filter().clone())
+        self.source().as_ref().map(|source| source.filter().clone())
     }
 
     /// Lets the reader detach, take what was already produced, and end the stream.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
         self.wake.notify_one();
-        self.queue.progress.made();
+        self.queue.changed.notify();
     }
 
     /// Whether the tracer is at its end, and nothing new should begin.
@@ -152,8 +150,8 @@ impl Shared {
     /// Takes everything of ours out of the kernel, now.
     pub(crate) fn release(&self) {
         self.stop();
-        if let Some(attached) = self.attached().take() {
-            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = attached.stats();
+        if let Some(source) = self.source().take() {
+            *lock(&self.last) = source.stats();
         }
         // What it had open, too.
         if let Some(round) = self.round().take() {
@@ -163,8 +161,7 @@ impl Shared {
     }
 
     fn round(&self) -> MutexGuard<'_, Option<thread::JoinHandle<()>>> {
-        // No invariant spans a panic here.
-        self.round.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.round)
     }
 
     /// Runs a round of samples on a thread of its own, unless the tracer is over; the receiver hears of its end.
@@ -199,9 +196,9 @@ impl Shared {
 
     /// Opens a walk through the sockets of the calling thread's network namespace: each that is known is written into the ring when
     /// the file is read, and is a byte there.
-    pub(crate) fn walk(&self) -> io::Result<File> {
-        match &mut *self.attached() {
-            Some(attached) => attached.kernel.walk(),
+    pub(crate) fn open_socket_iter(&self) -> io::Result<File> {
+        match &mut *self.source() {
+            Some(source) => source.kernel.open_socket_iter(),
             None => Err(io::Error::other("the tracer is over")),
         }
     }

@@ -14,7 +14,7 @@ use crate::{
     error::Error,
     event::{
         Event, EventKind, LossStage, Protocol,
-        kind::{Counts, Fates, Kind},
+        kind::{Counts, EventCountsByKind, Kind},
     },
     filter::Filter,
     kernel::{Kernel, Ring},
@@ -23,7 +23,7 @@ use crate::{
         decode::{Decoded, Malformed, decode},
         flows::Flows,
         images::Images,
-        pending_samples::Samples,
+        pending_samples::PendingSamples,
     },
     stats::Stats,
 };
@@ -31,39 +31,45 @@ use crate::{
 /// How many records are taken in one go, between two chances for other tasks to run.
 pub(super) const BATCH: usize = 256;
 
+/// Counts the events that reach user space, by kind.
+#[derive(Debug, Default)]
+struct Tally {
+    emitted: Counts,
+    /// The filter has removed them after they were counted as emitted.
+    filtered: Counts,
+}
+
 #[derive(Debug)]
-pub(super) struct Attached {
+pub(super) struct Source {
     pub(super) kernel: Kernel,
     pub(super) ring: AsyncFd<Ring>,
-    emitted: Counts,
-    filtered: Counts,
+    tally: Tally,
     malformed: u64,
     /// Losses in the ring that the stream has been told of.
     lost: u64,
     pub(super) protocol: Protocol,
     flows: Flows,
-    samples: Arc<Samples>,
+    samples: Arc<PendingSamples>,
     filter: Filter,
     images: Option<Images>,
     /// Of this process's time namespace.
     time_offset: i64,
 }
 
-impl Attached {
+impl Source {
     pub(super) fn new(
         kernel: Kernel,
         ring: AsyncFd<Ring>,
         protocol: Protocol,
         flows: Flows,
-        samples: Arc<Samples>,
+        samples: Arc<PendingSamples>,
         filter: Filter,
         images: Option<Images>,
     ) -> Self {
         Self {
             kernel,
             ring,
-            emitted: Counts::default(),
-            filtered: Counts::default(),
+            tally: Tally::default(),
             malformed: 0,
             lost: 0,
             protocol,
@@ -97,11 +103,11 @@ impl Attached {
                 .map(|&r| counts[r as usize])
                 .sum::<u64>()
         };
-        let kinds = Fates::default().each(|kind, fate| {
-            fate.ring_lost = of(&lost_of, kind);
-            fate.emitted = self.emitted.of(kind) + fate.ring_lost;
-            fate.filtered = self.filtered.of(kind);
-            fate.rejected = of(&rejected, kind);
+        let kinds = EventCountsByKind::default().each(|kind, of_kind| {
+            of_kind.ring_lost = of(&lost_of, kind);
+            of_kind.emitted = self.tally.emitted.of(kind) + of_kind.ring_lost;
+            of_kind.reader_filtered = self.tally.filtered.of(kind);
+            of_kind.kernel_filtered = of(&rejected, kind);
         });
         Stats {
             malformed: self.malformed,
@@ -142,8 +148,7 @@ impl Attached {
         let Self {
             kernel,
             ring,
-            emitted,
-            filtered,
+            tally,
             malformed,
             lost,
             flows,
@@ -204,7 +209,7 @@ impl Attached {
                     }
                     _ => batch.push(event),
                 }
-                admit(before, batch, kernel, shows_flows, emitted, filtered);
+                admit(before, batch, kernel, shows_flows, tally);
             };
             if !ring.next(record) {
                 return (taken, sampled);
@@ -218,8 +223,7 @@ impl Attached {
         let Self {
             kernel,
             flows,
-            emitted,
-            filtered,
+            tally,
             ..
         } = self;
         // No clock is read where no flow waits for its date, which for TCP is always.
@@ -227,7 +231,7 @@ impl Attached {
         let (now, before) = (boottime(), batch.len());
         let stamp = stamp(clock().wall(now), now);
         flows.report(now, BATCH, kernel, stamp, |event| batch.push(event));
-        admit(before, batch, kernel, false, emitted, filtered);
+        admit(before, batch, kernel, false, tally);
         flows.next_due().map(|due| due.saturating_sub(now))
     }
 
@@ -236,15 +240,14 @@ impl Attached {
         let Self {
             kernel,
             flows,
-            emitted,
-            filtered,
+            tally,
             ..
         } = self;
         let (now, before) = (boottime(), batch.len());
         flows.finish(kernel, stamp(clock().wall(now), now), |event| {
             batch.push(event)
         });
-        admit(before, batch, kernel, false, emitted, filtered);
+        admit(before, batch, kernel, false, tally);
         let lost = self.kernel.counters().lost;
         self.report_losses(lost as u32, batch);
     }
@@ -272,12 +275,11 @@ fn admit(
     batch: &mut Vec<Event>,
     kernel: &Kernel,
     shows_flows: bool,
-    emitted: &mut Counts,
-    filtered: &mut Counts,
+    tally: &mut Tally,
 ) {
     let mut at = from;
     while let Some(event) = batch.get(at) {
-        emitted.add(event);
+        tally.emitted.add(event);
         let passes = match event.kind {
             EventKind::Close { .. } if shows_flows => kernel.wants_end_of_flows(event),
             EventKind::Flow { .. } | EventKind::Close { .. } => kernel.wants(event),
@@ -286,7 +288,7 @@ fn admit(
         if passes {
             at += 1;
         } else {
-            filtered.add(&batch.remove(at));
+            tally.filtered.add(&batch.remove(at));
         }
     }
 }
@@ -319,21 +321,21 @@ fn boottime() -> Duration {
 
 /// The wall clock as it is set now.
 fn clock() -> BootClock {
-    const LOOKS: usize = 5;
+    const ATTEMPTS: usize = 5;
     /// Nobody else has run meanwhile.
     const AT_ONCE: Duration = Duration::from_micros(20);
-    let look = || {
+    let sample_clocks = || {
         let before = boottime();
         let wall = UNIX_EPOCH + read_clock(ClockId::CLOCK_REALTIME);
         (boottime().saturating_sub(before), wall, before)
     };
     // Somebody else may run between a look at one clock and one at the other: of some pairs, the one that took least.
-    let mut best = look();
-    for _ in 1..LOOKS {
+    let mut best = sample_clocks();
+    for _ in 1..ATTEMPTS {
         if best.0 <= AT_ONCE {
             break;
         }
-        best = best.min(look());
+        best = best.min(sample_clocks());
     }
     let (_, wall, uptime) = best;
     BootClock::new(wall, uptime)

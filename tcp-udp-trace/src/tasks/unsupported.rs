@@ -50,7 +50,7 @@ impl Shared {
 #[derive(Debug)]
 pub(crate) struct Tasks {
     pub(crate) reader: JoinHandle<()>,
-    pub(crate) enrichment: Option<JoinHandle<()>>,
+    pub(crate) sampler: Option<JoinHandle<()>>,
 }
 
 pub(crate) async fn start(_: Config) -> Result<(Arc<Shared>, Tasks), Error> {

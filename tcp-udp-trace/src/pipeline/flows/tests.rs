@@ -202,7 +202,7 @@ fn the_search_for_room_ends_though_all_are_in_use() {
     }
     scene.take();
     scene.send(key(1, 21), 1);
-    let looked_at = u16::try_from(LOOKS).expect("few");
+    let looked_at = u16::try_from(ATTEMPTS).expect("few");
     assert_eq!(scene.take(), [(looked_at, 2, true), (21, 1, false)]);
 }
 

@@ -24,7 +24,7 @@ fn event(id: u64) -> Event {
     event
 }
 
-fn vital(id: u64) -> Event {
+fn lifecycle(id: u64) -> Event {
     let mut event = event(id);
     event.kind = EventKind::Accept;
     event
@@ -88,14 +88,14 @@ fn a_shed_gap_stays_a_gap() {
 }
 
 #[test]
-fn what_is_vital_outlives_a_flood() {
+fn lifecycle_events_outlive_a_flood() {
     let queue = queue(4);
-    queue.push(&mut vec![event(1), vital(2), event(3), vital(4)]);
+    queue.push(&mut vec![event(1), lifecycle(2), event(3), lifecycle(4)]);
     queue.push(&mut (5..100).map(event).collect());
-    queue.push(&mut vec![vital(100)]);
+    queue.push(&mut vec![lifecycle(100)]);
     // Missing: 1 before 2, 3 before 4, and all of the flood but its last one.
     assert_eq!(drain(&queue), [-1, 2, -1, 4, -94, 99, 100]);
-    queue.push(&mut (1..=6).map(vital).collect());
+    queue.push(&mut (1..=6).map(lifecycle).collect());
     queue.push(&mut vec![event(7)]);
     // Nothing but vital ones: then the oldest of them, but none for what is not.
     assert_eq!(drain(&queue), [-2, 3, 4, 5, 6, -1]);
@@ -107,9 +107,15 @@ fn sheds_the_newest_if_so_told() {
     let queue = Queue::new(3, OverflowPolicy::ShedNewest);
     queue.push(&mut (1..=5).map(event).collect());
     assert_eq!(drain(&queue), [1, 2, 3, -2]);
-    queue.push(&mut vec![event(1), event(2), event(3), vital(4), event(5)]);
+    queue.push(&mut vec![
+        event(1),
+        event(2),
+        event(3),
+        lifecycle(4),
+        event(5),
+    ]);
     assert_eq!(drain(&queue), [1, 2, -1, 4, -1]);
-    queue.push(&mut (1..=5).map(vital).collect());
+    queue.push(&mut (1..=5).map(lifecycle).collect());
     assert_eq!(drain(&queue), [1, 2, 3, -2]);
 }
 
@@ -119,7 +125,7 @@ fn gaps_join_where_nothing_stands_between_them() {
     queue.push(&mut vec![
         event(1),
         lost_in_ring(10),
-        vital(2),
+        lifecycle(2),
         event(3),
         event(4),
     ]);
@@ -131,7 +137,7 @@ fn gaps_join_where_nothing_stands_between_them() {
 fn there_are_never_more_gaps_than_events() {
     let queue = queue(8);
     let mixed = |n: u64| match n % 7 {
-        0 => vital(n),
+        0 => lifecycle(n),
         3 => lost_in_ring(1),
         _ => event(n),
     };
