@@ -8,21 +8,21 @@ use crate::{
     filter::Filter,
 };
 
-/// How many decoded events may wait for the consumer.
+/// The default of `queue`: how many decoded events may wait for the consumer.
 pub const DEFAULT_QUEUE: usize = 1024;
-/// The size of the buffer between kernel and reader, in bytes.
+/// The default of `ring_bytes`: the size of the buffer between kernel and reader, in bytes.
 pub const DEFAULT_RING_BYTES: u32 = 2 << 20;
-/// Of how many parts of that size another ring is one, for the ends of sockets.
+/// The second ring, for the ends of sockets, has this fraction of `ring_bytes`.
 pub(crate) const LATE_SHARE: u32 = 4;
-/// How many sockets are remembered at a time.
+/// The default of `max_sockets`: how many sockets a tracer remembers at a time.
 pub const DEFAULT_MAX_SOCKETS: u32 = 65_536;
-/// How long events may gather before the reader takes them, while they come one after the other.
+/// The default of `latency`: how long events may gather before the reader takes them.
 pub const DEFAULT_LATENCY: Duration = Duration::from_millis(20);
-/// How often the totals of a UDP flow are reported at most.
+/// The default of `interval`: the shortest time between two reports of a UDP flow.
 pub const DEFAULT_INTERVAL: Duration = Duration::from_secs(1);
-/// How often each live socket is sampled.
+/// The default of `sample_interval`: the time between two samples of a live socket.
 pub const DEFAULT_SAMPLE_INTERVAL: Duration = Duration::from_millis(6200);
-/// How many UDP flows are remembered at a time.
+/// The default of `max_flows`: how many UDP flows a tracer remembers at a time.
 pub const DEFAULT_MAX_FLOWS: u32 = 65_536;
 
 /// The range of `queue`.
@@ -40,55 +40,59 @@ const INTERVAL: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration:
 const SAMPLE_INTERVAL: RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_secs(86_400);
 
-/// Which events are shed when the queue is full and the buffer behind it fills up.
+/// Selects the events that the queue sheds when the queue is full and the buffer behind it fills
+/// up.
 ///
-/// Either way, events that tell the beginning or the end of something go last: state changes to or
-/// from `CLOSE`, `LISTEN` and `ESTABLISHED`, accepts, connects that failed, and the closes of UDP
-/// sockets. They are shed only if the queue is full of nothing else.
+/// Both policies shed lifecycle events last: state changes to or from `CLOSE`, `LISTEN` and
+/// `ESTABLISHED`, accepts, failed connects, and the closes of UDP sockets. The queue sheds them
+/// only if it contains no other events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum OverflowPolicy {
-    /// The oldest: the consumer finds what happened last.
+    /// Shed the oldest events. The consumer gets the newest ones.
     #[default]
     ShedOldest,
-    /// The newest: the consumer finds what happened first.
+    /// Shed the newest events. The consumer gets the oldest ones.
     ShedNewest,
 }
 
-/// What is between the programs in the kernel and the reader.
+/// The kind of buffer between the programs in the kernel and the reader.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Buffer {
-    /// A BPF ring buffer, common to all CPUs. Since Linux 5.8; some vendors' kernels lack it. Events come in the order in which the kernel
-    /// made room for them.
+    /// A BPF ring buffer that all CPUs share. Linux has it since 5.8, but some vendors' kernels
+    /// lack it. Events come in the order in which the kernel reserved space for them.
     Ring,
-    /// Two perf buffers for each CPU, where the kernel has no ring buffer.
+    /// Two perf buffers for each CPU, for kernels without a ring buffer.
     ///
-    /// Events are put in the order of their times as far as they are there. What happens to one socket always comes in order; events that
-    /// have nothing to do with each other may be the wrong way round, if one was still being written while the other was read.
+    /// The reader sorts the available events by time. The events of one socket always come in
+    /// order. Two unrelated events may be swapped if one was still being written while the reader
+    /// read the other.
     ///
-    /// What it costs:
+    /// The costs:
     ///
     /// - An event takes about 80 ns longer.
-    /// - [`ring_bytes`](crate::TcpTracerBuilder::ring_bytes) is shared equally among the CPUs that are online, each share rounded up to a power of
-    ///   two and to a page: a busy CPU may lose events while others have room. Each CPU has an eighth of its share (at least a page) in
-    ///   addition, for what begins or ends something.
-    /// - Two descriptors for each CPU, and locked memory: if it is more than `kernel.perf_event_mlock_kb` (516 KiB, for each CPU) and
-    ///   `ulimit -l` allow together, it takes `CAP_IPC_LOCK`. While the queue is full, the reader
-    ///   moves the records to its own memory, up to twice as much.
-    /// - What happens on a CPU that is brought up after the start is lost, and counted.
+    /// - The online CPUs share [`ring_bytes`](crate::TcpTracerBuilder::ring_bytes) equally. Each
+    ///   share is rounded up to a power of two and to a page. A busy CPU may lose events while
+    ///   other CPUs have room. Each CPU has an additional eighth of its share (at least a page) for
+    ///   lifecycle events.
+    /// - Each CPU needs two file descriptors and locked memory. More than
+    ///   `kernel.perf_event_mlock_kb` (516 KiB for each CPU) and `ulimit -l` allow together needs
+    ///   `CAP_IPC_LOCK`. While the queue is full, the reader moves the records to its own memory,
+    ///   up to twice as much.
+    /// - Events on a CPU that comes online after the start are lost, and counted.
     /// - A sample may take the room of an event: at most an eighth of a CPU's share at a time.
-    /// - What the programs find strange is not logged, only counted ([`Stats`](crate::Stats)).
+    /// - The programs count anomalies ([`Stats`](crate::Stats)), but do not log them.
     Perf,
 }
 
-/// All settings, of either protocol.
+/// All settings of a tracer, for both protocols.
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) protocol: Protocol,
     pub(crate) queue: usize,
     pub(crate) overflow: OverflowPolicy,
-    /// The best that the kernel has, unless one is named.
+    /// `None` selects the best buffer that the kernel has.
     pub(crate) buffer: Option<Buffer>,
     pub(crate) ring_bytes: u32,
     pub(crate) max_sockets: u32,

@@ -1,4 +1,4 @@
-//! The kinds of events, without what they carry; and what has become of the events of each.
+//! The kinds of events, and the counters of each kind.
 
 use std::{
     fmt,
@@ -12,7 +12,8 @@ use super::{Event, EventKind};
 
 macro_rules! kinds {
     ($($(#[$doc:meta])* $kind:ident $field:ident $name:literal,)+) => {
-        /// The kind of an event: an [`EventKind`] without what it carries. A gap ([`EventKind::Lost`]) is none.
+        /// The kind of an event: an [`EventKind`] without its fields. A gap ([`EventKind::Lost`])
+        /// has no kind.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -22,17 +23,18 @@ macro_rules! kinds {
         }
 
         impl Kind {
-            /// All of them.
+            /// All kinds.
             pub const ALL: &[Self] = &[$(Self::$kind,)+];
 
-            /// Its name, as in JSON: `state_change`, `accept`, …
+            /// Returns the name, as in JSON: `state_change`, `accept`, …
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$kind => $name,)+ }
             }
         }
 
-        /// What has become of the events, by kind. In JSON, kinds of which there was nothing are left out.
+        /// The counters of events, by kind. The JSON form leaves out kinds whose counters are all
+        /// zero.
         #[derive(Clone, Copy, Default, PartialEq, Eq)]
         #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         #[non_exhaustive]
@@ -86,26 +88,28 @@ kinds! {
     Sample sample "sample",
 }
 
-/// What has become of events: of those that the hooks produced,
-/// `emitted == delivered + ring_lost + queue_shed + reader_filtered + discarded` once the tracer is closed.
+/// The counters of events. After the tracer is closed,
+/// `emitted == delivered + ring_lost + queue_shed + reader_filtered + discarded`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct EventCounts {
-    /// The hooks produced them.
+    /// Events that the hooks produced.
     pub emitted: u64,
-    /// The consumer took them from the stream.
+    /// Events that the consumer took from the stream.
     pub delivered: u64,
-    /// They found the buffer between kernel and reader full.
+    /// Events that found the buffer between kernel and reader full.
     pub ring_lost: u64,
-    /// The queue shed them, because the consumer was too slow.
+    /// Events that the queue shed because the consumer was too slow.
     pub queue_shed: u64,
-    /// The [filter](crate::Filter) turned them out after they had been produced.
+    /// Events that the [filter](crate::Filter) rejected in user space, after the programs had
+    /// produced them. In JSON: `filtered`.
     #[cfg_attr(feature = "serde", serde(rename = "filtered"))]
     pub reader_filtered: u64,
-    /// They waited in the queue when the tracer was closed.
+    /// Events that were in the queue when the tracer was closed.
     pub discarded: u64,
-    /// Not among `emitted`: the [filter](crate::Filter) kept them from being produced.
+    /// Events that the [filter](crate::Filter) rejected in the kernel, before they were produced.
+    /// They are not part of `emitted`. In JSON: `rejected`.
     #[cfg_attr(feature = "serde", serde(rename = "rejected"))]
     pub kernel_filtered: u64,
 }
@@ -116,7 +120,7 @@ impl EventCounts {
     }
 }
 
-/// Only the kinds of which there was anything.
+/// Shows only the kinds with a counter above zero.
 impl fmt::Debug for EventCountsByKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kinds = Kind::ALL.iter().map(|&kind| (kind.name(), self[kind]));
@@ -148,7 +152,7 @@ impl AddAssign for EventCounts {
 }
 
 impl Kind {
-    /// The kind of an event; `None` of a gap.
+    /// Returns the kind of an event; `None` for a gap.
     #[must_use]
     pub fn of(event: &Event) -> Option<Self> {
         Some(match event.kind {
@@ -169,7 +173,7 @@ impl Kind {
 }
 
 impl Kind {
-    /// The records that its events come from.
+    /// Returns the kinds of the records that its events come from.
     pub(crate) const fn records(self) -> &'static [u32] {
         match self {
             Self::StateChange => &[record::STATE_CHANGE],
@@ -204,7 +208,7 @@ impl FromStr for Kind {
     }
 }
 
-/// A text that names no [`Kind`].
+/// The error of a text that is not the name of a [`Kind`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "not a kind of event: state_change, accept, retransmit, reset, connect, connect_failed, flow, send, receive, close \
@@ -212,7 +216,7 @@ impl FromStr for Kind {
 )]
 pub struct UnknownKind(());
 
-/// A number for each kind.
+/// A counter for each kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counts([u64; Kind::ALL.len()]);
 

@@ -1,4 +1,4 @@
-//! What a tracer yields.
+//! The event that a tracer yields.
 
 pub(crate) mod comm;
 pub(crate) mod escape;
@@ -21,32 +21,33 @@ use std::{
 
 use self::{process::Process, sample_info::SampleInfo, tcp_state::TcpState};
 
-/// Something that happened to a socket of this machine.
+/// An event of a socket of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Event {
-    /// When, on the wall clock: right to 1 ms, whatever clock steps and suspends came before.
+    /// The time of the event on the wall clock. It is right to 1 ms after any clock steps and
+    /// suspends.
     #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::rfc3339"))]
     pub time: SystemTime,
-    /// The same instant on `CLOCK_BOOTTIME` of this process (which a time namespace may have set): monotonic, in nanoseconds, time in suspend
-    /// included.
+    /// The same instant on `CLOCK_BOOTTIME` of this process, which a time namespace may have set.
+    /// It is monotonic, has nanoseconds, and includes time in suspend.
     #[cfg_attr(
         feature = "serde",
         serde(rename = "uptime_ns", with = "crate::event::serde_impls::nanos")
     )]
     pub uptime: Duration,
-    /// What happened.
+    /// The kind of the event.
     pub kind: EventKind,
-    /// The process that owns the socket; `None` when it is not known, never a guess.
+    /// The process that owns the socket. `None` if the owner is unknown: the tracer never guesses.
     pub process: Option<Process>,
     /// The socket.
     pub socket: Socket,
-    /// What the socket has carried so far.
+    /// The traffic of the socket so far. In an [`EventKind::Flow`], the traffic of the flow.
     pub traffic: Traffic,
 }
 
-/// What happened to a socket.
+/// The kind of an event, with its details.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(tag = "type", rename_all = "snake_case"))]
@@ -59,82 +60,98 @@ pub enum EventKind {
         /// The state it is in now.
         to: TcpState,
         /// On the way to [`TcpState::Close`]: the socket's error (an `errno` of Linux, such as 111,
-        /// `ECONNREFUSED`) when a `connect` failed or the peer or a timeout ended the connection.
+        /// `ECONNREFUSED`) if a `connect` failed, or if the peer or a timeout ended the connection.
         error: Option<i32>,
     },
-    /// TCP: `accept` gave the socket to a process, from now on its owner. Not reported for a connection that had
-    /// already ended while it waited to be accepted.
+    /// TCP: `accept` returned the socket to a process, which owns it from now on. There is no such
+    /// event for a connection that ended while it waited for its accept.
     Accept,
-    /// TCP: a segment, or several as one, was sent again. Only with [`retransmits`](crate::TcpTracerBuilder::retransmits).
+    /// TCP: the kernel retransmitted a segment, or several segments in one. Only with
+    /// [`retransmits`](crate::TcpTracerBuilder::retransmits).
     Retransmit,
-    /// TCP: the connection was reset. Only with [`resets`](crate::TcpTracerBuilder::resets). One that this side sends while it closes comes after the
-    /// socket's change to `CLOSE`. A reset that answers a segment for no socket at all is no event.
+    /// TCP: the connection was reset. Only with [`resets`](crate::TcpTracerBuilder::resets).
+    ///
+    /// A reset that this side sends while it closes comes after the socket's change to `CLOSE`. A
+    /// reset that answers a segment for no socket is not an event.
     Reset {
-        /// Who did it.
+        /// The side that sent the reset.
         direction: Direction,
     },
     /// UDP: `connect` gave the socket a peer.
     Connect,
-    /// A `connect` failed and left the socket as it was: there was no route, a program of a cgroup
-    /// or a security module refused it, or the address made no sense. `connect` returned the error.
+    /// A `connect` failed and left the socket unchanged. The reason may be a missing route, a
+    /// refusal by a program of a cgroup or a security module, or a bad address.
     ///
-    /// [`Socket::remote`] is where the caller wanted to go. It is unspecified if the caller gave no
-    /// address of IPv4 or IPv6.
+    /// [`Socket::remote`] is the address that the caller gave. It is unspecified if the caller gave
+    /// no IPv4 or IPv6 address.
     ///
-    /// TCP: a `connect` that has begun, which the kernel shows by `SYN_SENT`, and failed then, is a
+    /// TCP: a `connect` that fails after the change to `SYN_SENT` is a
     /// [`StateChange`](Self::StateChange) with its error instead. The process is the caller.
-    /// [`Socket::id`] names this attempt only: no other event has it, also if the socket connects
-    /// later. UDP: the socket keeps its id, its owner, and any peer that it had.
+    /// [`Socket::id`] identifies this attempt only. No other event has this id, even if the socket
+    /// connects later.
+    ///
+    /// UDP: the socket keeps its id, its owner, and its peer, if it has one.
     ConnectFailed {
-        /// The `errno` of Linux, such as 101, `ENETUNREACH`.
+        /// The `errno` of Linux that `connect` returned, such as 101, `ENETUNREACH`.
         error: i32,
     },
-    /// UDP: the totals of one flow (a socket, its local address and a peer) so far, in
-    /// [`Event::traffic`]; at its first datagram, then at most once per
+    /// UDP: the totals of one flow so far, in [`Event::traffic`]. A flow is a socket, its local
+    /// address and a peer. The event comes at the first datagram, then at most once per
     /// [interval](crate::UdpTracerBuilder::interval), and once more when the socket ends.
     Flow {
-        /// `rx_packets` may be too small: this kernel tells how often was read, and the socket (with `UDP_GRO`) gets several
-        /// datagrams at a time. Or any number may be: datagrams of the socket were counted for no flow
-        /// ([`Stats::unassigned`](crate::Stats::unassigned)).
+        /// The numbers may be too small, for one of two reasons:
+        ///
+        /// - `rx_packets` counts reads, because this kernel shows only those, and one read of the
+        ///   socket may return several datagrams (`UDP_GRO`).
+        /// - Datagrams of the socket were assigned to no flow
+        ///   ([`Stats::unassigned`](crate::Stats::unassigned)). Then any number may be too small.
         approximate: bool,
-        /// How long ago its first datagram was counted. A flow that goes on after its last report starts again at zero.
+        /// The time since the flow's first datagram. A flow that continues after its last report
+        /// starts again at zero.
         #[cfg_attr(
             feature = "serde",
             serde(rename = "age_ns", with = "crate::event::serde_impls::nanos")
         )]
         age: Duration,
-        /// It is the last report of the flow: the socket has ended, or the flow made room for another one
-        /// ([`max_flows`](crate::UdpTracerBuilder::max_flows)). What the flow has carried in all is the sum of its last reports and its newest one.
+        /// Whether this is the last report of the flow: the socket has ended, or the flow made room
+        /// for another one ([`max_flows`](crate::UdpTracerBuilder::max_flows)). The total of a flow
+        /// is the sum of its last reports and its newest report.
         last: bool,
     },
-    /// UDP: a datagram was sent. Only with [`per_datagram`](crate::UdpTracerBuilder::per_datagram). A batch that was sent as one
-    /// (`UDP_SEGMENT`) is one event; `traffic`, the socket's totals, counts its datagrams.
+    /// UDP: the socket sent a datagram. Only with
+    /// [`per_datagram`](crate::UdpTracerBuilder::per_datagram).
+    ///
+    /// A batch (`UDP_SEGMENT`) is one event. The socket's totals in `traffic` count its datagrams.
     Send {
-        /// Its payload.
+        /// The payload in bytes.
         bytes: u64,
     },
-    /// UDP: a datagram was received. Only with [`per_datagram`](crate::UdpTracerBuilder::per_datagram).
+    /// UDP: the application received a datagram. Only with
+    /// [`per_datagram`](crate::UdpTracerBuilder::per_datagram).
     Receive {
-        /// What the application got of its payload.
+        /// The payload bytes that the application received.
         bytes: u64,
     },
-    /// UDP: the socket is gone; [`Event::traffic`] has its totals.
+    /// UDP: the socket was closed. [`Event::traffic`] has its totals.
     Close {
-        /// How many datagrams the application never got because the receive buffer was full.
+        /// How many datagrams the kernel dropped because the receive buffer was full.
         drops: u64,
         /// As in [`Flow`](Self::Flow).
         approximate: bool,
     },
-    /// The socket is alive, and this is how it is: once per [`sample_interval`](crate::TcpTracerBuilder::sample_interval). TCP: every socket
-    /// but those in `TIME_WAIT` and in the first half of a handshake, listeners too. UDP: every socket that is bound to a port.
+    /// The state of a live socket, once per
+    /// [`sample_interval`](crate::TcpTracerBuilder::sample_interval).
     ///
-    /// [`Event::traffic`] is of the event's time, as in every other event, and `info` of up to the duration of a
-    /// [round](crate::Stats::sample_last_round) earlier.
+    /// TCP: every socket, listeners included, except those in `TIME_WAIT` and in the first half of
+    /// a handshake. UDP: every socket that is bound to a port.
+    ///
+    /// [`Event::traffic`] is of the event's time, as in every other event. `info` may be older by
+    /// up to the duration of a [round](crate::Stats::sample_last_round).
     Sample {
-        /// What the kernel tells of it.
+        /// The kernel's view of the socket.
         info: SampleInfo,
     },
-    /// A gap: events that were produced and could not be delivered would stand here.
+    /// A gap. Events that the tracer could not deliver are missing here.
     Lost {
         /// How many events are missing.
         count: u64,
@@ -143,7 +160,7 @@ pub enum EventKind {
     },
 }
 
-/// Which way something went.
+/// The direction of a reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
@@ -155,70 +172,74 @@ pub enum Direction {
     Received,
 }
 
-/// Where an event was lost on its way to the consumer.
+/// The stage at which an event was lost on its way to the consumer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum LossStage {
-    /// The buffer between kernel and reader was full: the machine was too busy to run the reader in time.
+    /// The buffer between kernel and reader was full. The machine was too busy to run the reader in
+    /// time.
     Ring,
-    /// The queue between reader and consumer was full: the consumer was too slow.
+    /// The queue between reader and consumer was full. The consumer was too slow.
     Queue,
 }
 
-/// The socket that an event is about.
+/// The socket of an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Socket {
-    /// Its protocol.
+    /// The protocol of the socket.
     pub protocol: Protocol,
-    /// Names one life of a socket, from `connect`, `listen` or the handshake to its close. Unique in the
-    /// tracer's life, never reused. Not in the order in which sockets begin: each CPU counts its own.
+    /// Identifies one life of a socket, from `connect`, `listen` or the handshake to its close. It
+    /// is unique in the tracer's life and never reused. It does not order sockets by age, because
+    /// each CPU has its own counter.
     pub id: u64,
-    /// The kernel's own name of the socket (`SO_COOKIE`), once somebody has asked the kernel for one.
+    /// The kernel's own id of the socket (`SO_COOKIE`). `None` until a program asks the kernel for
+    /// one.
     pub cookie: Option<u64>,
-    /// The address of this side, as the socket knows it: before any NAT. Unspecified until the
-    /// kernel has chosen it, or revealed it: the receives of a UDP socket that is bound to no
-    /// address do not tell it on a kernel without kprobes. A link-local IPv6 address has the
-    /// interface ([`device`](Self::device)) as its scope.
+    /// The address of this side, as the socket has it before any NAT.
+    ///
+    /// It is unspecified until the kernel has chosen it and a hook shows it. On a kernel without
+    /// kprobes, the receives of a UDP socket that is bound to no address do not show it. A
+    /// link-local IPv6 address has the interface ([`device`](Self::device)) as its scope.
     pub local: SocketAddr,
-    /// The address of the other side; unspecified until known. Its scope is as for
+    /// The address of the other side, unspecified until known. Its scope is as in
     /// [`local`](Self::local).
     pub remote: SocketAddr,
-    /// The user that the kernel charges the socket to.
+    /// The user id that the kernel charges the socket to.
     pub uid: u32,
-    /// The network namespace: the inode number of `/proc/PID/ns/net`. When the namespace has ended,
-    /// another one gets the number.
+    /// The network namespace: the inode number of `/proc/PID/ns/net`. After the namespace has
+    /// ended, the kernel gives the number to another one.
     pub netns: u32,
-    /// The kernel's own name of the network namespace, which it never reuses (`SO_NETNS_COOKIE`).
-    /// `None` before Linux 5.12.
+    /// The kernel's own id of the network namespace (`SO_NETNS_COOKIE`), which the kernel never
+    /// reuses. `None` before Linux 5.12.
     #[cfg_attr(feature = "serde", serde(default))]
     pub netns_cookie: Option<NonZeroU64>,
-    /// The cgroup that the socket was made in: the id of its directory in cgroup v2 (its inode number).
-    /// 0 when the kernel does not tell.
+    /// The cgroup in which the socket was made: the id (inode number) of its directory in cgroup
+    /// v2. 0 if the kernel does not have it.
     pub cgroup: u64,
-    /// The interface that the socket is bound to: by `SO_BINDTODEVICE`, or by a link-local IPv6
-    /// address. It is a number of the socket's network namespace (`if_nametoindex`).
+    /// The interface that the socket is bound to, by `SO_BINDTODEVICE` or by a link-local IPv6
+    /// address. It is an interface number of the socket's network namespace (`if_nametoindex`).
     ///
-    /// A UDP socket that is bound to no interface has none. The link-local addresses of its flows
-    /// then have the interface that their datagrams went through as their scope.
+    /// A UDP socket that is bound to no interface has none. The scope of the link-local addresses
+    /// of its flows is the interface of their datagrams.
     #[cfg_attr(feature = "serde", serde(default))]
     pub device: Option<NonZeroU32>,
-    /// How long ago its life began. Of a socket that is not known to be younger than the tracer
-    /// ([`older`](Self::older)), how long ago the tracer saw it for the first time.
+    /// The time since the socket's life began. If the socket may be older than the tracer
+    /// ([`older`](Self::older)), the time since the tracer first saw it.
     #[cfg_attr(
         feature = "serde",
         serde(rename = "age_ns", with = "crate::event::serde_impls::nanos")
     )]
     pub age: Duration,
-    /// Whether its life began before the tracer was there. Then its true age is more than
+    /// Whether the socket's life began before the tracer started. Then its true age is more than
     /// [`age`](Self::age), and the tracer has not seen its first events.
     ///
-    /// `None` where that is not known: of a socket whose beginning the tracer may have missed
+    /// `None` if that is unknown: for a socket whose beginning the tracer may have missed
     /// ([`Stats::untracked`](crate::Stats::untracked), [`Stats::missed`](crate::Stats::missed)),
-    /// and of the UDP sockets of the kernel itself.
+    /// and for the kernel's own UDP sockets.
     #[cfg_attr(feature = "serde", serde(default))]
     pub older: Option<bool>,
 }
@@ -235,25 +256,28 @@ pub enum Protocol {
     Udp,
 }
 
-/// What a socket, or in an [`EventKind::Flow`] a flow, has carried so far.
+/// The traffic of a socket so far, or in an [`EventKind::Flow`] that of a flow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Traffic {
-    /// Payload bytes sent. TCP: put on the wire, each counted once: no retransmissions, SYN or FIN. UDP: of datagrams that the kernel
-    /// accepted.
+    /// Payload bytes sent. TCP: bytes put on the wire, each counted once, without retransmissions,
+    /// SYN and FIN. UDP: bytes of datagrams that the kernel accepted.
     pub tx_bytes: u64,
-    /// Payload bytes received. TCP: in order, no SYN or FIN. UDP: what the receive calls returned; not what was only peeked at.
+    /// Payload bytes received. TCP: bytes in order, without SYN and FIN. UDP: bytes that the
+    /// receive calls returned, without those of a peek.
     pub rx_bytes: u64,
-    /// TCP: segments sent, as the kernel counts them (`tcpi_segs_out`; modulo 2³²). UDP: datagrams; each segment of a `UDP_SEGMENT`
-    /// batch is one, a corked datagram is one, an empty one too.
+    /// TCP: segments sent, as the kernel counts them (`tcpi_segs_out`, modulo 2³²). UDP: datagrams
+    /// sent. Each segment of a `UDP_SEGMENT` batch is one datagram, and so are a corked datagram
+    /// and an empty one.
     pub tx_packets: u64,
-    /// TCP: segments received, as the kernel counts them (`tcpi_segs_in`; modulo 2³²). UDP: datagrams received.
+    /// TCP: segments received, as the kernel counts them (`tcpi_segs_in`, modulo 2³²). UDP:
+    /// datagrams received.
     pub rx_packets: u64,
 }
 
 impl Event {
-    /// A gap in the stream of a protocol.
+    /// Makes a gap in the stream of a protocol.
     pub(crate) fn gap(
         count: u64,
         stage: LossStage,
@@ -287,12 +311,13 @@ impl Event {
         }
     }
 
-    /// A gap that ends with `last`.
+    /// Makes a gap that ends with `last`.
     pub(crate) fn lost(count: u64, stage: LossStage, last: &Self) -> Self {
         Self::gap(count, stage, last.socket.protocol, last.time, last.uptime)
     }
 
-    /// Whether it tells the beginning or the end of something, so that whoever misses it has a wrong picture from then on.
+    /// Returns whether the event is a lifecycle event. A consumer that misses one has a wrong
+    /// picture from then on.
     pub(crate) fn is_lifecycle(&self) -> bool {
         use TcpState::{Close, Established, Listen};
         match &self.kind {
@@ -304,15 +329,15 @@ impl Event {
         }
     }
 
-    /// Whether a TCP connection begins here, or a UDP socket got a peer.
+    /// Returns whether a TCP connection begins here, or a UDP socket got a peer.
     ///
-    /// TCP: the change out of the handshake (`SYN_SENT`, `SYN_RECV`), nearly always to
-    /// `ESTABLISHED`. A socket that is shut down during its handshake goes to `FIN_WAIT1`, and a
-    /// peer's FIN that came with its SYN (TCP Fast Open) leads to `CLOSE_WAIT`.
+    /// TCP: true for the change out of the handshake (`SYN_SENT`, `SYN_RECV`), nearly always to
+    /// `ESTABLISHED`. A socket that is shut down during its handshake goes to `FIN_WAIT1`. A peer's
+    /// FIN that came with its SYN (TCP Fast Open) leads to `CLOSE_WAIT`.
     ///
-    /// Each TCP connection that the tracer has seen from its beginning to its end has one such
-    /// event, and one that [`is_close`](Self::is_close). A connection that was there before the
-    /// tracer ([`Socket::older`]) has only the second. UDP events do not pair: a UDP socket may
+    /// A TCP connection that the tracer saw from its beginning to its end has exactly one such
+    /// event, and one event with [`is_close`](Self::is_close). A connection that is older than the
+    /// tracer ([`Socket::older`]) has only the second one. UDP events do not pair: a UDP socket may
     /// connect never or several times, and closes once.
     #[must_use]
     pub fn is_open(&self) -> bool {
@@ -323,10 +348,10 @@ impl Event {
         }
     }
 
-    /// Whether a TCP connection ends here, or a UDP socket is gone. Its
+    /// Returns whether a TCP connection ends here, or a UDP socket is closed. Then the
     /// [`traffic`](Self::traffic) is final.
     ///
-    /// Not the end of a listener, and not that of an attempt to connect that failed: see
+    /// False for the end of a listener, and for the end of a failed attempt to connect: see
     /// [`is_end`](Self::is_end).
     #[must_use]
     pub fn is_close(&self) -> bool {
@@ -337,9 +362,9 @@ impl Event {
         }
     }
 
-    /// Whether this is the end of the socket's life ([`Socket::id`]), whatever it was: a
-    /// connection, a listener, an attempt to connect. What is remembered of the socket can be
-    /// forgotten. Only a [`Reset`](EventKind::Reset) that this side sends may follow.
+    /// Returns whether this is the end of a socket's life ([`Socket::id`]): the end of a
+    /// connection, a listener, or an attempt to connect. A consumer can drop its state of the
+    /// socket. Only a [`Reset`](EventKind::Reset) that this side sends may follow.
     #[must_use]
     pub fn is_end(&self) -> bool {
         matches!(
@@ -352,7 +377,7 @@ impl Event {
     }
 }
 
-/// One line: time, protocol, addresses, what happened, owner, traffic.
+/// One line: time, protocol, addresses, kind, owner, traffic.
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -454,7 +479,7 @@ mod tests {
         }
     }
 
-    /// How often a life with these states opens and closes, and how often it ends.
+    /// Counts the opens, closes and ends of a life with these states.
     fn counts(states: &[TcpState]) -> [usize; 3] {
         let changes = || states.windows(2).map(|pair| change(pair[0], pair[1]));
         [Event::is_open, Event::is_close, Event::is_end]
