@@ -1,4 +1,5 @@
-//! What the micro-benchmarks in `benches/micro.rs` call. Not a part of the API: it is compiled for them only.
+//! Functions that the micro-benchmarks in `benches/micro.rs` call. They are compiled for the
+//! benchmarks only, and are no part of the API.
 
 #![allow(clippy::missing_panics_doc, reason = "to panic is how they report")]
 
@@ -16,7 +17,7 @@ use crate::{
     pipeline::{clock::BootClock, decode::decode, queue::Queue},
 };
 
-/// A record of a change of state, as the ring hands it over.
+/// Returns a record of a state change, as the ring passes it on.
 #[must_use]
 pub fn state_change() -> Vec<u8> {
     let mut record = StateChange::new_zeroed();
@@ -28,7 +29,7 @@ pub fn state_change() -> Vec<u8> {
     record.as_bytes().to_vec()
 }
 
-/// A record of an accept.
+/// Returns a record of an accept.
 #[must_use]
 pub fn accept() -> Vec<u8> {
     let mut record = Tcp::new_zeroed();
@@ -37,7 +38,7 @@ pub fn accept() -> Vec<u8> {
     record.as_bytes().to_vec()
 }
 
-/// A record of a datagram.
+/// Returns a record of a datagram.
 #[must_use]
 pub fn send() -> Vec<u8> {
     let mut record = Udp::new_zeroed();
@@ -59,18 +60,18 @@ pub fn event(record: &[u8]) -> Event {
 pub struct BenchQueue(Queue);
 
 impl BenchQueue {
-    /// An empty one.
+    /// Makes an empty queue.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         Self(Queue::new(capacity, OverflowPolicy::ShedOldest))
     }
 
-    /// The reader hands over a batch.
+    /// Appends a batch, as the reader does.
     pub fn push(&self, batch: &mut Vec<Event>) {
         self.0.push(batch);
     }
 
-    /// The consumer takes all that is there.
+    /// Takes all events, as the consumer does.
     pub fn take_all(&self, mut take: impl FnMut(Event)) {
         let mut context = Context::from_waker(Waker::noop());
         while let Poll::Ready(Some(event)) = self.0.poll_pop(&mut context) {

@@ -1,4 +1,5 @@
-//! The rim to sock_diag, and the only place that names netlink: asks for every socket of the calling thread's network namespace.
+//! Queries sock_diag for every socket of the calling thread's network namespace. This is the only
+//! module that names netlink.
 
 use std::{
     cell::Cell,
@@ -28,9 +29,9 @@ use tokio::time::timeout;
 
 use crate::event::{Protocol, sample_info::SampleInfo, tcp_info::TcpInfo, udp_info::UdpInfo};
 
-/// How often an inconsistent dump is tried.
+/// The number of attempts at a consistent dump.
 const ATTEMPTS: usize = 3;
-/// How long the kernel may take from one part of a dump to the next.
+/// The longest time between two parts of a dump.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// `struct inet_diag_msg`, up to its attributes.
@@ -39,26 +40,28 @@ const HEADER_LEN: usize = 72;
 const INET_DIAG_INFO: u16 = 2;
 const INET_DIAG_SKMEMINFO: u16 = 7;
 
-/// What the kernel said of a socket.
+/// The kernel's answer for one socket.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct SocketInfo {
     pub(crate) cookie: u64,
     pub(crate) info: SampleInfo,
 }
 
-/// An answer that makes no sense.
+/// The error of an answer that is not valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Malformed;
 
-/// An answer; `None` is one of what is no whole socket: TIME_WAIT passes for the state before it.
+/// An answer. `None` is an answer that is not for a full socket: the kernel returns TIME_WAIT
+/// sockets under their previous state.
 pub(crate) type Answer = Result<Option<SocketInfo>, Malformed>;
 
-/// Hands every socket of the calling thread's namespace to `take`, until that says `false`. Those of TCP that are no whole socket
-/// (a handshake's first half, TIME_WAIT) are not asked for.
+/// Passes every socket of the calling thread's namespace to `take`, until that returns `false`. The
+/// request leaves out TCP sockets that are not full sockets (the first half of a handshake,
+/// TIME_WAIT).
 ///
 /// # Errors
 ///
-/// The kernel has no sock_diag for this protocol, or did not answer, or every attempt was interrupted.
+/// The kernel has no sock_diag for this protocol, or did not answer, or interrupted every attempt.
 pub(crate) async fn dump(
     protocol: Protocol,
     mut take: impl FnMut(Answer) -> bool,
@@ -78,7 +81,7 @@ pub(crate) async fn dump(
             break;
         }
     }
-    // It does not end by itself while the receiver of unsolicited messages is there.
+    // The connection does not end by itself while the receiver of unsolicited messages exists.
     connection.abort();
     result
 }
@@ -141,13 +144,13 @@ fn request(family: u8, protocol: Protocol) -> InetRequest {
         Protocol::Tcp => (
             IPPROTO_TCP,
             ExtensionFlags::INFO,
-            // SYN_RECV would bring those that are only asking.
+            // SYN_RECV would include connection requests.
             StateFlags::all() - StateFlags::SYN_RECV - StateFlags::TIME_WAIT - StateFlags::CLOSE,
         ),
         Protocol::Udp => (
             IPPROTO_UDP,
             ExtensionFlags::SKMEMINFO,
-            // Connected, and not connected.
+            // Connected and unconnected sockets.
             StateFlags::ESTABLISHED | StateFlags::CLOSE,
         ),
     };
@@ -165,8 +168,8 @@ fn request(family: u8, protocol: Protocol) -> InetRequest {
     }
 }
 
-/// What passes through the connection. A type of our own: the crate's refuses a socket for one attribute that it does not
-/// know, and its form depends on a feature that anybody may turn on.
+/// The messages of the connection. The crate's own type rejects a socket for one unknown attribute,
+/// and its form depends on a feature that any other crate may enable.
 #[derive(Debug)]
 enum Message {
     Request(InetRequest),
@@ -206,7 +209,7 @@ impl NetlinkDeserializable for Message {
     }
 }
 
-/// One socket of an answer.
+/// Parses an answer for one socket.
 fn parse(payload: &[u8]) -> Answer {
     let (header, attributes) = payload.split_at_checked(HEADER_LEN).ok_or(Malformed)?;
     let header = InetResponseHeader::parse(header).map_err(|_| Malformed)?;
@@ -230,7 +233,8 @@ fn parse(payload: &[u8]) -> Answer {
     Ok(info.map(|info| SocketInfo { cookie, info }))
 }
 
-/// What bytes tell, taken as one answer and as a datagram that the netlink crates cut into answers: for the fuzzers.
+/// Parses bytes as one answer, and as a datagram that the netlink crates split into answers. For
+/// the fuzzers.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn parse_answers(bytes: &[u8]) -> Vec<SampleInfo> {
     use netlink_proto::NetlinkMessageCodec as _;
@@ -246,8 +250,9 @@ pub(crate) fn parse_answers(bytes: &[u8]) -> Vec<SampleInfo> {
     infos.map(|socket| socket.info).collect()
 }
 
-/// A socket that lets others run after each datagram. The connection reads until there is nothing, and for a dump the kernel writes
-/// the next part when one is read: so it would take all of it into memory before anybody could look at the first socket.
+/// A socket that yields to other tasks after each datagram. The connection reads until no data is
+/// left, and during a dump, each read makes the kernel write the next part. Without the yield, the
+/// connection would read the whole dump into memory before the consumer sees the first socket.
 struct Paced {
     socket: TokioSocket,
     has_read: Cell<bool>,
@@ -316,7 +321,7 @@ impl AsyncSocket for Paced {
 mod tests {
     use super::*;
 
-    /// `struct inet_diag_msg` of a socket with this cookie.
+    /// Returns the `struct inet_diag_msg` of a socket with this cookie.
     fn header(family: u8, cookie: u64) -> Vec<u8> {
         let mut bytes = vec![family, 1, 0, 0]; // family, state, timer, retransmits
         bytes.extend(8080_u16.to_be_bytes()); // source port
@@ -340,7 +345,8 @@ mod tests {
         bytes
     }
 
-    /// An answer of a new kernel: an attribute that nobody knows, one of an odd length, and the one that we want.
+    /// Returns an answer of a newer kernel: an unknown attribute, one with an odd length, and the
+    /// one that the parser needs.
     fn answer() -> Vec<u8> {
         let unknown = attribute(4_000, &[1, 2, 3]);
         let shutdown = attribute(8, &[0]);
@@ -377,7 +383,7 @@ mod tests {
         assert_eq!(parse(&header(1, 1)), Err(Malformed), "another family");
         let short = attribute(INET_DIAG_INFO, &[7; 100]);
         assert_eq!(parse(&[header(AF_INET, 1), short].concat()), Err(Malformed));
-        // Between two attributes, or in their padding, it is only less that is said.
+        // A cut between two attributes, or in their padding, only makes the answer shorter.
         let whole = [72, 79, 80, 85, 86, 87, 88];
         for len in 0..answer().len() {
             let expected = if whole.contains(&len) {
@@ -389,7 +395,8 @@ mod tests {
         }
     }
 
-    /// What the kernel says of a socket of each kind, in a network namespace that has no others.
+    /// Writes the kernel's answers for one socket of each kind, in a network namespace without
+    /// others.
     #[test]
     #[ignore = "writes the fuzzers' seeds, as root"]
     fn write_seeds() {
@@ -417,7 +424,7 @@ mod tests {
             assert_eq!(parse_answers(&datagram).len(), 1);
             crate::fuzzing::seeds::write_seed("netlink", name, &datagram);
         }
-        // One that newer kernels and others could send.
+        // An answer that newer kernels could send.
         crate::fuzzing::seeds::write_seed("netlink", "unknown_attribute", &answer());
     }
 }

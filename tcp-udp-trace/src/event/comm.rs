@@ -1,4 +1,4 @@
-//! A process name as the kernel keeps it.
+//! A process name, as the kernel stores it.
 
 use std::{fmt, str::FromStr};
 
@@ -6,11 +6,12 @@ use super::escape::{Escaped, unescape};
 
 /// A process name (`comm`): at most 15 bytes, chosen by the process itself and therefore untrusted.
 ///
-/// The bytes are kept as they are. `Display` and the JSON form keep printable UTF-8 and write everything
-/// else (control characters, invisible and direction-changing characters, invalid UTF-8, the backslash)
-/// as `\xNN`, so a hostile name cannot reach a terminal or break a log line. [`FromStr`] is the inverse.
+/// `Comm` stores the bytes unchanged. `Display` and the JSON form keep printable UTF-8. They write
+/// all other bytes (control characters, invisible and direction-changing characters, invalid UTF-8,
+/// the backslash) as `\xNN`. So a hostile name cannot reach a terminal or break a log line.
+/// [`FromStr`] is the inverse.
 ///
-/// Source: `task_struct.comm` of the main thread, what `/proc/PID/comm` shows.
+/// Source: `task_struct.comm` of the main thread, which `/proc/PID/comm` shows.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Comm([u8; Comm::LEN]);
 
@@ -18,7 +19,7 @@ impl Comm {
     /// The size of the kernel's buffer (`TASK_COMM_LEN`), its terminating NUL included.
     pub const LEN: usize = 16;
 
-    /// Takes the kernel's buffer; everything from the first NUL on is not part of the name.
+    /// Makes a name from the kernel's buffer. The name ends before the first NUL.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let mut comm = [0; Self::LEN];
@@ -31,7 +32,7 @@ impl Comm {
         Self(comm)
     }
 
-    /// The name's bytes, without the padding.
+    /// Returns the bytes of the name, without the padding.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         let len = self.0.iter().position(|&b| b == 0).unwrap_or(Self::LEN);
@@ -51,7 +52,8 @@ impl fmt::Debug for Comm {
     }
 }
 
-/// A text that is not a process name: longer than 15 bytes, or with a malformed `\xNN`.
+/// The error of a text that is not a process name: longer than 15 bytes, or with a malformed
+/// `\xNN`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "not a process name: at most 15 bytes, none of them NUL, a backslash only as part of \\xNN"

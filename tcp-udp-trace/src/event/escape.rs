@@ -1,11 +1,12 @@
-//! Bytes that strangers have chosen, as text that can be shown and read back.
+//! Untrusted bytes as text that is safe to show, and back.
 //!
-//! Printable UTF-8 stays as it is; everything else (control characters, invisible and direction-changing characters, invalid UTF-8, the
-//! backslash) becomes `\xNN`, so that it cannot reach a terminal or break a log line.
+//! Printable UTF-8 stays unchanged. All other bytes (control characters, invisible and
+//! direction-changing characters, invalid UTF-8, the backslash) become `\xNN`. So they cannot reach
+//! a terminal or break a log line.
 
 use std::fmt;
 
-/// Shows bytes.
+/// Shows untrusted bytes.
 pub(crate) struct Escaped<'a>(pub(crate) &'a [u8]);
 
 impl fmt::Display for Escaped<'_> {
@@ -27,10 +28,11 @@ impl fmt::Display for Escaped<'_> {
     }
 }
 
-/// Whether a character can make a line of text lie: it is a control character, or it breaks lines, changes directions or is invisible.
+/// Returns whether a character can make a line of text misleading: a control character, or one that
+/// breaks lines, changes directions or is invisible.
 ///
-/// Source: Unicode's general category Cc; the line and paragraph separators; the annotation characters; and the property
-/// Default_Ignorable_Code_Point.
+/// Source: Unicode's general category Cc; the line and paragraph separators; the annotation
+/// characters; and the property Default_Ignorable_Code_Point.
 pub(crate) fn is_deceptive(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{2028}' | '\u{2029}' | '\u{fff9}'..='\u{fffb}')
@@ -56,7 +58,7 @@ pub(crate) fn is_deceptive(c: char) -> bool {
         )
 }
 
-/// The bytes that were shown so; `None` if a backslash is not part of `\xNN`.
+/// Returns the original bytes; `None` if a backslash is not part of `\xNN`.
 pub(crate) fn unescape(text: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

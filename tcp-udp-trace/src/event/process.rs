@@ -1,4 +1,4 @@
-//! Whose a socket is.
+//! The owner of a socket.
 
 use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
 
@@ -9,20 +9,22 @@ use super::comm::Comm;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Process {
-    /// Process id (the kernel's `tgid`), as the initial pid namespace numbers it, wherever the tracer runs.
+    /// The process id (the kernel's `tgid`) in the initial pid namespace, in whatever namespace the
+    /// tracer runs.
     ///
-    /// A tracer in a child pid namespace, such as that of a container, knows its processes by other
-    /// numbers. [`Filter::pid`](crate::Filter::pid) takes those.
+    /// In a child pid namespace, such as that of a container, processes have other numbers.
+    /// [`Filter::pid`](crate::Filter::pid) takes those.
     pub pid: u32,
-    /// The thread that made the socket this process's own.
+    /// The thread that made the process the owner.
     pub tid: u32,
-    /// The real user id of the process then.
+    /// The real user id of the process when it became the owner.
     pub uid: u32,
-    /// The process's name then.
+    /// The name of the process when it became the owner.
     pub comm: Comm,
-    /// How the owner is known.
+    /// How the tracer knows the owner.
     pub origin: Origin,
-    /// When the process was made, on the clock of [`Event::uptime`](crate::Event::uptime). Its pid may be another's one day; pid and this together never are.
+    /// The start time of the process, on the clock of [`Event::uptime`](crate::Event::uptime). The
+    /// kernel reuses a pid, but never a pid with the same start time.
     #[cfg_attr(
         feature = "serde",
         serde(
@@ -32,8 +34,9 @@ pub struct Process {
         )
     )]
     pub started: Duration,
-    /// What else is known of it, if [asked for](crate::TcpTracerBuilder::process_details). Absent too if the process had ended before it
-    /// could be looked at.
+    /// More facts about the process, with
+    /// [`process_details`](crate::TcpTracerBuilder::process_details). `None` also if the process
+    /// ended before the tracer could read them.
     #[cfg_attr(
         feature = "serde",
         serde(default, skip_serializing_if = "Option::is_none")
@@ -46,30 +49,32 @@ pub struct Process {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct ProcessDetails {
-    /// The path of its executable (`/proc/PID/exe`), from the root of the mount namespace that the
-    /// executable's mount is in, also for a process in a chroot. ` (deleted)` is at its end if the file
-    /// was deleted before it was read. None only for a kernel thread.
+    /// The path of the executable (`/proc/PID/exe`). It starts at the root of the mount namespace
+    /// of the executable's mount, also for a process in a chroot. It ends with ` (deleted)` if the
+    /// file was deleted before the tracer read it. `None` only for a kernel thread.
     #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::path"))]
     pub exe: Option<PathBuf>,
-    /// Its command line (`/proc/PID/cmdline`), which it can change at will: at most the first 4096 bytes.
+    /// The command line (`/proc/PID/cmdline`), at most its first 4096 bytes. The process can change
+    /// it at will.
     #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::words"))]
     pub cmdline: Vec<OsString>,
 }
 
-/// How the owner of a socket is known.
+/// The way in which the tracer learned the owner of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[non_exhaustive]
 pub enum Origin {
-    /// TCP: it called `connect` or `listen`; for a connection that waits to be accepted, it called `listen` on the listener.
-    /// UDP: it made the socket.
+    /// TCP: the process called `connect` or `listen`. For a connection that waits for its accept,
+    /// it called `listen` on the listener. UDP: the process made the socket.
     Creator,
-    /// It accepted the connection.
+    /// The process accepted the connection.
     Acceptor,
-    /// It was the first seen sending or receiving.
+    /// The process was the first one that the tracer saw send or receive.
     User,
-    /// It had the socket open when the tracer started; of several that had, it is the one with the lowest pid. For a connection that waits
-    /// to be accepted: it had the listener open.
+    /// The process had the socket open when the tracer started. If several processes had, this is
+    /// the one with the lowest pid. For a connection that waits for its accept, the process had the
+    /// listener open.
     Snapshot,
 }

@@ -1,4 +1,4 @@
-//! Times as text.
+//! The text form of times.
 
 use std::{
     fmt,
@@ -8,7 +8,7 @@ use std::{
 /// Shows a time as RFC 3339 in UTC with nanoseconds.
 pub(crate) struct Rfc3339(pub(crate) SystemTime);
 
-/// The last instant that RFC 3339 can write: the end of the year 9999.
+/// The last instant that RFC 3339 can express: the end of the year 9999.
 pub(crate) const LATEST: Duration = Duration::new(253_402_300_799, 999_999_999);
 
 impl fmt::Display for Rfc3339 {

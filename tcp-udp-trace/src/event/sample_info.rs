@@ -1,4 +1,5 @@
-//! What the kernel tells of a live socket when it is asked: from the bytes of sock_diag. No I/O, and any bytes are survived.
+//! The kernel's view of a live socket, decoded from the bytes of sock_diag. No I/O. Any bytes are
+//! safe.
 
 use std::fmt;
 
@@ -10,13 +11,13 @@ use super::{tcp_info::TcpInfo, tcp_state::TcpState, udp_info::UdpInfo};
 #[cfg_attr(feature = "serde", serde(untagged))]
 #[non_exhaustive]
 pub enum SampleInfo {
-    /// Of a TCP socket.
+    /// A TCP socket.
     Tcp(Box<TcpInfo>),
-    /// Of a UDP socket.
+    /// A UDP socket.
     Udp(Box<UdpInfo>),
 }
 
-/// The few numbers that are looked at first.
+/// Shows the most important numbers.
 impl fmt::Display for SampleInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -1,4 +1,4 @@
-//! How `serde` writes the fields that have no form of their own.
+//! The JSON form of fields whose types have no suitable form of their own.
 
 use std::{
     ffi::OsString,
@@ -37,7 +37,7 @@ pub(crate) mod nanos {
     }
 }
 
-/// Words that strangers have chosen, as strings that can be shown.
+/// Untrusted words, as strings that are safe to show.
 pub(crate) mod words {
     use super::*;
 
@@ -55,7 +55,7 @@ pub(crate) mod words {
     }
 }
 
-/// A path that strangers have chosen, in the same way.
+/// An untrusted path, in the same form.
 pub(crate) mod path {
     use super::*;
     use std::path::PathBuf;
@@ -79,7 +79,7 @@ pub(crate) mod path {
     }
 }
 
-/// What strangers have chosen, from the string that shows it.
+/// Returns the original bytes of a string that shows them.
 fn as_it_was<E: serde::de::Error>(shown: &str) -> Result<OsString, E> {
     let bytes =
         unescape(shown).ok_or_else(|| E::custom("a backslash that is not part of \\xNN"))?;
@@ -153,7 +153,7 @@ mod tests {
         }
     }
 
-    /// The event's JSON has this `kind`, and is read back as the same event.
+    /// Checks that the event's JSON has this `kind`, and that it is read back as the same event.
     fn check(kind: EventKind, expected: Value) {
         let event = event(kind);
         let written = serde_json::to_string(&event).expect("an event can be written");

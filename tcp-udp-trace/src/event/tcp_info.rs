@@ -1,6 +1,6 @@
-//! What the kernel tells of a live TCP socket.
+//! The kernel's view of a live TCP socket.
 
-/// The bytes of a field; `None` if they are not all there.
+/// Returns the bytes of a field; `None` if bytes are missing.
 pub(super) fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
     bytes.get(offset..)?.first_chunk().copied()
 }
@@ -8,22 +8,25 @@ pub(super) fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; 
 macro_rules! tcp_info {
     ($($(#[$doc:meta])* $name:ident: $type:ident @ $offset:literal,)+
      | $($(#[$later_doc:meta])* $later:ident: $later_type:ident @ $later_offset:literal,)+) => {
-        /// The kernel's `struct tcp_info`, as `getsockopt(TCP_INFO)` gives it, without the prefix `tcpi_`.
+        /// The kernel's `struct tcp_info`, as `getsockopt(TCP_INFO)` returns it, without the prefix
+        /// `tcpi_`.
         ///
-        /// Times are in microseconds unless something else is said. What only newer kernels than 5.10 have is an `Option`.
+        /// Times are in microseconds, except where a field says otherwise. Fields that 5.10 does
+        /// not have are an `Option`.
         ///
         /// Source: `include/uapi/linux/tcp.h`.
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
         #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         #[non_exhaustive]
         pub struct TcpInfo {
-            /// How far this side's window is scaled, as a power of two: 0 to 14.
+            /// The scale of this side's window, as a power of two: 0 to 14.
             pub snd_wscale: u8,
-            /// How far the peer's window is scaled, as a power of two: 0 to 14.
+            /// The scale of the peer's window, as a power of two: 0 to 14.
             pub rcv_wscale: u8,
             /// Whether `delivery_rate` was measured while the application had too little to send.
             pub delivery_rate_app_limited: bool,
-            /// Why a TCP Fast Open by this side failed: `TFO_*` of `linux/tcp.h`; 0 if it did not.
+            /// The reason why a TCP Fast Open by this side failed: `TFO_*` of `linux/tcp.h`. 0 if
+            /// it did not fail.
             pub fastopen_client_fail: u8,
             $($(#[$doc])* pub $name: $type,)+
             $($(#[$later_doc])*
@@ -32,7 +35,7 @@ macro_rules! tcp_info {
         }
 
         impl TcpInfo {
-            /// From what the kernel sent: as much as this kernel knows, but at least what 5.10 does. `None` if it is less.
+            /// Decodes the kernel's bytes. `None` if they are fewer than those of 5.10.
             pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
                 let [scales, flags] = field(bytes, 6)?;
                 Some(Self {
@@ -45,7 +48,7 @@ macro_rules! tcp_info {
                 })
             }
 
-            /// Each field of `struct tcp_info` that is whole bytes, its offset and size.
+            /// Lists each field of `struct tcp_info` that is whole bytes, with its offset and size.
             #[cfg(test)]
             pub(crate) const FIELDS: &[(&str, u32, usize)] = &[
                 $((stringify!($name), $offset, size_of::<$type>()),)+
@@ -58,7 +61,7 @@ macro_rules! tcp_info {
 tcp_info! {
     /// The state: a number of `tcp_states.h` (1 is ESTABLISHED, 10 is LISTEN).
     state: u8 @ 0,
-    /// What congestion control is doing: `enum tcp_ca_state` (0 is open, 4 is loss).
+    /// The state of congestion control: `enum tcp_ca_state` (0 is open, 4 is loss).
     ca_state: u8 @ 1,
     /// Retransmission timeouts in a row without an acknowledgment.
     retransmits: u8 @ 2,
@@ -66,29 +69,30 @@ tcp_info! {
     probes: u8 @ 3,
     /// How often the retransmission timeout was doubled.
     backoff: u8 @ 4,
-    /// What was agreed on: bits `TCPI_OPT_*` (1 timestamps, 2 SACK, 4 window scaling, 8 ECN ...).
+    /// The negotiated options: bits `TCPI_OPT_*` (1 timestamps, 2 SACK, 4 window scaling, 8 ECN
+    /// ...).
     options: u8 @ 5,
     /// The retransmission timeout.
     rto: u32 @ 8,
-    /// How long an acknowledgment is put off.
+    /// The delay of an acknowledgment.
     ato: u32 @ 12,
     /// The size of segments sent, in bytes.
     snd_mss: u32 @ 16,
-    /// The size of segments received, in bytes, as estimated.
+    /// The estimated size of segments received, in bytes.
     rcv_mss: u32 @ 20,
-    /// Segments sent and not acknowledged; of a listener: connections that wait to be accepted.
+    /// Segments sent and not acknowledged. For a listener: connections that wait for their accept.
     unacked: u32 @ 24,
-    /// Segments selectively acknowledged; of a listener: how many may wait.
+    /// Segments selectively acknowledged. For a listener: the limit of waiting connections.
     sacked: u32 @ 28,
     /// Segments believed lost.
     lost: u32 @ 32,
     /// Segments that were retransmitted and are not acknowledged.
     retrans: u32 @ 36,
-    /// Not used any more.
+    /// Unused.
     fackets: u32 @ 40,
     /// Milliseconds since data was last sent.
     last_data_sent: u32 @ 44,
-    /// Not remembered: 0.
+    /// Always 0: the kernel does not store it.
     last_ack_sent: u32 @ 48,
     /// Milliseconds since data was last received.
     last_data_recv: u32 @ 52,
@@ -108,21 +112,21 @@ tcp_info! {
     snd_cwnd: u32 @ 80,
     /// The largest segment that this side announced, in bytes.
     advmss: u32 @ 84,
-    /// By how many segments packets may be out of order before one counts as lost.
+    /// The number of segments by which packets may be out of order before one counts as lost.
     reordering: u32 @ 88,
-    /// The round-trip time as the receiver estimates it.
+    /// The receiver's estimate of the round-trip time.
     rcv_rtt: u32 @ 92,
     /// Bytes that the application reads in a round-trip time.
     rcv_space: u32 @ 96,
-    /// Segments retransmitted in all.
+    /// The total of retransmitted segments.
     total_retrans: u32 @ 100,
-    /// Bytes per second at which segments are paced; the highest number is "not".
+    /// Bytes per second at which segments are paced. The highest number means no pacing.
     pacing_rate: u64 @ 104,
     /// The limit of `pacing_rate`.
     max_pacing_rate: u64 @ 112,
-    /// Bytes acknowledged; if this side connected, its SYN is one.
+    /// Bytes acknowledged. If this side connected, its SYN counts as one.
     bytes_acked: u64 @ 120,
-    /// Bytes received in order; the peer's FIN is one.
+    /// Bytes received in order. The peer's FIN counts as one.
     bytes_received: u64 @ 128,
     /// Segments sent.
     segs_out: u32 @ 136,
@@ -130,31 +134,31 @@ tcp_info! {
     segs_in: u32 @ 140,
     /// Bytes written by the application and not sent yet.
     notsent_bytes: u32 @ 144,
-    /// The shortest round-trip time seen; the highest number is "none".
+    /// The shortest round-trip time. The highest number means none.
     min_rtt: u32 @ 148,
     /// Segments received that carried data.
     data_segs_in: u32 @ 152,
     /// Segments sent that carried data.
     data_segs_out: u32 @ 156,
-    /// Bytes per second that reached the peer lately.
+    /// The recent rate of bytes that reached the peer, per second.
     delivery_rate: u64 @ 160,
-    /// Time in which there was something to send.
+    /// The time in which there was data to send.
     busy_time: u64 @ 168,
-    /// Time in which the peer's window kept this side from sending.
+    /// The time in which the peer's window kept this side from sending.
     rwnd_limited: u64 @ 176,
-    /// Time in which the send buffer kept the application from writing.
+    /// The time in which the send buffer kept the application from writing.
     sndbuf_limited: u64 @ 184,
-    /// Segments that reached the peer, retransmitted ones too.
+    /// Segments that reached the peer, including retransmitted ones.
     delivered: u32 @ 192,
-    /// Of those, the ones that were marked for congestion (ECN).
+    /// The part of `delivered` that was marked for congestion (ECN).
     delivered_ce: u32 @ 196,
-    /// Bytes sent, retransmitted ones too.
+    /// Bytes sent, including retransmitted ones.
     bytes_sent: u64 @ 200,
     /// Bytes retransmitted.
     bytes_retrans: u64 @ 208,
-    /// Segments that the peer reported to have got twice.
+    /// Segments that the peer reported as received twice.
     dsack_dups: u32 @ 216,
-    /// Times that segments were seen to be out of order.
+    /// Times that the kernel saw segments out of order.
     reord_seen: u32 @ 220,
     /// Segments received out of order.
     rcv_ooopack: u32 @ 224,
@@ -163,21 +167,22 @@ tcp_info! {
     |
     /// This side's receive window, in bytes. Since 6.2.
     rcv_wnd: u32 @ 232,
-    /// Times that another path was tried. Since 6.2.
+    /// Times that the kernel tried another path. Since 6.2.
     rehash: u32 @ 236,
     /// Retransmission timeouts, also of the handshake. Since 6.7.
     total_rto: u16 @ 240,
-    /// How often it recovered from such. Since 6.7.
+    /// Recoveries from retransmission timeouts. Since 6.7.
     total_rto_recoveries: u16 @ 242,
-    /// Milliseconds spent in such. Since 6.7.
+    /// Milliseconds spent in such recoveries. Since 6.7.
     total_rto_time: u32 @ 244,
-    /// Segments received that were marked for congestion. Since 6.18, as all that follow: Accurate ECN.
+    /// Segments received that were marked for congestion. Since 6.18, as all that follow: Accurate
+    /// ECN.
     received_ce: u32 @ 248,
-    /// Bytes that the peer got marked ECT(1).
+    /// Bytes that the peer received marked ECT(1).
     delivered_e1_bytes: u32 @ 252,
-    /// Bytes that the peer got marked ECT(0).
+    /// Bytes that the peer received marked ECT(0).
     delivered_e0_bytes: u32 @ 256,
-    /// Bytes that the peer got marked CE.
+    /// Bytes that the peer received marked CE.
     delivered_ce_bytes: u32 @ 260,
     /// Bytes received marked ECT(1).
     received_e1_bytes: u32 @ 264,
@@ -185,9 +190,9 @@ tcp_info! {
     received_e0_bytes: u32 @ 268,
     /// Bytes received marked CE.
     received_ce_bytes: u32 @ 272,
-    /// Why Accurate ECN was given up: bits `TCP_ACCECN_*`.
+    /// The reason why Accurate ECN was disabled: bits `TCP_ACCECN_*`.
     accecn_fail_mode: u16 @ 276,
-    /// Whether the option of Accurate ECN was seen.
+    /// Whether the kernel saw the option of Accurate ECN.
     accecn_opt_seen: u16 @ 278,
 }
 
@@ -195,11 +200,11 @@ tcp_info! {
 mod tests {
     use super::*;
 
-    /// What 5.10 sends, and what 6.18 does.
+    /// The number of bytes that 5.10 sends, and that 6.18 sends.
     const SHORTEST: usize = 232;
     const LONGEST: usize = 280;
 
-    /// Every byte tells its place.
+    /// Returns bytes whose values are their positions.
     fn bytes(len: usize) -> Vec<u8> {
         (0..len).map(|at| at as u8).collect()
     }

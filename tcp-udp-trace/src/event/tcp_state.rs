@@ -6,8 +6,9 @@ macro_rules! tcp_states {
     ($($(#[$doc:meta])* $state:ident = $number:literal $name:literal,)+) => {
         /// A TCP state, named and numbered as in the kernel (`include/net/tcp_states.h`).
         ///
-        /// A socket never reports `TimeWait`: the kernel hands a connection that waits to a smaller structure
-        /// and closes the socket itself, so the active closer ends with `FIN_WAIT2` to `CLOSE`.
+        /// A socket never reports `TimeWait`. The kernel moves a waiting connection to a smaller
+        /// structure and closes the socket. So the last change of the active closer is `FIN_WAIT2`
+        /// to `CLOSE`.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
         #[non_exhaustive]
@@ -17,13 +18,13 @@ macro_rules! tcp_states {
         }
 
         impl TcpState {
-            /// The kernel's name: `ESTABLISHED`, `SYN_SENT`, …
+            /// Returns the kernel's name: `ESTABLISHED`, `SYN_SENT`, …
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self { $(Self::$state => $name,)+ }
             }
 
-            /// The state that has this number in the kernel.
+            /// Returns the state that has this number in the kernel.
             #[must_use]
             pub const fn from_number(number: u8) -> Option<Self> {
                 match number { $($number => Some(Self::$state),)+ _ => None }
@@ -33,34 +34,34 @@ macro_rules! tcp_states {
 }
 
 tcp_states! {
-    /// The connection is open; data flows.
+    /// The connection is open, and data flows.
     Established = 1 "ESTABLISHED",
     /// `connect` sent a SYN.
     SynSent = 2 "SYN_SENT",
-    /// A child of a listener, its handshake about to end; or a simultaneous open.
+    /// A child of a listener near the end of its handshake, or a simultaneous open.
     SynRecv = 3 "SYN_RECV",
-    /// This side closed; its FIN is not acknowledged yet.
+    /// This side closed. Its FIN is not acknowledged yet.
     FinWait1 = 4 "FIN_WAIT1",
-    /// This side closed and the peer acknowledged it; the peer may still send.
+    /// This side closed, and the peer acknowledged it. The peer may still send.
     FinWait2 = 5 "FIN_WAIT2",
     /// Waiting out old segments (never reported by a socket).
     TimeWait = 6 "TIME_WAIT",
     /// Not connected.
     Close = 7 "CLOSE",
-    /// The peer closed; this side may still send.
+    /// The peer closed. This side may still send.
     CloseWait = 8 "CLOSE_WAIT",
-    /// Both sides closed, the peer first; this side's FIN is not acknowledged yet.
+    /// Both sides closed, the peer first. This side's FIN is not acknowledged yet.
     LastAck = 9 "LAST_ACK",
     /// Waiting for connections.
     Listen = 10 "LISTEN",
     /// Both sides closed at the same time.
     Closing = 11 "CLOSING",
-    /// A connection request that is no socket yet.
+    /// A connection request that is not a full socket yet.
     NewSynRecv = 12 "NEW_SYN_RECV",
 }
 
 impl TcpState {
-    /// Whether the handshake of a socket in this state is over, and the connection is not.
+    /// Returns whether the handshake of a socket in this state is over, and the connection is not.
     pub(crate) const fn is_connected(self) -> bool {
         !matches!(
             self,

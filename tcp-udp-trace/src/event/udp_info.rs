@@ -1,32 +1,36 @@
-//! What the kernel tells of a live UDP socket.
+//! The kernel's view of a live UDP socket.
 
 use super::tcp_info::field;
 
-/// The queues and buffers of a UDP socket. The kernel counts memory here, its own overhead included, not payload.
+/// The queues and buffers of a UDP socket. The numbers are bytes of kernel memory with its
+/// overhead, not payload.
 ///
-/// Source: `inet_diag_msg` and `INET_DIAG_SKMEMINFO` of the kernel's `inet_diag.h` and `sock_diag.h`.
+/// Source: `inet_diag_msg` and `INET_DIAG_SKMEMINFO` of the kernel's `inet_diag.h` and
+/// `sock_diag.h`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct UdpInfo {
-    /// Bytes that wait to be received (`idiag_rqueue`).
+    /// Bytes that the application has not received yet (`idiag_rqueue`).
     pub rx_queue: u32,
-    /// Bytes that were sent and have not left the machine (`idiag_wqueue`).
+    /// Bytes that the application sent and that have not left the machine (`idiag_wqueue`).
     pub tx_queue: u32,
-    /// The most that may wait to be received: `SO_RCVBUF` (`SK_MEMINFO_RCVBUF`).
+    /// The limit of bytes to receive: `SO_RCVBUF` (`SK_MEMINFO_RCVBUF`).
     pub rx_buffer: u32,
-    /// The most that may wait to be sent: `SO_SNDBUF` (`SK_MEMINFO_SNDBUF`).
+    /// The limit of bytes to send: `SO_SNDBUF` (`SK_MEMINFO_SNDBUF`).
     pub tx_buffer: u32,
-    /// Bytes taken for what was received (`SK_MEMINFO_RMEM_ALLOC`).
+    /// Memory in use for received data (`SK_MEMINFO_RMEM_ALLOC`).
     pub rx_memory: u32,
-    /// Bytes taken for what was sent (`SK_MEMINFO_WMEM_ALLOC`).
+    /// Memory in use for sent data (`SK_MEMINFO_WMEM_ALLOC`).
     pub tx_memory: u32,
-    /// Datagrams that found the receive buffer full, since the socket was made (`SK_MEMINFO_DROPS`).
+    /// Datagrams that found the receive buffer full, since the creation of the socket
+    /// (`SK_MEMINFO_DROPS`).
     pub drops: u32,
 }
 
 impl UdpInfo {
-    /// From the header's queues and the words of `INET_DIAG_SKMEMINFO`; `None` if there are too few.
+    /// Decodes the header's queues and the words of `INET_DIAG_SKMEMINFO`; `None` if words are
+    /// missing.
     pub(crate) fn decode(rx_queue: u32, tx_queue: u32, memory: &[u8]) -> Option<Self> {
         let word = |index: usize| field::<4>(memory, index * 4).map(u32::from_ne_bytes);
         Some(Self {

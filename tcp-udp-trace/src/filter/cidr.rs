@@ -23,7 +23,7 @@ pub(crate) struct SidedCidr {
 }
 
 impl SidedCidr {
-    /// As the programs get it.
+    /// Returns the form for the programs.
     pub(crate) fn wire(&self, generation: u16) -> Network {
         let Cidr { address, length } = self.network;
         let (family, bytes) = match address {
@@ -40,7 +40,7 @@ impl SidedCidr {
 }
 
 impl Cidr {
-    /// How long its address is, in bits.
+    /// Returns the length of the address in bits.
     const fn bits(self) -> u8 {
         match self.address {
             IpAddr::V4(_) => 32,
@@ -63,7 +63,7 @@ impl Cidr {
         Ok(())
     }
 
-    /// What is left of an address of this family.
+    /// Returns the form of an address of this family.
     fn network(self, address: IpAddr) -> Option<IpAddr> {
         let host_bits = u32::from(self.bits().saturating_sub(self.length));
         match (self.address, address) {

@@ -1,4 +1,4 @@
-//! A filter as the programs are told of it.
+//! The form of a filter for the programs.
 
 use tcp_udp_trace_common::filter as wire;
 
@@ -8,7 +8,7 @@ use crate::{
     event::{comm::Comm, kind::Kind},
 };
 
-/// A filter in the form that the kernel side gets; without a generation yet.
+/// A filter in the form of the kernel side, without a generation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Compiled {
     /// See [`wire`]; 0 if everything passes.
@@ -17,7 +17,7 @@ pub(crate) struct Compiled {
     pub(crate) values: Vec<(u16, [u64; 2])>,
     pub(crate) networks: Vec<SidedCidr>,
     pub(crate) exclude_self: bool,
-    /// The processes whose descendants are wanted, too.
+    /// The processes whose descendants pass, too.
     pub(crate) roots: Vec<u32>,
 }
 
@@ -41,8 +41,8 @@ const LOCAL_SIDE: u8 = 0;
 const REMOTE_SIDE: u8 = 1;
 
 impl Filter {
-    /// What the kernel side is to be told, of a [resolved](Self::resolve) filter. Of another one, it
-    /// checks the values.
+    /// Compiles a [resolved](Self::resolve) filter for the kernel side. For another filter, this
+    /// only checks the values.
     ///
     /// # Errors
     ///

@@ -1,18 +1,18 @@
-//! A filter in the terms of the programs: they know processes by the initial pid namespace's
-//! numbers, cgroups by their ids, and network namespaces by inode and cookie.
+//! Translates the names in a filter. The programs identify processes by numbers of the initial pid
+//! namespace, cgroups by their ids, and network namespaces by inode and cookie.
 
 use std::path::Path;
 
 use super::{Filter, Namespace, invalid};
 use crate::error::Error;
 
-/// Translates what the caller names into what the programs compare with.
+/// Translates the caller's names to the ids that the programs compare.
 pub(crate) trait Names {
     /// Returns the calling process's number in the initial pid namespace.
     fn own_pid(&mut self) -> Result<u32, Error>;
 
-    /// Returns the number in the initial pid namespace of a process that the caller knows by this
-    /// one; `None` if the caller's pid namespace is another one and has no such process.
+    /// Translates a number of the caller's pid namespace to the initial one's; `None` if the
+    /// caller's pid namespace is another one and has no such process.
     fn pid(&mut self, number: u32) -> Result<Option<u32>, Error>;
 
     /// Returns the id of the cgroup at this path, or why there is none.
@@ -24,11 +24,11 @@ pub(crate) trait Names {
 }
 
 impl Filter {
-    /// Translates the names, and leaves the rest as it is.
+    /// Translates the names, and keeps the rest.
     ///
     /// # Errors
     ///
-    /// `InvalidFilter`, which names the setting; or what `names` fails with.
+    /// `InvalidFilter`, which names the setting, or an error of `names`.
     pub(crate) fn resolve(&self, names: &mut impl Names) -> Result<Self, Error> {
         let mut resolved = self.clone();
         for pid in &mut resolved.pids {

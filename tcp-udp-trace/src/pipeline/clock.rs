@@ -1,11 +1,12 @@
-//! From the kernel's clock to the wall clock.
+//! Converts the kernel's clock to the wall clock.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The wall clock's distance from `CLOCK_BOOTTIME`, and this one's from the kernel's own, which its records carry.
+/// The difference between the wall clock and `CLOCK_BOOTTIME`, and between `CLOCK_BOOTTIME` and the
+/// kernel's own clock, whose times are in the records.
 ///
-/// Read anew for each batch of records, because the wall clock steps and slews; `CLOCK_BOOTTIME` does
-/// neither, and it counts the time in suspend.
+/// The reader reads it again for each batch of records, because the wall clock steps and slews.
+/// `CLOCK_BOOTTIME` does neither, and it includes time in suspend.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct BootClock {
     boot: SystemTime,
@@ -14,7 +15,7 @@ pub(crate) struct BootClock {
 }
 
 impl BootClock {
-    /// A clock of which `uptime` is `wall`.
+    /// Makes a clock on which `uptime` is the time `wall`.
     pub(crate) fn new(wall: SystemTime, uptime: Duration) -> Self {
         Self {
             boot: wall.checked_sub(uptime).unwrap_or(UNIX_EPOCH),
@@ -22,23 +23,24 @@ impl BootClock {
         }
     }
 
-    /// In a time namespace of this offset.
+    /// Returns the clock in a time namespace with this offset.
     pub(crate) fn with_offset(self, offset: i64) -> Self {
         Self { offset, ..self }
     }
 
-    /// What `CLOCK_BOOTTIME` was when the kernel's own clock was at so many nanoseconds.
+    /// Converts nanoseconds of the kernel's own clock to `CLOCK_BOOTTIME`.
     pub(crate) fn uptime(&self, nanos: u64) -> Duration {
         Duration::from_nanos(nanos.saturating_add_signed(self.offset))
     }
 
-    /// The wall clock's time at `uptime`.
+    /// Returns the wall clock's time at `uptime`.
     pub(crate) fn wall(&self, uptime: Duration) -> SystemTime {
         self.boot.checked_add(uptime).unwrap_or(self.boot)
     }
 }
 
-/// What a time namespace adds to the kernel's own `CLOCK_BOOTTIME`, in nanoseconds, by what `/proc/self/timens_offsets` says.
+/// Returns the offset that a time namespace adds to the kernel's own `CLOCK_BOOTTIME`, in
+/// nanoseconds, from the text of `/proc/self/timens_offsets`.
 pub(crate) fn namespace_offset(timens_offsets: &str) -> i64 {
     // A line for each clock: its name, seconds, nanoseconds (time_namespaces(7)).
     let fields = timens_offsets

@@ -1,4 +1,4 @@
-//! From a kernel record to an [`Event`]. No I/O, and any bytes are survived.
+//! Decodes a kernel record into an [`Event`]. No I/O. Any bytes are safe.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
@@ -21,7 +21,7 @@ use crate::event::{
     tcp_state::TcpState,
 };
 
-/// A record that makes no sense.
+/// The error of a record that is not valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Malformed;
 
@@ -29,17 +29,19 @@ pub(crate) struct Malformed;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Decoded {
     pub(crate) event: Event,
-    /// How many records the kernel had lost before this one, since the tracer started, modulo 2³².
+    /// How many records the kernel has lost since the start of the tracer, before this one, modulo
+    /// 2³².
     pub(crate) lost_before: u32,
-    /// UDP: the kernel's name of the flow with this peer.
+    /// UDP: the kernel's key of the flow with this peer.
     pub(crate) flow: Option<FlowKey>,
-    /// What its owner runs.
+    /// The program that the owner runs.
     pub(crate) image: ImageKey,
-    /// UDP: the first report of the flow.
+    /// UDP: this is the first report of the flow.
     pub(crate) is_first: bool,
 }
 
-/// Decodes one record. Of a sample, `info` tells by the cookie what else is known of the socket: nothing, and there is no event.
+/// Decodes one record. For a sample, `info` returns the answer of sock_diag for the socket's
+/// cookie. Without an answer, there is no event.
 pub(crate) fn decode(
     bytes: &[u8],
     clock: BootClock,
@@ -140,7 +142,7 @@ fn tcp(
     let uptime = clock.uptime(head.time);
     let mut of_socket = tcp_socket(socket, head.time)?;
     if is_of_listener(&kind) {
-        // What the kernel has there is of a connection that the socket was before.
+        // The kernel's field still has the peer of an earlier connection of the socket.
         of_socket.remote = address(socket.family, [0; 4], 0, None)?;
     }
     let event = Event {
@@ -216,7 +218,7 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
     })
 }
 
-/// The peer of a flow, if it is one.
+/// Returns the peer of a flow, if its address is valid.
 pub(crate) fn peer(key: &FlowKey) -> Option<SocketAddr> {
     let Peer {
         address,
@@ -226,12 +228,12 @@ pub(crate) fn peer(key: &FlowKey) -> Option<SocketAddr> {
     self::address(family, address, port, NonZeroU32::new(key.scope)).ok()
 }
 
-/// The local address of a flow.
+/// Returns the local address of a flow.
 pub(crate) fn local(key: &FlowKey, words: [u32; 4], port: u16) -> Option<SocketAddr> {
     address(key.peer.family, words, port, NonZeroU32::new(key.scope)).ok()
 }
 
-/// The totals of a record.
+/// Converts the totals of a record.
 pub(crate) fn traffic(totals: tcp_udp_trace_common::Traffic) -> Traffic {
     let tcp_udp_trace_common::Traffic {
         tx_bytes,
@@ -264,7 +266,8 @@ fn process(owner: &Owner, clock: BootClock) -> Result<Option<Process>, Malformed
         started,
         ..
     } = owner;
-    // Where CPUs see each other's writes in another order, it may have been read while it was being written: it was all 0 before.
+    // On CPUs with a weak memory order, the record may have been read during its write. All its
+    // fields were 0 before the write.
     if [u64::from(pid), tid.into(), started].contains(&0) {
         return Ok(None);
     }
@@ -345,7 +348,7 @@ fn address(
     })
 }
 
-/// Whether the address means nothing without an interface (`__ipv6_addr_needs_scope_id`).
+/// Returns whether the address needs an interface (`__ipv6_addr_needs_scope_id`).
 fn is_of_a_link(ip: Ipv6Addr) -> bool {
     const NODE_LOCAL: u16 = 1;
     const LINK_LOCAL: u16 = 2;
@@ -369,7 +372,7 @@ mod tests {
         )
     }
 
-    /// Decodes a record of something that needs no more to be known.
+    /// Decodes a record that is not a sample.
     fn decode(bytes: &[u8]) -> Result<Decoded, Malformed> {
         let decoded = super::decode(bytes, clock(), |_| None)?;
         Ok(decoded.expect("not a sample"))

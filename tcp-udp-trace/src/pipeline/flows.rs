@@ -1,12 +1,14 @@
-//! When the totals of a flow are reported, and which flow makes room for another.
+//! Decides when to report the totals of a flow, and which flow makes room for another.
 //!
-//! The kernel counts each datagram in a map and writes a record only for a flow's first one. The rest is asked for: each report sets a date, one
-//! interval ahead, on which the map is looked at. Has the flow changed, it is reported and gets a new date; has it not, the kernel is told so, and writes
-//! a record for the next datagram.
+//! The kernel counts each datagram in a map. It writes a record only for a flow's first datagram.
+//! User space queries the rest: each report schedules a lookup in the map one interval later. If
+//! the totals have changed, the flow is reported and rescheduled. If not, the lookup re-arms the
+//! kernel to write a record for the next datagram, so an idle flow costs nothing.
 //!
-//! The kernel removes no flow by itself. So the last totals of each are reported before it goes.
+//! The kernel removes no flow by itself. So the last totals of each flow are reported before the
+//! flow is removed.
 //!
-//! Knows nothing of clocks and kernels: the caller gives the time, and looks into the map.
+//! This module has no clock and no kernel: the caller passes the time, and the map is a trait.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,12 +21,13 @@ use tcp_udp_trace_common::{FlowKey, Peer};
 use super::decode;
 use crate::event::{Event, EventKind, Traffic};
 
-/// How many flows are looked at, at most, to find one that makes room.
+/// The maximum number of flows that are checked to find one that makes room.
 const ATTEMPTS: usize = 8;
 
 /// The flows that were reported and have not ended.
 ///
-/// Trees rather than hash tables: they give memory back when flows end, and never need twice as much to grow.
+/// Trees instead of hash tables, because trees release memory when flows end, and never need twice
+/// the memory to grow.
 #[derive(Debug)]
 pub(crate) struct Flows {
     interval: Duration,
@@ -32,56 +35,56 @@ pub(crate) struct Flows {
     flows: BTreeMap<FlowKey, Flow>,
     /// The sockets that have flows.
     sockets: BTreeMap<u64, Socket>,
-    /// The date of each flow that has one.
+    /// The time of the next lookup of each flow that has one.
     due: BTreeSet<(Duration, FlowKey)>,
-    /// Every flow, in the order in which they were last found to have changed.
+    /// Every flow, in the order in which a lookup or a record last showed a change.
     used: BTreeMap<u64, FlowKey>,
     /// The highest number in `used`.
     uses: u64,
     evicted: u64,
 }
 
-/// What differs from flow to flow, after its last report.
+/// The state of one flow after its last report.
 #[derive(Debug)]
 struct Flow {
     local: SocketAddr,
-    /// When its first datagram was counted, which names this life of it.
+    /// The time of its first datagram, which identifies this life of the flow.
     born: Duration,
     reported: Traffic,
-    /// Where it stands in `due`.
+    /// Its key in `due`.
     due: Option<Duration>,
-    /// Where it stands in `used`.
+    /// Its key in `used`.
     used: u64,
 }
 
-/// What all flows of a socket have in common.
+/// The common state of all flows of a socket.
 #[derive(Debug)]
 struct Socket {
-    /// The newest record of one of them.
+    /// The newest record of one of its flows.
     event: Box<Event>,
     flows: usize,
 }
 
-/// What a flow has carried so far.
+/// The traffic of a flow so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Totals {
     pub(crate) traffic: Traffic,
     /// See [`EventKind::Flow`].
     pub(crate) approximate: bool,
-    /// The local address, if it is known now.
+    /// The local address, if it is known.
     pub(crate) local: Option<[u32; 4]>,
 }
 
-/// What the kernel's map knows of flows.
+/// The kernel's map of flows.
 pub(crate) trait FlowMap {
-    /// The totals of a flow; `None` if it is not there. If they are no others than those `known`, there will be a record of the
-    /// next datagram.
+    /// Returns the totals of a flow; `None` if the map does not have it. If the totals equal
+    /// `known`, the kernel will write a record for the next datagram.
     fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals>;
-    /// The last totals of a flow that has ended, or must make room.
+    /// Removes a flow that has ended or must make room, and returns its last totals.
     fn take(&mut self, flow: &FlowKey) -> Option<Totals>;
 }
 
-/// The lowest key that a flow of this socket may have.
+/// Returns the lowest key that a flow of this socket may have.
 const fn lowest_key(socket: u64) -> FlowKey {
     FlowKey {
         socket,
@@ -96,7 +99,8 @@ const fn lowest_key(socket: u64) -> FlowKey {
 }
 
 impl Flows {
-    /// Reports each flow at most once per `interval`, and remembers at most `capacity`.
+    /// Makes an empty set that reports each flow at most once per `interval`, and remembers at most
+    /// `capacity` flows.
     pub(crate) fn new(interval: Duration, capacity: usize) -> Self {
         Self {
             interval,
@@ -110,13 +114,13 @@ impl Flows {
         }
     }
 
-    /// How many flows had to make room for others before they ended.
+    /// Returns how many flows made room for others before they ended.
     pub(crate) fn evicted(&self) -> u64 {
         self.evicted
     }
 
-    /// The kernel has written a record of this flow, which is passed on if it is to be reported now. `stamp` gives an event the
-    /// time of this one.
+    /// Takes the kernel's record of a flow, and emits it if the flow is to be reported now. `stamp`
+    /// gives an event the time of this record.
     pub(crate) fn seen(
         &mut self,
         key: FlowKey,
@@ -133,12 +137,12 @@ impl Flows {
         match self.flows.get(&key) {
             Some(flow) if flow.born == born => {
                 if flow.due.is_some_and(|due| event.uptime < due) {
-                    // Soon to be told.
+                    // The lookup that is scheduled will report it.
                     self.touch(&key);
                     return;
                 }
             }
-            // It was written before the flow made room, which told all.
+            // The record was written before the flow made room, and the last report included it.
             _ if !is_first => return,
             Some(_) => {}
             None => {
@@ -152,13 +156,13 @@ impl Flows {
         emit(event);
     }
 
-    /// When [`report`](Self::report) has something to do.
+    /// Returns the time of the next lookup, for [`report`](Self::report).
     pub(crate) fn next_due(&self) -> Option<Duration> {
         self.due.first().map(|&(due, _)| due)
     }
 
-    /// Looks at the flows whose date has come, at most `limit` of them, and passes on those that have changed. `stamp` gives an
-    /// event the time of now.
+    /// Looks up the flows that are due, at most `limit` of them, and emits those that have changed.
+    /// `stamp` gives an event the current time.
     pub(crate) fn report(
         &mut self,
         now: Duration,
@@ -196,7 +200,7 @@ impl Flows {
         }
     }
 
-    /// Whether the last report of one of the socket's flows is like this.
+    /// Returns whether the last report of one of the socket's flows satisfies the predicate.
     pub(crate) fn any(&self, socket: u64, is_it: impl Fn(&Event) -> bool) -> bool {
         let mut flows = self
             .flows
@@ -212,7 +216,7 @@ impl Flows {
         })
     }
 
-    /// The socket is gone: passes on its flows, each for the last time.
+    /// Emits the last report of each flow of a closed socket.
     pub(crate) fn close(
         &mut self,
         socket: u64,
@@ -228,7 +232,7 @@ impl Flows {
         }
     }
 
-    /// The tracer ends: passes on the flows that have changed since their last report.
+    /// Emits the flows that have changed since their last report, at the end of the tracer.
     pub(crate) fn finish(
         &mut self,
         map: &impl FlowMap,
@@ -251,8 +255,9 @@ impl Flows {
         Self { evicted, ..self }
     }
 
-    /// Makes room for a new flow. The first one that has not changed since it was last looked at goes, in the order of their use. A flow
-    /// that has changed is in use; only if many are in a row, the first of them goes.
+    /// Makes room for a new flow. In the order of use, the first flow that has not changed since
+    /// its last lookup is removed. A flow that has changed is in use. If [`ATTEMPTS`] flows in a
+    /// row are in use, the first of them is removed.
     fn evict(
         &mut self,
         map: &mut impl FlowMap,
@@ -275,14 +280,14 @@ impl Flows {
         }
     }
 
-    /// Remembers a new flow.
+    /// Adds a new flow.
     fn insert(&mut self, key: FlowKey, event: &Event, born: Duration) {
         let flow = Flow {
             local: event.socket.local,
             born,
             reported: event.traffic,
             due: None,
-            // No flow stands there.
+            // No flow has these keys.
             used: 0,
         };
         self.flows.insert(key, flow);
@@ -295,7 +300,7 @@ impl Flows {
             .flows += 1;
     }
 
-    /// The flow is being reported like this, and will be looked at one interval later.
+    /// Records a report of the flow, and schedules its next lookup one interval later.
     fn reported(&mut self, key: &FlowKey, event: &Event, born: Duration) {
         if let Some(flow) = self.flows.get_mut(key) {
             let due = event.uptime + self.interval;
@@ -313,7 +318,7 @@ impl Flows {
         self.touch(key);
     }
 
-    /// The flow is the one most recently used.
+    /// Makes the flow the most recently used one.
     fn touch(&mut self, key: &FlowKey) {
         if let Some(flow) = self.flows.get_mut(key) {
             self.used.remove(&flow.used);
@@ -323,7 +328,7 @@ impl Flows {
         }
     }
 
-    /// Forgets the flow, here and in the kernel, and passes on its last totals.
+    /// Removes the flow here and in the kernel, and emits its last totals.
     fn end(
         &mut self,
         key: &FlowKey,
@@ -357,7 +362,7 @@ impl Flows {
         }
     }
 
-    /// A report of the flow, with the time that `stamp` gives it.
+    /// Makes a report of the flow, with the time of `stamp`.
     fn event(
         &self,
         key: &FlowKey,

@@ -1,5 +1,5 @@
-//! The programs that owners of sockets run, put together from the pieces that the kernel's side
-//! writes. No I/O.
+//! Assembles the programs that owners of sockets run from the pieces that the kernel side writes.
+//! No I/O.
 
 use std::{ffi::OsString, num::NonZeroUsize, os::unix::ffi::OsStringExt as _, sync::Arc};
 
@@ -9,12 +9,12 @@ use zerocopy::FromBytes as _;
 
 use crate::event::process::ProcessDetails;
 
-/// How many images are remembered.
+/// How many images are kept.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 /// How many images may be incomplete at a time.
 const INCOMPLETE: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 
-/// Names a program that a process ran.
+/// Identifies a program that a process ran.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct ImageKey {
     pid: u32,
@@ -32,7 +32,7 @@ impl ImageKey {
     }
 }
 
-/// The pieces that have come so far.
+/// The pieces of an image that have arrived so far.
 #[derive(Debug, Default)]
 struct Pieces {
     next: u32,
@@ -41,7 +41,7 @@ struct Pieces {
     arguments: Vec<u8>,
 }
 
-/// See the module.
+/// The images that are known, and those whose pieces are still arriving.
 #[derive(Debug)]
 pub(crate) struct Images {
     known: LruCache<ImageKey, Arc<ProcessDetails>>,
@@ -58,13 +58,13 @@ impl Default for Images {
 }
 
 impl Images {
-    /// Returns what is known of an image.
+    /// Returns the details of an image, if they are known.
     pub(crate) fn of(&mut self, key: ImageKey) -> Option<Arc<ProcessDetails>> {
         self.known.get(&key).cloned()
     }
 
-    /// Takes a record if it is a piece of an image. An image of which a piece is missing or
-    /// unreadable is dropped.
+    /// Takes a record if it is a piece of an image, and returns whether it was one. An image with a
+    /// missing or unreadable piece is dropped.
     pub(crate) fn take(&mut self, bytes: &[u8]) -> bool {
         let Ok(piece) = Image::read_from_bytes(bytes) else {
             return false;
@@ -97,7 +97,7 @@ impl Images {
 }
 
 impl Pieces {
-    /// Adds a piece; `None` if it could not be read or its bytes are not all there.
+    /// Adds a piece; `None` if the kernel side could not read it, or bytes are missing.
     fn add(&mut self, piece: &Image) -> Option<()> {
         let bytes = piece.bytes.get(..piece.size as usize)?;
         self.next += 1;
@@ -110,7 +110,7 @@ impl Pieces {
                 }
             }
             part::PATH_END => {
-                // The arguments are counted from 0 again.
+                // The indexes of the arguments start at 0 again.
                 self.next = 0;
                 (piece.size == 1).then_some(())?;
             }
@@ -138,7 +138,7 @@ impl Pieces {
     }
 }
 
-/// The arguments of a command line, each of which ends with a NUL.
+/// Splits a command line into its arguments, each of which ends with a NUL.
 pub(crate) fn words(bytes: &[u8]) -> Vec<OsString> {
     if bytes.is_empty() {
         return Vec::new();

@@ -1,5 +1,5 @@
-//! What is done with the kernel's records on their way to the consumer. No I/O and no clock: all of it
-//! is tested without root.
+//! The kernel's records on their way to the consumer. These modules do no I/O and read no clock, so
+//! their tests need no root.
 
 pub(crate) mod clock;
 #[cfg(target_os = "linux")]

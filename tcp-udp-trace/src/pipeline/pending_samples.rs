@@ -1,7 +1,8 @@
-//! Between enrichment and reader: what sock_diag told of sockets, until the kernel's own record of each comes by.
+//! Holds the answers of sock_diag until the kernel's own record of each socket arrives.
 //!
-//! sock_diag and the programs name a socket by the same cookie, so what they say of it is joined exactly. The record comes through the
-//! ring, in its place among the others: so a sample never stands behind the close of its socket.
+//! sock_diag and the programs identify a socket by the same cookie, so an answer and a record are
+//! joined exactly. The record comes through the ring, at its position among the other records. So a
+//! sample never comes after the close of its socket.
 
 use std::{
     collections::HashMap,
@@ -14,11 +15,11 @@ use std::{
 
 use crate::{event::sample_info::SampleInfo, lock::lock};
 
-/// See the module.
+/// The answers of sock_diag that wait for their record.
 #[derive(Debug, Default)]
 pub(crate) struct PendingSamples {
     state: Mutex<State>,
-    /// Whether `state` has any infos: spares the reader the lock.
+    /// Whether `state` has any infos. It saves the reader from taking the lock.
     any: AtomicBool,
 }
 
@@ -30,7 +31,7 @@ struct State {
     counts: Counts,
 }
 
-/// What the enrichment has to report of itself.
+/// The counters of the sampler.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) rounds: u64,
@@ -44,7 +45,7 @@ impl PendingSamples {
         lock(&self.state)
     }
 
-    /// Keeps what was told of a socket, if there are not `limit` others.
+    /// Stores the answer for a socket, if there are less than `limit` others.
     pub(crate) fn put(&self, cookie: u64, info: SampleInfo, limit: usize) {
         let mut state = self.lock();
         if state.infos.len() < limit {
@@ -53,29 +54,29 @@ impl PendingSamples {
         }
     }
 
-    /// The record of a socket has come: what was told of it.
+    /// Returns the answer for a socket whose record has arrived, and removes it.
     pub(crate) fn take(&self, cookie: u64) -> Option<SampleInfo> {
         self.lock().infos.remove(&cookie)
     }
 
-    /// So many records have come, and what they have become is in the queue.
+    /// Notes that this number of records has arrived, and that their events are in the queue.
     pub(crate) fn taken_in(&self, records: u64) {
         self.lock().taken += records;
     }
 
-    /// The socket is closed: no sample of it shall follow.
+    /// Removes the answer for a closed socket, so that no sample follows its close.
     pub(crate) fn forget(&self, cookie: Option<u64>) {
         if let Some(cookie) = cookie.filter(|_| self.any.load(Ordering::Relaxed)) {
             self.lock().infos.remove(&cookie);
         }
     }
 
-    /// How many records have come so far.
+    /// Returns how many records have arrived so far.
     pub(crate) fn taken(&self) -> u64 {
         self.lock().taken
     }
 
-    /// No more records will come for what is still there.
+    /// Removes all answers, for which no more records will arrive.
     pub(crate) fn clear(&self) {
         let mut state = self.lock();
         state.infos = HashMap::new();
@@ -86,7 +87,7 @@ impl PendingSamples {
         self.lock().counts
     }
 
-    /// Adds to the counts.
+    /// Changes the counters.
     pub(crate) fn count(&self, add: impl FnOnce(&mut Counts)) {
         add(&mut self.lock().counts);
     }

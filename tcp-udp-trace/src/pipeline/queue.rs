@@ -1,10 +1,11 @@
 //! The bounded queue between the reader and the consumer.
 //!
-//! While it is full, the reader keeps what it has ([`Queue::offer`]) and waits ([`Queue::poll_room`]).
-//! Only when the buffer behind the reader fills up too does the reader push more than fits
-//! ([`Queue::push`]). Then the queue sheds the oldest event, as the system that this crate
-//! re-implements did, or the newest if so configured. Lifecycle events are shed last. Shed events are
-//! counted, and stand in the stream as [`EventKind::Lost`] where they are missing.
+//! While the queue is full, the reader keeps its events ([`Queue::offer`]) and waits
+//! ([`Queue::poll_room`]). When the buffer behind the reader fills up as well, the reader pushes
+//! more events than there is room for ([`Queue::push`]). Then the queue sheds the oldest event, as
+//! the system that this crate re-implements did, or the newest event if so configured. Lifecycle
+//! events are shed last. Shed events are counted. An [`EventKind::Lost`] stands in the stream at
+//! their position.
 
 use std::{
     collections::VecDeque,
@@ -21,58 +22,59 @@ use crate::{
     lock::lock,
 };
 
-/// How often the log is told at most that events are shed.
+/// The shortest time between two log lines about shed events.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(crate) struct Queue {
     state: Mutex<State>,
-    /// Told when the queue gets room to spare, and at its end.
+    /// Notified when the queue has room to spare again, and at its end.
     pub(crate) changed: ThreadNotify,
 }
 
 #[derive(Debug)]
 struct State {
-    /// The events in their order, in two lanes: those that outlive floods of the others, and the others.
+    /// The events in their order, in two lanes. Lifecycle events outlive floods of the others.
     lifecycle: Lane,
     other: Lane,
-    /// What is missing between them, in its order too. Two gaps have an event between them, so they are never more than the events.
+    /// The gaps between the events, in their order. Two gaps have an event between them, so there
+    /// is at most one gap more than events.
     gaps: VecDeque<Gap>,
-    /// The place of the next event.
+    /// The position of the next event.
     next: u64,
     capacity: usize,
     policy: OverflowPolicy,
     counts: Counts,
     logged: Option<Instant>,
     consumer: Option<Waker>,
-    /// The reader, while it waits for room.
+    /// The waker of the reader, while the reader waits for room.
     reader: Option<Waker>,
-    /// The consumer is gone: events that come now are discarded.
+    /// The consumer is gone. New events are discarded.
     is_abandoned: bool,
     /// Set when no more events will come.
     end: Option<Result<(), Error>>,
 }
 
-/// Events with their places, which grow.
+/// Events with their positions, in ascending order.
 type Lane = VecDeque<(u64, Event)>;
 
-/// Events that are missing.
+/// A gap: missing events.
 #[derive(Debug)]
 struct Gap {
-    /// The places of the first and the last of them.
+    /// The positions of the first and the last missing event.
     first: u64,
     last: u64,
-    /// How many the queue has shed.
+    /// How many events the queue has shed.
     queue: u64,
-    /// How many were lost before they came to the queue.
+    /// How many events were lost before the queue.
     ring: u64,
-    /// When the last of them was, and what it was about.
+    /// The time and the protocol of the last missing event.
     time: SystemTime,
     uptime: Duration,
     protocol: Protocol,
 }
 
-/// What has become of the events so far.
+/// The counters of the queue, by kind of event.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) delivered: kind::Counts,
@@ -102,17 +104,17 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every method leaves the state whole between two statements.
+        // Every method leaves the state consistent between two statements.
         lock(&self.state)
     }
 
-    /// Appends as many events of the batch as there is room for, and wakes the consumer. The rest
-    /// stays in the batch.
+    /// Appends as many events of the batch as there is room for, and wakes the consumer. The other
+    /// events stay in the batch.
     pub(crate) fn offer(&self, batch: &mut Vec<Event>) {
         self.append(batch, State::room);
     }
 
-    /// Appends a batch, shedding what is beyond the capacity, and wakes the consumer.
+    /// Appends a batch, sheds the events beyond the capacity, and wakes the consumer.
     pub(crate) fn push(&self, batch: &mut Vec<Event>) {
         self.append(batch, |_| usize::MAX);
     }
@@ -143,7 +145,7 @@ impl Queue {
         }
     }
 
-    /// Takes the next event; `None` after the last.
+    /// Returns the next event; `None` after the last one.
     pub(crate) fn poll_pop(&self, cx: &mut Context<'_>) -> Poll<Option<Event>> {
         let mut state = self.lock();
         if let Some(event) = state.pop() {
@@ -170,8 +172,8 @@ impl Queue {
         Poll::Pending
     }
 
-    /// Ready when the queue is at most half full, or nothing is kept any more: so the reader wakes
-    /// once for many events.
+    /// Ready when the queue is at most half full, or the consumer is gone. So the reader wakes once
+    /// for many events.
     pub(crate) fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut state = self.lock();
         if state.is_abandoned || state.len() <= state.room_to_spare() {
@@ -181,7 +183,7 @@ impl Queue {
         Poll::Pending
     }
 
-    /// No more events will come. Only the first call counts.
+    /// Ends the queue: no more events will come. Only the first call counts.
     pub(crate) fn finish(&self, result: Result<(), Error>) {
         let mut state = self.lock();
         state.end.get_or_insert(result);
@@ -193,24 +195,24 @@ impl Queue {
         }
     }
 
-    /// Whether events that could come later just as well may come now: the queue is at most half full.
+    /// Returns whether the queue has room for samples: it is at most half full.
     pub(crate) fn has_room_to_spare(&self) -> bool {
         let state = self.lock();
         state.len() <= state.room_to_spare()
     }
 
-    /// Whether no more events will come.
+    /// Returns whether no more events will come.
     pub(crate) fn is_ended(&self) -> bool {
         self.lock().end.is_some()
     }
 
-    /// Whether nothing is left and no more will come.
+    /// Returns whether the queue is empty and no more events will come.
     pub(crate) fn is_finished(&self) -> bool {
         let state = self.lock();
         state.end.is_some() && state.len() == 0 && state.gaps.is_empty()
     }
 
-    /// The consumer is gone: discards the events that are here, and those that are still to come.
+    /// Notes that the consumer is gone. Discards the events in the queue, and all later ones.
     pub(crate) fn abandon(&self) {
         let mut state = self.lock();
         state.is_abandoned = true;
@@ -232,7 +234,7 @@ impl Queue {
         }
     }
 
-    /// The error that ended the stream, if one did. Only the first call gives it.
+    /// Returns the error that ended the stream, if there was one. Only the first call returns it.
     pub(crate) fn take_result(&self) -> Result<(), Error> {
         self.lock().end.replace(Ok(())).unwrap_or(Ok(()))
     }
@@ -247,7 +249,7 @@ impl State {
         self.lifecycle.len() + self.other.len()
     }
 
-    /// How many events can be appended without shedding one.
+    /// Returns how many events can be appended without shedding.
     fn room(&self) -> usize {
         if self.is_abandoned {
             usize::MAX
@@ -256,7 +258,7 @@ impl State {
         }
     }
 
-    /// How many events may be in the queue for it to have room to spare.
+    /// Returns the largest number of events with which the queue has room to spare.
     fn room_to_spare(&self) -> usize {
         self.capacity / 2
     }
@@ -301,7 +303,7 @@ impl State {
         lane.push_back((position, event));
     }
 
-    /// Notes that so many events are missing at this place.
+    /// Notes missing events at this position.
     fn miss(&mut self, position: u64, event: &Event, queue: u64, ring: u64) {
         let (time, uptime) = (event.time, event.uptime);
         let at = self.gaps.partition_point(|gap| gap.last < position);
@@ -315,14 +317,14 @@ impl State {
             protocol: event.socket.protocol,
         };
         self.gaps.insert(at, gap);
-        // The later one first: it has another index afterwards.
+        // The later gap first, because its index changes afterwards.
         self.join(at);
         if let Some(before) = at.checked_sub(1) {
             self.join(before);
         }
     }
 
-    /// Makes one gap of this one and the next, if no event stands between them.
+    /// Joins a gap and the next one, if no event stands between them.
     fn join(&mut self, at: usize) {
         let (Some(gap), Some(next)) = (self.gaps.get(at), self.gaps.get(at + 1)) else {
             return;
@@ -378,7 +380,7 @@ impl State {
         Some(event)
     }
 
-    /// How many were shed, if it is time to say so again.
+    /// Returns the number of shed events, if it is time to log it again.
     fn shed_to_log(&mut self) -> Option<u64> {
         let now = Instant::now();
         if self

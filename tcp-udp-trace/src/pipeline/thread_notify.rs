@@ -1,4 +1,4 @@
-//! Lets a thread wait for what tasks do, without being a task.
+//! Lets a thread wait for the progress of tasks.
 
 use std::{
     sync::{Condvar, Mutex, PoisonError},
@@ -7,7 +7,7 @@ use std::{
 
 use crate::lock::lock;
 
-/// Something that is told of changes, and that a thread can wait at.
+/// A notification of changes, for a thread that waits for a condition.
 #[derive(Debug, Default)]
 pub(crate) struct ThreadNotify {
     lock: Mutex<()>,
@@ -15,13 +15,14 @@ pub(crate) struct ThreadNotify {
 }
 
 impl ThreadNotify {
-    /// Something has changed. The caller holds none of the locks that the waiting thread's condition takes.
+    /// Notifies the waiting thread. The caller holds none of the locks that the thread's condition
+    /// takes.
     pub(crate) fn notify(&self) {
         drop(self.lock.lock());
         self.changed.notify_all();
     }
 
-    /// Blocks until `is_done`, at most for `time`; whether it is.
+    /// Blocks until `is_done`, at most for `time`. Returns whether it is done.
     pub(crate) fn wait(&self, time: Duration, is_done: impl Fn() -> bool) -> bool {
         let guard = lock(&self.lock);
         let waited = self

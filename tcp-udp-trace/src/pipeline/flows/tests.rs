@@ -167,7 +167,7 @@ fn the_least_recently_used_makes_room_with_its_last_totals() {
     for port in 1..=3 {
         scene.send(key(1, port), 1);
     }
-    // The first is used after the others, and so is the third, of which nobody has been told yet.
+    // The first is used after the others, and so is the third, whose change is not reported yet.
     scene.send(key(1, 1), 1);
     assert_eq!(scene.tick(SECOND * 2).len(), 4);
     scene.send(key(1, 3), 1);
@@ -233,7 +233,8 @@ fn a_flow_that_comes_back_starts_again() {
     assert_eq!(scene.close(1).last(), Some(&(1, 1, true)));
 }
 
-/// What a consumer is promised: a flow's last reports and its newest one add up to what it has carried.
+/// A flow's last reports and its newest report add up to its traffic, as the documentation
+/// promises.
 #[test]
 fn sums_are_exact_whatever_makes_room() {
     let mut scene = Scene::new(16);
@@ -334,7 +335,8 @@ fn the_end_of_the_tracer_flushes_what_has_changed() {
     assert_eq!(last, [(2, 7, false)]);
 }
 
-/// What `max_flows` says of memory: a tree's nodes are at least half full.
+/// The documentation of `max_flows` gives the memory of a flow. A tree's nodes are at least half
+/// full.
 #[test]
 #[cfg(target_pointer_width = "64")]
 fn a_flow_takes_no_more_memory_than_is_said() {

@@ -1,4 +1,4 @@
-//! What is shed, what is told of it, and who is woken.
+//! Tests of shedding, gaps and wake-ups.
 
 use std::{
     sync::{
@@ -97,7 +97,7 @@ fn lifecycle_events_outlive_a_flood() {
     assert_eq!(drain(&queue), [-1, 2, -1, 4, -94, 99, 100]);
     queue.push(&mut (1..=6).map(lifecycle).collect());
     queue.push(&mut vec![event(7)]);
-    // Nothing but vital ones: then the oldest of them, but none for what is not.
+    // Only lifecycle events: the queue sheds the oldest of them, but none for another event.
     assert_eq!(drain(&queue), [-2, 3, 4, 5, 6, -1]);
     assert_eq!(totals(&queue)[1], 96 + 3);
 }
@@ -129,7 +129,7 @@ fn gaps_join_where_nothing_stands_between_them() {
         event(3),
         event(4),
     ]);
-    // 1 and the ring's ten are one place; 3 is another, behind 2.
+    // Event 1 and the ring's ten are one gap. Event 3 is another gap, after 2.
     assert_eq!(drain(&queue), [-10, -1, 2, -1, 4]);
 }
 
