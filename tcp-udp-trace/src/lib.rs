@@ -300,7 +300,11 @@
 )]
 #![cfg_attr(
     not(target_os = "linux"),
-    allow(dead_code, unused_imports, reason = "on other systems, no tracer can start")
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "on other systems, no tracer can start"
+    )
 )]
 
 #[cfg(all(any(test, micro_bench), target_os = "linux"))]

@@ -63,7 +63,7 @@ impl Cidr {
         Ok(())
     }
 
-    /// Returns the form of an address of this family.
+    /// Returns the network of an address, cut to this length; `None` for another family.
     fn network(self, address: IpAddr) -> Option<IpAddr> {
         let host_bits = u32::from(self.bits().saturating_sub(self.length));
         match (self.address, address) {

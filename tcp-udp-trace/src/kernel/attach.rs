@@ -1,4 +1,4 @@
-//! Carries out the attach plan by trying.
+//! Carries out the attach plan: tries each choice in order.
 
 use std::{io, thread};
 
@@ -18,13 +18,13 @@ use crate::{
     hook::Hook,
 };
 
-/// Attaches every signal of `plan` in the best way this kernel allows, and says which.
+/// Attaches every signal of `plan` in the best way that this kernel allows, and returns the hooks.
 pub(super) fn attach(
     ebpf: &mut Ebpf,
     plan: &[&Signal],
     protocol: Protocol,
 ) -> Result<Vec<Hook>, Error> {
-    // In a thread of its own, which may look at a tracefs that the rest of the process does not have.
+    // On a thread of its own, which may have a tracefs that the rest of the process does not see.
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .spawn_scoped(scope, || {
@@ -60,7 +60,7 @@ fn attach_signal(
             let attached = if has_tracefs || !choice.needs_tracefs() {
                 attach_choice(ebpf, choice)
             } else {
-                // Not asked, aya does not remember that there was none.
+                // aya is not called, because it would remember that there is no tracefs.
                 unload_all(ebpf, choice);
                 let error = io::Error::new(io::ErrorKind::NotFound, "no tracefs");
                 Err((choice.hooks[0].1, error.into()))
@@ -100,7 +100,7 @@ fn attach_signal(
     }
 }
 
-/// What this choice costs here.
+/// Returns the cost of a choice on this machine.
 fn note(choice: &Choice) -> Option<String> {
     let is_cgroup = matches!(choice.hooks[0].1, HookPoint::Cgroup(_));
     if is_cgroup && cgroup::root().is_ok_and(|root| !root.is_whole) {
@@ -109,11 +109,11 @@ fn note(choice: &Choice) -> Option<String> {
     choice.cost.map(Into::into)
 }
 
-/// What was attached of a choice.
+/// The attached part of a choice.
 #[derive(Debug, Default)]
 struct Attached {
     programs: Vec<String>,
-    /// The hooks that another program has alone, and what that costs.
+    /// The costs of hooks that another program holds exclusively.
     taken: Vec<String>,
 }
 

@@ -1,4 +1,7 @@
-//! Runs the programs that user space runs.
+//! Runs the programs that are attached nowhere, and that only user space runs.
+//!
+//! These programs read and write maps. A map system call would do the same, but while it is at
+//! work, the kernel skips kprobe and classic tracepoint programs on that CPU.
 
 use std::io;
 
@@ -17,13 +20,15 @@ use crate::{
     pipeline::{decode, flows::Totals},
 };
 
-/// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
-/// would keep the kernel from running others.
+/// Arms the wake-up by the next record.
 pub(super) const ARM_WAKEUP: &str = "arm_wakeup";
+/// Returns the totals of a flow.
 pub(super) const QUERY_FLOW: &str = "query_flow";
+/// Changes the filter, and answers questions about it.
 pub(super) const CONTROL_FILTER: &str = "control_filter";
-/// Only in the object with a ring.
+/// Returns the fill level of the ring. It is only in the object with a ring.
 pub(super) const RING_FILL: &str = "ring_fill";
+/// All of them.
 pub(super) const CONTROL_PROGRAMS: [&str; 4] = [ARM_WAKEUP, QUERY_FLOW, CONTROL_FILTER, RING_FILL];
 
 /// Runs a program that takes no arguments, and returns its result.
@@ -36,7 +41,7 @@ pub(super) fn run(ebpf: &Ebpf, name: &str) -> io::Result<u32> {
         .map_err(io::Error::other)
 }
 
-/// Asks for the totals of a flow.
+/// Returns the totals of a flow.
 pub(super) fn query_flow(
     ebpf: &Ebpf,
     flow: &FlowKey,
@@ -61,7 +66,7 @@ pub(super) fn query_flow(
     })
 }
 
-/// Asks the program; what it answers is not negative.
+/// Runs the program that controls the filter, and returns its result, which is not negative.
 pub(super) fn control_filter(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
     let program: &RawTracePoint = ebpf
         .program(CONTROL_FILTER)
@@ -77,7 +82,7 @@ pub(super) fn control_filter(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
     }
 }
 
-/// Loads a program that is attached nowhere, but run by us.
+/// Loads a control program, if it is not loaded yet.
 pub(super) fn load_control(program: &mut Program) -> Result<(), ProgramError> {
     if program.fd().is_ok() {
         return Ok(());

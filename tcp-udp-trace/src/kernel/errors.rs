@@ -1,4 +1,4 @@
-//! What to say when the kernel refuses.
+//! The errors for refusals of the kernel.
 
 use std::{error::Error as StdError, io};
 
@@ -14,17 +14,17 @@ use crate::{
     event::Protocol,
 };
 
-/// The object could not be loaded.
+/// Returns the error of an object that could not be loaded.
 pub(super) fn of_map(error: &EbpfError, protocol: Protocol) -> Error {
     let errno = match errno(error) {
-        // So says SELinux.
+        // SELinux returns this errno.
         Some(Errno::EACCES) => Some(Errno::EPERM),
         errno => errno,
     };
     refusal(errno, "a map", protocol, ErrorKind::Load)
 }
 
-/// A program could not be loaded.
+/// Returns the error of a program that could not be loaded.
 pub(super) fn of_program(
     error: &(dyn StdError + 'static),
     what: &str,
@@ -33,14 +33,14 @@ pub(super) fn of_program(
     refusal(errno(error), what, protocol, ErrorKind::Load)
 }
 
-/// The buffer of a CPU could not be made.
+/// Returns the error of a perf buffer that could not be made.
 pub(super) fn of_perf_buffer(error: &io::Error) -> Error {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EACCES) => Error::new(
             ErrorKind::Permission,
             "the kernel refused a perf buffer: grant CAP_PERFMON",
         ),
-        // The event was allowed, its memory is not.
+        // The kernel allowed the event, but not its memory.
         Some(Errno::EPERM) => Error::new(
             ErrorKind::Permission,
             "the perf buffers are over the limit on locked memory: lower ring_bytes, raise `ulimit -l` or \
@@ -50,7 +50,7 @@ pub(super) fn of_perf_buffer(error: &io::Error) -> Error {
     }
 }
 
-/// A signal has no hook that there is no tracing without, or there was a want of something.
+/// Returns the error if a required signal could not be attached, or a resource ran out.
 pub(super) fn of_signal(
     error: &(dyn StdError + 'static),
     signal: &str,
@@ -60,7 +60,7 @@ pub(super) fn of_signal(
     refusal(errno(error), &what, protocol, ErrorKind::Attach)
 }
 
-/// The same, where it is known which hook was refused.
+/// Returns the same error, with the hook that the kernel refused.
 pub(super) fn of_hook(
     error: &ProgramError,
     signal: &str,
@@ -81,10 +81,11 @@ fn taken(signal: &str, point: HookPoint) -> Error {
     Error::new(ErrorKind::Attach, message)
 }
 
-/// Whether another program has this hook alone.
+/// Returns whether another program holds this hook exclusively.
 ///
-/// The kernel has loaded the program and answers EPERM to the attachment. It does so for that reason
-/// (`__cgroup_bpf_attach`), and without CAP_NET_ADMIN (`bpf_prog_attach_check_attach_type`).
+/// The kernel has loaded the program, and returns EPERM for the attachment. There are two reasons
+/// for that: another program (`__cgroup_bpf_attach`), and a missing CAP_NET_ADMIN
+/// (`bpf_prog_attach_check_attach_type`).
 pub(super) fn is_taken(point: HookPoint, error: &ProgramError, privileges: &Privileges) -> bool {
     let is_link =
         matches!(error, ProgramError::SyscallError(error) if error.call == "bpf_link_create");
@@ -94,7 +95,7 @@ pub(super) fn is_taken(point: HookPoint, error: &ProgramError, privileges: &Priv
         && privileges.has(NET_ADMIN)
 }
 
-/// What it costs that another program has this hook alone.
+/// Returns the cost of a hook that another program holds exclusively.
 pub(super) fn cost_of_taken(point: HookPoint) -> String {
     let cost = match point {
         HookPoint::Cgroup("recvmsg4") => {
@@ -110,7 +111,8 @@ pub(super) fn cost_of_taken(point: HookPoint) -> String {
     format!("another program has {point} alone, attached with flags 0: {cost}")
 }
 
-/// Whether it is no answer to what was asked: at another time it may be granted.
+/// Returns whether the error is a transient shortage (memory, file descriptors) instead of a
+/// refusal.
 pub(super) fn is_resource_exhaustion(error: &(dyn StdError + 'static)) -> bool {
     matches!(
         errno(error),
@@ -133,16 +135,16 @@ fn refusal(errno: Option<Errno>, what: &str, protocol: Protocol, otherwise: Erro
             ErrorKind::Unsupported,
             "it has no bpf(2): a kernel with CONFIG_BPF_SYSCALL=y is needed".to_owned(),
         ),
-        // Not EACCES: that is the verifier's answer to a program that it does not like.
+        // Not EACCES, because the verifier returns it for a program that it rejects.
         Some(Errno::EPERM | Errno::ENOSYS) => (ErrorKind::Permission, privileges.causes(protocol)),
-        // The verifier knows no function then that reads the kernel's memory.
+        // Under lockdown, the verifier has no function that reads the kernel's memory.
         _ if privileges.is_confidential() => (ErrorKind::Permission, privileges.causes(protocol)),
         _ => return Error::new(otherwise, format!("the kernel refused {what}")),
     };
     Error::new(kind, format!("the kernel refused {what}: {why}"))
 }
 
-/// What the operating system said at the end of the chain.
+/// Returns the errno at the end of the chain of sources.
 fn errno(error: &(dyn StdError + 'static)) -> Option<Errno> {
     let mut error = Some(error);
     while let Some(e) = error {
@@ -154,7 +156,7 @@ fn errno(error: &(dyn StdError + 'static)) -> Option<Errno> {
     None
 }
 
-/// An error and its sources, in one line.
+/// Returns an error and its sources, in one line.
 pub(super) fn chain(error: &dyn StdError) -> String {
     let mut line = error
         .to_string()
@@ -212,7 +214,7 @@ mod tests {
             let is_taken = is_taken(point, &refused(call, errno), &Privileges::of_root());
             assert!(!is_taken, "{call} {errno}");
         }
-        // Linux 5.10 takes CAP_SYS_ADMIN for the program, and not for its attachment.
+        // Linux 5.10 accepts CAP_SYS_ADMIN for the program, but not for its attachment.
         let refused = refused("bpf_link_create", Errno::EPERM);
         assert!(!is_taken(egress, &refused, &Privileges::of_nobody()));
     }

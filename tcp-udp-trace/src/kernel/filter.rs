@@ -1,8 +1,9 @@
-//! Telling the programs which events are wanted.
+//! Sets the filter of the programs.
 //!
-//! They look at one word, and at sets whose values carry the word's generation: so a new filter is built beside the old one, and one
-//! write changes over. All of it is asked of a program of ours ([`control_filter`]) and not written into maps from here, because a map system call
-//! would keep other programs from running meanwhile.
+//! The programs read one word, and sets whose values have the word's generation. So a new filter is
+//! built beside the old one, and one write switches over. A control program ([`control_filter`])
+//! makes all these changes. A map system call would keep other programs from running in the
+//! meantime.
 
 use std::error::Error as StdError;
 
@@ -22,23 +23,23 @@ use crate::{
     filter::{Filter, Membership, compile::Compiled, resolve::Names as _},
 };
 
-/// The programs that follow the trees of processes.
+/// The programs that keep the process trees up to date.
 const TREE_PROGRAMS: [(&str, HookPoint); 2] = [
     ("tree_fork", HookPoint::RawTracepoint("sched_process_fork")),
     ("tree_free", HookPoint::RawTracepoint("sched_process_free")),
 ];
 
-/// The filter that the programs look at.
+/// The filter that the programs use.
 #[derive(Debug, Default)]
 pub(super) struct Filters {
     generation: u16,
     installed: Installed,
     follows_trees: bool,
-    /// With the names resolved.
+    /// The filter, with its names resolved.
     filter: Filter,
 }
 
-/// What there is of a filter in the maps.
+/// The parts of a filter that are in the maps.
 #[derive(Debug, Default)]
 struct Installed {
     values: Vec<Value>,
@@ -46,31 +47,32 @@ struct Installed {
 }
 
 impl Filters {
-    /// Whether there ever was one.
+    /// Returns whether there ever was a filter.
     pub(super) fn were_used(&self) -> bool {
         self.generation != 0
     }
 
-    /// Whether an event that user space made is wanted.
+    /// Returns whether an event that user space made passes.
     pub(super) fn want(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
             .matches(event, |process| membership(ebpf, process))
     }
 
-    /// [`want`](Self::want), whatever the event's ports and addresses are.
+    /// Like [`want`](Self::want), without a check of the event's ports and addresses.
     pub(super) fn want_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
             .matches_but_ends(event, |process| membership(ebpf, process))
     }
 
-    /// Lets this be the filter from now on. If that fails, the one of before stays.
+    /// Installs a filter. After an error, the old one stays.
     pub(super) fn install(
         &mut self,
         ebpf: &mut Ebpf,
         filter: &Filter,
         protocol: Protocol,
     ) -> Result<(), Error> {
-        // What makes no sense is refused as the caller wrote it.
+        // An error of the caller's filter must show the caller's values, so it is checked before it
+        // is resolved.
         filter.compile()?;
         let resolved = filter.resolve(&mut Caller::new(ebpf))?;
         self.switch(ebpf, &resolved.compile()?, protocol)?;
@@ -87,7 +89,7 @@ impl Filters {
         if filter.word == 0 && !self.were_used() {
             return Ok(());
         }
-        // Of two that follow each other, one is odd; 0 is none.
+        // Of two generations in a row, one is odd. 0 means no generation.
         self.generation = self.generation.checked_add(1).unwrap_or(2);
         let mut new = Installed::default();
         let built = self.build(ebpf, filter, protocol, &mut new);
@@ -102,7 +104,7 @@ impl Filters {
             new.remove(ebpf);
             return Err(error);
         }
-        // A program that has begun with it will notice, and ask the new one.
+        // A program that has started with the old filter notices the change, and uses the new one.
         std::mem::replace(&mut self.installed, new).remove(ebpf);
         Ok(())
     }
@@ -136,7 +138,7 @@ impl Filters {
         found
     }
 
-    /// Attaches what keeps the trees up to date, unless it is.
+    /// Attaches the programs that keep the trees up to date, unless they are attached.
     fn follow_trees(&mut self, ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), Error> {
         if self.follows_trees {
             return Ok(());
@@ -155,7 +157,7 @@ impl Filters {
     }
 }
 
-/// Finds the members of the trees that are there already. Those that are made meanwhile, the programs find.
+/// Finds the existing members of the trees. The programs find those that start in the meantime.
 fn find_tree_members(
     ebpf: &mut Ebpf,
     generation: u16,
@@ -164,13 +166,13 @@ fn find_tree_members(
 ) -> Result<(), Error> {
     for (index, &root) in roots.iter().enumerate() {
         new.add(ebpf, Value::new(generation, wire::ROOT, [root.into(), 0]))?;
-        // A byte stands for a root.
+        // Each byte represents a root.
         if iter::visit_tasks(ebpf).map_err(no_iterator)? <= index {
             let what = format!("pid_tree is {root}: there is no such process");
             return Err(Error::new(ErrorKind::InvalidFilter, what));
         }
     }
-    // A child whose number is lower than its parent's was met before it.
+    // The first pass visits a child before its parent if the child's number is lower.
     iter::visit_tasks(ebpf).map_err(no_iterator).map(drop)
 }
 
@@ -188,7 +190,7 @@ impl Installed {
     }
 
     fn remove(self, ebpf: &Ebpf) {
-        // What cannot be removed takes room and is not looked at.
+        // A value that cannot be removed takes room, but no program uses it.
         for value in &self.values {
             let _ = control_filter(ebpf, &value_args(op::REMOVE, value));
         }
@@ -214,7 +216,7 @@ fn network_args(op: u64, network: &Network) -> [u64; 4] {
     [op, head, first, second]
 }
 
-/// What a process is to the filter; nothing, if that cannot be asked.
+/// Returns the relation of a process to the filter; none if the query fails.
 fn membership(ebpf: &Ebpf, process: &Process) -> Membership {
     let started = u64::try_from(process.started.as_nanos()).unwrap_or(u64::MAX);
     let bits = control_filter(ebpf, &[op::STANDING, process.pid.into(), started]).unwrap_or(0);
@@ -225,11 +227,11 @@ fn membership(ebpf: &Ebpf, process: &Process) -> Membership {
 }
 
 fn refused(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
-    let what = "the kernel did not take the filter";
+    let what = "the kernel refused the filter";
     Error::new(ErrorKind::Load, what).with_source(source)
 }
 
 fn no_iterator(source: String) -> Error {
-    let what = "pid_tree needs the kernel's iterator through all tasks, which it refuses";
+    let what = "pid_tree needs the iterator over all tasks, which the kernel refuses";
     Error::new(ErrorKind::Attach, what).with_source(source)
 }

@@ -1,4 +1,4 @@
-//! Iterators: the kernel walks through what there is, and runs a program of ours for each.
+//! BPF iterators: the kernel visits existing objects, and runs a program for each.
 
 use std::{
     collections::HashMap,
@@ -39,7 +39,8 @@ impl IterProgram {
     }
 }
 
-/// Through every file that a process has open: the sockets that are older than the tracer, and whose they are.
+/// Visits every open file of every process: finds the sockets that are older than the tracer, and
+/// their owners.
 const fn files(protocol: Protocol) -> IterProgram {
     IterProgram {
         program: match protocol {
@@ -50,7 +51,7 @@ const fn files(protocol: Protocol) -> IterProgram {
     }
 }
 
-/// Through the sockets of a network namespace.
+/// Visits the sockets of a network namespace.
 const SOCKETS: [IterProgram; 2] = [
     IterProgram {
         program: "iter_tcp",
@@ -62,13 +63,13 @@ const SOCKETS: [IterProgram; 2] = [
     },
 ];
 
-/// Through every task: the trees of a filter.
+/// Visits every task: finds the members of a filter's trees.
 const TASKS: IterProgram = IterProgram {
     program: "iter_tasks",
     iterator: "task",
 };
 
-/// Through every task: the pids that the caller's pid namespace has.
+/// Visits every task: returns the pids of the caller's pid namespace.
 const PIDS: IterProgram = IterProgram {
     program: "iter_pids",
     iterator: "task",
@@ -76,28 +77,30 @@ const PIDS: IterProgram = IterProgram {
 
 const NO_SNAPSHOT: &str = "sockets older than the tracer have no owner until they are used";
 const NO_SAMPLES: &str = "no samples";
-const OWN_NAMESPACE: &str = "no CAP_SYS_ADMIN: only this process's network namespace";
-const SIMILAR_PROCESSES: &str = "no CAP_SYS_PTRACE: no network namespaces that only processes of other users or privileges are in";
+const OWN_NAMESPACE: &str =
+    "without CAP_SYS_ADMIN, only this process's network namespace is sampled";
+const SIMILAR_PROCESSES: &str = "without CAP_SYS_PTRACE, namespaces whose \
+     processes all belong to other users or have more capabilities are not sampled";
 
-/// Of what samples can be taken.
+/// The sockets that can be sampled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SampleScope {
-    /// They are not wanted, or the kernel does not allow them.
+    /// None: samples are disabled, or the kernel does not allow them.
     Nothing,
-    /// Of the process's own network namespace.
+    /// Those of the process's own network namespace.
     OwnNamespace,
-    /// Of every one.
+    /// Those of every network namespace.
     EveryNamespace,
 }
 
-/// What became of the walks at the start.
+/// The result of starting the iterators.
 pub(super) struct Started {
     pub(super) hooks: Vec<Hook>,
     pub(super) samples: SampleScope,
 }
 
-/// Takes the snapshot of what is there already, and prepares the samples if they are wanted. What the kernel refuses of this is missing, and
-/// told in the hooks' notes.
+/// Takes the snapshot of existing sockets, and prepares the samples if they are enabled. The notes
+/// of the hooks report anything that the kernel refuses.
 pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Started {
     let Config {
         protocol,
@@ -120,7 +123,7 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Started {
         let mut hook = hook("sample", sockets, loaded, NO_SAMPLES);
         if hook.note.is_none() {
             hook.programs.insert(0, "netlink:sock_diag".into());
-            // Trying it takes a thread of its own.
+            // The attempt needs a thread of its own.
             let trial = thread::Builder::new().spawn(netns::may_enter);
             if trial.is_ok_and(|trial| trial.join().unwrap_or(false)) {
                 samples = SampleScope::EveryNamespace;
@@ -137,21 +140,21 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Started {
     Started { hooks, samples }
 }
 
-/// Opens a walk through the sockets of the calling thread's network namespace. It begins when it is read.
+/// Opens the iterator over the sockets of the calling thread's network namespace. A read runs it.
 pub(super) fn open(ebpf: &mut Ebpf) -> Result<File, String> {
-    // Only one of them is loaded.
+    // Only one of the two is loaded.
     let loaded = SOCKETS
         .into_iter()
         .find(|iter| ebpf.program(iter.program).is_some_and(|p| p.fd().is_ok()));
     open_iter(ebpf, loaded.ok_or("its program is not loaded")?)
 }
 
-/// Loads what [`visit_tasks`] runs.
+/// Loads the program that [`visit_tasks`] runs.
 pub(super) fn load_tasks(ebpf: &mut Ebpf) -> Result<(), String> {
     load(ebpf, TASKS)
 }
 
-/// Walks through all tasks, and says how many the program counted.
+/// Visits all tasks, and returns how many the program counted.
 pub(super) fn visit_tasks(ebpf: &mut Ebpf) -> Result<usize, String> {
     open_iter(ebpf, TASKS)
         .and_then(read_to_end)
@@ -162,8 +165,8 @@ pub(super) fn unload_tasks(ebpf: &mut Ebpf) {
     ebpf.program_mut(TASKS.program).map(unload);
 }
 
-/// Returns the processes of the caller's pid namespace: the number of each there, and the initial
-/// pid namespace's.
+/// Returns the processes of the caller's pid namespace: each number there, with its number in the
+/// initial pid namespace.
 pub(super) fn pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
     let bytes = load(ebpf, PIDS)
         .and_then(|()| open_iter(ebpf, PIDS))
@@ -176,7 +179,7 @@ pub(super) fn pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
     Ok(processes.map(from_numbers).collect())
 }
 
-/// The walks of a tracer.
+/// Returns the iterators of a tracer.
 pub(super) fn wanted(config: &Config) -> Vec<IterProgram> {
     let samples = config.sample_interval.is_some();
     let samples = samples.then(|| sockets(config.protocol));
@@ -193,7 +196,7 @@ fn sockets(protocol: Protocol) -> IterProgram {
     }
 }
 
-/// Loads the program of a walk, if it was not loaded ahead.
+/// Loads the program of an iterator, if it was not loaded ahead.
 fn load(ebpf: &mut Ebpf, iter: IterProgram) -> Result<(), String> {
     let program = ebpf.program_mut(iter.program);
     let program = program.ok_or("the object does not have it")?;
@@ -220,7 +223,7 @@ fn program(ebpf: &mut Ebpf, iter: IterProgram) -> Result<&mut Iter, ProgramError
         .try_into()
 }
 
-/// Reads a walk to its end, and returns the bytes that it gave.
+/// Reads an iterator to its end, and returns its bytes.
 fn read_to_end(mut file: File) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     let mut buffer = [0; 4096];
@@ -228,7 +231,7 @@ fn read_to_end(mut file: File) -> Result<Vec<u8>, String> {
         match file.read(&mut buffer) {
             Ok(0) => return Ok(bytes),
             Ok(read) => bytes.extend_from_slice(&buffer[..read]),
-            // The kernel pauses after a million things.
+            // The kernel pauses after a million objects.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error.to_string()),
         }

@@ -4,10 +4,11 @@ use aya::{Ebpf, maps::MapError};
 
 use crate::error::{Error, ErrorKind};
 
-/// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
-/// matter most.
+/// The ring is treated as this many equal parts. Filling one wakes the reader even if it is not
+/// armed. The last part is reserved for lifecycle records.
 pub(super) const SHARE: u32 = 8;
 
+/// Takes a map out of the object.
 pub(super) fn take_map<M>(
     ebpf: &mut Ebpf,
     name: &str,

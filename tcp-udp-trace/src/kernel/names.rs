@@ -1,4 +1,4 @@
-//! What a filter's names mean: processes by the caller's numbers, cgroups by their paths.
+//! Resolves the names of a filter: processes by the caller's numbers, cgroups by their paths.
 
 use std::{collections::HashMap, io, path::Path};
 
@@ -11,17 +11,17 @@ use crate::{
     filter::resolve::Names,
 };
 
-/// The names that the calling process knows.
+/// The names of the calling process.
 pub(super) struct Caller<'a> {
     ebpf: &'a mut Ebpf,
-    /// The processes of its pid namespace, once they are needed.
+    /// The processes of the caller's pid namespace, when they are needed.
     processes: Option<Processes>,
 }
 
 enum Processes {
     /// The pid namespace is the initial one, so the numbers are the same.
     Initial,
-    /// By the number there, the one in the initial pid namespace.
+    /// Maps numbers of the caller's pid namespace to those of the initial one.
     Child(HashMap<u32, u32>),
 }
 
@@ -69,7 +69,7 @@ impl Names for Caller<'_> {
     }
 }
 
-/// How often the search for a namespace is taken up again: enough for 100,000 namespaces.
+/// The maximum number of runs of one search for a namespace: enough for 100,000 namespaces.
 const MAX_RUNS: usize = 4096;
 
 /// Returns the cookie of the network namespace that has this inode now.
@@ -97,7 +97,7 @@ fn find_netns(ebpf: &Ebpf, inode: u32) -> io::Result<Option<u64>> {
 }
 
 fn unknown(source: io::Error) -> Error {
-    let what = "the kernel does not tell the pid namespace of this process";
+    let what = "the pid namespace of this process cannot be read";
     Error::new(ErrorKind::Load, what).with_source(source)
 }
 
@@ -107,7 +107,7 @@ fn no_namespaces(source: io::Error) -> Error {
 }
 
 fn no_iterator(source: String) -> Error {
-    let what = "a pid in a child pid namespace needs the kernel's iterator through all tasks, \
-                which it refuses";
+    let what = "a pid in a child pid namespace needs the iterator over all tasks, which the \
+                kernel refuses";
     Error::new(ErrorKind::Attach, what).with_source(source)
 }

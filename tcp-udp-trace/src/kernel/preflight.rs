@@ -1,8 +1,9 @@
-//! What a start needs of the process, looked at before the kernel is asked for anything.
+//! Checks the requirements of a start in the process, before any request to the kernel.
 //!
-//! It makes the better error, and more: aya tries once in the life of a process what the kernel can do, and would take
-//! a want of privileges or descriptors for a want of the kernel, also at the next start. And it raises the limit on locked memory of the
-//! whole process where it believes that to be in the way.
+//! The errors are better, and there are two other reasons. aya probes the features of the kernel
+//! once in the life of a process. Without these checks, it would mistake missing privileges or
+//! descriptors for missing features, also at the next start. And aya raises the limit on locked
+//! memory for the whole process if it takes that for the cause of an error.
 
 use std::{fs::File, io};
 
@@ -15,10 +16,10 @@ use crate::{
     event::Protocol,
 };
 
-/// More than a tracer has open at any time.
+/// More descriptors than a tracer has open at any time.
 const DESCRIPTORS: usize = 80;
 
-/// Whether everything is there.
+/// Checks all requirements.
 pub(super) fn check(protocol: Protocol) -> Result<(), Error> {
     check_capabilities(protocol)?;
     check_locked_memory()?;
@@ -28,7 +29,7 @@ pub(super) fn check(protocol: Protocol) -> Result<(), Error> {
 fn check_capabilities(protocol: Protocol) -> Result<(), Error> {
     let privileges = Privileges::of_this_thread();
     match privileges.missing(protocol) {
-        // Most kernels take it for the others.
+        // Most kernels accept CAP_SYS_ADMIN instead of the others.
         Some(missing) if !privileges.has(SYS_ADMIN) => {
             Err(Error::new(ErrorKind::Permission, missing))
         }

@@ -13,8 +13,9 @@ use super::{
 };
 use crate::lock::lock;
 
-/// Loads what will probably be attached, on every CPU at once: most of a start is the kernel's verifier at work. What fails here is tried again when it
-/// is its turn, and then it is told why.
+/// Loads the programs that will probably be attached, on every CPU at once, because the kernel's
+/// verifier takes most of a start. A program that fails here is loaded again at its turn, and then
+/// the error is reported.
 pub(super) fn load_ahead(
     ebpf: &mut Ebpf,
     plan: &[&Signal],
@@ -26,7 +27,7 @@ pub(super) fn load_ahead(
     let has_kprobes = fs::exists(KPROBES).unwrap_or(false);
     let is_likely = |choice: &&Choice| match choice.hooks[0].1 {
         HookPoint::Kprobe(_) | HookPoint::Kretprobe(_) => has_kprobes,
-        // It is what is taken where nothing else is to be had.
+        // It is the last choice.
         HookPoint::Fentry(_) => false,
         _ => true,
     };
@@ -43,7 +44,7 @@ pub(super) fn load_ahead(
         .iter()
         .filter_map(|iter| Some((iter, take(&iter.program)?)))
         .collect();
-    // To make the ids takes as long as to load a program, so it is one of the jobs.
+    // Making the ids takes as long as loading a program, so it is one of the jobs.
     let load_with_ids = || {
         let Ok(ids) = ids::for_aya(ids) else {
             return;
@@ -74,7 +75,7 @@ pub(super) fn load_ahead(
     };
     thread::scope(|scope| {
         for _ in 1..threads {
-            // Without that thread it takes longer.
+            // Without that thread, the work takes longer.
             let _ = thread::Builder::new().spawn_scoped(scope, work);
         }
         work();

@@ -6,18 +6,19 @@ use aya::programs::{CgroupAttachMode, CgroupSkbAttachType, Program, ProgramError
 
 use super::{btf::ids, cgroup, plan::HookPoint};
 
-/// What the name of a system call's function begins with.
+/// The prefix of the name of a system call's function.
 const OF_ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
     "__arm64_"
 } else {
     "__x64_"
 };
 
-/// What the kernel has if it has kprobes; aya asks the same.
+/// A file that exists if the kernel has kprobes. aya checks the same file.
 pub(super) const KPROBES: &str = "/sys/bus/event_source/devices/kprobe/type";
 
+/// Attaches a program, and loads it if necessary.
 pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
-    // It may be there already: loaded ahead, or for another hook.
+    // The program may be loaded already: ahead, or for another hook.
     if program.fd().is_err() {
         load(program, point, None)?;
     }
@@ -58,7 +59,7 @@ pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<
     Ok(())
 }
 
-/// Loads a program. What aya must know of the kernel's BTF for that is in `ids`, or looked up.
+/// Loads a program. The ids of the kernel's BTF that aya needs are in `ids`, or are looked up.
 pub(super) fn load(
     program: &mut Program,
     point: HookPoint,
@@ -79,7 +80,7 @@ pub(super) fn load(
             program.load(name, ids.ok_or(ProgramError::NotLoaded)?)
         }
         (Program::KProbe(program), _) => {
-            // The kernel would load it, and then not attach it.
+            // Without kprobes, the kernel would load the program, but not attach it.
             fs::metadata(KPROBES)?;
             program.load()
         }
@@ -93,9 +94,9 @@ pub(super) fn load(
     }
 }
 
-/// Takes a program out of the kernel, if it is there.
+/// Unloads a program, if it is loaded.
 pub(super) fn unload(program: &mut Program) {
-    // The only error is that it is not there.
+    // The only possible error is that the program is not loaded.
     let _ = match program {
         Program::RawTracePoint(program) => program.unload(),
         Program::TracePoint(program) => program.unload(),

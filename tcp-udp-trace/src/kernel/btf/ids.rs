@@ -1,7 +1,9 @@
-//! The little of the kernel's BTF that aya needs to load a program which refers to a function or a tracepoint of the kernel: its id.
+//! Makes small BTF for aya. To load a program for a function or a tracepoint of the kernel, aya
+//! needs only its id.
 //!
-//! aya would parse all of it, for tens of milliseconds and megabytes, and then look for one name. So it is given BTF in which what it
-//! looks for has the same id, and everything else has no name.
+//! aya would parse all of the kernel's BTF, which takes tens of milliseconds and megabytes, to find
+//! one name. So it gets BTF in which the needed types have the same ids, and all other types have
+//! no names.
 
 use std::io;
 
@@ -10,7 +12,7 @@ use aya::{BtfError, Endianness, programs::ProgramError};
 use super::{Btf, MAGIC, VERSION, kind, offsets};
 use crate::error::Error;
 
-/// What aya looks up by its name.
+/// A type that aya looks up by its name.
 #[derive(Debug, Clone)]
 pub(in crate::kernel) struct Target {
     kind: u32,
@@ -18,7 +20,7 @@ pub(in crate::kernel) struct Target {
 }
 
 impl Target {
-    /// What an iterator's program is loaded for.
+    /// The type for an iterator's program.
     pub(in crate::kernel) fn iterator(name: &str) -> Self {
         Self {
             kind: kind::FUNC,
@@ -41,10 +43,10 @@ impl Target {
     }
 }
 
-/// Some of what a kernel has, each with its id.
+/// Types of a kernel, each with its id.
 pub(in crate::kernel) type Ids = Vec<(Target, u32)>;
 
-/// Those of these that the kernel has.
+/// Returns the targets that the kernel has.
 pub(in crate::kernel) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = Target>) -> Ids {
     let targets = targets.into_iter();
     targets
@@ -53,7 +55,7 @@ pub(in crate::kernel) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = T
         .collect()
 }
 
-/// BTF with only this, if the running kernel has it.
+/// Returns BTF with one target, if the running kernel has it.
 ///
 /// # Errors
 ///
@@ -67,11 +69,11 @@ pub(in crate::kernel) fn look_up(target: Target) -> Result<aya::Btf, ProgramErro
     Ok(for_aya(&ids)?)
 }
 
-/// BTF with these.
+/// Returns BTF with these targets.
 ///
 /// # Errors
 ///
-/// aya does not take it, which would be our mistake.
+/// aya does not accept the BTF, which would be a bug here.
 pub(in crate::kernel) fn for_aya(ids: &Ids) -> Result<aya::Btf, BtfError> {
     let mut strings = vec![0];
     let mut wanted = Vec::new();
@@ -81,7 +83,7 @@ pub(in crate::kernel) fn for_aya(ids: &Ids) -> Result<aya::Btf, BtfError> {
         strings.push(0);
     }
     let last = wanted.iter().map(|(id, ..)| *id).max().unwrap_or(0);
-    // The name, the kind, and what neither of the two kinds uses.
+    // The name, the kind, and a word that neither of the two kinds uses.
     let record = |name, kind: u32| [name, kind << 24, 0].map(u32::to_le_bytes).concat();
     let filler = record(0, kind::FWD);
     let types_len = last * filler.len() as u32;

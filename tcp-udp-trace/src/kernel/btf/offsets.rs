@@ -1,4 +1,4 @@
-//! Where the fields that the programs read are on the running kernel.
+//! Finds the offsets of the fields that the programs read on the running kernel.
 
 use std::{
     fs::File,
@@ -14,11 +14,12 @@ use crate::error::{Error, ErrorKind};
 /// The kernel's description of its own types.
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
-/// More room than it takes; what is not used costs nothing. When something of up to 32 MiB is freed, glibc believes that there will be more of that
-/// size, and keeps megabytes that we do not need any more.
+/// More room than the BTF takes. Unused room costs nothing. When an allocation of up to 32 MiB is
+/// freed, glibc raises its threshold for large allocations, and then keeps megabytes that the
+/// process does not need any more.
 const CAPACITY: usize = 33 << 20;
 
-/// Without these nothing can be said of a socket; without any other, one detail is missing.
+/// Required fields. Without any other field, only one detail is missing.
 const REQUIRED: &[Field] = {
     use Field::{Family, LocalPort, Protocol, RemotePort, State};
     &[Family, LocalPort, Protocol, RemotePort, State]
@@ -42,7 +43,7 @@ pub(in crate::kernel) fn read_btf() -> Result<Vec<u8>, Error> {
     })
 }
 
-/// Makes sense of it.
+/// Parses the kernel's BTF.
 pub(in crate::kernel) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
     Btf::parse(btf).map_err(|source| {
         Error::new(
@@ -83,21 +84,22 @@ pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
         Some(&field) => Err(Error::new(
             ErrorKind::Unsupported,
             format!(
-                "this kernel's {} is not the one we know: report its version",
+                "this kernel's {} is unknown to this library: report the kernel's version",
                 FIELDS[field as usize].path
             ),
         )),
     }
 }
 
-/// The bit of `sock.sk_flags` that the kernel sets when a socket has begun to listen; 0 if it is not known.
+/// Returns the bit of `sock.sk_flags` that the kernel sets when a socket begins to listen; 0 if it
+/// is unknown.
 pub(in crate::kernel) fn has_listened(btf: &Btf<'_>) -> u64 {
     let bit = btf.enumerator("sock_flags", "SOCK_RCU_FREE");
     bit.and_then(|bit| 1_u64.checked_shl(bit)).unwrap_or(0)
 }
 
-/// The values of `enum skb_drop_reason` that the programs know, by the name of their global. Before
-/// 5.18 the kernel does not say that a program at the cgroup refused a packet.
+/// Returns the values of `enum skb_drop_reason` that the programs use, by the name of their global.
+/// Before 5.18, the kernel does not report that a program at the cgroup refused a packet.
 pub(in crate::kernel) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
     let reason = |name| btf.enumerator("skb_drop_reason", name).unwrap_or(u32::MAX);
     [
@@ -106,11 +108,12 @@ pub(in crate::kernel) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2]
     ]
 }
 
-/// How far above the beginning of a task's kernel stack its user registers are saved, in bytes. 0 if
-/// that is not known.
+/// Returns the offset of a task's saved user registers from the beginning of its kernel stack, in
+/// bytes. 0 if it is unknown.
 ///
-/// The kernel has no type for the size of a stack. It is 16 KiB, and one page where pages are larger
-/// ([x86_64], [aarch64]). A kernel with KASAN has larger stacks. There, the programs find no registers.
+/// The kernel has no type for the size of a stack. It is 16 KiB, and one page where pages are
+/// larger ([x86_64], [aarch64]). A kernel with KASAN has larger stacks. There, the programs find no
+/// registers.
 ///
 /// [x86_64]: https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/page_64_types.h#L15
 /// [aarch64]: https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/asm/memory.h#L113
@@ -122,19 +125,19 @@ pub(in crate::kernel) fn registers(btf: &Btf<'_>) -> u64 {
     STACK.max(page).saturating_sub(size)
 }
 
-/// Whether this kernel verifies the loops of `image` in milliseconds.
+/// Returns whether this kernel verifies the loops of `image` in milliseconds.
 ///
-/// Verifiers that do not forget numbers that do not matter in programs with functions take minutes
-/// (5.10 and 6.1): `backtrack_state` came with that ability. So does that of 7.2, which is recognized
-/// by the name of a function.
+/// The verifiers of 5.10 and 6.1 take minutes, because they track irrelevant numbers in programs
+/// with functions. `backtrack_state` came with the improvement. The verifier of 7.2 takes minutes,
+/// too. The name of a function identifies it.
 pub(in crate::kernel) fn verifies_images(btf: &Btf<'_>) -> bool {
     let has = |kind, name| btf.id(kind, name).is_some();
     has(super::kind::STRUCT, "backtrack_state")
         && !has(super::kind::FUNC, "bpf_compute_live_registers")
 }
 
-/// Whether it does so in the programs of UDP, too: 6.12 does not come to an end with them. It is
-/// told from 6.18 by the name of a function.
+/// Returns whether the same holds for the programs of UDP. The verifier of 6.12 does not finish
+/// them. The name of a function distinguishes 6.12 from 6.18.
 pub(in crate::kernel) fn verifies_images_of_udp(btf: &Btf<'_>) -> bool {
     let newer = btf.id(super::kind::FUNC, "bpf_stream_stage_printk");
     newer.is_some() && verifies_images(btf)
@@ -171,7 +174,7 @@ mod tests {
         };
         let btf = Btf::parse(&btf).expect("the running kernel's BTF");
         for (name, offset, size) in crate::event::tcp_info::TcpInfo::FIELDS {
-            // What this kernel lacks is another one's.
+            // Another kernel has the fields that this one lacks.
             if let Some(field) = btf.field(&format!("tcp_info.tcpi_{name}")) {
                 assert_eq!(
                     (field.offset, field.size as usize),
