@@ -79,7 +79,7 @@ pub(crate) fn no_line_is_lost_or_cut() -> anyhow::Result<()> {
     ensure!(gaps == 0);
     ensure!(stats.delivered == events.len() as u64, "{stats:?}");
     ensure!(
-        stats.emitted == stats.delivered + stats.filtered,
+        stats.emitted == stats.delivered + stats.reader_filtered,
         "{stats:?}"
     );
     let ends = events.iter().filter(|event| event.is_end());

@@ -140,7 +140,7 @@ pub struct Kin {
     pub pid: u64,
 }
 
-/// What user space tells the programs about a filter, as the first argument of `ask_filter`.
+/// What user space tells the programs about a filter, as the first argument of `control_filter`.
 pub mod op {
     /// The filter is this word from now on.
     pub const SWITCH: u64 = 0;

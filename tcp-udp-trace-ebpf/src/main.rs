@@ -371,45 +371,45 @@ fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
 
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
-fn walk_files_tcp(ctx: *mut c_void) -> i32 {
+fn iter_files_tcp(ctx: *mut c_void) -> i32 {
     walk::file_of_tcp(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
-fn walk_files_udp(ctx: *mut c_void) -> i32 {
+fn iter_files_udp(ctx: *mut c_void) -> i32 {
     walk::file_of_udp(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/tcp")]
 #[unsafe(no_mangle)]
-fn walk_tcp(ctx: *mut c_void) -> i32 {
+fn iter_tcp(ctx: *mut c_void) -> i32 {
     walk::tcp_socket(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/udp")]
 #[unsafe(no_mangle)]
-fn walk_udp(ctx: *mut c_void) -> i32 {
+fn iter_udp(ctx: *mut c_void) -> i32 {
     walk::udp_socket(Step::new(ctx))
 }
 
 // ---- the trees of a filter: only where one has any ---------------------------------------------------------------
 
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
-fn kin_fork(ctx: RawTracePointContext) -> i32 {
+fn tree_fork(ctx: RawTracePointContext) -> i32 {
     filter::forked(ctx.arg(0), ctx.arg(1));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_free")]
-fn kin_free(ctx: RawTracePointContext) -> i32 {
+fn tree_free(ctx: RawTracePointContext) -> i32 {
     filter::freed(ctx.arg(0));
     0
 }
 
 #[unsafe(link_section = "iter/task")]
 #[unsafe(no_mangle)]
-fn walk_tasks(ctx: *mut c_void) -> i32 {
+fn iter_tasks(ctx: *mut c_void) -> i32 {
     filter::task(Step::new(ctx));
     walk::NEXT
 }
@@ -418,7 +418,7 @@ fn walk_tasks(ctx: *mut c_void) -> i32 {
 
 #[unsafe(link_section = "iter/task")]
 #[unsafe(no_mangle)]
-fn walk_pids(ctx: *mut c_void) -> i32 {
+fn iter_pids(ctx: *mut c_void) -> i32 {
     filter::numbers(Step::new(ctx));
     walk::NEXT
 }
@@ -434,7 +434,7 @@ fn walk_pids(ctx: *mut c_void) -> i32 {
 /// The reader is about to sleep; returns how many records the ring has refused so far.
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
-fn ask_arm(_ctx: *mut c_void) -> i32 {
+fn arm_wakeup(_ctx: *mut c_void) -> i32 {
     emit::arm();
     anomaly::tell();
     anomaly::lost_so_far().cast_signed()
@@ -451,13 +451,13 @@ fn ring_fill(_ctx: *mut c_void) -> i32 {
 /// The filter changes, or what it says is asked.
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
-fn ask_filter(ctx: *mut c_void) -> i32 {
+fn control_filter(ctx: *mut c_void) -> i32 {
     filter::asked(&RawTracePointContext::new(ctx))
 }
 
 /// The totals of a flow.
 #[classifier]
-fn ask_flow(ctx: TcContext) -> i32 {
+fn query_flow(ctx: TcContext) -> i32 {
     udp::flow::query(&ctx).unwrap_or(0)
 }
 

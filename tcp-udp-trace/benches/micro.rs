@@ -11,27 +11,27 @@ fn main() {
 #[cfg(micro_bench)]
 mod micro {
     use divan::{Bencher, black_box, counter::ItemsCount};
-    use tcp_udp_trace::{Event, micro};
+    use tcp_udp_trace::{Event, bench_support};
 
     #[divan::bench]
     fn decode_state_change(bencher: Bencher<'_, '_>) {
-        decode(bencher, &micro::state_change());
+        decode(bencher, &bench_support::state_change());
     }
 
     #[divan::bench]
     fn decode_accept(bencher: Bencher<'_, '_>) {
-        decode(bencher, &micro::accept());
+        decode(bencher, &bench_support::accept());
     }
 
     #[divan::bench]
     fn decode_send(bencher: Bencher<'_, '_>) {
-        decode(bencher, &micro::send());
+        decode(bencher, &bench_support::send());
     }
 
     fn decode(bencher: Bencher<'_, '_>, record: &[u8]) {
         bencher
             .counter(ItemsCount::new(1_usize))
-            .bench_local(|| micro::event(black_box(record)));
+            .bench_local(|| bench_support::event(black_box(record)));
     }
 
     /// Through a queue that has room for all of it.
@@ -47,14 +47,14 @@ mod micro {
     }
 
     fn pass(bencher: Bencher<'_, '_>, batch: usize, capacity: usize) {
-        let event = micro::event(&micro::state_change());
-        let between = micro::Between::new(capacity);
+        let event = bench_support::event(&bench_support::state_change());
+        let queue = bench_support::BenchQueue::new(capacity);
         bencher
             .counter(ItemsCount::new(batch))
             .with_inputs(|| vec![event.clone(); batch])
             .bench_local_refs(|events: &mut Vec<Event>| {
-                between.push(events);
-                between.take_all(|event| drop(black_box(event)));
+                queue.push(events);
+                queue.take_all(|event| drop(black_box(event)));
             });
     }
 }

@@ -1,14 +1,14 @@
-//! The one error type.
+//! The error type.
 
 use std::{error::Error as StdError, fmt};
 
-/// Why a tracer could not start, or stopped.
+/// The reason why a tracer could not start, or stopped.
 ///
-/// The message says what was missing and what to do about it; [`source`](StdError::source) is what the operating
-/// system or a library said.
+/// The message names the missing requirement and the remedy. [`source`](StdError::source) is the
+/// error of the operating system or a library.
 ///
-/// `Debug` shows the message and below it the causes, for an error that leaves `main`. `{:#?}` shows
-/// the fields.
+/// `Debug` shows the message and its causes, one per line, for an error that `main` returns.
+/// `{:#?}` shows the fields.
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -17,29 +17,30 @@ struct Inner {
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
-/// What an [`Error`] is about.
+/// The kind of an [`Error`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A privilege is missing, or something forbids what the privileges allow; the message names the capability, the limit, or what it
-    /// may be: a seccomp filter, a user namespace, kernel lockdown.
+    /// A privilege is missing, or another mechanism forbids what the privileges allow. The message
+    /// names the capability, the limit, or the likely mechanism: a seccomp filter, a user
+    /// namespace, kernel lockdown.
     Permission,
-    /// This operating system, kernel or machine lacks something that cannot be done without.
+    /// This operating system, kernel or machine lacks a required feature.
     Unsupported,
     /// A setting of the builder is out of its range.
     InvalidConfig,
-    /// A [`Filter`](crate::Filter) makes no sense; the message names the setting.
+    /// A [`Filter`](crate::Filter) is invalid. The message names the setting.
     InvalidFilter,
     /// There is no Tokio runtime, or it has I/O or time disabled.
     NoRuntime,
-    /// The kernel refused a program or a map, for another reason than permission; or there is too little memory, or too few file descriptors or
-    /// threads. The message says which.
+    /// The kernel refused a program or a map for another reason than permission, or memory, file
+    /// descriptors or threads ran out. The message names the reason.
     Load,
-    /// The kernel refused to attach a program to a hook without which nothing can be traced.
+    /// The kernel refused to attach a program to a required hook.
     Attach,
-    /// Reading what the kernel produced failed.
+    /// Reading the kernel's records failed.
     Read,
-    /// The tracer has ended, and cannot do what it was asked.
+    /// The tracer has ended, and cannot carry out the request.
     Ended,
 }
 
@@ -60,10 +61,21 @@ impl Error {
         self
     }
 
-    /// What the error is about.
+    /// Returns the kind of the error.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
+    }
+}
+
+/// Turns another error into an [`Error`] that has it as its source.
+pub(crate) trait ResultExt<T> {
+    fn or_error(self, kind: ErrorKind, message: impl Into<String>) -> Result<T, Error>;
+}
+
+impl<T, E: Into<Box<dyn StdError + Send + Sync>>> ResultExt<T> for Result<T, E> {
+    fn or_error(self, kind: ErrorKind, message: impl Into<String>) -> Result<T, Error> {
+        self.map_err(|source| Error::new(kind, message).with_source(source))
     }
 }
 
@@ -73,8 +85,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// The message and its causes, one a line: so an error that leaves `main` can be read. With `{:#?}`
-/// the fields.
+/// Shows the message and its causes, one per line. `{:#?}` shows the fields.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !f.alternate() {

@@ -1,22 +1,24 @@
-//! What a tracer is attached to.
+//! The hooks of a tracer.
 
 use std::fmt;
 
-/// A signal that a tracer needs, and the kernel hooks it found for it on this machine.
+/// A signal that a tracer needs, and the kernel hooks that it uses for the signal on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Hook {
-    /// What is signalled: `state`, `accept`, `end`, `retransmit`, `reset` (TCP), `life`, `send`, `receive`, `connect` (UDP), `snapshot`, `sample` (both). And
-    /// `buffer`: what all of that comes through ([`Buffer`](crate::Buffer)).
+    /// The name of the signal. TCP: `state`, `accept`, `end`, `retransmit`, `reset`,
+    /// `connect_failed`. UDP: `life`, `send`, `drop`, `receive`, `connect`. Both: `snapshot`,
+    /// `sample`, and `buffer`, which names the buffer of all records ([`Buffer`](crate::Buffer)).
     pub signal: String,
-    /// The hooks in use, each as `type:target`, where `iter` is a BPF iterator and `map` a BPF map; none if this kernel allows none of those we know.
+    /// The hooks in use, each as `type:target`. The type `iter` is a BPF iterator, and `map` a BPF
+    /// map. Empty if this kernel allows none of the known hooks.
     pub programs: Vec<String>,
-    /// What this choice costs, where a better one exists that this machine does not allow.
+    /// The cost of this choice, if a better hook exists that this machine does not allow.
     pub note: Option<String>,
 }
 
-/// `signal=type:target+type:target`, and the note in parentheses.
+/// Shows `signal=type:target+type:target`, and the note in parentheses.
 impl fmt::Display for Hook {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}=", self.signal)?;

@@ -1,4 +1,7 @@
-//! TCP and UDP socket events of the whole machine as async streams, by eBPF.
+//! Trace every TCP and UDP socket of a Linux machine from Rust.
+//!
+//! The crate yields socket events as async streams: state changes, accepts, UDP flows and closes.
+//! Each event has the owning process and exact payload byte counts. The kernel side is eBPF.
 //!
 //! ```no_run
 //! use futures_util::StreamExt as _;
@@ -14,58 +17,73 @@
 //! }
 //! ```
 //!
-//! Beside this crate it takes `futures-util`, and `tokio` with its features `macros` and `rt-multi-thread`. As root, it prints a line for each thing that happens to a TCP socket of the machine:
+//! This program depends on this crate, on `futures-util`, and on `tokio` with the features `macros`
+//! and `rt-multi-thread`. As root, it prints one line for each event of a TCP socket of the
+//! machine:
 //!
 //! ```text
 //! 2026-11-22T01:00:38.558462946Z tcp 127.0.0.1:0 > 127.0.0.1:8123 CLOSE->SYN_SENT curl[32680] tx 0 B/0 rx 0 B/0
 //! 2026-11-22T01:00:38.562871969Z tcp 127.0.0.1:60696 > 127.0.0.1:8123 LAST_ACK->CLOSE curl[32680] tx 87 B/6 rx 3609 B/6
 //! ```
 //!
-//! # What you get
+//! # Events
 //!
-//! - [`TcpTracer`]: every state change and every accept of every TCP socket; retransmissions and resets on request.
-//! - [`UdpTracer`]: every UDP socket's connects, its end and its totals, and the totals of each of its flows; each datagram
-//!   on request.
-//! - Both: each `connect` that fails before it changes a socket ([`EventKind::ConnectFailed`]).
-//! - Both: what was there before the tracer, and a sample of every live socket at the start and every 6.2 seconds
-//!   ([`EventKind::Sample`]): `tcp_info`, queues, buffers.
+//! - [`TcpTracer`] yields every state change and every accept of every TCP socket. Retransmissions
+//!   and resets are events on request.
+//! - [`UdpTracer`] yields the connects and the close of every UDP socket, its totals, and the
+//!   totals of each of its flows. Each datagram is an event on request.
+//! - Both yield each `connect` that fails before it changes a socket
+//!   ([`EventKind::ConnectFailed`]).
+//! - Both know the sockets that are older than the tracer. They sample every live socket at the
+//!   start and every 6.2 seconds ([`EventKind::Sample`]): `tcp_info`, queues, buffers.
 //!
-//! In every network namespace, with the process that owns the socket, its addresses, and the payload it has carried ([`Event`]). Both are
-//! streams of the same event, so they merge. Starting is being ready: when [`start`](TcpTracerBuilder::start) returns, every hook is attached.
+//! An [`Event`] has the process that owns the socket, the socket's addresses, and the payload that
+//! the socket has carried. The events come from every network namespace. Both streams yield the
+//! same type, so they can be merged. When [`start`](TcpTracerBuilder::start) returns, every hook is
+//! attached.
 //!
-//! # What you can rely on
+//! # Guarantees
 //!
-//! - A pid is right or absent: never the process that an interrupt happened to hit.
-//! - Bytes are payload to the byte: no SYN, FIN or retransmission; no peek, no failed send. Datagrams are counted one by one.
-//! - Nothing is lost without being counted ([`Stats`]) and standing in the stream ([`EventKind::Lost`]).
+//! - A pid is right or absent. It is never the process that an interrupt happened to hit.
+//! - Byte counts are exact payload: no SYN, FIN or retransmission, no peek, no failed send.
+//!   Datagrams are counted one by one.
+//! - Every lost event is counted ([`Stats`]) and stands in the stream ([`EventKind::Lost`]).
 //! - A sample never delays or sheds another event, and never comes after the close of its socket.
-//! - After [`close`](TcpTracer::close) or a drop, the kernel holds nothing of ours.
-//! - Memory is bounded by what the builder was told.
+//! - After [`close`](TcpTracer::close) or a drop, the kernel holds no program and no map of the
+//!   tracer.
+//! - The settings of the builder bound the memory.
 //!
-//! Where a kernel cannot give a number exactly, the event says so ([`EventKind::Flow`]), and [`TracerHandle::hooks`] says why.
+//! If a kernel cannot give an exact number, the event says so ([`EventKind::Flow`]), and
+//! [`TracerHandle::hooks`] says why.
 //!
 //! # Features
 //!
-//! - `serde`: `Serialize` and `Deserialize` for [`Event`], [`Stats`] and what is in them. Not a default feature.
+//! - `serde`: `Serialize` and `Deserialize` for [`Event`], [`Stats`] and the types of their fields.
+//!   It is not a default feature.
 //!
 //! # Privileges
 //!
-//! Root, or `CAP_BPF` and `CAP_PERFMON`, and for UDP `CAP_NET_ADMIN` too. As root it can use classic tracepoints too, and sample other
-//! network namespaces than its own; which capabilities that takes is in SECURITY.md, and what is lost without, the hooks' notes say. Before Linux 5.11
-//! the limit on locked memory must be raised (`ulimit -l unlimited`). Once started, it does without any privilege (before 5.19: with
-//! `CAP_BPF`). If something is missing, the [`Error`] says what.
+//! A tracer needs root, or `CAP_BPF` and `CAP_PERFMON`. UDP needs `CAP_NET_ADMIN` as well. Root can
+//! also use classic tracepoints and sample other network namespaces than its own. SECURITY.md lists
+//! the capabilities for that, and the notes of the hooks name the loss without them. Before Linux
+//! 5.11, the limit on locked memory must be raised (`ulimit -l unlimited`). After the start, a
+//! tracer needs no privilege (before 5.19: `CAP_BPF`). The [`Error`] names a missing privilege.
 //!
 //! # Kernels
 //!
-//! Linux 5.10 or newer with BTF (`/sys/kernel/btf/vmlinux`), on x86_64 or aarch64; UDP takes cgroup v2. Nothing depends on a version: each hook is tried,
-//! and [`TracerHandle::hooks`] says which were taken and what they cost. `docs/kernels.md` in the repository tells what each kernel gives. To build: stable Rust, and nothing
-//! else, because the eBPF programs are part of the crate, compiled; on other systems than Linux it compiles, and `start` fails with
-//! [`ErrorKind::Unsupported`].
+//! A tracer needs Linux 5.10 or newer with BTF (`/sys/kernel/btf/vmlinux`), on x86_64 or aarch64.
+//! UDP needs cgroup v2. No code depends on a kernel version: the tracer tries each hook.
+//! [`TracerHandle::hooks`] returns the hooks in use and their cost. `docs/kernels.md` in the
+//! repository lists the hooks of each kernel.
+//!
+//! The build needs stable Rust only, because the crate contains the compiled eBPF programs. On
+//! other systems than Linux the crate compiles, and `start` fails with [`ErrorKind::Unsupported`].
 //!
 //! ## Development builds
 //!
-//! A start reads the kernel's BTF, which takes ten times as long without optimization: 0.2 s of CPU time for each tracer instead of 0.02 s.
-//! In the `Cargo.toml` of your workspace, this makes it fast in development builds and tests, too:
+//! A start reads the kernel's BTF. Without optimization, that takes 0.2 s of CPU time for each
+//! tracer instead of 0.02 s. These lines in the `Cargo.toml` of your workspace make it fast in
+//! development builds and tests, too:
 //!
 //! ```toml
 //! [profile.dev.package]
@@ -73,15 +91,18 @@
 //! aya-obj.opt-level = 3
 //! ```
 //!
-//! It runs on Tokio, with I/O and time enabled. A tracer is `Send`; its stream may be polled from any task.
+//! # Runtime
+//!
+//! A tracer runs on Tokio, with I/O and time enabled. It is `Send`, and any task may poll its
+//! stream.
 //!
 //! # Cookbook
 //!
 //! ## Only closed connections, with their totals
 //!
-//! Filtered in the kernel: what is not wanted costs no room in the buffers and no wake-up. The filter
-//! passes every change to or from `CLOSE`, also of listeners and of attempts to connect that failed.
-//! [`Event::is_close`] is true of the ends of connections only.
+//! The kernel side applies the filter. A rejected event takes no room in the buffers and wakes no
+//! task. This filter passes every change to or from `CLOSE`, also those of listeners and of failed
+//! attempts to connect. [`Event::is_close`] is true only for the ends of connections.
 //!
 //! ```no_run
 //! use futures_util::StreamExt as _;
@@ -109,7 +130,8 @@
 //! # }
 //! ```
 //!
-//! [`TracerHandle::set_filter`] changes the filter while it runs; [`Filter`] also parses from text, such as `port=443 remote=10.0.0.0/8`.
+//! [`TracerHandle::set_filter`] changes the filter of a running tracer. [`Filter`] also parses from
+//! text, such as `port=443 remote=10.0.0.0/8`.
 //!
 //! ## Both protocols in one stream
 //!
@@ -128,16 +150,17 @@
 //! # }
 //! ```
 //!
-//! Each tracer yields its own events in the order in which the kernel wrote them. Between the events of
-//! two tracers there is no order: under load, neighbours in the merged stream may be up to a second apart
-//! in the wrong order. Compare [`Event::uptime`] where it matters. [`Socket::id`] tells sockets apart, and
-//! says nothing of which began first: each CPU counts its own.
+//! Each tracer yields its events in the order in which the kernel wrote them. The events of two
+//! tracers have no common order. Under load, neighbours in the merged stream may be in the wrong
+//! order by up to a second. Compare [`Event::uptime`] if the order matters. [`Socket::id`]
+//! identifies a socket, but does not order sockets by age, because each CPU has its own counter.
 //!
 //! ## Without async
 //!
-//! A task on the runtime reads the events of the kernel, so the runtime must run while the stream is
-//! waited for. [`block_on`](https://docs.rs/tokio/1/tokio/runtime/struct.Runtime.html#method.block_on) of
-//! the runtime does that, with a runtime of either kind:
+//! A task on the runtime reads the kernel's records. So the runtime must run while a program waits
+//! for the stream. The runtime's
+//! [`block_on`](https://docs.rs/tokio/1/tokio/runtime/struct.Runtime.html#method.block_on) does
+//! that, with both kinds of runtime:
 //!
 //! ```no_run
 //! use futures_util::StreamExt as _;
@@ -153,14 +176,14 @@
 //! }
 //! ```
 //!
-//! Another executor, such as `futures::executor::block_on_stream(tcp)`, works only while the runtime runs
-//! on threads of its own: a multi-thread runtime that is not dropped. Beside a `current_thread` runtime
-//! that nobody drives, it waits for ever.
+//! Another executor, such as `futures::executor::block_on_stream(tcp)`, needs a multi-thread
+//! runtime that is not dropped. With a `current_thread` runtime that no thread drives, it waits for
+//! ever.
 //!
 //! ## One tracer for several tasks
 //!
-//! A stream has one consumer. What hands events on decides what happens when somebody is slow; a `broadcast` channel tells a slow
-//! receiver how many it has missed.
+//! A stream has one consumer. To share events, forward them through a channel. A `broadcast`
+//! channel drops events for a slow receiver, and returns their number to that receiver.
 //!
 //! ```no_run
 //! use futures_util::StreamExt as _;
@@ -174,7 +197,7 @@
 //! let (mut log, mut count) = (sender.subscribe(), sender.subscribe());
 //! tokio::spawn(async move {
 //!     while let Some(event) = tcp.next().await {
-//!         // An error means that nobody listens at the moment.
+//!         // An error means that the channel has no receiver at the moment.
 //!         let _ = sender.send(Arc::new(event));
 //!     }
 //! });
@@ -186,12 +209,13 @@
 //!
 //! ## When the consumer is slow
 //!
-//! The kernel never waits for the consumer. Events wait in the queue, up to
-//! [`queue`](TcpTracerBuilder::queue) of them. While the queue is full, records stay in the buffer
-//! between kernel and reader, [`ring_bytes`](TcpTracerBuilder::ring_bytes) large: by default another
-//! 8,100 TCP events. Nothing is lost until three quarters of that buffer are filled. Only then the
-//! oldest events in the queue are shed (or the newest, [`overflow`](TcpTracerBuilder::overflow)),
-//! lifecycle events last. One [`Lost`](EventKind::Lost) stands in their place:
+//! The kernel never waits for the consumer. Events wait in the queue, which holds up to
+//! [`queue`](TcpTracerBuilder::queue) events. While the queue is full, records stay in the buffer
+//! between kernel and reader. Its size is [`ring_bytes`](TcpTracerBuilder::ring_bytes), which by
+//! default has room for another 8,100 TCP events. No event is lost until three quarters of that
+//! buffer are full. Then the queue sheds its oldest events (or the newest,
+//! [`overflow`](TcpTracerBuilder::overflow)), lifecycle events last. One [`Lost`](EventKind::Lost)
+//! stands in their place:
 //!
 //! ```no_run
 //! # use futures_util::StreamExt as _;
@@ -199,30 +223,37 @@
 //! # async fn run(mut tcp: TcpTracer) {
 //! while let Some(event) = tcp.next().await {
 //!     match event.kind {
-//!         // What is derived from the events so far has a hole here.
-//!         EventKind::Lost { count, stage } => eprintln!("{count} events missing: the {stage} was full"),
+//!         // State that the program derived from earlier events is incomplete from here on.
+//!         EventKind::Lost { count, stage } => {
+//!             eprintln!("{count} events missing: the {stage} was full");
+//!         }
 //!         _ => { /* … */ }
 //!     }
 //! }
 //! # }
 //! ```
 //!
-//! Its stage says what helps: of the queue a faster consumer, a larger [`queue`](TcpTracerBuilder::queue) or a [`Filter`]; of the ring a larger
-//! [`ring_bytes`](TcpTracerBuilder::ring_bytes). [`Stats`] has the sums, by kind of event.
+//! The remedy depends on the stage. If the queue was full, use a faster consumer, a larger
+//! [`queue`](TcpTracerBuilder::queue) or a [`Filter`]. If the ring was full, use a larger
+//! [`ring_bytes`](TcpTracerBuilder::ring_bytes). [`Stats`] has the sums by kind of event.
 //!
 //! ## Containers and network namespaces
 //!
-//! Every namespace of the machine is seen, from wherever the tracer runs; [`Socket::netns`] and [`Socket::cgroup`] say whose an event is, and [`Filter::netns`] and
-//! [`Filter::cgroup_path`] restrict it. [`Socket::netns_cookie`] distinguishes namespaces that have had
-//! the same inode number. In a container the tracer needs its privileges in the initial user namespace, and `/sys/fs/cgroup` of the
-//! host for UDP. A pid in a filter is a number of the tracer's own pid namespace. [`Process::pid`] is always that of the initial one, which
-//! means something inside only in the host's pid namespace (`hostPID`).
+//! A tracer sees every namespace of the machine, in whatever namespace it runs. [`Socket::netns`]
+//! and [`Socket::cgroup`] identify the namespace and the cgroup of an event. [`Filter::netns`] and
+//! [`Filter::cgroup_path`] restrict the events to some of them. [`Socket::netns_cookie`]
+//! distinguishes namespaces that have had the same inode number.
+//!
+//! In a container, the tracer needs its privileges in the initial user namespace. For UDP it also
+//! needs the host's `/sys/fs/cgroup`. A pid in a filter is a number of the tracer's own pid
+//! namespace. [`Process::pid`] is always a number of the initial pid namespace. Inside a container,
+//! that number is useful only if the container shares the host's pid namespace (`hostPID`).
 //!
 //! ```no_run
 //! # use std::os::unix::fs::MetadataExt as _;
 //! # use tcp_udp_trace::{Filter, TcpTracer};
 //! # async fn run(pid: u32) -> Result<(), Box<dyn std::error::Error>> {
-//! // The network namespace of a process; and a cgroup, here a service of systemd, as `/proc/PID/cgroup` shows it.
+//! // The network namespace of a process, and a service's cgroup as `/proc/PID/cgroup` shows it.
 //! let netns = std::fs::metadata(format!("/proc/{pid}/ns/net"))?.ino().try_into()?;
 //! let filter = Filter::new().netns(netns).cgroup_path("/system.slice/nginx.service");
 //! let tcp = TcpTracer::builder().filter(filter).start().await?;
@@ -232,8 +263,9 @@
 //!
 //! ## Without root
 //!
-//! Give the program its capabilities (`setcap cap_bpf,cap_perfmon,cap_net_admin+ep`, or a systemd unit with `AmbientCapabilities`), or start as root and drop them
-//! after [`start`](TcpTracerBuilder::start). What the tracer does without is told:
+//! Give the program its capabilities (`setcap cap_bpf,cap_perfmon,cap_net_admin+ep`, or a systemd
+//! unit with `AmbientCapabilities`). Or start as root, and drop the privileges after
+//! [`start`](TcpTracerBuilder::start). The notes of the hooks name the loss:
 //!
 //! ```no_run
 //! # use tcp_udp_trace::TcpTracer;
@@ -250,9 +282,15 @@
 //!
 //! # Versions
 //!
-//! Semantic versioning: what compiles and what events mean stays within a compatible version; kinds, fields, hooks and error kinds may be added, and the
-//! text of messages and of `Display` may change. JSON that an older compatible version wrote can be read. The Rust version may rise in a
-//! minor release. The programs and the library always come from the same release (`tcp-udp-trace-common` is not for anybody else).
+//! The crate follows semantic versioning. Within compatible versions, code that compiles continues
+//! to compile, and events keep their meaning. Kinds, fields, hooks and error kinds may be added.
+//! The text of messages and of `Display` may change. A newer compatible version reads the JSON of
+//! an older one. The required Rust version may rise in a minor release. The programs and the
+//! library always come from the same release. `tcp-udp-trace-common` is not a public API.
+
+// Layers, each uses only those after it:
+// fuzzing, bench_support -> builder -> tracer -> tasks -> kernel, sock_diag -> pipeline, netns
+// -> config -> filter, stats -> event, error, hook, lock
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(
@@ -262,65 +300,57 @@
 )]
 #![cfg_attr(
     not(target_os = "linux"),
-    allow(dead_code, unused_imports, reason = "there, nothing can be started")
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "on other systems, no tracer can start"
+    )
 )]
 
+#[cfg(all(any(test, micro_bench), target_os = "linux"))]
+#[doc(hidden)]
+pub mod bench_support;
 mod builder;
-mod comm;
-#[cfg(target_os = "linux")]
-mod decode;
-#[cfg(target_os = "linux")]
-mod details;
-#[cfg(target_os = "linux")]
-mod enrich;
+mod config;
 mod error;
-mod escape;
 mod event;
 mod filter;
-#[cfg(target_os = "linux")]
-mod flows;
 #[cfg(all(any(test, fuzzing), target_os = "linux", feature = "serde"))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod hook;
 #[cfg(target_os = "linux")]
-mod images;
-mod info;
-#[cfg(feature = "serde")]
-mod json;
-#[cfg(target_os = "linux")]
 mod kernel;
-mod kind;
-#[cfg(all(any(test, micro_bench), target_os = "linux"))]
-#[doc(hidden)]
-pub mod micro;
-mod process;
-mod progress;
-mod queue;
-#[cfg_attr(not(target_os = "linux"), path = "unsupported.rs")]
-mod reader;
+mod lock;
 #[cfg(target_os = "linux")]
-mod samples;
+mod netns;
+mod pipeline;
+#[cfg(target_os = "linux")]
+mod sock_diag;
 mod stats;
-mod tcp_state;
-mod time;
+#[cfg_attr(not(target_os = "linux"), path = "tasks/unsupported.rs")]
+mod tasks;
 mod tracer;
 
 pub use crate::{
-    builder::{
+    builder::{TcpTracerBuilder, UdpTracerBuilder},
+    config::{
         Buffer, DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS,
         DEFAULT_QUEUE, DEFAULT_RING_BYTES, DEFAULT_SAMPLE_INTERVAL, OverflowPolicy,
-        TcpTracerBuilder, UdpTracerBuilder,
     },
-    comm::{Comm, ParseCommError},
     error::{Error, ErrorKind},
-    event::{Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic},
+    event::{
+        Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic,
+        comm::{Comm, ParseCommError},
+        kind::{EventCounts, EventCountsByKind, Kind, UnknownKind},
+        process::{Origin, Process, ProcessDetails},
+        sample_info::SampleInfo,
+        tcp_info::TcpInfo,
+        tcp_state::TcpState,
+        udp_info::UdpInfo,
+    },
     filter::{Family, Filter},
     hook::Hook,
-    info::{SampleInfo, TcpInfo, UdpInfo},
-    kind::{Fate, Fates, Kind, UnknownKind},
-    process::{Origin, Process, ProcessDetails},
     stats::Stats,
-    tcp_state::TcpState,
     tracer::{TcpTracer, TracerHandle, UdpTracer},
 };

@@ -1,14 +1,14 @@
-//! What a tracer counts about itself.
+//! The counters of a tracer.
 
 use std::time::Duration;
 
-use crate::{Fate, Fates};
+use crate::event::kind::{EventCounts, EventCountsByKind, Kind};
 
-/// What has become of every event, and what the kernel could not do; all counts since the start.
+/// The counters of a tracer since its start.
 ///
-/// Once a tracer is closed,
-/// `emitted == delivered + ring_lost + queue_shed + filtered + malformed + discarded`, and the same of each kind in [`kinds`](Self::kinds) (where
-/// a malformed record has none).
+/// After a tracer is closed,
+/// `emitted == delivered + ring_lost + queue_shed + reader_filtered + malformed + discarded`. The
+/// same holds for each kind in [`kinds`](Self::kinds), where a malformed record has no kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
@@ -19,66 +19,76 @@ pub struct Stats {
     pub delivered: u64,
     /// Events that found the buffer between kernel and reader full.
     pub ring_lost: u64,
-    /// Events that the queue shed, the oldest first, because the consumer was too slow.
+    /// Events that the queue shed because the consumer was too slow.
     pub queue_shed: u64,
-    /// Events that the [filter](crate::Filter) turned out after they had been produced: totals of UDP flows whose socket it does not want any more,
-    /// and closes of UDP sockets that were produced for the sake of their flows.
-    pub filtered: u64,
-    /// Records that could not be decoded: an eBPF object and a library that do not belong together.
+    /// Events that the [filter](crate::Filter) rejected in user space, after the programs had
+    /// produced them: totals of UDP flows whose socket no longer passes, and closes of UDP sockets
+    /// that the reader needed for their flows. In JSON: `filtered`.
+    #[cfg_attr(feature = "serde", serde(rename = "filtered"))]
+    pub reader_filtered: u64,
+    /// Records that the reader could not decode. The eBPF object and the library do not belong
+    /// together.
     pub malformed: u64,
-    /// Events that waited in the queue when the tracer was closed.
+    /// Events that were in the queue when the tracer was closed.
     pub discarded: u64,
-    /// Not among `emitted`: events that the [filter](crate::Filter) kept from being produced.
-    pub rejected: u64,
-    /// The counts above, for each kind of event.
-    pub kinds: Fates,
-    /// Times that a hook found no room to remember a socket, because [`max_sockets`] others were. TCP: after the first, its events have no
-    /// owner, and each has an id of its own. UDP: it has no events until there is room.
+    /// Events that the [filter](crate::Filter) rejected in the kernel, before they were produced.
+    /// They are not part of `emitted`. In JSON: `rejected`.
+    #[cfg_attr(feature = "serde", serde(rename = "rejected"))]
+    pub kernel_filtered: u64,
+    /// The counters above, for each kind of event.
+    pub kinds: EventCountsByKind,
+    /// Times that a hook found no room for a socket, because the tracer already remembered
+    /// [`max_sockets`]. TCP: after the first event, the socket's events have no owner, and each has
+    /// its own id. UDP: the socket has no events until there is room.
     ///
     /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
     pub untracked: u64,
-    /// State changes that no hook saw, noticed at the socket's next one. A missed close is reported
-    /// when the kernel frees the socket. A socket whose last change and end no hook saw is not counted.
+    /// State changes that no hook saw. The next change of the socket shows them. If a close was
+    /// missed, the tracer reports it when the kernel frees the socket. A socket whose last change
+    /// and end no hook saw is not counted.
     pub missed: u64,
-    /// TCP sockets left out because they are neither IPv4 nor IPv6.
+    /// TCP sockets that the tracer left out because they are neither IPv4 nor IPv6.
     pub unknown_family: u64,
-    /// Processes of a filter's [trees](crate::Filter::pid_tree) that could not be remembered, because too many others were: their events are not
-    /// reported, nor are their descendants'.
+    /// Processes of a filter's [trees](crate::Filter::pid_tree) for which there was no room. The
+    /// tracer does not report their events, nor those of their descendants.
     pub untracked_processes: u64,
-    /// UDP flows that had to make room for others, because [`max_flows`] were remembered. Each has told its totals before
-    /// ([`last`](crate::EventKind::Flow::last)).
+    /// UDP flows that made room for others, because the tracer remembered [`max_flows`]. Each had
+    /// its last report before ([`last`](crate::EventKind::Flow::last)).
     ///
     /// [`max_flows`]: crate::UdpTracerBuilder::max_flows
     pub flows_evicted: u64,
-    /// UDP datagrams that were counted for their socket and for no flow: the first report of their flow found the buffer between kernel
-    /// and reader full, or new flows came faster than the reader could make room for them. Flows that begin later at the same socket are
-    /// `approximate`.
+    /// UDP datagrams that were counted for their socket, but for no flow. Either the first report
+    /// of their flow found the buffer between kernel and reader full, or new flows came faster than
+    /// the reader could make room. Flows that begin later at the same socket are `approximate`.
     pub unassigned: u64,
-    /// Rounds of samples that came to their end.
+    /// Rounds of samples that were completed.
     pub sample_rounds: u64,
-    /// How long the last of them took, from its beginning until the last sample was taken from the kernel. It goes no faster than the
-    /// consumer.
+    /// The duration of the last round, from its beginning until the reader took its last sample
+    /// from the kernel. A round is never faster than the consumer.
     #[cfg_attr(
         feature = "serde",
-        serde(rename = "sample_last_round_ns", with = "crate::json::nanos")
+        serde(
+            rename = "sample_last_round_ns",
+            with = "crate::event::serde_impls::nanos"
+        )
     )]
     pub sample_last_round: Duration,
-    /// Times that a network namespace could not be sampled: netlink failed, or it may not be entered. It is tried again in the next
-    /// round; the reason is logged.
+    /// Times that the tracer could not sample a network namespace, because netlink failed or the
+    /// namespace may not be entered. The library logs the reason. The next round tries again.
     pub sample_faults: u64,
     /// Answers of netlink that could not be decoded.
     pub sample_malformed: u64,
-    /// How often the kernel skipped one of the programs because it was already active on that CPU (`recursion_misses`
-    /// of `/proc/self/fdinfo`); `None` where it does not tell (before 5.12). Signals with two programs lose nothing by it,
-    /// because the other one was run.
+    /// How often the kernel skipped a program because it was already active on that CPU
+    /// (`recursion_misses` of `/proc/self/fdinfo`). `None` before Linux 5.12, which does not show
+    /// it. A signal with two programs loses nothing, because the other program ran.
     pub recursion_misses: Option<u64>,
 }
 
 impl Stats {
-    /// Lets the kinds say what has become of the events, and sums that up.
-    pub(crate) fn with_kinds(self, kinds: Fates) -> Self {
-        let mut sum = Fate::default();
-        for &kind in crate::Kind::ALL {
+    /// Sets the counters of each kind, and their sums.
+    pub(crate) fn with_kinds(self, kinds: EventCountsByKind) -> Self {
+        let mut sum = EventCounts::default();
+        for &kind in Kind::ALL {
             sum += kinds[kind];
         }
         Self {
@@ -86,16 +96,16 @@ impl Stats {
             delivered: sum.delivered,
             ring_lost: sum.ring_lost,
             queue_shed: sum.queue_shed,
-            filtered: sum.filtered,
+            reader_filtered: sum.reader_filtered,
             discarded: sum.discarded,
-            rejected: sum.rejected,
+            kernel_filtered: sum.kernel_filtered,
             kinds,
             ..self
         }
     }
 }
 
-/// The counts of two tracers together; of their last rounds of samples the longer one.
+/// Adds the counters of two tracers. `sample_last_round` is the longer of the two.
 impl std::ops::AddAssign for Stats {
     fn add_assign(&mut self, other: Self) {
         let Self {
@@ -103,10 +113,10 @@ impl std::ops::AddAssign for Stats {
             delivered,
             ring_lost,
             queue_shed,
-            filtered,
+            reader_filtered,
             malformed,
             discarded,
-            rejected,
+            kernel_filtered,
             kinds,
             untracked,
             missed,
@@ -124,11 +134,11 @@ impl std::ops::AddAssign for Stats {
         self.delivered += delivered;
         self.ring_lost += ring_lost;
         self.queue_shed += queue_shed;
-        self.filtered += filtered;
+        self.reader_filtered += reader_filtered;
         self.malformed += malformed;
         self.discarded += discarded;
-        self.rejected += rejected;
-        self.kinds = self.kinds.each(|kind, fate| *fate += kinds[kind]);
+        self.kernel_filtered += kernel_filtered;
+        self.kinds = self.kinds.each(|kind, counts| *counts += kinds[kind]);
         self.untracked += untracked;
         self.missed += missed;
         self.unknown_family += unknown_family;

@@ -12,23 +12,27 @@ use futures_core::{FusedStream, Stream};
 use tokio::runtime::Handle;
 
 use crate::{
-    Error, ErrorKind, Event, Filter, Hook, Stats, TcpTracerBuilder, UdpTracerBuilder,
-    builder::Config,
-    reader::{self, Shared, Tasks},
+    config::Config,
+    error::{Error, ErrorKind, ResultExt as _},
+    event::Event,
+    filter::Filter,
+    hook::Hook,
+    stats::Stats,
+    tasks::{self, Shared, Tasks},
 };
 
-/// What both tracers are.
+/// The common part of both tracers.
 #[derive(Debug)]
 pub(crate) struct Tracer {
     shared: Arc<Shared>,
     tasks: Tasks,
-    /// The process that started it.
+    /// The process that started the tracer.
     process: u32,
 }
 
 impl Tracer {
     pub(crate) async fn start(config: Config) -> Result<Self, Error> {
-        let (shared, tasks) = reader::start(config).await?;
+        let (shared, tasks) = tasks::start(config).await?;
         Ok(Self {
             shared,
             tasks,
@@ -51,65 +55,67 @@ impl Tracer {
 impl Drop for Tracer {
     fn drop(&mut self) {
         if self.process != process::id() {
-            // A fork without the threads that hold the locks and do the work; and what is in the kernel is the other process's.
+            // A fork has none of the threads that hold the locks and do the work. The programs and
+            // maps in the kernel belong to the other process.
             mem::forget(Arc::clone(&self.shared));
             return;
         }
         self.shared.queue.abandon();
         self.shared.release();
         self.tasks.reader.abort();
-        if let Some(enrichment) = &self.tasks.enrichment {
-            enrichment.abort();
+        if let Some(sampler) = &self.tasks.sampler {
+            sampler.abort();
         }
         self.shared.queue.finish(Ok(()));
     }
 }
 
 macro_rules! tracer {
-    ($(#[$doc:meta])* $tracer:ident, $builder:ident) => {
+    ($(#[$doc:meta])* $tracer:ident) => {
         $(#[$doc])*
         ///
-        /// Made by [`builder`](Self::builder); several may run at once. The stream ends (`None`) only after
-        /// [`TracerHandle::stop`], or if reading fails, which [`close`](Self::close) then reports.
+        /// [`builder`](Self::builder) returns its builder. Several tracers may run at once. The
+        /// stream ends (`None`) only after [`TracerHandle::stop`], or if reading fails.
+        /// [`close`](Self::close) then returns the error.
         ///
-        /// Dropping it detaches everything, at once and also outside of a runtime. That blocks until the kernel can be sure that
-        /// no CPU runs our programs any more: about 0.1 s; [`close`](Self::close) does the same without blocking
-        /// the runtime.
+        /// A drop detaches everything at once, also outside of a runtime. It blocks for about 0.1
+        /// s, until the kernel can be sure that no CPU runs the programs. [`close`](Self::close)
+        /// does the same without blocking the runtime.
         ///
-        /// A program that the process starts inherits nothing of it. A fork that starts none does: there the tracer can only be dropped, which does
-        /// nothing, and as long as the fork lives the kernel keeps the programs.
+        /// A program that the process executes inherits nothing of the tracer. A fork without
+        /// `exec` does. There, the tracer can only be dropped, which does nothing, and the kernel
+        /// keeps the programs as long as the fork lives.
         ///
         /// # Cancel safety
         ///
-        /// An event leaves the queue when it is returned and not before, so a dropped `next()` loses nothing.
+        /// An event leaves the queue only when it is returned. So a dropped `next()` loses no
+        /// event.
         #[derive(Debug)]
-        #[must_use = "a tracer that nobody reads fills its queue"]
+        #[must_use = "a tracer without a consumer fills its queue"]
         pub struct $tracer(Tracer);
 
         impl $tracer {
-            /// A tracer with default settings.
-            pub fn builder() -> $builder {
-                $builder::new()
-            }
-
-            /// A handle for other tasks.
+            /// Returns a handle for other tasks.
             #[must_use]
             pub fn handle(&self) -> TracerHandle {
                 TracerHandle { shared: Arc::clone(&self.0.shared) }
             }
 
-            /// Detaches, reads what the kernel had already produced, and gives the final counts.
+            /// Detaches the programs, reads the remaining records, and returns the final counts.
             ///
-            /// Events that nobody has taken are thrown away and counted as [`Stats::discarded`]; to take them, call
-            /// [`TracerHandle::stop`] and read the stream to its end first.
+            /// Events that the consumer has not taken are discarded and counted as
+            /// [`Stats::discarded`]. To take them, call [`TracerHandle::stop`] and read the stream
+            /// to its end before the close.
             ///
             /// # Errors
             ///
-            /// What ended the stream before: reading failed (`Read`), or the runtime was shut down (`NoRuntime`).
+            /// The error that ended the stream before: reading failed (`Read`), or the runtime was
+            /// shut down (`NoRuntime`).
             ///
             /// # Cancel safety
             ///
-            /// If the future is dropped, so is the tracer: everything is detached, and the counts are lost.
+            /// If the future is dropped, the tracer is dropped, too: everything is detached, and
+            /// the counts are lost.
             pub async fn close(self) -> Result<Stats, Error> {
                 self.0.close().await
             }
@@ -138,78 +144,90 @@ macro_rules! tracer {
 }
 
 tracer! {
-    /// The TCP events of the whole machine, as a stream: each state change and each accept, and now and then a sample of each live
-    /// socket.
-    TcpTracer, TcpTracerBuilder
+    /// A stream of the TCP events of the whole machine: each state change and each accept, and
+    /// regular samples of each live socket.
+    TcpTracer
 }
 
 tracer! {
-    /// The UDP events of the whole machine, as a stream: the totals of each flow now and then, connects, and the end of each
-    /// socket with its totals; each datagram on request; and now and then a sample of each live socket.
-    UdpTracer, UdpTracerBuilder
+    /// A stream of the UDP events of the whole machine: regular totals of each flow, connects, the
+    /// end of each socket with its totals, and regular samples of each live socket. Each datagram
+    /// is an event on request.
+    UdpTracer
 }
 
-/// Looks at a tracer and steers it while another task reads its events.
+/// Inspects and controls a tracer while another task reads its events.
 #[derive(Debug, Clone)]
 pub struct TracerHandle {
     shared: Arc<Shared>,
 }
 
 impl TracerHandle {
-    /// The counts so far, or the final ones.
+    /// Returns the counters so far, or the final ones.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.shared.stats()
     }
 
-    /// Which kernel hooks this machine allowed.
+    /// Returns the kernel hooks that this machine allowed.
     #[must_use]
     pub fn hooks(&self) -> Vec<Hook> {
         self.shared.hooks().to_vec()
     }
 
-    /// Which events are reported; `None` once the tracer has ended.
+    /// Returns the current filter; `None` after the tracer has ended.
     #[must_use = "a filter is only a description"]
     pub fn filter(&self) -> Option<Filter> {
         self.shared.filter()
     }
 
-    /// Reports only what this filter lets pass, from now on: the programs change over between two events, and one that happens just
-    /// then may pass though neither filter wants it. What was produced before is still delivered; what is remembered of sockets, and their totals, are not touched.
+    /// Replaces the filter of a running tracer.
     ///
-    /// The work that blocks is done on a thread of the runtime's blocking pool.
+    /// The programs switch between two events. An event at that instant may pass although both
+    /// filters reject it. Events that were produced before are still delivered. The tracer's memory
+    /// of sockets and their totals do not change.
+    ///
+    /// The blocking work runs on a thread of the runtime's blocking pool.
     ///
     /// # Errors
     ///
-    /// Then the filter of before stays. `InvalidFilter` names the setting that makes no sense, also a [`pid_tree`](Filter::pid_tree) of a
-    /// process that is not there, a [`pid`](Filter::pid) that a child pid namespace does not have, and a
-    /// [`cgroup_path`](Filter::cgroup_path) that is no cgroup of v2; `Permission`, `Attach` if the kernel refuses what a `pid_tree`, or a `pid` in a child pid namespace, needs;
-    /// `Unsupported` if the kernel's list of network namespaces, which a [`netns`](Filter::netns) needs,
-    /// is not the known one; `Ended` if the tracer has ended; `NoRuntime` outside of a Tokio runtime.
+    /// After an error, the old filter stays.
+    ///
+    /// - `InvalidFilter`: a setting is invalid, which the message names. Examples are a
+    ///   [`pid_tree`](Filter::pid_tree) of a process that does not exist, a [`pid`](Filter::pid)
+    ///   that a child pid namespace does not have, and a [`cgroup_path`](Filter::cgroup_path) that
+    ///   is not a cgroup of v2.
+    /// - `Permission`, `Attach`: the kernel refuses a hook that a `pid_tree`, or a `pid` in a child
+    ///   pid namespace, needs.
+    /// - `Unsupported`: the kernel's list of network namespaces, which a [`netns`](Filter::netns)
+    ///   needs, has an unknown form.
+    /// - `Ended`: the tracer has ended.
+    /// - `NoRuntime`: the caller is outside of a Tokio runtime.
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, the filter may be changed or not.
+    /// If the future is dropped, the filter may be the old one or the new one.
     pub async fn set_filter(&self, filter: Filter) -> Result<(), Error> {
-        let no_runtime = |what| Error::new(ErrorKind::NoRuntime, what);
-        let runtime = Handle::try_current().map_err(|source| {
-            no_runtime("no Tokio runtime here: call `set_filter` from within one")
-                .with_source(source)
-        })?;
+        let runtime = Handle::try_current().or_error(
+            ErrorKind::NoRuntime,
+            "no Tokio runtime here: call `set_filter` from within one",
+        )?;
         let shared = Arc::clone(&self.shared);
         let changed = runtime.spawn_blocking(move || shared.set_filter(filter));
-        changed.await.map_err(|source| {
-            no_runtime("the runtime was shut down during the change").with_source(source)
-        })?
+        changed.await.or_error(
+            ErrorKind::NoRuntime,
+            "the runtime was shut down during the change",
+        )?
     }
 
-    /// Detaches. The stream yields what had already been produced, and then ends.
+    /// Detaches the programs. The stream yields the events that were already produced, and then
+    /// ends.
     pub fn stop(&self) {
         self.shared.stop();
     }
 }
 
-/// The promises of the documentation.
+/// Checks traits that the documentation promises.
 const _: () = {
     const fn holds<T: Stream<Item = Event> + FusedStream + Send + Unpin>() {}
     const fn shares<T: Clone + Send + Sync>() {}

@@ -107,7 +107,7 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
     trace.finish_all()?;
     let stats = handle.stats();
     // The flow. The close of the socket, which has neither port, goes with the other flow.
-    let filtered = [stats.kinds.flow, stats.kinds.close].map(|fate| fate.filtered);
+    let filtered = [stats.kinds.flow, stats.kinds.close].map(|counts| counts.reader_filtered);
     ensure!(filtered == [1, 0], "{stats:?}");
     ensure!(
         events.last().is_some_and(Event::is_close),
@@ -174,11 +174,11 @@ fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
     ensure!(tcp.len() == 11, "{}", show(&tcp));
     ensure!(udp.len() == 1, "{}", show(&udp));
     ensure!(
-        tcp_stats.rejected >= u64::from(UNWANTED) * 11,
+        tcp_stats.kernel_filtered >= u64::from(UNWANTED) * 11,
         "{tcp_stats:?}"
     );
     ensure!(
-        udp_stats.kinds.send.rejected >= u64::from(UNWANTED) * 10,
+        udp_stats.kinds.send.kernel_filtered >= u64::from(UNWANTED) * 10,
         "{udp_stats:?}"
     );
     Ok(())

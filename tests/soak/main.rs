@@ -164,8 +164,8 @@ fn soak(time: Duration) -> anyhow::Result<()> {
     } in &seen
     {
         check_conservation(stats)?;
-        let fate = stats.kinds[Kind::StateChange];
-        let lost = fate.ring_lost + fate.queue_shed + stats.missed;
+        let counts = stats.kinds[Kind::StateChange];
+        let lost = counts.ring_lost + counts.queue_shed + stats.missed;
         ensure!(stats.untracked == 0, "{stats:?}");
         // A machine that is busier than this lets a reader come too late; whatever that costs is counted.
         ensure!(
@@ -214,8 +214,8 @@ fn print(name: &str, stats: &Stats) {
         stats.delivered,
         stats.ring_lost,
         stats.queue_shed,
-        stats.filtered,
-        stats.rejected,
+        stats.reader_filtered,
+        stats.kernel_filtered,
         stats.kinds.sample.emitted,
     );
 }

@@ -428,26 +428,26 @@ pub fn check_conservation(stats: &Stats) -> anyhow::Result<()> {
         delivered,
         ring_lost,
         queue_shed,
-        filtered,
+        reader_filtered,
         malformed,
         discarded,
         ..
     } = stats;
     ensure!(
-        *emitted == delivered + ring_lost + queue_shed + filtered + malformed + discarded,
+        *emitted == delivered + ring_lost + queue_shed + reader_filtered + malformed + discarded,
         "{stats:?} do not add up"
     );
     let mut sum = 0;
     for &kind in Kind::ALL {
-        let fate = stats.kinds[kind];
-        sum += fate.emitted;
+        let counts = stats.kinds[kind];
+        sum += counts.emitted;
         ensure!(
-            fate.emitted
-                == fate.delivered
-                    + fate.ring_lost
-                    + fate.queue_shed
-                    + fate.filtered
-                    + fate.discarded,
+            counts.emitted
+                == counts.delivered
+                    + counts.ring_lost
+                    + counts.queue_shed
+                    + counts.reader_filtered
+                    + counts.discarded,
             "{kind} does not add up: {stats:?}"
         );
     }

@@ -1,6 +1,6 @@
 //! `cargo xtask fuzz`: runs libFuzzer on the library's decoders.
 //!
-//! The fuzzer needs a nightly compiler. On stable, the unit tests of the library's `fuzzing` module
+//! The fuzzer needs a nightly compiler. On stable, the unit tests of `tcp-udp-trace/src/fuzzing/`
 //! replay the seeds and inputs near them.
 
 use std::{fs, path::Path};

@@ -1,11 +1,12 @@
-//! Which events are wanted.
+//! The filter of a tracer.
 //!
-//! The kernel side decides before it makes a record ([`Compiled`] is what it is told). What user space produces itself, the totals
-//! of UDP flows and the end of their sockets, is decided here, by the same rules ([`Filter::matches`]).
+//! The kernel side applies the filter before it makes a record. [`Compiled`](compile::Compiled) is
+//! the form for the programs. User space produces some events itself: the totals of UDP flows, and
+//! the ends of their sockets. [`Filter::matches`] applies the same rules to them.
 
-mod compiled;
-mod network;
-mod resolved;
+mod cidr;
+pub(crate) mod compile;
+pub(crate) mod resolve;
 mod text;
 
 use std::{
@@ -15,18 +16,22 @@ use std::{
     path::PathBuf,
 };
 
-use self::network::Cidr;
-pub(crate) use self::{compiled::Compiled, resolved::Names};
-use crate::{Comm, Error, ErrorKind, Event, Kind, Process, Socket, TcpState};
+use self::cidr::Cidr;
+use crate::{
+    error::{Error, ErrorKind},
+    event::{Event, Socket, comm::Comm, kind::Kind, process::Process, tcp_state::TcpState},
+};
 
-/// Which events a tracer shall report; without any restriction, all.
+/// Selects the events that a tracer reports. A filter without restrictions selects all events.
 ///
-/// It works in the kernel: an event that is not wanted is turned out before it is written, and costs neither room in the buffer nor a
-/// wake-up ([`Fate::rejected`](crate::Fate::rejected) counts them). What it restricts are the events, not what they tell: totals stay those of the
-/// whole socket, from its beginning.
+/// The kernel side applies the filter before it writes an event. So a rejected event takes no room
+/// in the buffer and causes no wake-up.
+/// [`EventCounts::kernel_filtered`](crate::EventCounts::kernel_filtered) counts these events. A
+/// filter selects events, but does not change their content: totals are those of the whole socket,
+/// from its beginning.
 ///
-/// Values of the same setting are alternatives, different settings must all hold. `pid`, `pid_tree` and
-/// `only_self` count as the same setting, and so do `cgroup` and `cgroup_path`:
+/// Values of the same setting are alternatives. Different settings must all match. `pid`,
+/// `pid_tree` and `only_self` count as the same setting, and so do `cgroup` and `cgroup_path`:
 ///
 /// ```
 /// # use tcp_udp_trace::Filter;
@@ -38,24 +43,25 @@ use crate::{Comm, Error, ErrorKind, Event, Kind, Process, Socket, TcpState};
 ///
 /// The end of an unconnected UDP socket has no peer, and perhaps no local address. It passes
 /// [`port`](Self::port), [`local`](Self::local), [`remote`](Self::remote) and
-/// [`family`](Self::family) if one of the socket's flows passes the filter, as far as the tracer
-/// still remembers these flows ([`Stats::flows_evicted`](crate::Stats::flows_evicted)).
+/// [`family`](Self::family) if one of the socket's flows passes the filter. That needs a flow that
+/// the tracer still remembers ([`Stats::flows_evicted`](crate::Stats::flows_evicted)).
 ///
-/// At most 511 values and 511 networks in all. An event whose process, address or cgroup is not known passes no restriction of that. A gap ([`Lost`](crate::EventKind::Lost)) passes always.
-/// Everything is checked when the filter is used: [`filter`](crate::TcpTracerBuilder::filter),
+/// A filter has at most 511 values and 511 networks. An event whose process, address or cgroup is
+/// unknown passes no restriction on it. A gap ([`Lost`](crate::EventKind::Lost)) always passes. The
+/// tracer checks a filter when it is set: [`filter`](crate::TcpTracerBuilder::filter),
 /// [`set_filter`](crate::TracerHandle::set_filter).
 ///
 /// # Text
 ///
-/// [`FromStr`](std::str::FromStr) and `Display` know a text form: settings separated by blanks, each
+/// [`FromStr`](std::str::FromStr) and `Display` use a text form: settings separated by blanks, each
 /// `name=value,value`. The names are those of the methods:
 ///
 /// - `kind` and `state` have the names of [`Kind`] and [`TcpState`], `family` is `ipv4` or `ipv6`.
 /// - Networks are `address/length` or one address.
-/// - A `comm` has blanks, commas and what cannot be printed as `\xNN`. Of a longer name, the first
-///   15 bytes are compared, which is what the kernel keeps.
+/// - A `comm` has blanks, commas and unprintable characters as `\xNN`. Only the first 15 bytes of a
+///   longer name count, because the kernel keeps no more.
 /// - A `cgroup` is an id, or an absolute path in the same form as a `comm`.
-/// - `only_self` and `exclude_self` stand alone.
+/// - `only_self` and `exclude_self` have no value.
 ///
 /// Names of settings, kinds, states and families may be in upper or lower case.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -81,15 +87,15 @@ pub struct Filter {
 /// A network namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Namespace {
-    /// Its name in the filter.
+    /// The number that the filter gives.
     inode: u32,
-    /// Distinguishes it from earlier and later namespaces with the inode. 0 until the filter is
-    /// [resolved](Filter::resolve), and where the kernel has no cookies.
+    /// Distinguishes the namespace from earlier and later ones with the same inode. 0 until the
+    /// filter is [resolved](Filter::resolve), and on kernels without cookies.
     cookie: u64,
 }
 
 impl Namespace {
-    /// The cookie of no namespace.
+    /// A cookie that no namespace has.
     const NO_COOKIE: u64 = u64::MAX;
 
     fn is_of(self, socket: &Socket) -> bool {
@@ -110,7 +116,7 @@ impl fmt::Display for Namespace {
     }
 }
 
-/// A family of addresses. An IPv4-mapped IPv6 address is the IPv4 address that it is.
+/// A family of addresses. An IPv4-mapped IPv6 address counts as IPv4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Family {
@@ -121,144 +127,158 @@ pub enum Family {
 }
 
 impl Filter {
-    /// One that lets everything pass.
+    /// Returns a filter that lets every event pass.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sockets that this process owns; not 0.
+    /// Selects sockets that this process owns. The number is not 0.
     ///
-    /// It is a number of the pid namespace that the tracing process is in, as `/proc` there shows it.
-    /// Outside of containers this is the number in [`Process::pid`]. In a child namespace, the number is
-    /// translated when the filter is used, so the process must exist then. Events keep showing the
-    /// initial namespace's number.
+    /// It is a number of the tracing process's pid namespace, as `/proc` there shows it. Outside of
+    /// containers, it is the number in [`Process::pid`]. In a child namespace, the tracer
+    /// translates the number when the filter is set, so the process must exist then. Events still
+    /// have the initial namespace's number.
     pub fn pid(mut self, pid: u32) -> Self {
         self.pids.push(pid);
         self
     }
 
-    /// Sockets that this process or a descendant of it owns: those that it has at the moment (by their chain of living parents),
-    /// and all that they will ever have. A socket stays in when its process has ended. The process must
-    /// be there when the filter is used, and is numbered as for [`pid`](Self::pid). At most 4,096 processes at a time ([`Stats::untracked_processes`](crate::Stats::untracked_processes)
-    /// counts those beyond).
+    /// Selects sockets that this process or one of its descendants owns. Current descendants are
+    /// found by their chain of living parents. All later descendants belong to the tree.
     ///
-    /// It takes two more programs in the kernel, at `sched_process_fork` and `sched_process_free`.
+    /// A socket stays selected after its process has ended. The process must exist when the filter
+    /// is set. Its number is as in [`pid`](Self::pid). The trees have room for 4,096 processes at a
+    /// time ([`Stats::untracked_processes`](crate::Stats::untracked_processes) counts those
+    /// beyond).
+    ///
+    /// The filter needs two more programs in the kernel, at `sched_process_fork` and
+    /// `sched_process_free`.
     pub fn pid_tree(mut self, pid: u32) -> Self {
         self.pid_trees.push(pid);
         self
     }
 
-    /// Sockets that the kernel charges to this user: [`Socket::uid`](crate::Socket::uid).
+    /// Selects sockets that the kernel charges to this user: [`Socket::uid`](crate::Socket::uid).
     pub fn uid(mut self, uid: u32) -> Self {
         self.uids.push(uid);
         self
     }
 
-    /// Sockets that a process of this name owns: all of [`Process::comm`], as it was when the process became the owner; not empty.
-    /// [`Comm::from_bytes`] takes the first 15 bytes of a longer name, as the kernel does.
+    /// Selects sockets that a process of this name owns. The whole [`Process::comm`] is compared,
+    /// as it was when the process became the owner. The name is not empty. [`Comm::from_bytes`]
+    /// takes the first 15 bytes of a longer name, as the kernel does.
     pub fn comm(mut self, comm: Comm) -> Self {
         self.comms.push(comm);
         self
     }
 
-    /// Sockets with this port, on either side; not 0.
+    /// Selects sockets with this port, on either side. The port is not 0.
     pub fn port(mut self, port: u16) -> Self {
         self.ports.push(port);
         self
     }
 
-    /// Sockets whose address on this side is in this network: `length` is how many bits of it count, 0 to 32 or 128; the others must be 0.
+    /// Selects sockets whose local address is in this network. `length` is the number of leading
+    /// bits that count, 0 to 32 or 128. All other bits must be 0.
     pub fn local(mut self, address: impl Into<IpAddr>, length: u8) -> Self {
         let address = address.into();
         self.local.push(Cidr { address, length });
         self
     }
 
-    /// Sockets whose peer's address is in this network, as for [`local`](Self::local). A UDP socket that is not connected has no peer, but each of
-    /// its flows and datagrams has.
+    /// Selects sockets whose peer's address is in this network, as in [`local`](Self::local). An
+    /// unconnected UDP socket has no peer, but each of its flows and datagrams has one.
     pub fn remote(mut self, address: impl Into<IpAddr>, length: u8) -> Self {
         let address = address.into();
         self.remote.push(Cidr { address, length });
         self
     }
 
-    /// Sockets that were made in this cgroup, not in one below it: [`Socket::cgroup`](crate::Socket::cgroup); not 0.
+    /// Selects sockets that were made in this cgroup, not in a cgroup below it:
+    /// [`Socket::cgroup`](crate::Socket::cgroup). The id is not 0.
     pub fn cgroup(mut self, id: u64) -> Self {
         self.cgroups.push(id);
         self
     }
 
-    /// Sockets that were made in the cgroup at this path, not in one below it.
+    /// Selects sockets that were made in the cgroup at this path, not in a cgroup below it.
     ///
     /// The path is absolute, and is one of these:
     ///
     /// - the path of the folder, below the mount point of cgroup v2, such as
     ///   `/sys/fs/cgroup/system.slice/nginx.service`;
-    /// - the path in the cgroup v2 hierarchy, as the line `0::` of `/proc/PID/cgroup` shows it, such as
-    ///   `/system.slice/nginx.service`. It begins at the machine's root cgroup if that is mounted here, else
-    ///   at the root of the cgroup namespace.
+    /// - the path in the cgroup v2 hierarchy, as the line `0::` of `/proc/PID/cgroup` shows it,
+    ///   such as `/system.slice/nginx.service`. It begins at the machine's root cgroup if that is
+    ///   mounted here, else at the root of the cgroup namespace.
     ///
-    /// The path is looked up once, when the filter is used. If the cgroup is removed and made again, it has
-    /// another id, and the filter must be set again. Refused are paths that do not exist, and those of a
-    /// cgroup v1 hierarchy, by which sockets are not known.
+    /// The tracer looks up the path once, when the filter is set. A cgroup that is removed and made
+    /// again has another id, and the filter must be set again. A path that does not exist is an
+    /// error. A path of a cgroup v1 hierarchy is an error, too, because the kernel does not assign
+    /// sockets to it.
     pub fn cgroup_path(mut self, path: impl Into<PathBuf>) -> Self {
         self.cgroup_paths.push(path.into());
         self
     }
 
-    /// Sockets of the network namespace that has this inode number when the filter is used:
-    /// [`Socket::netns`](crate::Socket::netns); not 0.
+    /// Selects sockets of the network namespace that has this inode number when the filter is set:
+    /// [`Socket::netns`](crate::Socket::netns). The number is not 0.
     ///
-    /// Later, the kernel gives the number of a namespace that has ended to another one. That one is
-    /// not meant: the programs compare the namespace's cookie, too
+    /// After that namespace has ended, the kernel gives the number to another one. That one does
+    /// not pass, because the programs also compare the namespace's cookie
     /// ([`Socket::netns_cookie`](crate::Socket::netns_cookie)). If no namespace has the number when
-    /// the filter is used, nothing passes, and the library logs a warning.
+    /// the filter is set, no event passes, and the library logs a warning.
     ///
-    /// Before Linux 5.12, namespaces have no cookies. There, the number alone is compared.
+    /// Before Linux 5.12, namespaces have no cookies. There, the programs compare the number only.
     pub fn netns(mut self, inode: u32) -> Self {
         self.namespaces.push(inode.into());
         self
     }
 
-    /// Sockets whose addresses are of this family.
+    /// Selects sockets whose addresses are of this family.
     pub fn family(mut self, family: Family) -> Self {
         self.families.push(family);
         self
     }
 
-    /// Events of this kind. Those of the other protocol are no mistake: two tracers may have the same filter.
+    /// Selects events of this kind. Kinds of the other protocol are allowed, because two tracers
+    /// may have the same filter.
     pub fn kind(mut self, kind: Kind) -> Self {
         self.kinds.push(kind);
         self
     }
 
-    /// TCP: state changes from or to this state, and other events of sockets that are in it. The
-    /// socket of a [`ConnectFailed`](crate::EventKind::ConnectFailed) is in `CLOSE`. UDP: no
+    /// TCP: selects state changes from or to this state, and other events of sockets in this state.
+    /// The socket of a [`ConnectFailed`](crate::EventKind::ConnectFailed) is in `CLOSE`. UDP: no
     /// restriction.
     pub fn state(mut self, state: TcpState) -> Self {
         self.states.push(state);
         self
     }
 
-    /// Sockets that the tracing process itself owns, in whatever pid namespace it is.
+    /// Selects sockets that the tracing process itself owns, in any pid namespace.
     pub fn only_self(mut self) -> Self {
         self.only_self = true;
         self
     }
 
-    /// No sockets that the tracing process itself owns.
+    /// Rejects sockets that the tracing process itself owns.
     pub fn exclude_self(mut self) -> Self {
         self.exclude_self = true;
         self
     }
 
-    /// Whether an event that user space made of what the programs had let pass before is still wanted. What the programs alone know of a
-    /// process, `standing` tells. The filter is a [resolved](Self::resolve) one.
-    pub(crate) fn matches(&self, event: &Event, standing: impl Fn(&Process) -> Standing) -> bool {
-        self.matches_ends(event) && self.matches_but_ends(event, standing)
+    /// Returns whether an event passes that user space made. The programs have let the socket pass
+    /// before. `membership` returns the facts about a process that only the programs have. The
+    /// filter must be a [resolved](Self::resolve) one.
+    pub(crate) fn matches(
+        &self,
+        event: &Event,
+        membership: impl Fn(&Process) -> Membership,
+    ) -> bool {
+        self.matches_ends(event) && self.matches_but_ends(event, membership)
     }
 
-    /// Whether the ports and addresses of an event are wanted.
+    /// Returns whether the ports and addresses of an event pass.
     fn matches_ends(&self, event: &Event) -> bool {
         if Kind::of(event).is_none() {
             return true;
@@ -274,12 +294,12 @@ impl Filter {
             && within(&self.remote, remote)
     }
 
-    /// Whether everything else of an event is wanted. The end of a UDP socket one of whose flows
-    /// [matches](Self::matches) needs no more than that.
+    /// Returns whether all other properties of an event pass. The end of a UDP socket needs only
+    /// that if one of its flows [matches](Self::matches).
     pub(crate) fn matches_but_ends(
         &self,
         event: &Event,
-        standing: impl Fn(&Process) -> Standing,
+        membership: impl Fn(&Process) -> Membership,
     ) -> bool {
         let (process, socket) = (event.process.as_ref(), &event.socket);
         let owner = |wants: &dyn Fn(&Process) -> bool| process.is_some_and(wants);
@@ -291,18 +311,18 @@ impl Filter {
             && one_of(&self.cgroups, &socket.cgroup)
             && (self.namespaces.is_empty() || self.namespaces.iter().any(|one| one.is_of(socket)))
             && (self.comms.is_empty() || owner(&|process| self.comms.contains(&process.comm)))
-            && (!self.exclude_self || !owner(&|process| standing(process).is_own))
+            && (!self.exclude_self || !owner(&|process| membership(process).is_own))
             && (self.pids.is_empty() && self.pid_trees.is_empty()
                 || owner(&|process| self.pids.contains(&process.pid))
-                || !self.pid_trees.is_empty() && owner(&|process| standing(process).is_kin))
+                || !self.pid_trees.is_empty() && owner(&|process| membership(process).is_in_tree))
     }
 
-    /// Whether samples are wanted at all.
+    /// Returns whether any sample can pass.
     pub(crate) fn wants_samples(&self) -> bool {
         self.kinds.is_empty() || self.kinds.contains(&Kind::Sample)
     }
 
-    /// Whether anything in this network namespace is wanted.
+    /// Returns whether any event of this network namespace can pass.
     pub(crate) fn wants_netns(&self, inode: u64) -> bool {
         self.namespaces.is_empty()
             || self
@@ -312,17 +332,17 @@ impl Filter {
     }
 }
 
-/// Whether a list lets a value pass: an empty one restricts nothing.
+/// Returns whether a list lets a value pass. An empty list has no restriction.
 fn one_of<T: PartialEq>(wanted: &[T], value: &T) -> bool {
     wanted.is_empty() || wanted.contains(value)
 }
 
-/// What a process is to a filter.
+/// The relation of a process to a filter.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Standing {
-    /// One of a tree's.
-    pub(crate) is_kin: bool,
-    /// The tracing process itself.
+pub(crate) struct Membership {
+    /// The process is a member of a tree.
+    pub(crate) is_in_tree: bool,
+    /// The process is the tracing process.
     pub(crate) is_own: bool,
 }
 
@@ -354,7 +374,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{EventKind, LossStage, Origin, Protocol};
+    use crate::event::{EventKind, LossStage, Protocol, process::Origin};
 
     pub(super) fn everything() -> Filter {
         let comm = Comm::from_bytes(b"a b,c\\\n");
@@ -396,11 +416,11 @@ mod tests {
         event.socket.local = "127.0.0.1:50".parse().unwrap();
         event.socket.remote = "10.1.2.3:53".parse().unwrap();
         event.socket.uid = 1000;
-        let matches = |event: &Event, text: &str, standing| {
+        let matches = |event: &Event, text: &str, membership| {
             let filter = text.parse::<Filter>().unwrap();
-            filter.matches(event, |_| standing)
+            filter.matches(event, |_| membership)
         };
-        let nobody = Standing::default();
+        let nobody = Membership::default();
         for text in [
             "",
             "port=53",
@@ -439,14 +459,14 @@ mod tests {
             started: Duration::ZERO,
             details: None,
         });
-        let kin = Standing {
-            is_kin: true,
+        let member = Membership {
+            is_in_tree: true,
             is_own: true,
         };
         assert!(matches(&event, "pid=7,8 comm=x", nobody));
         assert!(!matches(&event, "pid_tree=1", nobody));
-        assert!(matches(&event, "pid_tree=1", kin));
-        assert!(!matches(&event, "exclude_self", kin));
+        assert!(matches(&event, "pid_tree=1", member));
+        assert!(!matches(&event, "exclude_self", member));
     }
 
     #[test]
@@ -474,7 +494,7 @@ mod tests {
             for (inode, is_wanted) in inodes {
                 let mut filter = Filter::new().netns(inode);
                 filter.namespaces[0].cookie = wanted;
-                let matches = filter.matches(&event, |_| Standing::default());
+                let matches = filter.matches(&event, |_| Membership::default());
                 assert_eq!(matches, is_wanted, "{shown} {wanted} {inode}");
             }
         }
@@ -503,7 +523,7 @@ mod tests {
             ("pid=7", false),
         ] {
             let filter = text.parse::<Filter>().unwrap();
-            let nobody = |_: &Process| Standing::default();
+            let nobody = |_: &Process| Membership::default();
             assert!(!filter.matches(&event, nobody), "{text}");
             assert_eq!(filter.matches_but_ends(&event, nobody), but_ends, "{text}");
         }

@@ -1,4 +1,4 @@
-//! A filter as text, and back.
+//! The text form of a filter.
 
 use std::{
     fmt::{self, Display},
@@ -8,11 +8,15 @@ use std::{
 
 use super::{Family, Filter, Namespace, invalid};
 use crate::{
-    Comm, Error, TcpState,
-    escape::{Escaped, unescape},
+    error::Error,
+    event::{
+        comm::Comm,
+        escape::{Escaped, unescape},
+        tcp_state::TcpState,
+    },
 };
 
-/// The text form, which parses back to an equal filter.
+/// Shows the text form, which parses back to an equal filter.
 impl Display for Filter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut blank = "";
@@ -57,12 +61,12 @@ fn texts<T: Display>(values: &[T]) -> Vec<String> {
     values.iter().map(T::to_string).collect()
 }
 
-/// A name without what separates values.
+/// Returns a process name without separators of values.
 fn comm_text(comm: &Comm) -> String {
     bytes_text(comm.as_bytes())
 }
 
-/// A path without what separates values.
+/// Returns a path without separators of values.
 pub(super) fn path_text(path: &Path) -> String {
     bytes_text(path.as_os_str().as_encoded_bytes())
 }
@@ -78,7 +82,8 @@ impl FromStr for Filter {
 
     /// # Errors
     ///
-    /// `InvalidFilter`, which names the setting. That the values make sense is checked when the filter is used.
+    /// `InvalidFilter`, which names the setting. The tracer checks the values when the filter is
+    /// set.
     fn from_str(text: &str) -> Result<Self, Error> {
         let mut filter = Self::new();
         for setting in text.split_ascii_whitespace() {
@@ -118,7 +123,7 @@ impl Filter {
             "family" => parse(name, values, &mut self.families, |text| {
                 let mut families = [Family::Ipv4, Family::Ipv6].into_iter();
                 let named = families.find(|family| family.name().eq_ignore_ascii_case(text));
-                named.ok_or_else(|| "it is ipv4 or ipv6".into())
+                named.ok_or_else(|| "a family is ipv4 or ipv6".into())
             }),
             "kind" => parse(name, values, &mut self.kinds, |text| {
                 let lower = text.to_ascii_lowercase();
@@ -127,7 +132,7 @@ impl Filter {
             "state" => parse(name, values, &mut self.states, |text| {
                 let mut states = (0..=u8::MAX).filter_map(TcpState::from_number);
                 let named = states.find(|state| state.name().eq_ignore_ascii_case(text));
-                named.ok_or_else(|| "no state of TCP, such as ESTABLISHED".into())
+                named.ok_or_else(|| "not a TCP state, such as ESTABLISHED".into())
             }),
             _ => Err(invalid(format!(
                 "there is no setting {:?}: there are pid, pid_tree, uid, comm, port, local, remote, cgroup, netns, family, kind, \
@@ -137,7 +142,7 @@ impl Filter {
         }
     }
 
-    /// Ids and paths, which begin with a slash.
+    /// Parses ids and paths. Paths begin with a slash.
     fn parse_cgroups(&mut self, name: &str, values: &str) -> Result<(), Error> {
         for value in values.split(',') {
             if value.starts_with('/') {
@@ -152,7 +157,7 @@ impl Filter {
     }
 }
 
-/// A process name. The kernel cuts a longer one.
+/// Parses a process name. The kernel truncates a longer one.
 fn comm(text: &str) -> Result<Comm, String> {
     match unescape(text) {
         Some(bytes) if !bytes.contains(&0) => Ok(Comm::from_bytes(&bytes)),

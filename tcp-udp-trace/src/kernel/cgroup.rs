@@ -1,4 +1,5 @@
-//! The root of cgroup v2, where programs see every socket of the machine, and the ids of cgroups.
+//! Finds the root of cgroup v2, where programs see every socket of the machine, and the ids of
+//! cgroups.
 
 use std::{
     fs::{self, File},
@@ -9,16 +10,16 @@ use std::{
 
 use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 
-use crate::escape::Escaped;
+use crate::event::escape::Escaped;
 
-/// Why less than the machine's sockets may be seen.
+/// The note of hooks that may not see all sockets of the machine.
 pub(super) const PARTIAL: &str = "in a cgroup namespace: only the sockets of its cgroups";
 
 /// The root of the cgroup v2 hierarchy, as far as this process can see it.
 pub(super) struct Root {
     pub(super) folder: File,
-    /// It is the machine's. Inside a cgroup namespace, as containers have one, what is mounted begins at the namespace's root, unless it
-    /// was mounted outside.
+    /// This is the root of the machine. Inside a cgroup namespace, such as that of a container, the
+    /// mounted hierarchy begins at the namespace's root, unless it was mounted outside.
     pub(super) is_whole: bool,
 }
 
@@ -30,7 +31,7 @@ struct Mount {
     is_v2: bool,
 }
 
-/// Returns what is mounted of cgroups, of either version.
+/// Returns the mounted hierarchies of cgroups, of both versions.
 fn mounts() -> io::Result<Vec<Mount>> {
     // Fields: id, parent, device, root, mount point, options, …, "-", type, … (proc(5)).
     let mounts = fs::read_to_string("/proc/thread-self/mountinfo")?;
@@ -48,11 +49,11 @@ fn mounts() -> io::Result<Vec<Mount>> {
     Ok(mounts.collect())
 }
 
-/// Finds the root, wherever it is mounted.
+/// Opens the root at any mount point.
 ///
 /// # Errors
 ///
-/// It is not mounted.
+/// cgroup v2 is not mounted.
 pub(super) fn root() -> io::Result<Root> {
     let mut own = None;
     for Mount { root, point, .. } in mounts()?.into_iter().filter(|mount| mount.is_v2) {
@@ -79,7 +80,7 @@ pub(super) fn root() -> io::Result<Root> {
 ///
 /// # Errors
 ///
-/// Why there is none.
+/// A message that says why there is no such cgroup.
 pub(super) fn id_of(path: &Path) -> Result<u64, String> {
     if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
         return Err("not an absolute path without `..`".into());
@@ -129,13 +130,14 @@ fn where_v2_is() -> String {
     }
 }
 
-/// Its inode number. The kernel gives no two cgroups the same one, and no program sees another id.
+/// Returns the inode number of a folder, which is the id of its cgroup.
 fn folder_id(path: &Path) -> Option<u64> {
     let metadata = fs::metadata(path).ok()?;
     metadata.is_dir().then(|| metadata.ino())
 }
 
-/// Every cgroup has this file, but for the root of them all (`Documentation/admin-guide/cgroup-v2.rst`).
+/// Returns whether a folder is the root of all cgroups, the only one without this file
+/// (`Documentation/admin-guide/cgroup-v2.rst`).
 fn is_machines_root(folder: &Path) -> bool {
     fs::exists(folder.join("cgroup.type")).is_ok_and(|exists| !exists)
 }

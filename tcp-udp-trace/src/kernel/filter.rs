@@ -1,47 +1,45 @@
-//! Telling the programs which events are wanted.
+//! Sets the filter of the programs.
 //!
-//! They look at one word, and at sets whose values carry the word's generation: so a new filter is built beside the old one, and one
-//! write changes over. All of it is asked of a program of ours ([`ASK_FILTER`]) and not written into maps from here, because a map system call
-//! would keep other programs from running meanwhile.
+//! The programs read one word, and sets whose values have the word's generation. So a new filter is
+//! built beside the old one, and one write switches over. A control program ([`control_filter`])
+//! makes all these changes. A map system call would keep other programs from running in the
+//! meantime.
 
-use std::{error::Error as StdError, io};
+use std::error::Error as StdError;
 
-use aya::{
-    Ebpf,
-    programs::{ProgramError, RawTracePoint, RawTracePointRunOptions, TestRun as _},
-};
-use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing};
+use aya::{Ebpf, programs::ProgramError};
+use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing as membership};
 
 use super::{
-    attach::{attach_program, unload},
+    control::control_filter,
+    errors, iter,
     names::Caller,
     plan::HookPoint,
-    refusal, walk,
+    program::{attach_program, unload},
 };
 use crate::{
-    Error, ErrorKind, Event, Filter, Process, Protocol,
-    filter::{Compiled, Names as _, Standing},
+    error::{Error, ErrorKind},
+    event::{Event, Protocol, process::Process},
+    filter::{Filter, Membership, compile::Compiled, resolve::Names as _},
 };
 
-pub(super) const ASK_FILTER: &str = "ask_filter";
-
-/// The programs that follow the trees of processes.
-const KIN: [(&str, HookPoint); 2] = [
-    ("kin_fork", HookPoint::RawTracepoint("sched_process_fork")),
-    ("kin_free", HookPoint::RawTracepoint("sched_process_free")),
+/// The programs that keep the process trees up to date.
+const TREE_PROGRAMS: [(&str, HookPoint); 2] = [
+    ("tree_fork", HookPoint::RawTracepoint("sched_process_fork")),
+    ("tree_free", HookPoint::RawTracepoint("sched_process_free")),
 ];
 
-/// The filter that the programs look at.
+/// The filter that the programs use.
 #[derive(Debug, Default)]
 pub(super) struct Filters {
     generation: u16,
     installed: Installed,
-    follows_kin: bool,
-    /// With the names resolved.
+    follows_trees: bool,
+    /// The filter, with its names resolved.
     filter: Filter,
 }
 
-/// What there is of a filter in the maps.
+/// The parts of a filter that are in the maps.
 #[derive(Debug, Default)]
 struct Installed {
     values: Vec<Value>,
@@ -49,31 +47,32 @@ struct Installed {
 }
 
 impl Filters {
-    /// Whether there ever was one.
+    /// Returns whether there ever was a filter.
     pub(super) fn were_used(&self) -> bool {
         self.generation != 0
     }
 
-    /// Whether an event that user space made is wanted.
+    /// Returns whether an event that user space made passes.
     pub(super) fn want(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
-            .matches(event, |process| standing(ebpf, process))
+            .matches(event, |process| membership(ebpf, process))
     }
 
-    /// [`want`](Self::want), whatever the event's ports and addresses are.
+    /// Like [`want`](Self::want), without a check of the event's ports and addresses.
     pub(super) fn want_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
-            .matches_but_ends(event, |process| standing(ebpf, process))
+            .matches_but_ends(event, |process| membership(ebpf, process))
     }
 
-    /// Lets this be the filter from now on. If that fails, the one of before stays.
+    /// Installs a filter. After an error, the old one stays.
     pub(super) fn install(
         &mut self,
         ebpf: &mut Ebpf,
         filter: &Filter,
         protocol: Protocol,
     ) -> Result<(), Error> {
-        // What makes no sense is refused as the caller wrote it.
+        // An error of the caller's filter must show the caller's values, so it is checked before it
+        // is resolved.
         filter.compile()?;
         let resolved = filter.resolve(&mut Caller::new(ebpf))?;
         self.switch(ebpf, &resolved.compile()?, protocol)?;
@@ -90,7 +89,7 @@ impl Filters {
         if filter.word == 0 && !self.were_used() {
             return Ok(());
         }
-        // Of two that follow each other, one is odd; 0 is none.
+        // Of two generations in a row, one is odd. 0 means no generation.
         self.generation = self.generation.checked_add(1).unwrap_or(2);
         let mut new = Installed::default();
         let built = self.build(ebpf, filter, protocol, &mut new);
@@ -99,13 +98,13 @@ impl Filters {
             word => word | wire::of_generation(self.generation),
         };
         let switched = built
-            .and_then(|()| ask(ebpf, &[op::SWITCH, word]).map_err(refused))
-            .and_then(|_| ask(ebpf, &[op::PREPARE, 0]).map_err(refused));
+            .and_then(|()| control_filter(ebpf, &[op::SWITCH, word]).map_err(refused))
+            .and_then(|_| control_filter(ebpf, &[op::PREPARE, 0]).map_err(refused));
         if let Err(error) = switched {
             new.remove(ebpf);
             return Err(error);
         }
-        // A program that has begun with it will notice, and ask the new one.
+        // A program that has started with the old filter notices the change, and uses the new one.
         std::mem::replace(&mut self.installed, new).remove(ebpf);
         Ok(())
     }
@@ -118,7 +117,7 @@ impl Filters {
         new: &mut Installed,
     ) -> Result<(), Error> {
         let generation = self.generation;
-        ask(ebpf, &[op::PREPARE, wire::of_generation(generation)]).map_err(refused)?;
+        control_filter(ebpf, &[op::PREPARE, wire::of_generation(generation)]).map_err(refused)?;
         for &(set, value) in &filter.values {
             new.add(ebpf, Value::new(generation, set, value))?;
         }
@@ -132,34 +131,34 @@ impl Filters {
         if filter.roots.is_empty() {
             return Ok(());
         }
-        self.follow_kin(ebpf, protocol)?;
-        walk::load_tasks(ebpf).map_err(no_walk)?;
-        let found = find_kin(ebpf, generation, &filter.roots, new);
-        walk::unload_tasks(ebpf);
+        self.follow_trees(ebpf, protocol)?;
+        iter::load_tasks(ebpf).map_err(no_iterator)?;
+        let found = find_tree_members(ebpf, generation, &filter.roots, new);
+        iter::unload_tasks(ebpf);
         found
     }
 
-    /// Attaches what keeps the trees up to date, unless it is.
-    fn follow_kin(&mut self, ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), Error> {
-        if self.follows_kin {
+    /// Attaches the programs that keep the trees up to date, unless they are attached.
+    fn follow_trees(&mut self, ebpf: &mut Ebpf, protocol: Protocol) -> Result<(), Error> {
+        if self.follows_trees {
             return Ok(());
         }
-        let attached = KIN.iter().try_for_each(|(name, point)| {
+        let attached = TREE_PROGRAMS.iter().try_for_each(|(name, point)| {
             let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
             attach_program(program, *point)
         });
-        self.follows_kin = attached.is_ok();
+        self.follows_trees = attached.is_ok();
         attached.map_err(|error| {
-            for (name, _) in KIN {
+            for (name, _) in TREE_PROGRAMS {
                 ebpf.program_mut(name).map(unload);
             }
-            refusal::of_signal(&error, "pid_tree", protocol).with_source(error)
+            errors::of_signal(&error, "pid_tree", protocol).with_source(error)
         })
     }
 }
 
-/// Finds the members of the trees that are there already. Those that are made meanwhile, the programs find.
-fn find_kin(
+/// Finds the existing members of the trees. The programs find those that start in the meantime.
+fn find_tree_members(
     ebpf: &mut Ebpf,
     generation: u16,
     roots: &[u32],
@@ -167,36 +166,36 @@ fn find_kin(
 ) -> Result<(), Error> {
     for (index, &root) in roots.iter().enumerate() {
         new.add(ebpf, Value::new(generation, wire::ROOT, [root.into(), 0]))?;
-        // A byte stands for a root.
-        if walk::through_tasks(ebpf).map_err(no_walk)? <= index {
+        // Each byte represents a root.
+        if iter::visit_tasks(ebpf).map_err(no_iterator)? <= index {
             let what = format!("pid_tree is {root}: there is no such process");
             return Err(Error::new(ErrorKind::InvalidFilter, what));
         }
     }
-    // A child whose number is lower than its parent's was met before it.
-    walk::through_tasks(ebpf).map_err(no_walk).map(drop)
+    // The first pass visits a child before its parent if the child's number is lower.
+    iter::visit_tasks(ebpf).map_err(no_iterator).map(drop)
 }
 
 impl Installed {
     fn add(&mut self, ebpf: &Ebpf, value: Value) -> Result<(), Error> {
-        ask(ebpf, &value_args(op::ADD, &value)).map_err(refused)?;
+        control_filter(ebpf, &value_args(op::ADD, &value)).map_err(refused)?;
         self.values.push(value);
         Ok(())
     }
 
     fn add_network(&mut self, ebpf: &Ebpf, network: Network) -> Result<(), Error> {
-        ask(ebpf, &network_args(op::ADD_NETWORK, &network)).map_err(refused)?;
+        control_filter(ebpf, &network_args(op::ADD_NETWORK, &network)).map_err(refused)?;
         self.networks.push(network);
         Ok(())
     }
 
     fn remove(self, ebpf: &Ebpf) {
-        // What cannot be removed takes room and is not looked at.
+        // A value that cannot be removed takes room, but no program uses it.
         for value in &self.values {
-            let _ = ask(ebpf, &value_args(op::REMOVE, value));
+            let _ = control_filter(ebpf, &value_args(op::REMOVE, value));
         }
         for network in &self.networks {
-            let _ = ask(ebpf, &network_args(op::REMOVE_NETWORK, network));
+            let _ = control_filter(ebpf, &network_args(op::REMOVE_NETWORK, network));
         }
     }
 }
@@ -217,38 +216,22 @@ fn network_args(op: u64, network: &Network) -> [u64; 4] {
     [op, head, first, second]
 }
 
-/// What a process is to the filter; nothing, if that cannot be asked.
-fn standing(ebpf: &Ebpf, process: &Process) -> Standing {
+/// Returns the relation of a process to the filter; none if the query fails.
+fn membership(ebpf: &Ebpf, process: &Process) -> Membership {
     let started = u64::try_from(process.started.as_nanos()).unwrap_or(u64::MAX);
-    let bits = ask(ebpf, &[op::STANDING, process.pid.into(), started]).unwrap_or(0);
-    Standing {
-        is_kin: bits & standing::KIN != 0,
-        is_own: bits & standing::OWN != 0,
-    }
-}
-
-/// Asks the program; what it answers is not negative.
-pub(super) fn ask(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
-    let program: &RawTracePoint = ebpf
-        .program(ASK_FILTER)
-        .ok_or(ProgramError::NotLoaded)
-        .and_then(TryFrom::try_from)
-        .map_err(io::Error::other)?;
-    let mut options = RawTracePointRunOptions::new();
-    options.args[..args.len()].copy_from_slice(args);
-    let answer = program.test_run(options).map_err(io::Error::other)?;
-    match answer.return_value.cast_signed() {
-        error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
-        answer => Ok(answer),
+    let bits = control_filter(ebpf, &[op::STANDING, process.pid.into(), started]).unwrap_or(0);
+    Membership {
+        is_in_tree: bits & membership::KIN != 0,
+        is_own: bits & membership::OWN != 0,
     }
 }
 
 fn refused(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
-    let what = "the kernel did not take the filter";
+    let what = "the kernel refused the filter";
     Error::new(ErrorKind::Load, what).with_source(source)
 }
 
-fn no_walk(source: String) -> Error {
-    let what = "pid_tree needs the kernel's iterator through all tasks, which it refuses";
+fn no_iterator(source: String) -> Error {
+    let what = "pid_tree needs the iterator over all tasks, which the kernel refuses";
     Error::new(ErrorKind::Attach, what).with_source(source)
 }

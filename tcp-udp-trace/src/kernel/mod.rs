@@ -1,21 +1,23 @@
-//! The rim to the kernel, and the only place that names aya: loads the eBPF object with the offsets of this
-//! kernel, attaches it by the plan, and hands out raw records and counts.
+//! Loads the eBPF object with the offsets of this kernel, attaches its programs by the plan, and
+//! gives access to records and counters. This is the only module that names aya.
 
 mod attach;
 mod btf;
-mod btf_ids;
 mod cgroup;
+mod control;
+mod errors;
 mod filter;
-mod mounts;
+mod iter;
+mod maps;
 mod names;
-mod needs;
-mod offsets;
 mod perf;
 mod plan;
+mod preflight;
+mod preload;
+mod private_mounts;
 mod privileges;
-mod refusal;
+mod program;
 mod ring;
-mod walk;
 
 use std::{
     fs::{self, File},
@@ -24,29 +26,33 @@ use std::{
     thread,
 };
 
-pub(crate) use self::{ring::Ring, walk::SampleScope};
+pub(crate) use self::{iter::SampleScope, ring::Ring};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, MapData, MapError, PerCpuArray},
-    programs::{
-        ProgramError, RawTracePoint, RawTracePointRunOptions, SchedClassifier, TestRun as _,
-        TestRunOptions,
-    },
+    maps::{Array, MapData, PerCpuArray},
+    programs::ProgramError,
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, Udp, kind};
-use zerocopy::{FromZeros as _, IntoBytes as _};
+use tcp_udp_trace_common::{Counters, FlowKey, Udp, kind};
 
-use self::filter::{ASK_FILTER, Filters};
+use self::{
+    btf::{ids, offsets},
+    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, QUERY_FLOW, RING_FILL},
+    filter::Filters,
+    maps::{SHARE, take_map},
+};
 use crate::{
-    Buffer, Error, ErrorKind, Event, Filter, Hook, Protocol, Traffic,
-    builder::{Config, LATE_SHARE},
-    decode,
-    flows::{FlowMap, Totals},
+    config::{Buffer, Config, LATE_SHARE},
+    error::{Error, ErrorKind, ResultExt as _},
+    event::{Event, Protocol, Traffic},
+    filter::Filter,
+    hook::Hook,
+    pipeline::flows::{FlowMap, Totals},
 };
 
-/// The eBPF objects of this architecture, as `cargo xtask ebpf` made them: with a ring buffer, and with perf buffers.
+/// The eBPF objects of this architecture: with a ring buffer, and with perf buffers.
+/// `cargo xtask ebpf` makes them.
 #[cfg(target_arch = "x86_64")]
 static OBJECTS: Option<[&[u8]; 2]> = Some([
     aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.x86_64.o"),
@@ -60,29 +66,17 @@ static OBJECTS: Option<[&[u8]; 2]> = Some([
     aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.aarch64.o"),
 ]);
 
-/// None for this architecture.
+/// There are no objects for this architecture.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 static OBJECTS: Option<[&[u8]; 2]> = None;
 
-/// No ring can be smaller.
+/// The smallest size of a ring.
 const MIN_RING_BYTES: u32 = 4096;
 
-/// The share of the ring that may fill before the reader is woken though it did not ask; and of which the last is kept for the records that
-/// matter most.
-const SHARE: u32 = 8;
-
-/// How many flows that the filter does not want are remembered.
+/// How many flows that the filter rejects are remembered.
 const UNWANTED: u32 = 16_384;
 
-/// The programs that are run by us rather than by the kernel: they read and write maps without a system call that does, because that
-/// would keep the kernel from running others.
-const ASK_ARM: &str = "ask_arm";
-const ASK_FLOW: &str = "ask_flow";
-/// Only in the object with a ring.
-const RING_FILL: &str = "ring_fill";
-const QUESTIONS: [&str; 4] = [ASK_ARM, ASK_FLOW, ASK_FILTER, RING_FILL];
-
-/// Programs and maps in the kernel, and what they are attached to. Dropping it removes everything.
+/// The programs and maps in the kernel, and their attachments. A drop removes all of them.
 pub(crate) struct Kernel {
     ebpf: Ebpf,
     hooks: Vec<Hook>,
@@ -92,7 +86,7 @@ pub(crate) struct Kernel {
     protocol: Protocol,
     filters: Filters,
     log: Option<EbpfLogger<&'static dyn Log>>,
-    /// The last answer of the kernel, which it gives only while the programs are loaded.
+    /// The last value from the kernel, which the kernel shows only while the programs are loaded.
     recursion_misses: Option<u64>,
 }
 
@@ -103,14 +97,14 @@ impl Kernel {
             let what = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
             return Err(Error::new(ErrorKind::Unsupported, what));
         };
-        needs::check(config.protocol)?;
+        preflight::check(config.protocol)?;
         let plan = plan::wanted(config);
-        let walks = walk::wanted(config);
+        let iters = iter::wanted(config);
         let (offsets, ids, images, has_listened, drop_reasons, registers) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
-            let targets = targets.chain(walks.iter().map(|walk| walk.target()));
+            let targets = targets.chain(iters.iter().map(|iter| iter.target()));
             let verifies = match config.protocol {
                 Protocol::Tcp => offsets::verifies_images(&btf),
                 Protocol::Udp => offsets::verifies_images_of_udp(&btf),
@@ -118,7 +112,7 @@ impl Kernel {
             let images = config.process_details && verifies;
             (
                 offsets::resolve(&btf)?,
-                btf_ids::find(&btf, targets),
+                ids::find(&btf, targets),
                 images,
                 offsets::has_listened(&btf),
                 offsets::drop_reasons(&btf),
@@ -132,10 +126,11 @@ impl Kernel {
             )
             .with_source(source)
         })?;
-        // Every map of the object is made; those of the other protocol as small as can be.
+        // The loader makes every map of the object. Those of the other protocol are as small as
+        // possible.
         let (tcp_sockets, udp_sockets, flows, unwanted) = match config.protocol {
             Protocol::Tcp => (config.max_sockets, 1, 1, 1),
-            // Each CPU may be about to put one more together.
+            // Each CPU may assemble one more at the same time.
             Protocol::Udp => (
                 1,
                 config.max_sockets + cpus as u32,
@@ -145,10 +140,10 @@ impl Kernel {
         };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
-        let mut questions = vec![ASK_ARM, ASK_FILTER];
-        questions.extend((buffer == Buffer::Ring).then_some(RING_FILL));
-        questions.extend((config.protocol == Protocol::Udp).then_some(ASK_FLOW));
-        // As the loader rounds it.
+        let mut controls = vec![ARM_WAKEUP, CONTROL_FILTER];
+        controls.extend((buffer == Buffer::Ring).then_some(RING_FILL));
+        controls.extend((config.protocol == Protocol::Udp).then_some(QUERY_FLOW));
+        // The loader rounds the size in the same way.
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
         let (object, events) = match buffer {
@@ -178,42 +173,43 @@ impl Kernel {
             .map_max_entries("FLOWS", flows)
             .map_max_entries("UNWANTED", unwanted)
             .load(object)
-            .map_err(|source| refusal::of_map(&source, config.protocol).with_source(source))?;
+            .map_err(|source| errors::of_map(&source, config.protocol).with_source(source))?;
         let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
-        let log = log.transpose().map_err(|source| {
-            Error::new(ErrorKind::Load, "cannot read the programs' log").with_source(source)
-        })?;
-        // Not while the maps are made: who runs out of memory meanwhile is killed, where the maker of a map gets an error.
-        attach::load_ahead(&mut ebpf, &plan, &walks, &questions, &ids);
+        let log = log
+            .transpose()
+            .or_error(ErrorKind::Load, "cannot read the programs' log")?;
+        // Not at the same time as the maps: when memory runs out, the kernel kills a process that
+        // loads programs, but returns an error to one that makes a map.
+        preload::load_ahead(&mut ebpf, &plan, &iters, &controls, &ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
-        for name in questions {
+        for name in controls {
             let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
-            program.and_then(attach::load_question).map_err(|source| {
-                refusal::of_program(&source, "a program that the reader asks", config.protocol)
+            program.and_then(control::load_control).map_err(|source| {
+                errors::of_program(&source, "a program that the reader runs", config.protocol)
                     .with_source(source)
             })?;
         }
-        // Before the first event.
+        // The filter must be there before the first event.
         let mut filters = Filters::default();
         filters.install(&mut ebpf, &config.filter, config.protocol)?;
         let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol)?;
-        if !tells_local(&hooks) {
+        if !shows_local(&hooks) {
             let mut hides_local = take_map(&mut ebpf, "HIDES_LOCAL", Array::<_, u32>::try_from)?;
-            hides_local.set(0, u32::MAX, 0).map_err(|source| {
-                Error::new(ErrorKind::Load, "cannot write to a map").with_source(source)
-            })?;
+            hides_local
+                .set(0, u32::MAX, 0)
+                .or_error(ErrorKind::Load, "cannot write to a map")?;
         }
-        // Only now: a socket made meanwhile has met the hooks.
-        let walks = walk::start(&mut ebpf, config);
-        hooks.extend(walks.hooks);
+        // Only now, because the hooks have seen every socket that was made in the meantime.
+        let iters = iter::start(&mut ebpf, config);
+        hooks.extend(iters.hooks);
         hooks.push(ring::hook(buffer));
         Ok((
             Self {
                 ebpf,
                 hooks,
-                sample_scope: walks.samples,
+                sample_scope: iters.samples,
                 counters,
                 rejected,
                 protocol: config.protocol,
@@ -233,70 +229,40 @@ impl Kernel {
         self.sample_scope
     }
 
-    /// See [`Shared::walk`](crate::reader::Shared::walk).
-    pub(crate) fn walk(&mut self) -> io::Result<File> {
-        walk::open(&mut self.ebpf).map_err(io::Error::other)
+    /// See [`Shared::open_socket_iter`](crate::tasks::Shared::open_socket_iter).
+    pub(crate) fn open_socket_iter(&mut self) -> io::Result<File> {
+        iter::open(&mut self.ebpf).map_err(io::Error::other)
     }
 
-    /// Asks to be woken by the next record; gives how many records the ring has refused so far, modulo 2³².
+    /// Arms the wake-up by the next record. Returns how many records found the ring full so far,
+    /// modulo 2³².
     pub(crate) fn arm(&self) -> io::Result<u32> {
-        self.run(ASK_ARM)
+        control::run(&self.ebpf, ARM_WAKEUP)
     }
 
-    /// How many eighths of the ring are filled.
+    /// Returns how many eighths of the ring are full.
     pub(crate) fn ring_fill(&self) -> Option<u32> {
-        self.run(RING_FILL).ok()
+        control::run(&self.ebpf, RING_FILL).ok()
     }
 
-    /// Runs a program that takes no arguments, and returns its result.
-    fn run(&self, name: &str) -> io::Result<u32> {
-        let program = self.ebpf.program(name).ok_or(ProgramError::NotLoaded);
-        let program: Result<&RawTracePoint, _> = program.and_then(TryFrom::try_from);
-        let answer =
-            program.and_then(|program| program.test_run(RawTracePointRunOptions::default()));
-        answer
-            .map(|answer| answer.return_value)
-            .map_err(io::Error::other)
-    }
-
-    /// Asks for the totals of a flow.
-    fn ask_flow(&self, flow: &FlowKey, known: Traffic, forget: bool) -> Option<Totals> {
-        let mut query = FlowQuery::new_zeroed();
-        query.key = *flow;
-        query.known.tx_packets = known.tx_packets;
-        query.known.rx_packets = known.rx_packets;
-        query.forget = u64::from(forget);
-        let question = query;
-        let mut options = TestRunOptions::new();
-        options.data_in = Some(question.as_bytes());
-        options.data_out = Some(query.as_mut_bytes());
-        let program: &SchedClassifier = self.ebpf.program(ASK_FLOW)?.try_into().ok()?;
-        let answer = program.test_run(options).ok()?;
-        (answer.return_value == 1).then(|| Totals {
-            traffic: decode::traffic(query.traffic),
-            approximate: query.approximate != 0,
-            local: Some(query.local),
-        })
-    }
-
-    /// What the programs have counted.
+    /// Returns the counters of the programs.
     pub(crate) fn counters(&self) -> Counters {
-        // A lookup in an array cannot fail; if it did, the counts of before would be the best answer too.
+        // A lookup in an array cannot fail.
         self.counters.get(&0, 0).map_or_else(
             |_| Counters::default(),
             |counts| zerocopy::transmute!(counts),
         )
     }
 
-    /// How many records of each kind the filters have kept from being made.
+    /// Returns how many records of each kind the filters have rejected.
     pub(crate) fn rejected(&self) -> [u64; kind::COUNT] {
         std::array::from_fn(|kind| {
-            // While there was no filter, no map need be read.
+            // Without a filter so far, no map need be read.
             let counts = self
                 .filters
                 .were_used()
                 .then(|| self.rejected.get(&(kind as u32), 0));
-            // As for the counters.
+            // A lookup cannot fail here either.
             counts
                 .and_then(Result::ok)
                 .map_or(0, |cpus| cpus.iter().sum())
@@ -308,22 +274,24 @@ impl Kernel {
         self.filters.install(&mut self.ebpf, filter, self.protocol)
     }
 
-    /// Whether the filter lets an event of UDP pass that user space made.
+    /// Returns whether the filter lets a UDP event pass that user space made.
     pub(crate) fn wants(&self, event: &Event) -> bool {
         self.filters.want(&self.ebpf, event)
     }
 
-    /// Whether the filter lets the end of a UDP socket pass whose flows it lets pass.
+    /// Returns whether the filter lets the end of a UDP socket pass if it lets one of the socket's
+    /// flows pass.
     pub(crate) fn wants_end_of_flows(&self, event: &Event) -> bool {
         self.filters.want_but_ends(&self.ebpf, event)
     }
 
-    /// How often the kernel skipped a program that was already active on the CPU, where it tells.
+    /// Returns how often the kernel skipped a program that was already active on the CPU; `None` if
+    /// the kernel does not show it.
     pub(crate) fn recursion_misses(&self) -> Option<u64> {
         let loaded = self
             .ebpf
             .programs()
-            .filter(|(name, _)| !QUESTIONS.contains(name))
+            .filter(|(name, _)| !CONTROL_PROGRAMS.contains(name))
             .filter_map(|(_, program)| {
                 let fd = program.fd().ok()?.as_fd().as_raw_fd();
                 let info = fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
@@ -336,54 +304,56 @@ impl Kernel {
         loaded.or(self.recursion_misses)
     }
 
-    /// Passes what the programs had to say to the `log` crate.
+    /// Passes the programs' log to the `log` crate.
     pub(crate) fn flush_log(&mut self) {
         if let Some(log) = &mut self.log {
             log.flush();
         }
     }
 
-    /// Takes the programs out of the kernel; the maps, and so the records already made, stay.
+    /// Removes the programs from the kernel. The maps stay, and with them the records.
     ///
-    /// Blocks until the kernel is sure that no CPU runs them any more. It waits for that at each tracepoint, for up
-    /// to 0.1 s; so they go in parallel.
+    /// Blocks until the kernel is sure that no CPU runs the programs. The kernel waits up to 0.1 s
+    /// for that at each tracepoint, so the programs are removed in parallel.
     pub(crate) fn detach(&mut self) {
         self.recursion_misses = self.recursion_misses();
         let stopping = self.ebpf.map_mut("STOPPING").map(Array::try_from);
         if let Some(Ok(mut stopping)) = stopping {
-            // It cannot fail for an array; and if it did, some closes would be said to have been missed.
+            // A write to an array cannot fail. If it did, the programs would count some closes as
+            // missed.
             let _ = stopping.set(0, 1_u32, 0);
         }
         thread::scope(|scope| {
             for (name, program) in self.ebpf.programs_mut() {
-                if program.fd().is_err() || QUESTIONS.contains(&name) {
+                if program.fd().is_err() || CONTROL_PROGRAMS.contains(&name) {
                     continue;
                 }
-                // Where no thread can be had, dropping `ebpf` does it, one after the other.
-                let _ = thread::Builder::new().spawn_scoped(scope, || attach::unload(program));
+                // Without a thread, the drop of `ebpf` removes the programs, one after the other.
+                let _ = thread::Builder::new().spawn_scoped(scope, || program::unload(program));
             }
         });
     }
 }
 
-/// How many flows may have begun of which the reader does not know yet. Each has a record in the buffer.
+/// Returns how many flows may have begun that the reader does not know yet. Each of them has a
+/// record in the buffer.
 fn flows_on_their_way(ring_bytes: u32) -> u32 {
     const MOST: u32 = 16_384;
     (ring_bytes / size_of::<Udp>() as u32).min(MOST)
 }
 
-/// Asks everything of a BTF that may be anything: for the fuzzers.
+/// Looks up everything that a start needs in arbitrary bytes. For the fuzzers.
 #[cfg(any(test, fuzzing))]
-pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
+pub(crate) fn check_btf(bytes: &[u8]) -> Result<(), Error> {
     let btf = offsets::parse(bytes)?;
-    let targets = ["task_file", "tcp"].map(btf_ids::Target::iterator);
-    let ids = btf_ids::for_aya(&btf_ids::find(&btf, targets));
+    let targets = ["task_file", "tcp"].map(ids::Target::iterator);
+    let ids = ids::for_aya(&ids::find(&btf, targets));
     assert!(ids.is_ok(), "aya does not take what we made for it");
     offsets::resolve(&btf).map(|_| ())
 }
 
-/// Whether the receive hook tells at which of its addresses a socket was reached.
-fn tells_local(hooks: &[Hook]) -> bool {
+/// Returns whether the receive hook shows the local address of a datagram.
+fn shows_local(hooks: &[Hook]) -> bool {
     let receive = hooks.iter().filter(|hook| hook.signal == "receive");
     let mut programs = receive.flat_map(|hook| &hook.programs);
     programs.any(|program| program.ends_with(":skb_consume_udp"))
@@ -391,11 +361,11 @@ fn tells_local(hooks: &[Hook]) -> bool {
 
 impl FlowMap for Kernel {
     fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals> {
-        self.ask_flow(flow, known, false)
+        control::query_flow(&self.ebpf, flow, known, false)
     }
 
     fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
-        self.ask_flow(flow, Traffic::default(), true)
+        control::query_flow(&self.ebpf, flow, Traffic::default(), true)
     }
 }
 
@@ -405,12 +375,13 @@ impl Drop for Kernel {
     }
 }
 
-/// A loader that does not know the kernel's BTF, as far as that can be had.
+/// Makes a loader without the kernel's BTF, if the process may hide the BTF.
 ///
-/// aya's loader begins by reading all of it, which takes most of the time and memory of a start, and nothing in our objects refers to it.
+/// aya's loader starts by reading all of the BTF. That takes most of the time and memory of a
+/// start, and the objects of this crate do not refer to it.
 fn loader<'a>() -> EbpfLoader<'a> {
     let without_btf = || {
-        if let Err(error) = mounts::hide_btf() {
+        if let Err(error) = private_mounts::hide_btf() {
             log::debug!("the kernel's BTF cannot be hidden from the loader: {error}");
         }
         EbpfLoader::new()
@@ -418,21 +389,6 @@ fn loader<'a>() -> EbpfLoader<'a> {
     let thread = thread::Builder::new().spawn(without_btf);
     let made = thread.ok().and_then(|thread| thread.join().ok());
     made.unwrap_or_default()
-}
-
-fn take_map<M>(
-    ebpf: &mut Ebpf,
-    name: &str,
-    convert: impl FnOnce(aya::maps::Map) -> Result<M, MapError>,
-) -> Result<M, Error> {
-    let missing = || {
-        Error::new(
-            ErrorKind::Load,
-            format!("the eBPF object has no usable map {name}"),
-        )
-    };
-    let map = ebpf.take_map(name).ok_or_else(missing)?;
-    convert(map).map_err(|source| missing().with_source(source))
 }
 
 impl std::fmt::Debug for Kernel {

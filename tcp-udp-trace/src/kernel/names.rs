@@ -1,24 +1,27 @@
-//! What a filter's names mean: processes by the caller's numbers, cgroups by their paths.
+//! Resolves the names of a filter: processes by the caller's numbers, cgroups by their paths.
 
 use std::{collections::HashMap, io, path::Path};
 
 use aya::Ebpf;
 use tcp_udp_trace_common::filter::{netns, op};
 
-use super::{cgroup, filter::ask, walk};
-use crate::{Error, ErrorKind, filter::Names};
+use super::{cgroup, control::control_filter, iter};
+use crate::{
+    error::{Error, ErrorKind},
+    filter::resolve::Names,
+};
 
-/// The names that the calling process knows.
+/// The names of the calling process.
 pub(super) struct Caller<'a> {
     ebpf: &'a mut Ebpf,
-    /// The processes of its pid namespace, once they are needed.
+    /// The processes of the caller's pid namespace, when they are needed.
     processes: Option<Processes>,
 }
 
 enum Processes {
     /// The pid namespace is the initial one, so the numbers are the same.
     Initial,
-    /// By the number there, the one in the initial pid namespace.
+    /// Maps numbers of the caller's pid namespace to those of the initial one.
     Child(HashMap<u32, u32>),
 }
 
@@ -31,8 +34,10 @@ impl<'a> Caller<'a> {
     fn processes(&mut self) -> Result<&Processes, Error> {
         let processes = match self.processes.take() {
             Some(processes) => processes,
-            None if ask(self.ebpf, &[op::LEVEL]).map_err(unknown)? == 0 => Processes::Initial,
-            None => Processes::Child(walk::through_pids(self.ebpf).map_err(no_walk)?),
+            None if control_filter(self.ebpf, &[op::LEVEL]).map_err(unknown)? == 0 => {
+                Processes::Initial
+            }
+            None => Processes::Child(iter::pids(self.ebpf).map_err(no_iterator)?),
         };
         Ok(self.processes.insert(processes))
     }
@@ -40,7 +45,7 @@ impl<'a> Caller<'a> {
 
 impl Names for Caller<'_> {
     fn own_pid(&mut self) -> Result<u32, Error> {
-        let pid = ask(self.ebpf, &[op::CALLER]).map_err(unknown)?;
+        let pid = control_filter(self.ebpf, &[op::CALLER]).map_err(unknown)?;
         Ok(pid.cast_unsigned())
     }
 
@@ -64,24 +69,24 @@ impl Names for Caller<'_> {
     }
 }
 
-/// How often the search for a namespace is taken up again: enough for 100,000 namespaces.
+/// The maximum number of runs of one search for a namespace: enough for 100,000 namespaces.
 const MAX_RUNS: usize = 4096;
 
 /// Returns the cookie of the network namespace that has this inode now.
 fn find_netns(ebpf: &Ebpf, inode: u32) -> io::Result<Option<u64>> {
     let inode = u64::from(inode);
-    let mut answer = ask(ebpf, &[op::FIND_NETNS, inode])?;
+    let mut answer = control_filter(ebpf, &[op::FIND_NETNS, inode])?;
     for _ in 0..MAX_RUNS {
         if answer != netns::PAUSED {
             break;
         }
-        answer = ask(ebpf, &[op::GO_ON, inode])?;
+        answer = control_filter(ebpf, &[op::GO_ON, inode])?;
     }
     match answer {
         netns::NONE => Ok(None),
         netns::FOUND => {
             let bits = |from: u32| {
-                let bits = ask(ebpf, &[op::NETNS_COOKIE, from.into()])?;
+                let bits = control_filter(ebpf, &[op::NETNS_COOKIE, from.into()])?;
                 io::Result::Ok(u64::from(bits.cast_unsigned()) << from)
             };
             let each = netns::COOKIE_BITS;
@@ -92,7 +97,7 @@ fn find_netns(ebpf: &Ebpf, inode: u32) -> io::Result<Option<u64>> {
 }
 
 fn unknown(source: io::Error) -> Error {
-    let what = "the kernel does not tell the pid namespace of this process";
+    let what = "the pid namespace of this process cannot be read";
     Error::new(ErrorKind::Load, what).with_source(source)
 }
 
@@ -101,8 +106,8 @@ fn no_namespaces(source: io::Error) -> Error {
     Error::new(ErrorKind::Unsupported, what).with_source(source)
 }
 
-fn no_walk(source: String) -> Error {
-    let what = "a pid in a child pid namespace needs the kernel's iterator through all tasks, \
-                which it refuses";
+fn no_iterator(source: String) -> Error {
+    let what = "a pid in a child pid namespace needs the iterator over all tasks, which the \
+                kernel refuses";
     Error::new(ErrorKind::Attach, what).with_source(source)
 }

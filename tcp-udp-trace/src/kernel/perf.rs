@@ -1,4 +1,5 @@
-//! Perf buffers: for each CPU a large one, which records go into quietly, and a small one, for what wakes the reader.
+//! Perf buffers: each CPU has a large one, whose records do not wake the reader, and a small one,
+//! whose records do.
 
 use std::{
     collections::VecDeque,
@@ -15,32 +16,33 @@ use perf_event::{Builder, SampleFlag, Sampler, events::Software};
 use tcp_udp_trace_common::{Head, Udp};
 use zerocopy::FromBytes as _;
 
-use super::SHARE;
+use super::maps::SHARE;
 
-/// No machine has larger pages. A buffer has one at least.
+/// The largest page size of any machine. A buffer has at least one page.
 const MAX_PAGE: usize = 64 << 10;
 
-/// The kind of what a program has written, in a buffer (`perf_event.h`).
+/// The type of a program's record in a buffer (`perf_event.h`).
 const PERF_RECORD_SAMPLE: u32 = 9;
 
 /// The records of all CPUs, in the order of their times.
 pub(crate) struct Perf {
     buffers: Vec<Sampler>,
-    /// None of them holds more bytes.
+    /// The size of the largest buffer in bytes.
     most: usize,
-    /// How many of the largest records the large buffers hold together.
+    /// How many records of the largest size fit into all large buffers together.
     capacity: usize,
     /// Readable when one of the buffers wakes its reader.
     wakes: Epoll,
-    /// The maps of the buffers: they forget them when they are closed.
+    /// The maps of the buffers. A map drops its buffers when it is closed.
     _maps: [BufferMap; 2],
     taken: Taken,
 }
 
-/// A map that tells the programs the buffer (its descriptor) of each CPU. For aya, one of integers.
+/// A map that gives the programs the buffer of each CPU, by its descriptor. For aya, it is a map of
+/// integers.
 pub(super) type BufferMap = Array<MapData, RawFd>;
 
-/// What a program has written.
+/// The record of a program.
 struct Record {
     time: u64,
     length: usize,
@@ -48,7 +50,8 @@ struct Record {
 }
 
 impl Perf {
-    /// Makes the buffers for the maps of the large and of the small ones; together the large ones have `bytes`, or some more.
+    /// Makes the large and the small buffers, and puts them into their maps. The large ones
+    /// together have at least `bytes`.
     pub(super) fn open(mut maps: [BufferMap; 2], bytes: usize) -> io::Result<Self> {
         let cpus = online_cpus().map_err(|(_, error)| error)?;
         let large = (bytes / cpus.len().max(1)).next_power_of_two();
@@ -75,13 +78,13 @@ impl Perf {
         })
     }
 
-    /// How many CPUs have buffers.
+    /// Returns how many CPUs have buffers.
     pub(super) fn cpus(&self) -> usize {
         (self.buffers.len() / 2).max(1)
     }
 
-    /// Takes the records out of the buffers, whose fill level cannot be read, and returns whether the
-    /// reader's own memory now holds three quarters of what the buffers can hold.
+    /// Takes the records out of the buffers, whose fill level cannot be read, and returns whether
+    /// the reader's own memory now holds three quarters of what the buffers can hold.
     pub(super) fn is_nearly_full(&mut self) -> bool {
         for buffer in &mut self.buffers {
             empty(buffer, self.most, &mut self.taken.records);
@@ -89,7 +92,7 @@ impl Perf {
         self.taken.records.len() >= self.capacity / 4 * 3
     }
 
-    /// Hands the next record to `take`; false if there is none.
+    /// Passes the next record to `take`. Returns false if there is none.
     pub(super) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
         let (buffers, most) = (&mut self.buffers, self.most);
         let next = self.taken.next(|taken| {
@@ -103,16 +106,18 @@ impl Perf {
     }
 }
 
-/// Takes the records out of a buffer that has `most` bytes.
+/// Takes the records out of a buffer of at most `most` bytes.
 fn empty(buffer: &mut Sampler, most: usize, taken: &mut VecDeque<Record>) {
     let mut left = most;
-    // All that is there; but not what is being written meanwhile, which would keep us here for ever.
+    // Takes the present records, but not those that are written in the meantime, or the loop might
+    // never end.
     while left > 0 {
         let Some(record) = buffer.next_record() else {
             return;
         };
         left = left.saturating_sub(record.len());
-        // The kernel also tells of the records that it had no room for: the programs have counted those themselves.
+        // The kernel also reports records for which it had no room. The programs have counted
+        // these.
         if record.ty() == PERF_RECORD_SAMPLE {
             taken.extend(Record::new(&record.to_contiguous()));
         }
@@ -123,18 +128,19 @@ fn empty(buffer: &mut Sampler, most: usize, taken: &mut VecDeque<Record>) {
 #[derive(Default)]
 struct Taken {
     records: VecDeque<Record>,
-    /// So many of them may be handed on: what came before them is here too.
+    /// The number of records that are in their final order, because all earlier ones are here.
     in_order: usize,
 }
 
 impl Taken {
-    /// The next record in the order of time, where `empty` empties all buffers, one after the other.
+    /// Returns the next record in the order of time. `empty` empties all buffers, one after the
+    /// other.
     fn next(&mut self, mut empty: impl FnMut(&mut VecDeque<Record>)) -> Option<Record> {
         if self.in_order == 0 {
             empty(&mut self.records);
             let newest = self.records.iter().map(|record| record.time).max()?;
-            // Once more: what came before any of these records is in its buffer by now, though that may have been looked at
-            // before. What is newer waits for the next time.
+            // The second pass finds every record that is older than one of these, because it is in
+            // its buffer by now. Newer records wait for the next call.
             empty(&mut self.records);
             let records = self.records.make_contiguous();
             records.sort_by_key(|record| record.time);
@@ -145,7 +151,8 @@ impl Taken {
     }
 }
 
-/// Makes a buffer of at least so many bytes, which wakes its reader each time that it has filled by `wake_at` bytes.
+/// Makes a buffer of at least `bytes` bytes. It wakes its reader each time that another `wake_at`
+/// bytes are full.
 fn buffer(cpu: u32, bytes: usize, wake_at: usize) -> io::Result<Sampler> {
     Builder::new(Software::BPF_OUTPUT)
         .any_pid()
@@ -161,7 +168,7 @@ fn buffer(cpu: u32, bytes: usize, wake_at: usize) -> io::Result<Sampler> {
 
 /// Makes `wakes` readable whenever the buffer wakes its reader.
 fn watch(wakes: &Epoll, buffer: &Sampler) -> nix::Result<()> {
-    // Nobody asks which one it was.
+    // The caller does not need to know which buffer it was.
     let mut interest = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0);
     #[allow(
         deprecated,
@@ -176,15 +183,15 @@ fn watch(wakes: &Epoll, buffer: &Sampler) -> nix::Result<()> {
 }
 
 impl Record {
-    /// What is in a sample of a buffer: a length of 4 bytes, the record, and 4 bytes for the whole to be words of 8. None, if it is only
-    /// a bell.
+    /// Unpacks a sample of a buffer: a length of 4 bytes, the record, and 4 bytes of padding to
+    /// words of 8. `None` if the sample only wakes the reader.
     fn new(sample: &[u8]) -> Option<Self> {
         let words = sample.get(4..sample.len().saturating_sub(4))?;
         if words.is_empty() {
             return None;
         }
         let mut bytes = [0; size_of::<Udp>()];
-        // One that is longer is none of ours.
+        // A longer one is not a record of the programs.
         let length = if words.len() <= bytes.len() {
             words.len()
         } else {
@@ -218,8 +225,8 @@ mod tests {
         }
     }
 
-    /// On the first CPU something happens just after its buffer was emptied, and causes something on the second one, whose buffer is
-    /// emptied then.
+    /// An event on the first CPU, just after its buffer was emptied, causes an event on the second
+    /// CPU, whose buffer is emptied next.
     #[test]
     fn effect_waits_for_its_cause() {
         let mut rounds = [vec![20, 40], vec![10, 30, 50], vec![60], vec![55], vec![]].into_iter();

@@ -1,10 +1,10 @@
 //! The attach plan: for each signal, the kernel hooks in the order of our preference.
 //!
-//! What works on which kernel was measured (docs/kernels.md), but nothing here asks for a version or a feature:
-//! each choice is tried, and the first that the running kernel accepts is taken.
+//! What works on which kernel was measured (docs/kernels.md), but nothing here asks for a version
+//! or a feature: each choice is tried, and the first that the running kernel accepts is taken.
 
-use super::btf_ids::Target;
-use crate::{Protocol, builder::Config};
+use super::btf::ids::Target;
+use crate::{config::Config, event::Protocol};
 
 /// Something that a tracer needs to hear about.
 pub(super) struct Signal {
@@ -81,8 +81,8 @@ use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, Kretprobe, RawTracepoint,
 
 /// What `TcpTracer` attaches.
 ///
-/// Two programs hear each state change, because the kernel skips one that is already active on the CPU: up to half of all
-/// transitions with one program on 7.2, none with both.
+/// Two programs hear each state change, because the kernel skips one that is already active on the
+/// CPU: up to half of all transitions with one program on 7.2, none with both.
 #[rustfmt::skip]
 const TCP: &[Signal] = &[
     Signal { name: "state", required: true, slots: &[
@@ -125,8 +125,9 @@ const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
 
 /// What `UdpTracer` attaches.
 ///
-/// Sockets live and send at the cgroup on every kernel: those hooks are never skipped, run in the caller's own context where it
-/// matters, and see each datagram once, after everything that could still refuse it.
+/// Sockets live and send at the cgroup on every kernel: those hooks are never skipped, run in the
+/// caller's own context where it matters, and see each datagram once, after everything that could
+/// still refuse it.
 #[rustfmt::skip]
 const UDP: &[Signal] = &[
     Signal { name: "life", required: true, slots: &[&[
@@ -235,7 +236,8 @@ mod tests {
         rows
     }
 
-    /// The page with the plan's rows; the marks of the kernels, which the integration tests check, stay with their hooks.
+    /// The page with the plan's rows; the marks of the kernels, which the integration tests check,
+    /// stay with their hooks.
     fn with_plan(page: &str) -> String {
         let (above, below) = page.split_once(RULE).expect("the table of the plan");
         let (columns, below) = below.split_once('\n').expect("rows");

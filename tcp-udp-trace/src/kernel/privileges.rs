@@ -1,10 +1,10 @@
-//! What the calling thread may do, and what may keep it from that.
+//! The privileges of the calling thread, and the mechanisms that restrict them.
 
 use std::fs;
 
-use crate::Protocol;
+use crate::event::Protocol;
 
-/// A capability, and what it is for.
+/// A capability and its purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Capability {
     /// Its number in `capability.h`.
@@ -29,7 +29,7 @@ const PERFMON: Capability =
 const BPF: Capability =
     Capability { number: 39, name: "CAP_BPF", purpose: "for eBPF at all" };
 
-/// What there is no tracing without.
+/// Returns the required capabilities.
 fn needed(protocol: Protocol) -> &'static [Capability] {
     match protocol {
         Protocol::Tcp => &[BPF, PERFMON],
@@ -37,20 +37,20 @@ fn needed(protocol: Protocol) -> &'static [Capability] {
     }
 }
 
-/// See the module.
+/// The privileges of a thread.
 #[derive(Debug)]
 pub(super) struct Privileges {
-    /// A bit for each effective capability.
+    /// One bit for each effective capability.
     effective: u64,
     has_seccomp_filter: bool,
     is_in_user_namespace: bool,
-    /// The kernel is locked down to keep its secrets.
+    /// Kernel lockdown is in confidentiality mode.
     is_confidential: bool,
 }
 
 impl Privileges {
     pub(super) fn of_this_thread() -> Self {
-        // Some of it is not there on every kernel.
+        // Not every kernel has all these files.
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         Self::parse(
             &read("/proc/thread-self/status"),
@@ -66,7 +66,7 @@ impl Privileges {
         };
         let is_whole = |map: &str| map.split_whitespace().eq(["0", "0", "4294967295"]);
         Self {
-            // Where it cannot be told, the kernel shall decide.
+            // If it cannot be read, let the kernel decide.
             effective: field("CapEff:")
                 .and_then(|set| u64::from_str_radix(set, 16).ok())
                 .unwrap_or(u64::MAX),
@@ -76,13 +76,13 @@ impl Privileges {
         }
     }
 
-    /// All of them.
+    /// Returns all privileges.
     #[cfg(test)]
     pub(super) fn of_root() -> Self {
         Self::parse("CapEff:\t000001ffffffffff\n", "", "")
     }
 
-    /// None of them.
+    /// Returns no privileges.
     #[cfg(test)]
     pub(super) fn of_nobody() -> Self {
         Self::parse("CapEff:\t0000000000000000\n", "", "")
@@ -92,7 +92,7 @@ impl Privileges {
         self.effective & (1 << capability.number) != 0
     }
 
-    /// What is missing of what this protocol needs.
+    /// Returns a message that names the missing capabilities of a protocol.
     pub(super) fn missing(&self, protocol: Protocol) -> Option<String> {
         let needed = needed(protocol);
         let missing: Vec<_> = needed.iter().filter(|it| !self.has(**it)).collect();
@@ -108,7 +108,7 @@ impl Privileges {
         ))
     }
 
-    /// What may be the cause if the kernel says that something is not permitted.
+    /// Returns the possible causes if the kernel does not permit an operation.
     pub(super) fn causes(&self, protocol: Protocol) -> String {
         if let Some(missing) = self.missing(protocol) {
             return missing;
@@ -137,7 +137,7 @@ impl Privileges {
         self.has_seccomp_filter
     }
 
-    /// Whether lockdown keeps programs from reading what they must read.
+    /// Returns whether lockdown keeps programs from reading the kernel's memory.
     pub(super) fn is_confidential(&self) -> bool {
         self.is_confidential
     }
@@ -167,7 +167,7 @@ mod tests {
         let most = Privileges::parse("CapEff:\t000000c000000000\n", EVERYBODY, "");
         assert_eq!(most.missing(Protocol::Tcp), None);
         assert!(most.missing(Protocol::Udp).is_some());
-        // The kernel shall say.
+        // If nothing can be read, the kernel decides.
         assert_eq!(Privileges::parse("", "", "").missing(Protocol::Udp), None);
     }
 

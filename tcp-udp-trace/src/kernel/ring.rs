@@ -1,4 +1,4 @@
-//! What is between the programs and the reader.
+//! The buffers between the programs and the reader.
 
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -11,8 +11,16 @@ use aya::{
 use tcp_udp_trace_common::Head;
 use zerocopy::FromBytes as _;
 
-use super::{Kernel, SHARE, perf::Perf, refusal, take_map};
-use crate::{Buffer, Error, Hook, builder::Config};
+use super::{
+    errors,
+    maps::{SHARE, take_map},
+    perf::Perf,
+};
+use crate::{
+    config::{Buffer, Config},
+    error::Error,
+    hook::Hook,
+};
 
 /// The records that the programs have written.
 pub(crate) enum Ring {
@@ -20,26 +28,26 @@ pub(crate) enum Ring {
     Perf(Perf),
 }
 
-/// The ring, and the one for the ends of sockets that found it full.
+/// The ring, and the second ring for the ends of sockets that found the first one full.
 pub(crate) struct Rings {
-    /// In the order in which the kernel made room for them.
+    /// In the order in which the kernel reserved space for them.
     events: RingBuf<MapData>,
     late: RingBuf<MapData>,
-    /// The first late one, until what is older has been taken.
-    waiting: Option<Copied>,
-    /// What was taken and turned out to be younger.
-    next: Option<Copied>,
+    /// The first late record, until all older records have been taken.
+    waiting: Option<OwnedRecord>,
+    /// A record that was taken too early, because the late one is older.
+    next: Option<OwnedRecord>,
 }
 
 /// A record, and its time.
-struct Copied {
+struct OwnedRecord {
     time: u64,
     bytes: Box<[u8]>,
 }
 
-impl Copied {
+impl OwnedRecord {
     fn new(record: &[u8]) -> Self {
-        // What is too short to have a time will be found to be malformed.
+        // `decode` rejects a record that is too short for a time.
         let time = Head::read_from_prefix(record).map_or(0, |(head, _)| head.time);
         Self {
             time,
@@ -61,12 +69,12 @@ impl Rings {
             return true;
         }
         if waiting.is_none() {
-            *waiting = late.next().map(|record| Copied::new(&record));
+            *waiting = late.next().map(|record| OwnedRecord::new(&record));
         }
         match (events.next(), waiting.take()) {
             (Some(event), None) => take(&event),
             (Some(event), Some(first)) => {
-                let event = Copied::new(&event);
+                let event = OwnedRecord::new(&event);
                 if event.time < first.time {
                     take(&event.bytes);
                     *waiting = Some(first);
@@ -82,9 +90,9 @@ impl Rings {
     }
 }
 
-/// The best buffer that this kernel has.
+/// Returns the best buffer that this kernel has.
 pub(super) fn best() -> Buffer {
-    // Where it cannot be asked, loading will tell why.
+    // If the check fails, the load reports the reason.
     if is_map_supported(MapType::RingBuf).unwrap_or(true) {
         Buffer::Ring
     } else {
@@ -129,12 +137,12 @@ impl Ring {
                 let maps = [take("EVENTS")?, take("URGENT")?];
                 Perf::open(maps, config.ring_bytes as usize)
                     .map(Self::Perf)
-                    .map_err(|source| refusal::of_perf_buffer(&source).with_source(source))
+                    .map_err(|source| errors::of_perf_buffer(&source).with_source(source))
             }
         }
     }
 
-    /// How many buffers of equal size it is: one, or one for each CPU.
+    /// Returns the number of buffers of equal size: one, or one for each CPU.
     pub(crate) fn parts(&self) -> usize {
         match self {
             Self::Ring(_) => 1,
@@ -142,18 +150,18 @@ impl Ring {
         }
     }
 
-    /// Whether the last quarter has been reached, so that records must be taken out now. Records other
-    /// than lifecycle events find no room in the last eighth.
-    pub(crate) fn is_nearly_full(&mut self, kernel: &Kernel) -> bool {
+    /// Returns whether three quarters are full, so that the reader must take records now. Records
+    /// other than lifecycle records find no room in the last eighth.
+    pub(crate) fn is_nearly_full(&mut self, ring_fill: impl FnOnce() -> Option<u32>) -> bool {
         const LIMIT: u32 = SHARE - SHARE / 4;
         match self {
-            // If the kernel does not answer, records are safer in the queue.
-            Self::Ring(_) => kernel.ring_fill().is_none_or(|eighths| eighths >= LIMIT),
+            // Without an answer, records are safer in the queue.
+            Self::Ring(_) => ring_fill().is_none_or(|eighths| eighths >= LIMIT),
             Self::Perf(perf) => perf.is_nearly_full(),
         }
     }
 
-    /// Hands the next record to `take`; false if there is none.
+    /// Passes the next record to `take`. Returns false if there is none.
     pub(crate) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
         match self {
             Self::Ring(rings) => rings.next(take),

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tcp_udp_trace_common::FIELDS;
 
-use super::{made::Builder, *};
+use super::{test_builder::Builder, *};
 
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 const FLAG: u32 = 1 << 31;
@@ -111,14 +111,14 @@ fn small_kernel() -> Builder {
 
 #[test]
 fn everything_of_a_small_kernel() {
-    crate::kernel::ask_btf(&small_kernel().build()).expect("all that is needed is there");
+    crate::kernel::check_btf(&small_kernel().build()).expect("all that is needed is there");
 }
 
 #[test]
 #[ignore = "writes the fuzzers' seeds"]
 fn write_seeds() {
-    crate::fuzzing::tests::write_seed("btf", "small_kernel", &small_kernel().build());
-    crate::fuzzing::tests::write_seed("btf", "other_kinds", &sample().build());
+    crate::fuzzing::seeds::write_seed("btf", "small_kernel", &small_kernel().build());
+    crate::fuzzing::seeds::write_seed("btf", "other_kinds", &sample().build());
 }
 
 #[test]

@@ -1,0 +1,80 @@
+//! The owner of a socket.
+
+use std::{ffi::OsString, path::PathBuf, sync::Arc, time::Duration};
+
+use super::comm::Comm;
+
+/// The process that owns a socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Process {
+    /// The process id (the kernel's `tgid`) in the initial pid namespace, in whatever namespace the
+    /// tracer runs.
+    ///
+    /// In a child pid namespace, such as that of a container, processes have other numbers.
+    /// [`Filter::pid`](crate::Filter::pid) takes those.
+    pub pid: u32,
+    /// The thread that made the process the owner.
+    pub tid: u32,
+    /// The real user id of the process when it became the owner.
+    pub uid: u32,
+    /// The name of the process when it became the owner.
+    pub comm: Comm,
+    /// How the tracer knows the owner.
+    pub origin: Origin,
+    /// The start time of the process, on the clock of [`Event::uptime`](crate::Event::uptime). The
+    /// kernel reuses a pid, but never a pid with the same start time.
+    #[cfg_attr(
+        feature = "serde",
+        serde(
+            rename = "started_ns",
+            with = "crate::event::serde_impls::nanos",
+            default
+        )
+    )]
+    pub started: Duration,
+    /// More facts about the process, with
+    /// [`process_details`](crate::TcpTracerBuilder::process_details). `None` also if the process
+    /// ended before the tracer could read them.
+    #[cfg_attr(
+        feature = "serde",
+        serde(default, skip_serializing_if = "Option::is_none")
+    )]
+    pub details: Option<Arc<ProcessDetails>>,
+}
+
+/// The program that a process ran when it became the owner of a socket, or when it was looked up.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct ProcessDetails {
+    /// The path of the executable (`/proc/PID/exe`). It starts at the root of the mount namespace
+    /// of the executable's mount, also for a process in a chroot. It ends with ` (deleted)` if the
+    /// file was deleted before the tracer read it. `None` only for a kernel thread.
+    #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::path"))]
+    pub exe: Option<PathBuf>,
+    /// The command line (`/proc/PID/cmdline`), at most its first 4096 bytes. The process can change
+    /// it at will.
+    #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::words"))]
+    pub cmdline: Vec<OsString>,
+}
+
+/// The way in which the tracer learned the owner of a socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Origin {
+    /// TCP: the process called `connect` or `listen`. For a connection that waits for its accept,
+    /// it called `listen` on the listener. UDP: the process made the socket.
+    Creator,
+    /// The process accepted the connection.
+    Acceptor,
+    /// The process was the first one that the tracer saw send or receive.
+    User,
+    /// The process had the socket open when the tracer started. If several processes had, this is
+    /// the one with the lowest pid. For a connection that waits for its accept, the process had the
+    /// listener open.
+    Snapshot,
+}

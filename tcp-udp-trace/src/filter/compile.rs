@@ -1,0 +1,223 @@
+//! The form of a filter for the programs.
+
+use tcp_udp_trace_common::filter as wire;
+
+use super::{Family, Filter, cidr::SidedCidr, invalid};
+use crate::{
+    error::Error,
+    event::{comm::Comm, kind::Kind},
+};
+
+/// A filter in the form of the kernel side, without a generation.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Compiled {
+    /// See [`wire`]; 0 if everything passes.
+    pub(crate) word: u64,
+    /// The set of each value, and the value.
+    pub(crate) values: Vec<(u16, [u64; 2])>,
+    pub(crate) networks: Vec<SidedCidr>,
+    pub(crate) exclude_self: bool,
+    /// The processes whose descendants pass, too.
+    pub(crate) roots: Vec<u32>,
+}
+
+impl Compiled {
+    fn set<T>(
+        &mut self,
+        bit: u64,
+        set: u16,
+        values: &[T],
+        encode: impl Fn(&T) -> Result<[u64; 2], Error>,
+    ) -> Result<(), Error> {
+        for value in values {
+            self.word |= bit;
+            self.values.push((set, encode(value)?));
+        }
+        Ok(())
+    }
+}
+
+const LOCAL_SIDE: u8 = 0;
+const REMOTE_SIDE: u8 = 1;
+
+impl Filter {
+    /// Compiles a [resolved](Self::resolve) filter for the kernel side. For another filter, this
+    /// only checks the values.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidFilter`, which names the setting.
+    pub(crate) fn compile(&self) -> Result<Compiled, Error> {
+        let Self {
+            pids,
+            pid_trees,
+            uids,
+            comms,
+            ports,
+            local,
+            remote,
+            cgroups,
+            cgroup_paths: _,
+            namespaces,
+            families,
+            kinds,
+            states,
+            only_self: _,
+            exclude_self,
+        } = self;
+        let mut compiled = Compiled {
+            exclude_self: *exclude_self,
+            ..Compiled::default()
+        };
+        if !kinds.is_empty() {
+            compiled.word |= Kind::ALL.iter().map(|&kind| kind_bits(kind)).sum::<u64>();
+            for &kind in kinds {
+                compiled.word &= !kind_bits(kind);
+            }
+        }
+        if !states.is_empty() {
+            compiled.word |= wire::STATES;
+            for &state in states {
+                compiled.word &= !wire::no_state(state as u8);
+            }
+        }
+        if !families.is_empty() {
+            for (family, bit) in [(Family::Ipv4, wire::NO_IPV4), (Family::Ipv6, wire::NO_IPV6)] {
+                if !families.contains(&family) {
+                    compiled.word |= bit;
+                }
+            }
+        }
+        let number = |value: u64| [value, 0];
+        let known = |name: &str, value: u64| match value {
+            0 => Err(invalid(format!("{name} is 0: that means unknown"))),
+            value => Ok(number(value)),
+        };
+        compiled.set(wire::PROCESS, wire::PID, pids, |&pid| {
+            known("pid", pid.into())
+        })?;
+        for &pid in pid_trees {
+            known("pid_tree", pid.into())?;
+            compiled.word |= wire::PROCESS;
+            if !compiled.roots.contains(&pid) {
+                compiled.roots.push(pid);
+            }
+        }
+        compiled.set(wire::UIDS, wire::UID, uids, |&uid| Ok(number(uid.into())))?;
+        compiled.set(wire::COMMS, wire::COMM, comms, |comm| {
+            if comm.as_bytes().is_empty() {
+                return Err(invalid("comm is empty"));
+            }
+            let mut bytes = [0; Comm::LEN];
+            bytes[..comm.as_bytes().len()].copy_from_slice(comm.as_bytes());
+            Ok(zerocopy::transmute!(bytes))
+        })?;
+        compiled.set(wire::PORTS, wire::PORT, ports, |&port| {
+            known("port", port.into())
+        })?;
+        compiled.set(wire::CGROUPS, wire::CGROUP, cgroups, |&id| {
+            known("cgroup", id)
+        })?;
+        compiled.set(wire::NAMESPACES, wire::NETNS, namespaces, |namespace| {
+            let [inode, _] = known("netns", namespace.inode.into())?;
+            Ok([inode, namespace.cookie])
+        })?;
+        for (name, bit, side, networks) in [
+            ("local", wire::LOCAL, LOCAL_SIDE, local),
+            ("remote", wire::REMOTE, REMOTE_SIDE, remote),
+        ] {
+            for network in networks {
+                network
+                    .check()
+                    .map_err(|what| invalid(format!("{name} is {network}: {what}")))?;
+                compiled.word |= bit;
+                compiled.networks.push(SidedCidr {
+                    side,
+                    network: *network,
+                });
+            }
+        }
+        if *exclude_self {
+            compiled.word |= wire::NOT_OWN;
+        }
+        let most = wire::MAX_VALUES as usize - 1;
+        for (what, count) in [
+            ("values", compiled.values.len() + compiled.roots.len()),
+            ("networks", compiled.networks.len()),
+        ] {
+            if count > most {
+                return Err(invalid(format!(
+                    "the filter has {count} {what}: at most {most}"
+                )));
+            }
+        }
+        Ok(compiled)
+    }
+}
+
+/// The bits of the records that an event of this kind comes from.
+fn kind_bits(kind: Kind) -> u64 {
+    let records = kind.records().iter();
+    records.map(|&record| wire::no_kind(record)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use tcp_udp_trace_common::kind as record;
+
+    use super::{super::tests::everything, *};
+    use crate::error::ErrorKind;
+
+    #[test]
+    fn what_makes_no_sense_names_itself() {
+        let check = |text: &str, named: &str| {
+            let parsed = text.parse::<Filter>();
+            let error = parsed.and_then(|filter| filter.compile()).expect_err(text);
+            assert_eq!(error.kind(), ErrorKind::InvalidFilter);
+            assert!(error.to_string().starts_with(named), "{error}");
+        };
+        check("pid=0", "pid is 0");
+        check("pid=-1", "pid is \"-1\"");
+        check("pid=1,", "pid is \"\"");
+        check("pid_tree=0", "pid_tree is 0");
+        check("port=65536", "port is \"65536\"");
+        check("port=0", "port is 0");
+        check("comm=", "comm is empty");
+        check(r"comm=a\x00b", r#"comm is "a\x5cx00b""#);
+        check("local=1.2.3.4/33", "local is 1.2.3.4/33: the length");
+        check("remote=10.0.0.1/8", "remote is 10.0.0.1/8: it has bits");
+        check(
+            "remote=::ffff:1.2.3.4",
+            "remote is ::ffff:1.2.3.4/128: write 1.2.3.4",
+        );
+        check(
+            "remote=localhost",
+            "remote is \"localhost\": not an IP address",
+        );
+        check("cgroup=0", "cgroup is 0");
+        check("netns=0", "netns is 0");
+        check("family=ipx", "family is \"ipx\"");
+        check("kind=lost", "kind is \"lost\"");
+        check("state=open", "state is \"open\"");
+        check(
+            "cgroup=a/b",
+            "cgroup is \"a/b\": an id, or an absolute path",
+        );
+        check("color=red", "there is no setting \"color\"");
+        check("443", "\"443\": a setting is name=value");
+        check(
+            &format!("port={}", ["1"; 512].join(",")),
+            "the filter has 512 values",
+        );
+    }
+
+    #[test]
+    fn nothing_restricted_is_the_word_0() {
+        assert_eq!(Filter::new().compile().unwrap(), Compiled::default());
+        let word = everything().compile().unwrap().word;
+        assert_eq!(word & wire::of_generation(u16::MAX), 0, "{word:x}");
+        assert_eq!(word & wire::no_kind(record::STATE_CHANGE), 0);
+        assert_ne!(word & wire::no_kind(record::ACCEPT), 0);
+        assert_eq!(word & (wire::NO_IPV4 | wire::NO_IPV6), 0);
+    }
+}

@@ -1,0 +1,207 @@
+//! Finds the offsets of the fields that the programs read on the running kernel.
+
+use std::{
+    fs::File,
+    io::{self, Read as _},
+};
+
+use nix::unistd::{SysconfVar, sysconf};
+use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
+
+use super::Btf;
+use crate::error::{Error, ErrorKind};
+
+/// The kernel's description of its own types.
+const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// More room than the BTF takes. Unused room costs nothing. When an allocation of up to 32 MiB is
+/// freed, glibc raises its threshold for large allocations, and then keeps megabytes that the
+/// process does not need any more.
+const CAPACITY: usize = 33 << 20;
+
+/// Required fields. Without any other field, only one detail is missing.
+const REQUIRED: &[Field] = {
+    use Field::{Family, LocalPort, Protocol, RemotePort, State};
+    &[Family, LocalPort, Protocol, RemotePort, State]
+};
+
+/// Reads the running kernel's BTF.
+pub(in crate::kernel) fn read_btf() -> Result<Vec<u8>, Error> {
+    let mut btf = Vec::with_capacity(CAPACITY);
+    let read = File::open(VMLINUX).and_then(|mut file| file.read_to_end(&mut btf));
+    read.map(|_| btf).map_err(|source| {
+        let (kind, what) = match source.kind() {
+            io::ErrorKind::NotFound => (
+                ErrorKind::Unsupported,
+                "this kernel has no BTF (or /sys is not mounted): a kernel of at least 5.10 built with \
+                 CONFIG_DEBUG_INFO_BTF=y is needed",
+            ),
+            io::ErrorKind::PermissionDenied => (ErrorKind::Permission, "the kernel's BTF may not be read"),
+            _ => (ErrorKind::Unsupported, "the kernel's BTF cannot be read"),
+        };
+        Error::new(kind, format!("{VMLINUX}: {what}")).with_source(source)
+    })
+}
+
+/// Parses the kernel's BTF.
+pub(in crate::kernel) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
+    Btf::parse(btf).map_err(|source| {
+        Error::new(
+            ErrorKind::Unsupported,
+            format!("{VMLINUX} is not readable: {source}"),
+        )
+        .with_source(source)
+    })
+}
+
+/// Looks up every field.
+pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
+    let mut offsets: Offsets = std::array::from_fn(|index| {
+        let wanted = &FIELDS[index];
+        let found = wanted.path.split(" | ").find_map(|path| btf.field(path));
+        match found {
+            Some(field) if field.size == wanted.size => field.offset,
+            _ => {
+                log::info!(
+                    "this kernel has no {} of {} bytes",
+                    wanted.path,
+                    wanted.size
+                );
+                ABSENT
+            }
+        }
+    });
+    if btf.field("net.net_cookie.counter").is_some() {
+        // It is atomic before Linux 5.12: a namespace has a cookie only once a program asks for it.
+        // https://lore.kernel.org/netdev/20210210144144.24284-1-eric.dumazet@gmail.com/
+        offsets[Field::NetCookie as usize] = ABSENT;
+    }
+    match REQUIRED
+        .iter()
+        .find(|&&field| offsets[field as usize] == ABSENT)
+    {
+        None => Ok(offsets),
+        Some(&field) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!(
+                "this kernel's {} is unknown to this library: report the kernel's version",
+                FIELDS[field as usize].path
+            ),
+        )),
+    }
+}
+
+/// Returns the bit of `sock.sk_flags` that the kernel sets when a socket begins to listen; 0 if it
+/// is unknown.
+pub(in crate::kernel) fn has_listened(btf: &Btf<'_>) -> u64 {
+    let bit = btf.enumerator("sock_flags", "SOCK_RCU_FREE");
+    bit.and_then(|bit| 1_u64.checked_shl(bit)).unwrap_or(0)
+}
+
+/// Returns the values of `enum skb_drop_reason` that the programs use, by the name of their global.
+/// Before 5.18, the kernel does not report that a program at the cgroup refused a packet.
+pub(in crate::kernel) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
+    let reason = |name| btf.enumerator("skb_drop_reason", name).unwrap_or(u32::MAX);
+    [
+        ("REFUSED", reason("SKB_DROP_REASON_BPF_CGROUP_EGRESS")),
+        ("NOT_SPECIFIED", reason("SKB_DROP_REASON_NOT_SPECIFIED")),
+    ]
+}
+
+/// Returns the offset of a task's saved user registers from the beginning of its kernel stack, in
+/// bytes. 0 if it is unknown.
+///
+/// The kernel has no type for the size of a stack. It is 16 KiB, and one page where pages are
+/// larger ([x86_64], [aarch64]). A kernel with KASAN has larger stacks. There, the programs find no
+/// registers.
+///
+/// [x86_64]: https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/page_64_types.h#L15
+/// [aarch64]: https://elixir.bootlin.com/linux/v6.12/source/arch/arm64/include/asm/memory.h#L113
+pub(in crate::kernel) fn registers(btf: &Btf<'_>) -> u64 {
+    const STACK: u64 = 16 << 10;
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    let page = page.and_then(|page| u64::try_from(page).ok()).unwrap_or(0);
+    let size = btf.size_of("pt_regs").map_or(u64::MAX, u64::from);
+    STACK.max(page).saturating_sub(size)
+}
+
+/// Returns whether this kernel verifies the loops of `image` in milliseconds.
+///
+/// The verifiers of 5.10 and 6.1 take minutes, because they track irrelevant numbers in programs
+/// with functions. `backtrack_state` came with the improvement. The verifier of 7.2 takes minutes,
+/// too. The name of a function identifies it.
+pub(in crate::kernel) fn verifies_images(btf: &Btf<'_>) -> bool {
+    let has = |kind, name| btf.id(kind, name).is_some();
+    has(super::kind::STRUCT, "backtrack_state")
+        && !has(super::kind::FUNC, "bpf_compute_live_registers")
+}
+
+/// Returns whether the same holds for the programs of UDP. The verifier of 6.12 does not finish
+/// them. The name of a function distinguishes 6.12 from 6.18.
+pub(in crate::kernel) fn verifies_images_of_udp(btf: &Btf<'_>) -> bool {
+    let newer = btf.id(super::kind::FUNC, "bpf_stream_stage_printk");
+    newer.is_some() && verifies_images(btf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
+    fn the_running_kernel_has_every_field() {
+        let Ok(btf) = read_btf() else {
+            println!("skipped: this kernel has no BTF");
+            return;
+        };
+        let btf = parse(&btf).expect("the running kernel's BTF");
+        let offsets = resolve(&btf).expect("the fields of the running kernel");
+        let missing: Vec<_> = offsets
+            .iter()
+            .zip(FIELDS)
+            .filter(|(offset, _)| **offset == ABSENT)
+            .map(|(_, f)| f.path)
+            .collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
+    fn tcp_info_is_what_the_running_kernel_says() {
+        let Ok(btf) = read_btf() else {
+            println!("skipped: this kernel has no BTF");
+            return;
+        };
+        let btf = Btf::parse(&btf).expect("the running kernel's BTF");
+        for (name, offset, size) in crate::event::tcp_info::TcpInfo::FIELDS {
+            // Another kernel has the fields that this one lacks.
+            if let Some(field) = btf.field(&format!("tcp_info.tcpi_{name}")) {
+                assert_eq!(
+                    (field.offset, field.size as usize),
+                    (*offset, *size),
+                    "{name}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "asks the kernel")]
+    fn the_running_kernel_saves_registers_below_the_end_of_a_stack() {
+        let Ok(btf) = read_btf() else {
+            println!("skipped: this kernel has no BTF");
+            return;
+        };
+        let at = registers(&parse(&btf).expect("the running kernel's BTF"));
+        assert!(
+            (15 << 10..64 << 10).contains(&at) && at.is_multiple_of(8),
+            "{at}"
+        );
+    }
+
+    #[test]
+    fn bytes_that_are_no_btf_are_an_unsupported_kernel() {
+        let error = parse(b"not BTF").err().expect("not BTF");
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+    }
+}

@@ -1,0 +1,112 @@
+//! Loads, attaches and unloads one program.
+
+use std::fs;
+
+use aya::programs::{CgroupAttachMode, CgroupSkbAttachType, Program, ProgramError};
+
+use super::{btf::ids, cgroup, plan::HookPoint};
+
+/// The prefix of the name of a system call's function.
+const OF_ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
+    "__arm64_"
+} else {
+    "__x64_"
+};
+
+/// A file that exists if the kernel has kprobes. aya checks the same file.
+pub(super) const KPROBES: &str = "/sys/bus/event_source/devices/kprobe/type";
+
+/// Attaches a program, and loads it if necessary.
+pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
+    // The program may be loaded already: ahead, or for another hook.
+    if program.fd().is_err() {
+        load(program, point, None)?;
+    }
+    match (program, point) {
+        (Program::RawTracePoint(program), HookPoint::RawTracepoint(name)) => {
+            program.attach(name)?;
+        }
+        (Program::TracePoint(program), HookPoint::Tracepoint(category, name)) => {
+            program.attach(category, name)?;
+        }
+        (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(_)) => {
+            program.attach()?;
+        }
+        (Program::KProbe(program), HookPoint::Kprobe(function)) => {
+            program.attach(function, 0)?;
+        }
+        (Program::KProbe(program), HookPoint::Kretprobe(function)) => {
+            program.attach(format!("{OF_ARCHITECTURE}{function}"), 0)?;
+        }
+        (Program::FEntry(program), HookPoint::Fentry(_)) => {
+            program.attach()?;
+        }
+        (Program::CgroupSock(program), HookPoint::Cgroup(_)) => {
+            program.attach(cgroup::root()?.folder, CgroupAttachMode::Single)?;
+        }
+        (Program::CgroupSockAddr(program), HookPoint::Cgroup(_)) => {
+            program.attach(cgroup::root()?.folder, CgroupAttachMode::Single)?;
+        }
+        (Program::CgroupSkb(program), HookPoint::Cgroup(_)) => {
+            program.attach(
+                cgroup::root()?.folder,
+                CgroupSkbAttachType::Egress,
+                CgroupAttachMode::Single,
+            )?;
+        }
+        _ => return Err(ProgramError::UnexpectedProgramType),
+    }
+    Ok(())
+}
+
+/// Loads a program. The ids of the kernel's BTF that aya needs are in `ids`, or are looked up.
+pub(super) fn load(
+    program: &mut Program,
+    point: HookPoint,
+    ids: Option<&aya::Btf>,
+) -> Result<(), ProgramError> {
+    let looked_up;
+    let ids = match (ids, point.target()) {
+        (None, Some(target)) => {
+            looked_up = ids::look_up(target)?;
+            Some(&looked_up)
+        }
+        (ids, _) => ids,
+    };
+    match (program, point) {
+        (Program::RawTracePoint(program), _) => program.load(),
+        (Program::TracePoint(program), _) => program.load(),
+        (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(name)) => {
+            program.load(name, ids.ok_or(ProgramError::NotLoaded)?)
+        }
+        (Program::KProbe(program), _) => {
+            // Without kprobes, the kernel would load the program, but not attach it.
+            fs::metadata(KPROBES)?;
+            program.load()
+        }
+        (Program::FEntry(program), HookPoint::Fentry(function)) => {
+            program.load(function, ids.ok_or(ProgramError::NotLoaded)?)
+        }
+        (Program::CgroupSock(program), _) => program.load(),
+        (Program::CgroupSockAddr(program), _) => program.load(),
+        (Program::CgroupSkb(program), _) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// Unloads a program, if it is loaded.
+pub(super) fn unload(program: &mut Program) {
+    // The only possible error is that the program is not loaded.
+    let _ = match program {
+        Program::RawTracePoint(program) => program.unload(),
+        Program::TracePoint(program) => program.unload(),
+        Program::BtfTracePoint(program) => program.unload(),
+        Program::KProbe(program) => program.unload(),
+        Program::FEntry(program) => program.unload(),
+        Program::CgroupSock(program) => program.unload(),
+        Program::CgroupSockAddr(program) => program.unload(),
+        Program::CgroupSkb(program) => program.unload(),
+        Program::Iter(program) => program.unload(),
+        _ => Ok(()),
+    };
+}
