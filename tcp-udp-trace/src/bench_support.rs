@@ -1,7 +1,10 @@
 //! Functions that the micro-benchmarks in `benches/micro.rs` call. They are compiled for the
 //! benchmarks only, and are no part of the API.
 
-#![allow(clippy::missing_panics_doc, reason = "to panic is how they report")]
+#![allow(
+    clippy::missing_panics_doc,
+    reason = "a panic is the report of a failure"
+)]
 
 use std::{
     task::{Context, Poll, Waker},

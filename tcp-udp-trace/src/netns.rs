@@ -1,4 +1,4 @@
-//! The network namespaces of the machine.
+//! Finds and enters the network namespaces of the machine.
 
 use std::{
     collections::HashSet,
@@ -24,8 +24,8 @@ pub(crate) fn may_enter() -> bool {
 
 const OWN: &str = "/proc/thread-self/ns/net";
 
-/// The namespaces that a thread is in or that are mounted somewhere, other than the calling thread's. What only an open descriptor keeps
-/// alive cannot be found.
+/// Returns the namespaces that have a thread or a mount, other than the calling thread's. A
+/// namespace that only an open descriptor keeps alive cannot be found.
 ///
 /// # Errors
 ///
@@ -73,7 +73,8 @@ fn numbers(folder: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// Where network namespaces are mounted, as `ip netns add` and container engines do it.
 fn mounted(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
-    // Fields: id, parent, device, root, mount point, ... (proc(5)); the root of a namespace's mount is its name.
+    // Fields: id, parent, device, root, mount point, ... (proc(5)). The root of a namespace's mount
+    // is its name.
     mountinfo.lines().filter_map(|line| {
         let mut fields = line.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);

@@ -1,9 +1,14 @@
-//! What must hold whatever the bytes. For the fuzzers in `fuzz/`, and for the tests here, which replay the fuzzers' seeds.
+//! The properties that hold for any bytes. The fuzzers in `fuzz/` use them, and so do the tests
+//! here, which replay the fuzzers' seeds.
 //!
-//! Not a part of the API: it is compiled for these two only. A new target is a function here and its test, a program in
-//! `fuzz/fuzz_targets` that calls it, and its seeds in `fuzz/corpus`.
+//! This module is no part of the API, and is compiled for these two only. A new target is a
+//! function here and its test, a program in `fuzz/fuzz_targets` that calls it, and its seeds in
+//! `fuzz/corpus`.
 
-#![allow(clippy::missing_panics_doc, reason = "to panic is how they report")]
+#![allow(
+    clippy::missing_panics_doc,
+    reason = "a panic is the report of a failure"
+)]
 
 use std::{
     ffi::OsStr,
@@ -28,7 +33,7 @@ use crate::{
     sock_diag,
 };
 
-/// A record as the ring hands it over.
+/// Checks a record, as the ring passes it on.
 pub fn record(bytes: &[u8]) {
     let decode = |bytes| {
         let clock = BootClock::new(UNIX_EPOCH + YEAR * 56, YEAR);
@@ -40,35 +45,35 @@ pub fn record(bytes: &[u8]) {
     if let Some(decoded) = decoded {
         any_event(&decoded.event);
     }
-    // A record is known by its length too.
+    // A record of another length is malformed.
     let longer = [bytes, &[0]].concat();
     for other in [&longer, &bytes[..bytes.len() - 1]] {
         assert_eq!(decode(other), Err(Malformed));
     }
 }
 
-/// The kernel's BTF.
+/// Checks the kernel's BTF.
 pub fn btf(bytes: &[u8]) {
     if let Err(error) = kernel::check_btf(bytes) {
         can_be_shown(&error.to_string());
     }
 }
 
-/// A datagram of sock_diag.
+/// Checks a datagram of sock_diag.
 pub fn netlink(bytes: &[u8]) {
     for info in sock_diag::parse_answers(bytes) {
         any_event(&an_event(EventKind::Sample { info }, None));
     }
 }
 
-/// An event in its JSON form.
+/// Checks an event in its JSON form.
 pub fn event_json(bytes: &[u8]) {
     if let Ok(event) = serde_json::from_slice::<Event>(bytes) {
         any_event(&event);
     }
 }
 
-/// A filter in its text form.
+/// Checks a filter in its text form.
 pub fn filter(bytes: &[u8]) {
     let Ok(text) = str::from_utf8(bytes) else {
         return;
@@ -89,7 +94,7 @@ pub fn filter(bytes: &[u8]) {
     }
 }
 
-/// The names that a process gives itself.
+/// Checks names that a process chooses.
 pub fn names(bytes: &[u8]) {
     let shown = Escaped(bytes).to_string();
     can_be_shown(&shown);
@@ -134,7 +139,7 @@ fn an_event(kind: EventKind, process: Option<Process>) -> Event {
     }
 }
 
-/// It can be shown in both forms, and its JSON says all of it.
+/// Checks that an event is safe to show in both forms, and that its JSON is complete.
 fn any_event(event: &Event) {
     can_be_shown(&event.to_string());
     let json = serde_json::to_string(event).expect("an event can be written");

@@ -1,4 +1,4 @@
-//! The seeds, and what is near them.
+//! Replays the seeds, intact and damaged.
 
 use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 
@@ -35,16 +35,17 @@ fn names_survive() {
     replay("names", names);
 }
 
-/// Checks the seeds of a target; each of them with one damage, wherever it is; and at random some with several, and any bytes.
+/// Checks the seeds of a target: intact, with one damage at each position, and at random with
+/// several damages. Also checks random bytes.
 fn replay(target: &str, check: fn(&[u8])) {
     let seeds = seeds(target);
     for seed in &seeds {
         checked(seed, check);
-        // For what is damaged, Miri is too slow.
+        // Miri is too slow for damaged seeds.
         if cfg!(miri) {
             continue;
         }
-        // Of a large one, not every place.
+        // Not every position of a large seed.
         for place in (0..seed.len()).step_by(1 + seed.len() / PLACES) {
             damaged_at(place, seed, |damaged| checked(damaged, check));
         }
@@ -83,7 +84,7 @@ impl Random {
         (0..length).map(|_| self.next() as u8).collect()
     }
 
-    /// Damages a seed in 1 to 5 places: bytes are overwritten, inserted, or the rest is cut off.
+    /// Damages a seed at 1 to 5 positions: overwrites or inserts bytes, or cuts off the rest.
     fn damage(&mut self, seed: &[u8]) -> Vec<u8> {
         let mut bytes = seed.to_vec();
         for _ in 0..=self.below(5) {
@@ -101,10 +102,10 @@ impl Random {
     }
 }
 
-/// How many places of a seed are damaged one by one.
+/// How many positions of a seed are damaged one by one.
 const PLACES: usize = 512;
 
-/// Cuts the bytes off at a place, or changes what is there.
+/// Cuts the bytes off at a position, or changes the bytes there.
 fn damaged_at(place: usize, bytes: &[u8], take: impl Fn(&[u8])) {
     take(&bytes[..place]);
     let old = bytes[place];

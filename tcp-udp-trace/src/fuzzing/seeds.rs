@@ -1,4 +1,4 @@
-//! The fuzzers' seeds, and what writes them.
+//! Reads and writes the fuzzers' seeds.
 
 use std::{
     collections::HashSet,
@@ -39,7 +39,8 @@ pub(super) fn seeds(target: &str) -> Vec<Vec<u8>> {
     seeds
 }
 
-/// For the tests that make seeds: `cargo test --package tcp-udp-trace --lib -- --ignored write_seeds`.
+/// Writes a seed. For the tests that make seeds:
+/// `cargo test --package tcp-udp-trace --lib -- --ignored write_seeds`.
 pub(crate) fn write_seed(target: &str, name: &str, bytes: &[u8]) {
     let folder = folder(target);
     fs::create_dir_all(&folder).expect("a folder of seeds");
@@ -135,7 +136,7 @@ fn write_event(name: &str, event: &Event) {
     write_seed("event_json", name, json.as_bytes());
 }
 
-/// What a tracer gets to see, of connections and datagrams of our own and of others.
+/// Passes on the records of a tracer, from connections and datagrams of this process and of others.
 fn own_records(protocol: Protocol, mut take: impl FnMut(&[u8])) {
     let config = Config {
         per_datagram: true,

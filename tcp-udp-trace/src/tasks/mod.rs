@@ -40,7 +40,7 @@ pub(crate) struct Tasks {
     pub(crate) sampler: Option<JoinHandle<()>>,
 }
 
-/// Loads, attaches and starts to read.
+/// Loads and attaches the programs, and spawns the tasks.
 pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error> {
     let runtime = Handle::try_current().or_error(
         ErrorKind::NoRuntime,
@@ -68,12 +68,12 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
             "the runtime was shut down during the start",
         )??;
     let limits = Limits::new(&config, ring.parts());
-    // Tokio panics when its drivers are off, and offers no way to ask.
+    // Tokio panics if its drivers are disabled, and has no function to check that.
     let ring = catch_unwind(AssertUnwindSafe(|| {
         drop(sleep(Duration::ZERO));
         #[allow(
             deprecated,
-            reason = "its successor is unsafe; the ring owns its descriptor and keeps it open"
+            reason = "its successor is unsafe. The ring owns its descriptor and keeps it open"
         )]
         AsyncFd::with_interest(ring, Interest::READABLE)
     }))

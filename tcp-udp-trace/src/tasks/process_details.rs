@@ -1,4 +1,4 @@
-//! What a process runs, looked up in `/proc` where the programs have not reported it.
+//! Looks up in `/proc` what a process runs, if the programs have not reported it.
 
 use std::{
     collections::HashSet,
@@ -24,18 +24,19 @@ use crate::{
     pipeline::images::words,
 };
 
-/// How many processes are remembered.
+/// How many processes are kept.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
-/// How long events wait for it.
+/// How long events wait for a look-up.
 const PATIENCE: Duration = Duration::from_millis(50);
-/// How many look-ups may be waited for no more and still be under way: `/proc` blocks as long as a process holds its memory's lock.
+/// How many look-ups may still run after their time limit. `/proc` blocks as long as a process
+/// holds the lock of its memory.
 const MOST_PENDING: usize = 4;
-/// The most that is read of a command line, in bytes.
+/// The limit of bytes of a command line.
 const CMDLINE: u64 = 4096;
 /// `/proc/PID/stat` counts time in hundredths of a second (`USER_HZ`).
 const TICK: Duration = Duration::from_millis(10);
 
-/// A process under a name. A new program that it runs gives it a new name, most often.
+/// A process with its name. A process that executes a new program usually gets a new name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Key {
     pid: u32,
@@ -45,7 +46,7 @@ struct Key {
 
 type Found = Vec<(Key, Option<Arc<ProcessDetails>>)>;
 
-/// What is known of processes.
+/// The known details of processes.
 #[derive(Debug)]
 pub(crate) struct Details {
     known: LruCache<Key, Option<Arc<ProcessDetails>>>,
@@ -62,14 +63,14 @@ impl Default for Details {
 }
 
 impl Details {
-    /// Completes the processes of these events, as far as possible in a short time.
+    /// Adds details to the processes of these events, as far as possible in a short time.
     pub(crate) async fn fill(&mut self, events: &mut [Event]) {
         let pending = std::mem::take(&mut self.pending);
         for mut lookup in pending {
             match lookup.try_recv() {
                 Ok(found) => self.learn(found),
                 Err(oneshot::error::TryRecvError::Empty) => self.pending.push(lookup),
-                // The thread has panicked, which it reports itself.
+                // The thread has panicked, and has reported that itself.
                 Err(oneshot::error::TryRecvError::Closed) => {}
             }
         }
@@ -83,10 +84,10 @@ impl Details {
                 let details = read(Path::new("/proc"), &key).map(Arc::new);
                 (key, details)
             });
-            // Nobody waits for it any more if the tracer is gone.
+            // There is no receiver if the tracer is gone.
             let _ = send.send(found.collect());
         };
-        // Not a thread of the runtime, whose end would wait for it.
+        // Not a thread of the runtime, because the shutdown of the runtime would wait for it.
         if let Err(error) = thread::Builder::new().name("details".into()).spawn(look_up) {
             log::warn!("no thread to look up processes: {error}");
             return;
@@ -107,7 +108,7 @@ impl Details {
         }
     }
 
-    /// Gives each process what is known of it: of whom nothing is known.
+    /// Adds the known details to each process, and returns the processes without known details.
     fn apply(&mut self, events: &mut [Event]) -> HashSet<Key> {
         let mut unknown = HashSet::new();
         for process in events.iter_mut().filter_map(|event| event.process.as_mut()) {
@@ -129,7 +130,8 @@ impl Details {
     }
 }
 
-/// What a process runs; `None` if it has ended, whoever has its number now.
+/// Returns the details of a process; `None` if it has ended, even if another process has its number
+/// now.
 fn read(proc: &Path, key: &Key) -> Option<ProcessDetails> {
     let folder = proc.join(key.pid.to_string());
     let is_it = || {
@@ -143,17 +145,17 @@ fn read(proc: &Path, key: &Key) -> Option<ProcessDetails> {
         exe: exe(&folder)?,
         cmdline: cmdline(folder.join("cmdline")).unwrap_or_default(),
     };
-    // It is there still, so it was there all the time.
+    // The process still exists, so it existed during all reads.
     is_it().then_some(details)
 }
 
-/// The name of the main thread.
+/// Returns the name of the main thread.
 fn comm(folder: &Path) -> Option<Comm> {
     let name = fs::read(folder.join("comm")).ok()?;
     Some(Comm::from_bytes(name.strip_suffix(b"\n")?))
 }
 
-/// The executable; `Some(None)` for a kernel thread, `None` if it cannot be read.
+/// Returns the executable; `Some(None)` for a kernel thread, `None` if it cannot be read.
 fn exe(folder: &Path) -> Option<Option<PathBuf>> {
     if let Ok(exe) = fs::read_link(folder.join("exe")) {
         return Some(Some(exe));
@@ -161,7 +163,7 @@ fn exe(folder: &Path) -> Option<Option<PathBuf>> {
     if is_kernel_thread(folder) {
         return Some(None);
     }
-    // The main thread has exited: each other thread has the executable too.
+    // The main thread has exited. Each other thread has the same executable.
     let threads = fs::read_dir(folder.join("task")).ok()?.flatten();
     let mut links = threads.filter_map(|thread| fs::read_link(thread.path().join("exe")).ok());
     links.next().map(Some)
@@ -178,15 +180,16 @@ fn cmdline(path: PathBuf) -> std::io::Result<Vec<OsString>> {
     Ok(words(&bytes))
 }
 
-/// When the process was made, in ticks since the machine was.
+/// Returns the start time of the process, in ticks since boot.
 fn started(folder: &Path) -> Option<u128> {
     stat(folder, 19)
 }
 
-/// A number in `/proc/PID/stat`, counted from the parent's pid as 1.
+/// Returns a number in `/proc/PID/stat`. The parent's pid is number 1.
 fn stat(folder: &Path, field: usize) -> Option<u128> {
     let stat = fs::read(folder.join("stat")).ok()?;
-    // The second field is the process's name in parentheses, which may contain anything; the 22nd is what we want (proc(5)).
+    // The second field is the process's name in parentheses, which may contain any characters
+    // (proc(5)).
     let end = stat.iter().rposition(|&byte| byte == b')')?;
     let rest = std::str::from_utf8(&stat[end..]).ok()?;
     rest.split(' ').nth(field + 1)?.parse().ok()
@@ -196,7 +199,7 @@ fn stat(folder: &Path, field: usize) -> Option<u128> {
 mod tests {
     use super::*;
 
-    /// This process.
+    /// Returns the key of this process.
     fn own() -> Key {
         let ticks = started(Path::new("/proc/self")).expect("/proc");
         Key {

@@ -1,8 +1,9 @@
-//! The reader task: from the ring to the queue.
+//! The reader task moves records from the ring to the queue.
 //!
-//! Waking up is the most expensive thing about an event, so the programs wake the reader only when it asks.
-//! After a pause it asks for the next record and sleeps; the first one wakes it at once; from then on it lets records gather
-//! for the latency that the user allows, takes them all, and asks again only when a round brought nothing.
+//! The wake-up is the most expensive part of an event, so the programs wake the reader only if it
+//! has armed the wake-up. After a pause, the reader arms it and sleeps. The first record wakes the
+//! reader at once. From then on, the reader lets records gather for the latency of the settings,
+//! and takes all of them. It arms the wake-up again only after a round without records.
 
 use std::{
     future::{Future, poll_fn},
@@ -25,22 +26,22 @@ use crate::{
     event::Event,
 };
 
-/// How long the reader sleeps when nothing happens. It does not have to wake at all, but for a record that was
-/// being written just while it asked to be woken; so it looks once soon, and then rarely.
+/// The longest sleep of the reader without a wake-up. A record that is written at the instant of
+/// the arming may wake no task. So the reader checks once soon, and then rarely.
 const FIRST_NAP: Duration = Duration::from_millis(50);
 const NAP: Duration = Duration::from_secs(5);
 
-/// Everything of ours has left the kernel.
+/// The programs and maps are removed from the kernel.
 struct Gone;
 
-/// How the records that the reader found have ended.
+/// The result of a read of the ring.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Drained {
-    /// There were none.
+    /// There were no records.
     Nothing,
-    /// All of them are in the queue.
+    /// All records are in the queue.
     All,
-    /// The queue is full, and the ring has room: records stay there.
+    /// The queue is full, and the ring has room. Records stay in the ring.
     HeldUp,
 }
 
@@ -51,7 +52,7 @@ pub(super) struct Reader {
     pub(super) batch: Vec<Event>,
 }
 
-/// However the task ends, nobody must wait for events that will not come.
+/// Ends the queue in every case, so that the consumer does not wait for events that will not come.
 impl Drop for Reader {
     fn drop(&mut self) {
         let ended = Error::new(
@@ -79,13 +80,13 @@ impl Reader {
             }
         })
         .await;
-        // A `Gone` is the work of the tracer's drop, which leaves nothing to do.
+        // `Gone` means that the drop of the tracer has done the work.
         let _ = self.drain_rest().await;
         self.blocking(Shared::release).await;
         self.shared.queue.finish(result);
     }
 
-    /// Reads until told to stop. `Err(None)`: the tracer was dropped.
+    /// Reads until the tracer stops. `Err(None)`: the tracer was dropped.
     async fn read_until_stopped(&mut self) -> Result<(), Option<io::Error>> {
         let mut nap = FIRST_NAP;
         loop {
@@ -93,7 +94,7 @@ impl Reader {
             let mut pause = self.latency;
             if drained == Drained::Nothing {
                 self.arm()?;
-                // A record may have come just before the programs knew that we want to be woken.
+                // A record may have arrived just before the wake-up was armed.
                 drained = self.drain().await?;
                 pause = nap;
                 nap = NAP;
@@ -144,7 +145,7 @@ impl Reader {
         }
     }
 
-    /// Moves the records that were there when the programs were detached, at the consumer's pace.
+    /// Moves the records that remained when the programs were detached, at the consumer's pace.
     async fn drain_rest(&mut self) -> Result<(), Gone> {
         while self.drain().await? == Drained::HeldUp {
             self.room().await;
@@ -157,15 +158,16 @@ impl Reader {
         Ok(())
     }
 
-    /// Completes the events of the batch.
+    /// Adds process details to the events of the batch.
     async fn complete(&mut self) {
         if let Some(details) = &mut self.details {
             details.fill(&mut self.batch).await;
         }
     }
 
-    /// Moves the batch to the queue: as far as the queue has room, and the rest too if the ring fills
-    /// up, by shedding others. False if events are left in the batch.
+    /// Moves events of the batch to the queue as far as the queue has room. If the ring fills up,
+    /// the other events are moved as well, and the queue sheds events. Returns false if events are
+    /// left in the batch.
     fn hand_over(&mut self) -> Result<bool, Gone> {
         self.shared.queue.offer(&mut self.batch);
         if self.batch.is_empty() {
@@ -201,12 +203,12 @@ impl Reader {
         armed.map_err(Some)
     }
 
-    /// Waits until the queue has room for a while.
+    /// Waits until the queue is at most half full.
     async fn room(&self) {
         poll_fn(|cx| self.shared.queue.poll_room(cx)).await;
     }
 
-    /// Waits until the queue has room, the ring has filled by another part, or the time is over.
+    /// Waits until the queue has room, another part of the ring is full, or the time is over.
     async fn wait_for_room(&self, time: Duration) -> Result<(), Option<io::Error>> {
         let mut wait = pin!(self.wait(time));
         poll_fn(|cx| match self.shared.queue.poll_room(cx) {
@@ -216,7 +218,7 @@ impl Reader {
         .await
     }
 
-    /// Waits until somebody wakes us, or the time is over.
+    /// Waits for a wake-up, or until the time is over.
     async fn wait(&self, time: Duration) -> Result<(), Option<io::Error>> {
         let mut timer = pin!(sleep(time));
         let mut wake = pin!(self.shared.wake.notified());
@@ -232,7 +234,7 @@ impl Reader {
     fn poll_woken(&self, cx: &mut Context<'_>) -> Poll<Result<(), Option<io::Error>>> {
         match &*self.shared.source() {
             Some(source) => source.ring.poll_read_ready(cx).map(|ready| {
-                // Cleared before the ring is read: a wake-up after this is a new one.
+                // Cleared before the read of the ring, so that a later wake-up is a new one.
                 ready.map_err(Some)?.clear_ready();
                 Ok(())
             }),
@@ -240,10 +242,11 @@ impl Reader {
         }
     }
 
-    /// Does what blocks on a thread that may.
+    /// Runs blocking work on a thread of the blocking pool.
     async fn blocking(&self, f: impl FnOnce(&Shared) + Send + 'static) {
         let shared = Arc::clone(&self.shared);
-        // It fails only if the runtime is being shut down; then the tracer's drop does the work.
+        // It fails only if the runtime is being shut down. Then the drop of the tracer does the
+        // work.
         let _ = task::spawn_blocking(move || f(&shared)).await;
     }
 }

@@ -1,11 +1,13 @@
-//! The enrichment task: a periodic look at every live socket, by sock_diag.
+//! The sampler: samples every live socket periodically, by sock_diag.
 //!
-//! A round has a thread of its own, which enters each network namespace in turn and then ends. In each namespace it asks sock_diag for
-//! every socket, which also gives each its cookie; keeps the answers ([`PendingSamples`](crate::pipeline::pending_samples::PendingSamples)); and lets the kernel walk
-//! through the same sockets with a program of ours, which writes a record of each into the ring. The reader joins the two by
-//! the cookie.
+//! A round has a thread of its own, which enters each network namespace in turn and then ends. In
+//! each namespace, the thread requests every socket from sock_diag, which also gives each socket
+//! its cookie. It stores the answers
+//! ([`PendingSamples`](crate::pipeline::pending_samples::PendingSamples)). Then the kernel's
+//! iterator over the same sockets runs a program that writes a record of each into the ring. The
+//! reader joins answer and record by the cookie.
 //!
-//! The thread goes ahead only as fast as the consumer follows: a sample never sheds an event.
+//! The thread is never faster than the consumer, so a sample never sheds an event.
 
 use std::{
     fmt::Display,
@@ -26,12 +28,12 @@ use crate::{
     sock_diag::{self, SocketInfo, dump},
 };
 
-/// How long the reader may take for the records of a step.
+/// The time limit for the reader to take the records of a step.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long to wait for a ring that is crowded by events.
+/// The pause if the ring is crowded by events.
 const RESPITE: Duration = Duration::from_millis(10);
 
-/// Has a round now and then once in each interval, until the tracer ends.
+/// Runs a round at once and then once per interval, until the tracer ends.
 pub(super) async fn run(shared: Arc<Shared>, every: Duration) {
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -40,15 +42,15 @@ pub(super) async fn run(shared: Arc<Shared>, every: Duration) {
         let Some(done) = shared.begin_round(round) else {
             return;
         };
-        // An error is the thread's end too.
+        // An error means that the thread has ended, too.
         let _ = done.await;
     }
 }
 
-/// Why a round is over before its end: the tracer is.
+/// The round stops because the tracer is over.
 struct Over;
 
-/// One round; on a thread that ends after it, because it does not come back from the namespaces.
+/// Runs one round. The thread must end afterwards, because it stays in the last namespace.
 fn round(shared: &Shared) {
     let began = Instant::now();
     let round = Round { shared };
@@ -99,7 +101,7 @@ impl Round<'_> {
         Ok(())
     }
 
-    /// Samples the namespace that the thread is in.
+    /// Samples the thread's namespace.
     fn here(&self, runtime: &runtime::Runtime, name: &str) -> Result<(), Over> {
         let Shared {
             samples, limits, ..
@@ -122,7 +124,7 @@ impl Round<'_> {
         }
     }
 
-    /// Lets the kernel write a record of each socket of the namespace that the thread is in.
+    /// Lets the kernel write a record of each socket of the thread's namespace.
     fn read_socket_iter(&self) -> io::Result<()> {
         let shared = self.shared;
         let mut file = shared.open_socket_iter()?;
@@ -130,14 +132,14 @@ impl Round<'_> {
         let mut expected = shared.samples.taken();
         loop {
             let has_room = || shared.is_over() || shared.queue.has_room_to_spare();
-            // However long the consumer takes.
+            // The consumer may take any time.
             while !shared.queue.changed.wait(PATIENCE, has_room) {}
             if shared.is_over() {
                 return Ok(());
             }
             match file.read(&mut step) {
                 Ok(0) => return Ok(()),
-                // A byte stands for a record.
+                // Each byte represents a record.
                 Ok(records) => expected += records as u64,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     shared.queue.changed.wait(RESPITE, || shared.is_over());
@@ -160,7 +162,7 @@ impl Round<'_> {
         }
     }
 
-    /// Counts what went wrong, unless it did because the tracer is over.
+    /// Counts and logs a failure, unless its cause is the end of the tracer.
     fn fault(&self, what: &str, error: &dyn Display) -> Result<(), Over> {
         self.go_on()?;
         self.shared.samples.count(|counts| counts.faults += 1);

@@ -1,4 +1,4 @@
-//! What the tasks of a tracer, its stream and its handles share.
+//! The state that the tasks of a tracer, its stream and its handles share.
 
 use std::{
     fs::File,
@@ -25,7 +25,7 @@ use crate::{
     stats::Stats,
 };
 
-/// See the module.
+/// The shared state of a tracer.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) protocol: Protocol,
@@ -33,31 +33,32 @@ pub(crate) struct Shared {
     pub(crate) samples: Arc<PendingSamples>,
     pub(crate) limits: Limits,
     pub(crate) sample_scope: SampleScope,
-    /// `None` once everything of ours has left the kernel.
+    /// `None` after the programs and maps have been removed from the kernel.
     source: Mutex<Option<Source>>,
     hooks: Vec<Hook>,
-    /// The counts when everything left the kernel.
+    /// The counters at that time.
     last: Mutex<Stats>,
     stopping: AtomicBool,
-    /// There is something for the reader to do, though no record has woken it.
+    /// Wakes the reader for work without a record.
     pub(crate) wake: Notify,
-    /// The thread of the round of samples that was begun last.
+    /// The thread of the last round of samples.
     round: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
-/// What the settings mean for a round of samples.
+/// The limits of a round of samples, from the settings.
 #[derive(Debug)]
 pub(crate) struct Limits {
-    /// How many sockets of a namespace may be known at a time.
+    /// How many answers of one namespace are kept at a time.
     pub(crate) sockets: usize,
-    /// How many may be written into the ring in one go: neither that nor the queue shall be filled by them.
+    /// How many samples may be written into the ring in one step, so that they fill neither ring
+    /// nor queue.
     pub(crate) step: usize,
 }
 
 impl Limits {
-    /// `parts` is how many parts the ring has, of which a walk fills one.
+    /// `parts` is the number of buffers. The iterator fills one of them.
     pub(super) fn new(config: &Config, parts: usize) -> Self {
-        /// The longest, with its header.
+        /// The size of the longest record with its header.
         const RECORD: usize = 8 + size_of::<tcp_udp_trace_common::Udp>();
         let (ring, queue) = (config.ring_bytes as usize / parts, config.queue);
         Self {
@@ -89,7 +90,7 @@ impl Shared {
         }
     }
 
-    /// Whether it was told to come to its end.
+    /// Returns whether the tracer was asked to stop.
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
     }
@@ -130,32 +131,32 @@ impl Shared {
         }
     }
 
-    /// The filter, while the tracer runs.
+    /// Returns the filter; `None` after the tracer has ended.
     pub(crate) fn filter(&self) -> Option<Filter> {
         self.source().as_ref().map(|source| source.filter().clone())
     }
 
-    /// Lets the reader detach, take what was already produced, and end the stream.
+    /// Lets the reader detach the programs, take the remaining records, and end the stream.
     pub(crate) fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);
         self.wake.notify_one();
         self.queue.changed.notify();
     }
 
-    /// Whether the tracer is at its end, and nothing new should begin.
+    /// Returns whether the tracer ends, so that no new work should begin.
     pub(crate) fn is_over(&self) -> bool {
         self.is_stopping() || self.queue.is_ended()
     }
 
-    /// Takes everything of ours out of the kernel, now.
+    /// Removes the programs and maps from the kernel at once.
     pub(crate) fn release(&self) {
         self.stop();
         if let Some(source) = self.source().take() {
             *lock(&self.last) = source.stats();
         }
-        // What it had open, too.
+        // The thread of the round has open files.
         if let Some(round) = self.round().take() {
-            // A panic there has been reported, and there is nothing to be done about it.
+            // A panic of the thread has been reported already.
             let _ = round.join();
         }
     }
@@ -164,7 +165,8 @@ impl Shared {
         lock(&self.round)
     }
 
-    /// Runs a round of samples on a thread of its own, unless the tracer is over; the receiver hears of its end.
+    /// Runs a round of samples on a thread of its own, unless the tracer is over. The receiver is
+    /// notified of the end of the round.
     pub(crate) fn begin_round(
         self: &Arc<Self>,
         run: impl FnOnce(&Self) + Send + 'static,
@@ -179,9 +181,10 @@ impl Shared {
             .name("samples".into())
             .spawn(move || {
                 run(&shared);
-                // Before the other end hears of it: the last owner of all this must not be this thread.
+                // Before the notification, because this thread must not be the last owner of the
+                // shared state.
                 drop(shared);
-                // Nobody listens any more if the task was ended.
+                // There is no receiver if the task was aborted.
                 let _ = end.send(());
             });
         match thread {
@@ -194,8 +197,8 @@ impl Shared {
         Some(ended)
     }
 
-    /// Opens a walk through the sockets of the calling thread's network namespace: each that is known is written into the ring when
-    /// the file is read, and is a byte there.
+    /// Opens the iterator over the sockets of the calling thread's network namespace. A read of the
+    /// file writes a record of each known socket into the ring, and returns one byte for each.
     pub(crate) fn open_socket_iter(&self) -> io::Result<File> {
         match &mut *self.source() {
             Some(source) => source.kernel.open_socket_iter(),

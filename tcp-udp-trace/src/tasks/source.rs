@@ -1,4 +1,4 @@
-//! What is in the kernel, as the reader sees it: records, due totals, losses.
+//! Turns ring records, due flows and losses into events.
 
 use std::{
     fs,
@@ -28,7 +28,7 @@ use crate::{
     stats::Stats,
 };
 
-/// How many records are taken in one go, between two chances for other tasks to run.
+/// How many records the reader takes before it yields to other tasks.
 pub(super) const BATCH: usize = 256;
 
 /// Counts the events that reach user space, by kind.
@@ -39,20 +39,21 @@ struct Tally {
     filtered: Counts,
 }
 
+/// The source of all events: the kernel side, and the state of the reader.
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) kernel: Kernel,
     pub(super) ring: AsyncFd<Ring>,
     tally: Tally,
     malformed: u64,
-    /// Losses in the ring that the stream has been told of.
+    /// Losses in the ring that are already in the stream.
     lost: u64,
     pub(super) protocol: Protocol,
     flows: Flows,
     samples: Arc<PendingSamples>,
     filter: Filter,
     images: Option<Images>,
-    /// Of this process's time namespace.
+    /// The offset of this process's time namespace.
     time_offset: i64,
 }
 
@@ -77,14 +78,15 @@ impl Source {
             samples,
             filter,
             images,
-            // The file tells the namespace of the children, which is that of a process that was started in its own.
+            // The file shows the time namespace of the process's children. It is the process's own,
+            // unless the process has changed it for its children.
             time_offset: namespace_offset(
                 &fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
             ),
         }
     }
 
-    /// All counts but those of the queue and the enrichment.
+    /// Returns all counters except those of the queue and the sampler.
     pub(super) fn stats(&self) -> Stats {
         let Counters {
             lost: _,
@@ -123,15 +125,14 @@ impl Source {
         }
     }
 
-    /// Whether so little room is left between the programs and the reader that records must not stay
-    /// there.
+    /// Returns whether so little room is left in the ring that the reader must take the records.
     pub(super) fn is_ring_nearly_full(&mut self) -> bool {
         self.ring
             .get_mut()
             .is_nearly_full(|| self.kernel.ring_fill())
     }
 
-    /// Only what this filter lets pass is reported from now on.
+    /// Replaces the filter.
     pub(super) fn set_filter(&mut self, filter: Filter) -> Result<(), Error> {
         self.kernel.set_filter(&filter)?;
         self.filter = filter;
@@ -142,7 +143,8 @@ impl Source {
         &self.filter
     }
 
-    /// Moves up to [`BATCH`] records to `batch`: how many, and how many of them are samples. Fewer means that the ring is empty.
+    /// Moves up to [`BATCH`] records to `batch`. Returns their number, and the number of samples
+    /// among them. Fewer than [`BATCH`] means that the ring is empty.
     pub(super) fn read(&mut self, batch: &mut Vec<Event>) -> (usize, u64) {
         let clock = clock().with_offset(self.time_offset);
         let Self {
@@ -200,7 +202,7 @@ impl Source {
                         flows.seen(flow, is_first, event, kernel, stamp, emit);
                     }
                     (EventKind::Close { .. }, Some(flow)) => {
-                        // Before the flows go.
+                        // Before the flows are removed.
                         shows_flows = !kernel.wants(&event)
                             && flows.any(flow.socket, |event| kernel.wants(event));
                         let stamp = stamp(event.time, event.uptime);
@@ -218,7 +220,7 @@ impl Source {
         (BATCH, sampled)
     }
 
-    /// Reports up to [`BATCH`] flows whose date has come, and says how long it is to the next date.
+    /// Reports up to [`BATCH`] flows that are due, and returns the time until the next one is due.
     pub(super) fn report_flows(&mut self, batch: &mut Vec<Event>) -> Option<Duration> {
         let Self {
             kernel,
@@ -226,7 +228,7 @@ impl Source {
             tally,
             ..
         } = self;
-        // No clock is read where no flow waits for its date, which for TCP is always.
+        // Without a scheduled flow, which is always so for TCP, no clock is read.
         flows.next_due()?;
         let (now, before) = (boottime(), batch.len());
         let stamp = stamp(clock().wall(now), now);
@@ -235,7 +237,7 @@ impl Source {
         flows.next_due().map(|due| due.saturating_sub(now))
     }
 
-    /// Reports what nobody will report any more: changed flows, and losses that no record has followed.
+    /// Makes the last reports of the tracer: changed flows, and losses that no record has followed.
     pub(super) fn report_last(&mut self, batch: &mut Vec<Event>) {
         let Self {
             kernel,
@@ -252,7 +254,7 @@ impl Source {
         self.report_losses(lost as u32, batch);
     }
 
-    /// Tells the stream of losses that no record has followed yet, given how many there were in all, modulo 2³².
+    /// Reports losses that no record has followed yet. `lost` is the total, modulo 2³².
     pub(super) fn report_losses(&mut self, lost: u32, batch: &mut Vec<Event>) {
         let gap = new_losses(&mut self.lost, lost);
         if gap > 0 {
@@ -268,8 +270,9 @@ impl Source {
     }
 }
 
-/// Counts what stands in the batch from here on, and takes out again what the filter does not want: user space produces events of UDP that the
-/// programs did not decide about. `shows_flows`: the end of a socket is among them, and the filter lets one of its flows pass.
+/// Counts the events of the batch from a position on, and removes those that the filter rejects.
+/// User space produces some UDP events to which the programs did not apply the filter.
+/// `shows_flows`: the end of a socket is among them, and the filter lets one of its flows pass.
 fn admit(
     from: usize,
     batch: &mut Vec<Event>,
@@ -293,14 +296,15 @@ fn admit(
     }
 }
 
-/// How many losses are new, given how many there were in all, modulo 2³². None, if that was counted before `known`.
+/// Returns the number of new losses. `lost` is the total, modulo 2³². 0 if that total is older than
+/// `known`.
 fn new_losses(known: &mut u64, lost: u32) -> u64 {
     let new = lost.wrapping_sub(*known as u32).cast_signed().max(0);
     *known += u64::from(new.unsigned_abs());
     u64::from(new.unsigned_abs())
 }
 
-/// Gives an event this time.
+/// Returns a function that gives an event this time.
 fn stamp(time: SystemTime, uptime: Duration) -> impl FnMut(&mut Event) {
     move |event| {
         event.socket.age += uptime.saturating_sub(event.uptime);
@@ -310,26 +314,27 @@ fn stamp(time: SystemTime, uptime: Duration) -> impl FnMut(&mut Event) {
 }
 
 fn read_clock(id: ClockId) -> Duration {
-    // Both clocks have been there since before BPF: the error cannot happen.
+    // Both clocks are older than BPF, so the error cannot happen.
     clock_gettime(id).map_or(Duration::ZERO, Duration::from)
 }
 
-/// The time on the clock of the events.
+/// Returns the time on the clock of the events.
 fn boottime() -> Duration {
     read_clock(ClockId::CLOCK_BOOTTIME)
 }
 
-/// The wall clock as it is set now.
+/// Reads the wall clock.
 fn clock() -> BootClock {
     const ATTEMPTS: usize = 5;
-    /// Nobody else has run meanwhile.
+    /// In so short a time, no other task has run on the CPU.
     const AT_ONCE: Duration = Duration::from_micros(20);
     let sample_clocks = || {
         let before = boottime();
         let wall = UNIX_EPOCH + read_clock(ClockId::CLOCK_REALTIME);
         (boottime().saturating_sub(before), wall, before)
     };
-    // Somebody else may run between a look at one clock and one at the other: of some pairs, the one that took least.
+    // Another task may run between the reads of the two clocks. So the fastest of some pairs is
+    // used.
     let mut best = sample_clocks();
     for _ in 1..ATTEMPTS {
         if best.0 <= AT_ONCE {

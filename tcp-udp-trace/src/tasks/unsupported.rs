@@ -1,4 +1,4 @@
-//! Where there is no Linux, everything compiles and nothing starts.
+//! The tasks on other systems than Linux, where the crate compiles, but no tracer starts.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::{
     stats::Stats,
 };
 
-/// Never made.
+/// A type without values.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) queue: Queue,
@@ -46,7 +46,7 @@ impl Shared {
     }
 }
 
-/// Never made either.
+/// No value of this type is ever made.
 #[derive(Debug)]
 pub(crate) struct Tasks {
     pub(crate) reader: JoinHandle<()>,
@@ -56,6 +56,6 @@ pub(crate) struct Tasks {
 pub(crate) async fn start(_: Config) -> Result<(Arc<Shared>, Tasks), Error> {
     Err(Error::new(
         ErrorKind::Unsupported,
-        "eBPF is Linux: this library traces only there, on x86_64 and aarch64, from kernel 5.10 on",
+        "this library needs Linux 5.10 or newer, on x86_64 or aarch64",
     ))
 }
