@@ -35,7 +35,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, Udp, kind};
+use tcp_udp_trace_common::{Counters, FlowKey, FlowQuery, Udp, hold, kind};
 use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use self::filter::{ASK_FILTER, Filters};
@@ -205,6 +205,10 @@ impl Kernel {
                 Error::new(ErrorKind::Load, "cannot write to a map").with_source(source)
             })?;
         }
+        let mut hold = take_map(&mut ebpf, "HOLD", Array::<_, u32>::try_from)?;
+        hold.set(0, held_listeners(&hooks), 0).map_err(|source| {
+            Error::new(ErrorKind::Load, "cannot write to a map").with_source(source)
+        })?;
         // Only now: a socket made meanwhile has met the hooks.
         let walks = walk::start(&mut ebpf, config);
         hooks.extend(walks.hooks);
@@ -380,6 +384,17 @@ pub(crate) fn ask_btf(bytes: &[u8]) -> Result<(), Error> {
     let ids = btf_ids::for_aya(&btf_ids::find(&btf, targets));
     assert!(ids.is_ok(), "aya does not take what we made for it");
     offsets::resolve(&btf).map(|_| ())
+}
+
+/// Returns which listeners without a port a hook sees later: one of [`hold`].
+fn held_listeners(hooks: &[Hook]) -> u32 {
+    let mut listen = hooks.iter().filter(|hook| hook.signal == plan::LISTEN);
+    let programs = listen.next().map_or(&[][..], |hook| &hook.programs);
+    match programs.first() {
+        Some(program) if program.starts_with("kprobe:") => hold::ALL,
+        Some(_) => hold::OF_SYSTEM_CALL,
+        None => hold::NONE,
+    }
 }
 
 /// Whether the receive hook tells at which of its addresses a socket was reached.

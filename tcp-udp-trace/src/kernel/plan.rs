@@ -77,6 +77,9 @@ impl Choice {
     }
 }
 
+/// The signal whose hooks see the port that the kernel chooses for a listener.
+pub(super) const LISTEN: &str = "listen";
+
 use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, Kretprobe, RawTracepoint, Tracepoint};
 
 /// What `TcpTracer` attaches.
@@ -108,6 +111,11 @@ const TCP: &[Signal] = &[
     Signal { name: "connect_failed", required: false, slots: &[&[
         worse(&[("tcp_connect_kretprobe", Kretprobe("sys_connect"))], ONLY_CONNECT),
         worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], NO_KPROBE_CONNECT),
+    ]] },
+    // The kernel chooses a port after the change of the state.
+    Signal { name: LISTEN, required: false, slots: &[&[
+        best(&[("tcp_hash", Kprobe("inet_hash")), ("tcp_hash", Kprobe("inet6_hash"))]),
+        worse(&[("tcp_listen_exit", Tracepoint("syscalls", "sys_exit_listen"))], NO_KPROBE_LISTEN),
     ]] },
 ];
 
@@ -166,6 +174,8 @@ const ONLY_CONNECT: &str = "failed connects by io_uring and of 32-bit programs a
      on preemptible kernels";
 const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little longer; failed connects by io_uring \
      and of 32-bit programs are not seen, and some are missed under load on preemptible kernels";
+const NO_KPROBE_LISTEN: &str = "no kprobes: the first event of a listener without `bind` has no port if the listener is one of \
+     io_uring or of a 32-bit program";
 const SYS_EXIT: &str =
     "no tracefs: each system call of the machine costs about 20 ns more, and io_uring is not seen";
 
