@@ -72,6 +72,10 @@ pub mod syn {
     pub const COUNTED: u8 = 1;
     /// It came from a listener: the kernel starts counting after its SYN.
     pub const NOT_COUNTED: u8 = 2;
+    /// It called `connect` to take over a connection (`TCP_REPAIR`): no SYN was sent.
+    pub const NOT_SENT: u8 = 3;
+    /// The bits of these.
+    pub const MASK: u8 = 3;
 
     /// A bit beside these: the socket listens, and the event of that waits for its port.
     pub const HELD: u8 = 1 << 2;
@@ -444,7 +448,13 @@ impl Tracked {
     /// One of [`syn`].
     #[inline(always)]
     pub const fn syn(&self) -> u8 {
-        self.syn & older::REST & !(syn::HELD | syn::UNRETURNED)
+        self.syn & syn::MASK
+    }
+
+    /// Replaces the one of [`syn`].
+    #[inline(always)]
+    pub const fn set_syn(&mut self, syn: u8) {
+        self.syn = self.syn & !syn::MASK | syn;
     }
 
     /// Whether the socket listens and has not been reported, because its port was not known.

@@ -117,7 +117,7 @@ pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flag
 #[inline(always)]
 fn is_acceptable(tracked: &Tracked) -> bool {
     tracked.state != LISTEN
-        && tracked.syn() != syn::COUNTED
+        && !matches!(tracked.syn(), syn::COUNTED | syn::NOT_SENT)
         && tracked.acceptor.origin == origin::NONE
 }
 

@@ -102,6 +102,9 @@ pub(crate) fn changed(
                         tracked.creator = owner;
                     }
                 }
+                if from == SYN_SENT && to == ESTABLISHED && is_repaired(socket) {
+                    tracked.set_syn(syn::NOT_SENT);
+                }
                 if to == CLOSE {
                     // A socket that nobody has open any more has none of these states.
                     let is_unreturned =
@@ -126,11 +129,20 @@ pub(crate) fn changed(
     }
 }
 
+/// Whether a socket that was connecting, and now is connected, has taken over a connection
+/// (`TCP_REPAIR`): the kernel sends no SYN, so none was acknowledged.
+///
+/// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
+#[inline(always)]
+fn is_repaired(socket: impl Socket) -> bool {
+    socket.get::<u64>(Field::BytesAcked) == 0
+}
+
 /// Whether a socket begins to listen without a port, and a later hook sees which one it gets.
 ///
-/// The kernel chooses the port [after] the change of the state.
+/// The kernel chooses the port after the change of the state (`inet_csk_listen_start`).
 ///
-/// [after]: https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/inet_connection_sock.c#L1322
+/// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/inet_connection_sock.c>
 #[inline(always)]
 fn is_to_be_held(socket: impl Socket) -> bool {
     socket.bound_port() == 0
