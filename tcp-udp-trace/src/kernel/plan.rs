@@ -174,7 +174,8 @@ const ONLY_CONNECT: &str = "failed connects by io_uring and of 32-bit programs a
      on preemptible kernels";
 const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little longer; failed connects by io_uring \
      and of 32-bit programs are not seen, and some are missed under load on preemptible kernels";
-const ONLY_NATIVE: &str = "connects of 32-bit programs are not seen, nor are failed ones by io_uring";
+const ONLY_NATIVE: &str =
+    "connects of 32-bit programs are not seen, nor are failed ones by io_uring";
 const NO_KPROBE_LISTEN: &str = "no kprobes: the first event of a listener without `bind` has no port if the listener is one of \
      io_uring or of a 32-bit program";
 const SYS_EXIT: &str =
