@@ -72,9 +72,26 @@ pub mod syn {
     pub const COUNTED: u8 = 1;
     /// It came from a listener: the kernel starts counting after its SYN.
     pub const NOT_COUNTED: u8 = 2;
+    /// It called `connect` to take over a connection (`TCP_REPAIR`): no SYN was sent.
+    pub const NOT_SENT: u8 = 3;
+    /// The bits of these.
+    pub const MASK: u8 = 3;
 
+    /// A bit beside these: the socket listens, and the event of that waits for its port.
+    pub const HELD: u8 = 1 << 2;
     /// A bit beside these: the life has ended, and a `connect` has yet to return its errno.
     pub const UNRETURNED: u8 = 1 << 3;
+}
+
+/// Which listeners without a port wait for one before they are reported: those that a later hook
+/// sees.
+pub mod hold {
+    /// None of them: there is no such hook.
+    pub const NONE: u32 = 0;
+    /// Those of the system call `listen`: the hook is at its exit.
+    pub const OF_SYSTEM_CALL: u32 = 1;
+    /// All of them.
+    pub const ALL: u32 = 2;
 }
 
 /// Whether a socket existed before the programs were attached, in [`TcpSocket::older`] and
@@ -415,7 +432,8 @@ pub struct Tracked {
     pub netns: u32,
     /// The TCP state last reported.
     pub state: u8,
-    /// One of [`syn`], perhaps with [`syn::UNRETURNED`], and above that one of [`older`].
+    /// One of [`syn`], perhaps with [`syn::HELD`] or [`syn::UNRETURNED`], and above that one of
+    /// [`older`].
     pub syn: u8,
     /// The [generation](filter::generation) of the filter whose process trees its owner was found to be in: it stays so when the process has ended.
     pub kin: u16,
@@ -430,7 +448,19 @@ impl Tracked {
     /// One of [`syn`].
     #[inline(always)]
     pub const fn syn(&self) -> u8 {
-        self.syn & older::REST & !syn::UNRETURNED
+        self.syn & syn::MASK
+    }
+
+    /// Replaces the one of [`syn`].
+    #[inline(always)]
+    pub const fn set_syn(&mut self, syn: u8) {
+        self.syn = self.syn & !syn::MASK | syn;
+    }
+
+    /// Whether the socket listens and has not been reported, because its port was not known.
+    #[inline(always)]
+    pub const fn is_held(&self) -> bool {
+        self.syn & syn::HELD != 0
     }
 
     /// Takes note of whether a `connect` has yet to return the errno of its end; returns whether

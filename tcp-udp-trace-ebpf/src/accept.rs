@@ -13,8 +13,6 @@ use crate::{
     track,
 };
 
-const IPPROTO_MPTCP: u16 = 262;
-
 /// `IORING_OP_ACCEPT` of `io_uring.h`.
 const IORING_OP_ACCEPT: u8 = 13;
 /// `IORING_FILE_INDEX_ALLOC`: the kernel chooses the slot, which is the result.
@@ -28,11 +26,7 @@ const FILE_ADDRESS: u64 = !7;
 /// first subflow.
 #[inline(always)]
 pub(crate) fn accepted(ctx: Context, sk: Sock) {
-    let sk = if sk.get::<u16>(Field::Protocol) == IPPROTO_MPTCP {
-        Sock::new(read(sk.0, Field::MptcpFirst))
-    } else {
-        sk
-    };
+    let sk = sk.of_tcp();
     let socket = &Copied::new(sk);
     let family = socket.family();
     if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || track::is_stopping() {
@@ -123,7 +117,7 @@ pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flag
 #[inline(always)]
 fn is_acceptable(tracked: &Tracked) -> bool {
     tracked.state != LISTEN
-        && tracked.syn() != syn::COUNTED
+        && !matches!(tracked.syn(), syn::COUNTED | syn::NOT_SENT)
         && tracked.acceptor.origin == origin::NONE
 }
 

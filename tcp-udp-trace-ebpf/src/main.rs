@@ -212,6 +212,22 @@ fn tcp_connect_exit(ctx: TracePointContext) -> u32 {
     0
 }
 
+// ---- signal `listen`: the port that the kernel has chosen for a listener -------------------------------------------
+
+/// `inet_hash(sk)` and `inet6_hash(sk)`: a listener, which has its port, becomes one that can be found.
+#[kprobe]
+fn tcp_hash(ctx: ProbeContext) -> u32 {
+    tcp::listening(ctx.as_ptr(), Sock::new(ctx.arg(0).unwrap_or(0)));
+    0
+}
+
+/// `syscalls:sys_exit_listen`
+#[tracepoint]
+fn tcp_listen_exit(ctx: TracePointContext) -> u32 {
+    tcp::listened(ctx.as_ptr());
+    0
+}
+
 // ---- UDP: the life of a socket -------------------------------------------------------------------------------
 //
 // A program at a cgroup returns whether the kernel may go on: always 1.

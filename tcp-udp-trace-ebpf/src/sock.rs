@@ -15,6 +15,7 @@ static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
 
 const IPPROTO_TCP: u16 = 6;
 pub(crate) const IPPROTO_UDP: u16 = 17;
+const IPPROTO_MPTCP: u16 = 262;
 const TCP_FIN_WAIT1: u8 = 4;
 const TCP_FIN_WAIT2: u8 = 5;
 const TCP_LAST_ACK: u8 = 9;
@@ -332,6 +333,16 @@ impl Sock {
         }
         let array = read::<u64>(table, Field::FdArray);
         Self::of_file(read_at(array + (fd as u64) * 8))
+    }
+
+    /// The socket of TCP that it is; of Multipath TCP, the first subflow.
+    #[inline(always)]
+    pub(crate) fn of_tcp(self) -> Self {
+        if self.get::<u16>(Field::Protocol) == IPPROTO_MPTCP {
+            Self::new(read(self.0, Field::MptcpFirst))
+        } else {
+            self
+        }
     }
 
     /// The state of the `struct socket` above it, 0 if it has none. Not to be confused with the

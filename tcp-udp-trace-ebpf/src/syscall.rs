@@ -26,6 +26,7 @@ mod arch {
     pub(super) const THIRD: u64 = 0;
     pub(crate) const CONNECT: Number = 42;
     pub(crate) const ACCEPT: Number = 43;
+    pub(crate) const LISTEN: Number = 50;
     pub(crate) const ACCEPT4: Number = 288;
 }
 
@@ -39,10 +40,11 @@ mod arch {
     pub(super) const THIRD: u64 = 16;
     pub(crate) const CONNECT: Number = 203;
     pub(crate) const ACCEPT: Number = 202;
+    pub(crate) const LISTEN: Number = 201;
     pub(crate) const ACCEPT4: Number = 242;
 }
 
-pub(crate) use arch::{ACCEPT, ACCEPT4, CONNECT};
+pub(crate) use arch::{ACCEPT, ACCEPT4, CONNECT, LISTEN};
 
 /// The number of the system call that a task with these registers (`struct pt_regs`) is in.
 #[inline(always)]

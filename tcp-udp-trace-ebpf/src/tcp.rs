@@ -2,7 +2,8 @@
 
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, filter::no_state, kind, origin, syn,
+    AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, filter::no_state, hold, kind,
+    origin, syn,
 };
 
 use crate::{
@@ -77,7 +78,13 @@ pub(crate) fn changed(
             };
             (syn::COUNTED, owner)
         }
-        (CLOSE, LISTEN) => (syn::NOT_COUNTED, owner::current(ctx, origin::CREATOR)),
+        (CLOSE, LISTEN) => {
+            let held = u8::from(is_to_be_held(socket)) * syn::HELD;
+            (
+                syn::NOT_COUNTED | held,
+                owner::current(ctx, origin::CREATOR),
+            )
+        }
         (LISTEN, SYN_RECV) => (syn::NOT_COUNTED, owner_of_listener(sk)),
         _ => {
             // One that is not known is older than the tracer.
@@ -95,6 +102,9 @@ pub(crate) fn changed(
                         tracked.creator = owner;
                     }
                 }
+                if from == SYN_SENT && to == ESTABLISHED && is_repaired(socket) {
+                    tracked.set_syn(syn::NOT_SENT);
+                }
                 if to == CLOSE {
                     // A socket that nobody has open any more has none of these states.
                     let is_unreturned =
@@ -110,8 +120,57 @@ pub(crate) fn changed(
     let mut tracked = track::fresh(sk, to, syn, owner);
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
-    if begins && track::remember(sk, &tracked) || program == Program::First {
+    let is_remembered = begins && track::remember(sk, &tracked);
+    if is_remembered && tracked.is_held() {
+        return;
+    }
+    if is_remembered || program == Program::First {
         report(ctx, sk, socket, family, &mut tracked, (from, to));
+    }
+}
+
+/// Whether a socket that was connecting, and now is connected, has taken over a connection
+/// (`TCP_REPAIR`): the kernel sends no SYN, so none was acknowledged.
+///
+/// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
+#[inline(always)]
+fn is_repaired(socket: impl Socket) -> bool {
+    socket.get::<u64>(Field::BytesAcked) == 0
+}
+
+/// Whether a socket begins to listen without a port, and a later hook sees which one it gets.
+///
+/// The kernel chooses the port after the change of the state (`inet_csk_listen_start`).
+///
+/// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/inet_connection_sock.c>
+#[inline(always)]
+fn is_to_be_held(socket: impl Socket) -> bool {
+    socket.bound_port() == 0
+        && match track::holds() {
+            hold::ALL => true,
+            hold::OF_SYSTEM_CALL => syscall::registers(syscall::LISTEN).is_some(),
+            _ => false,
+        }
+}
+
+/// A socket that listens has got its port.
+#[inline(always)]
+pub(crate) fn listening(ctx: Context, sk: Sock) {
+    if let Some(tracked) = track::get(sk) {
+        if tracked.state == LISTEN && tracked.is_held() && !track::is_stopping() {
+            report(ctx, sk, sk, sk.family(), tracked, (CLOSE, LISTEN));
+        }
+    }
+}
+
+/// The current process's `listen` has returned.
+#[inline(always)]
+pub(crate) fn listened(ctx: Context) {
+    if let Some(regs) = syscall::registers(syscall::LISTEN) {
+        let [fd, _, _] = syscall::arguments(regs);
+        if let Some(sk) = Sock::of_descriptor(i64::from(fd as i32)) {
+            listening(ctx, sk.of_tcp());
+        }
     }
 }
 
@@ -256,9 +315,30 @@ fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     track::get(first).map(|tracked| *track::owner(tracked))
 }
 
-/// Reports a change of state.
+/// Reports a change of state; before it, that the socket began to listen, if that was held back.
 #[inline(always)]
 fn report(
+    ctx: Context,
+    sk: Sock,
+    socket: impl Socket,
+    family: u16,
+    tracked: &mut Tracked,
+    change: (u8, u8),
+) {
+    let mut is_held = tracked.is_held() && change.1 != LISTEN;
+    tracked.syn &= !syn::HELD;
+    loop {
+        let change = if is_held { (CLOSE, LISTEN) } else { change };
+        write(ctx, sk, socket, family, tracked, change);
+        if !is_held {
+            break;
+        }
+        is_held = false;
+    }
+}
+
+#[inline(always)]
+fn write(
     ctx: Context,
     sk: Sock,
     socket: impl Socket,

@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, PerCpuArray},
 };
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
-use tcp_udp_trace_common::{Owner, Tracked, older, origin, syn};
+use tcp_udp_trace_common::{Owner, Tracked, hold, older, origin, syn};
 
 use crate::{anomaly, owner, sock::Sock};
 
@@ -21,6 +21,10 @@ static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, 0);
 /// one's beginning at that address, no program has seen.
 #[map]
 static STOPPING: Array<u32> = Array::with_max_entries(1, 0);
+
+/// One of [`hold`]; set by user space when the hooks are attached.
+#[map]
+static HOLD: Array<u32> = Array::with_max_entries(1, 0);
 
 /// The last ticket drawn on each CPU.
 #[map]
@@ -51,6 +55,16 @@ pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {
 #[inline(always)]
 pub(crate) fn is_stopping() -> bool {
     STOPPING.get(0).is_none_or(|stopping| *stopping != 0)
+}
+
+/// One of [`hold`]: which listeners a later hook sees when they have a port.
+#[inline(always)]
+pub(crate) fn holds() -> u32 {
+    match HOLD.get(0) {
+        // While the programs are being detached, that hook may be gone already.
+        Some(hold) if !is_stopping() => *hold,
+        _ => hold::NONE,
+    }
 }
 
 /// Whether a socket that the programs meet now, and not at its beginning, is older than they are: one of

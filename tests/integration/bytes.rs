@@ -1,8 +1,33 @@
 //! Payload bytes: exact to the byte on every close, whatever the path did to the packets.
 
-use integration_tests::{netns::tc, scene::Scene, suite::Test};
-use nix::errno::Errno;
-use tcp_udp_trace::TcpState::{Close, Established, Listen, SynRecv, SynSent};
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    thread,
+};
+
+use anyhow::{Context as _, ensure};
+use integration_tests::{
+    netns::tc,
+    scene::{Scene, loopback},
+    suite::Test,
+    trace::{Trace, show},
+};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{
+        getsockopt, setsockopt,
+        sockopt::{GetStruct, SetStruct, TcpRepair},
+    },
+};
+use socket2::{Domain, Socket, Type};
+use tcp_udp_trace::{
+    Event,
+    TcpState::{Close, Established, Listen, SynRecv, SynSent},
+    Traffic,
+};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
@@ -12,6 +37,7 @@ pub(crate) fn trials() -> Vec<Test> {
             veth_with_loss_and_delay,
             veth_with_local_drops,
             unread_bytes_count_as_received,
+            connection_taken_over,
         ],
     ]
 }
@@ -64,4 +90,130 @@ fn unread_bytes_count_as_received() -> anyhow::Result<()> {
         .server_life(&connection, &[Listen, SynRecv, Established, Close])?
         .bytes(0, 5_000);
     scene.finish(&[client.error(Errno::ECONNRESET as i32), server])
+}
+
+/// An option of a connection under repair.
+macro_rules! repair_option {
+    ($(#[$doc:meta])* $name:ident, $option:path, $type:ty) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy)]
+        struct $name;
+        nix::getsockopt_impl!($name, libc::IPPROTO_TCP, $option, $type, GetStruct<$type>);
+        nix::setsockopt_impl!($name, libc::IPPROTO_TCP, $option, $type, SetStruct<'_, $type>);
+    };
+}
+
+repair_option!(
+    /// Which queue the next option means.
+    RepairQueue,
+    libc::TCP_REPAIR_QUEUE,
+    u32
+);
+repair_option!(
+    /// The sequence number at the end of that queue.
+    QueueSequence,
+    libc::TCP_QUEUE_SEQ,
+    u32
+);
+repair_option!(
+    /// `struct tcp_repair_window`.
+    RepairWindow,
+    libc::TCP_REPAIR_WINDOW,
+    [u32; 5]
+);
+
+/// The queues to receive and to send.
+const QUEUES: [u32; 2] = [1, 2];
+
+/// Gives one end of a connection to another socket, as CRIU does. The new one has the addresses and
+/// the sequence numbers, and no packet is sent.
+fn take_over(from: Socket) -> anyhow::Result<Socket> {
+    setsockopt(&from, TcpRepair, &1)?;
+    let mut sequences = [0; 2];
+    for (queue, sequence) in QUEUES.iter().zip(&mut sequences) {
+        setsockopt(&from, RepairQueue, queue)?;
+        *sequence = getsockopt(&from, QueueSequence)?;
+    }
+    let windows = getsockopt(&from, RepairWindow)?;
+    let (local, remote) = (from.local_addr()?, from.peer_addr()?);
+    // Under repair, that sends nothing either.
+    drop(from);
+    let to = Socket::new(local.domain(), Type::STREAM, None)?;
+    setsockopt(&to, TcpRepair, &1)?;
+    to.bind(&local)?;
+    for (queue, sequence) in QUEUES.iter().zip(&sequences) {
+        setsockopt(&to, RepairQueue, queue)?;
+        setsockopt(&to, QueueSequence, sequence)?;
+    }
+    to.connect(&remote)?;
+    setsockopt(&to, RepairWindow, &windows)?;
+    setsockopt(&to, TcpRepair, &0)?;
+    Ok(to)
+}
+
+/// Each socket has what was carried while the connection was its own.
+fn connection_taken_over() -> anyhow::Result<()> {
+    // The new socket would have to be given these, too.
+    for option in ["window_scaling", "timestamps", "sack"] {
+        fs::write(format!("/proc/sys/net/ipv4/tcp_{option}"), "0")?;
+    }
+    // One tracer, because an emulated machine starts it slowly.
+    let trace = Trace::start()?;
+    let mut closes = 0;
+    for v6 in [false, true] {
+        for (up, down) in [(0, 0), (70_000, 3), (1, 50_000)] {
+            let server = TcpListener::bind(loopback(v6))?;
+            let domain = Domain::for_address(loopback(v6));
+            let client = Socket::new(domain, Type::STREAM, None)?;
+            client.connect(&server.local_addr()?.into())?;
+            let local = client.local_addr()?.as_socket().context("no address")?;
+            let mut accepted = server.accept()?.0;
+            exchange(&client.try_clone()?.into(), &accepted, 100, 200)?;
+            let mut client: TcpStream = take_over(client)?.into();
+            exchange(&client, &accepted, up, down)?;
+            client.shutdown(Shutdown::Write)?;
+            ensure!(accepted.read(&mut [0])? == 0);
+            drop(accepted);
+            ensure!(client.read(&mut [0])? == 0);
+            drop(client);
+            // Of both clients, the server's end, and the listener.
+            let ends = [local, server.local_addr()?];
+            drop(server);
+            closes += 4;
+            trace.wait_closed(closes)?;
+            let events = trace.events();
+            let bytes = |address: SocketAddr| {
+                let ends = events.iter().filter(|e| e.is_close());
+                let ends = ends.filter(|e| e.socket.local == address);
+                ends.map(sent_and_received).collect::<Vec<_>>()
+            };
+            let mut both = ends.map(bytes).concat();
+            let of_server = (down + 200, up + 100);
+            let mut expected = [(100, 200), (up, down), of_server]
+                .map(|(sent, received)| (sent as u64, received as u64));
+            both.sort_unstable();
+            expected.sort_unstable();
+            ensure!(both == expected, "{up} {down}: {}", show(&events));
+        }
+    }
+    trace.finish_all().map(drop)
+}
+
+fn sent_and_received(event: &Event) -> (u64, u64) {
+    let Traffic {
+        tx_bytes, rx_bytes, ..
+    } = event.traffic;
+    (tx_bytes, rx_bytes)
+}
+
+/// Sends so many bytes each way, and receives them.
+fn exchange(client: &TcpStream, server: &TcpStream, up: usize, down: usize) -> anyhow::Result<()> {
+    for (bytes, mut from, mut to) in [(up, client, server), (down, server, client)] {
+        thread::scope(|scope| {
+            let sends = scope.spawn(move || from.write_all(&vec![7; bytes]));
+            to.read_exact(&mut vec![0; bytes])?;
+            sends.join().unwrap()
+        })?;
+    }
+    Ok(())
 }

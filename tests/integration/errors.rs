@@ -21,6 +21,7 @@ pub(crate) fn trials() -> Vec<Test> {
             connect_without_a_free_port,
             connect_with_addresses_in_use,
             listen_on_a_port_in_use,
+            listen_without_a_free_port,
             listener_that_was_a_connection,
             listener_that_is_shut_down,
         ],
@@ -121,6 +122,36 @@ fn listen_on_a_port_in_use() -> anyhow::Result<()> {
         let errors = [Some(Errno::EADDRINUSE as i32), None, None];
         let expected = errors.map(|error| (TcpState::Listen, error));
         ensure!(ends == expected, "{ends:?}");
+    }
+    Ok(())
+}
+
+/// The one port of the range is taken, so the listener never has any.
+fn listen_without_a_free_port() -> anyhow::Result<()> {
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40000")?;
+    for v6 in [false, true] {
+        let _first = Socket::new(Domain::for_address(loopback(v6)), Type::STREAM, None)?;
+        _first.listen(BACKLOG)?;
+        let trace = Trace::start()?;
+        let second = Socket::new(Domain::for_address(loopback(v6)), Type::STREAM, None)?;
+        ensure_failed(second.listen(BACKLOG), Errno::EADDRINUSE)?;
+        let events = trace.finish_in_order(1)?;
+        let changes: Vec<_> = events.iter().map(|event| &event.kind).collect();
+        let change = |from, to, error| EventKind::StateChange { from, to, error };
+        let expected = [
+            &change(TcpState::Close, TcpState::Listen, None),
+            &change(
+                TcpState::Listen,
+                TcpState::Close,
+                Some(Errno::EADDRINUSE as i32),
+            ),
+        ];
+        ensure!(changes == expected, "{}", show(&events));
+        ensure!(
+            events.iter().all(|event| event.socket.local.port() == 0),
+            "{}",
+            show(&events)
+        );
     }
     Ok(())
 }

@@ -1,8 +1,13 @@
 //! The states of a socket, at both ends of a connection, and with them everything else that its events tell.
 
-use std::{fs, net::SocketAddr, time::SystemTime};
+use std::{
+    fs,
+    net::{Shutdown, SocketAddr},
+    process,
+    time::SystemTime,
+};
 
-use anyhow::ensure;
+use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Moment},
     life::{
@@ -13,9 +18,10 @@ use integration_tests::{
     suite::{Test, skip},
     trace::{Trace, show},
 };
-use nix::errno::Errno;
+use nix::{errno::Errno, unistd::gettid};
+use socket2::{Domain, Socket, Type};
 use tcp_udp_trace::{
-    Event, EventKind,
+    Event, EventKind, Filter,
     TcpState::{
         self, Close, CloseWait, Closing, Established, FinWait1, FinWait2, Listen, SynRecv, SynSent,
     },
@@ -40,6 +46,8 @@ pub(crate) fn trials() -> Vec<Test> {
             simultaneous_close,
             simultaneous_open_with_itself,
             listen_and_its_end,
+            listen_without_bind_has_its_port,
+            listen_without_bind_passes_a_filter_of_its_port,
             mptcp_sockets_are_kept_out,
         ],
     ]
@@ -404,6 +412,88 @@ fn listen_and_its_end() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Its first event has the port that the kernel chose, and comes while it listens.
+fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
+    for domain in [Domain::IPV4, Domain::IPV6] {
+        let trace = Trace::start()?;
+        // Those of Multipath TCP have a socket of TCP below them.
+        for protocol in [None, Some(socket2::Protocol::MPTCP)] {
+            let Ok(socket) = Socket::new(domain, Type::STREAM, protocol) else {
+                continue;
+            };
+            // The second call changes nothing but the backlog.
+            socket.listen(1)?;
+            socket.listen(2)?;
+            let port = socket
+                .local_addr()?
+                .as_socket()
+                .context("no address")?
+                .port();
+            trace.wait_for("listener", |event| event.socket.local.port() == port)?;
+            // With another port, of another life.
+            socket.shutdown(Shutdown::Both)?;
+            trace.wait_for("end", |e| e.is_end() && e.socket.local.port() == port)?;
+            let events = trace.events();
+            let of_it = |event: &&Event| event.socket.local.port() == port;
+            let changes: Vec<_> = events.iter().filter(of_it).collect();
+            let [listens, ended] = changes[..] else {
+                bail!("{}", show(&events));
+            };
+            let change = |from, to| EventKind::StateChange {
+                from,
+                to,
+                error: None,
+            };
+            ensure!(listens.kind == change(Close, Listen), "{listens}");
+            ensure!(ended.kind == change(Listen, Close), "{ended}");
+            let process = listens.process.as_ref().context("no process")?;
+            ensure!(
+                process.pid == process::id() && process.tid == gettid().as_raw() as u32,
+                "{process:?}"
+            );
+            ensure!(listens.socket.id == ended.socket.id, "{ended:?}");
+        }
+        let events = trace.finish_all()?;
+        ensure!(
+            events.iter().all(|event| event.socket.local.port() != 0),
+            "{}",
+            show(&events)
+        );
+    }
+    Ok(())
+}
+
+/// The namespace has the one port that the filter names.
+fn listen_without_bind_passes_a_filter_of_its_port() -> anyhow::Result<()> {
+    fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40123 40123")?;
+    let trace = Trace::start_with(|builder| builder.filter(Filter::new().port(40123)))?;
+    for domain in [Domain::IPV4, Domain::IPV6] {
+        for _ in 0..2 {
+            Socket::new(domain, Type::STREAM, None)?.listen(1)?;
+        }
+    }
+    let events = trace.finish_in_order(4)?;
+    let changes: Vec<_> = events.iter().filter_map(state).collect();
+    let expected = [(Close, Listen), (Listen, Close)].repeat(4);
+    ensure!(changes == expected, "{}", show(&events));
+    ensure!(
+        events
+            .iter()
+            .all(|event| event.socket.local.port() == 40123),
+        "{}",
+        show(&events)
+    );
+    Ok(())
+}
+
+/// The states that an event is about.
+fn state(event: &Event) -> Option<(TcpState, TcpState)> {
+    match event.kind {
+        EventKind::StateChange { from, to, .. } => Some((from, to)),
+        _ => None,
+    }
+}
+
 /// A Multipath TCP connection is two kinds of socket with the same addresses. Only its TCP subflows are reported, each
 /// once.
 fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
@@ -436,13 +526,7 @@ fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
     );
     for events in &lives {
         let context = || show(events);
-        let changes: Vec<(TcpState, TcpState)> = events
-            .iter()
-            .filter_map(|event| match event.kind {
-                EventKind::StateChange { from, to, .. } => Some((from, to)),
-                _ => None,
-            })
-            .collect();
+        let changes: Vec<(TcpState, TcpState)> = events.iter().filter_map(state).collect();
         let is_continuous = changes.windows(2).all(|pair| pair[0].1 == pair[1].0);
         ensure!(
             is_continuous && changes.iter().all(|(from, to)| from != to),

@@ -34,7 +34,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, Udp, kind};
+use tcp_udp_trace_common::{Counters, FlowKey, Udp, hold, kind};
 
 use self::{
     btf::{ids, offsets},
@@ -201,6 +201,9 @@ impl Kernel {
                 .set(0, u32::MAX, 0)
                 .or_error(ErrorKind::Load, "cannot write to a map")?;
         }
+        let mut hold = take_map(&mut ebpf, "HOLD", Array::<_, u32>::try_from)?;
+        hold.set(0, held_listeners(&hooks), 0)
+            .or_error(ErrorKind::Load, "cannot write to a map")?;
         // Only now, because the hooks have seen every socket that was made in the meantime.
         let iters = iter::start(&mut ebpf, config);
         hooks.extend(iters.hooks);
@@ -350,6 +353,17 @@ pub(crate) fn check_btf(bytes: &[u8]) -> Result<(), Error> {
     let ids = ids::for_aya(&ids::find(&btf, targets));
     assert!(ids.is_ok(), "aya does not take what we made for it");
     offsets::resolve(&btf).map(|_| ())
+}
+
+/// Returns which listeners without a port a hook sees later: one of [`hold`].
+fn held_listeners(hooks: &[Hook]) -> u32 {
+    let mut listen = hooks.iter().filter(|hook| hook.signal == plan::LISTEN);
+    let programs = listen.next().map_or(&[][..], |hook| &hook.programs);
+    match programs.first() {
+        Some(program) if program.starts_with("kprobe:") => hold::ALL,
+        Some(_) => hold::OF_SYSTEM_CALL,
+        None => hold::NONE,
+    }
 }
 
 /// Returns whether the receive hook shows the local address of a datagram.

@@ -77,6 +77,9 @@ impl Choice {
     }
 }
 
+/// The signal whose hooks see the port that the kernel chooses for a listener.
+pub(super) const LISTEN: &str = "listen";
+
 use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, Kretprobe, RawTracepoint, Tracepoint};
 
 /// What `TcpTracer` attaches.
@@ -108,6 +111,11 @@ const TCP: &[Signal] = &[
     Signal { name: "connect_failed", required: false, slots: &[&[
         worse(&[("tcp_connect_kretprobe", Kretprobe("sys_connect"))], ONLY_CONNECT),
         worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], NO_KPROBE_CONNECT),
+    ]] },
+    // The kernel chooses a port after the change of the state.
+    Signal { name: LISTEN, required: false, slots: &[&[
+        best(&[("tcp_hash", Kprobe("inet_hash")), ("tcp_hash", Kprobe("inet6_hash"))]),
+        worse(&[("tcp_listen_exit", Tracepoint("syscalls", "sys_exit_listen"))], NO_KPROBE_LISTEN),
     ]] },
 ];
 
@@ -148,9 +156,9 @@ const UDP: &[Signal] = &[
                 ("udp_recvmsg4", Cgroup("recvmsg4")), ("udp_recvmsg6", Cgroup("recvmsg6"))], NO_KPROBE_RECEIVE),
     ]] },
     Signal { name: "connect", required: false, slots: &[&[
-        best(&[("udp_connect_exit", Tracepoint("syscalls", "sys_exit_connect")),
+        worse(&[("udp_connect_exit", Tracepoint("syscalls", "sys_exit_connect")),
                ("udp_connect4", Cgroup("connect4")), ("udp_connect6", Cgroup("connect6")),
-               ("udp_connect_uring", Tracepoint("io_uring", "io_uring_complete"))]),
+               ("udp_connect_uring", Tracepoint("io_uring", "io_uring_complete"))], ONLY_NATIVE),
         worse(&[("udp_connect_sys_exit", RawTracepoint("sys_exit")),
                 ("udp_connect4", Cgroup("connect4")), ("udp_connect6", Cgroup("connect6"))], SYS_EXIT),
     ]] },
@@ -167,6 +175,10 @@ const ONLY_CONNECT: &str = "failed connects by io_uring and of 32-bit programs a
      on preemptible kernels";
 const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little longer; failed connects by io_uring \
      and of 32-bit programs are not seen, and some are missed under load on preemptible kernels";
+const ONLY_NATIVE: &str =
+    "connects of 32-bit programs are not seen, nor are failed ones by io_uring";
+const NO_KPROBE_LISTEN: &str = "no kprobes: the first event of a listener without `bind` has no port if the listener is one of \
+     io_uring or of a 32-bit program";
 const SYS_EXIT: &str =
     "no tracefs: each system call of the machine costs about 20 ns more, and io_uring is not seen";
 
