@@ -211,6 +211,9 @@ macro_rules! builder {
             /// How many sockets are remembered at a time, from the beginning of their life to its
             /// end; at most 200 bytes of kernel memory each, taken at the start. 1 to 16,777,216,
             /// default [`DEFAULT_MAX_SOCKETS`].
+            ///
+            /// The last eighth is for users who have less than a 64th of them, so that no user can
+            /// take the room of others ([`Stats::untracked`](crate::Stats::untracked)).
             pub fn max_sockets(mut self, sockets: u32) -> Self {
                 self.config.max_sockets = sockets;
                 self
@@ -316,12 +319,13 @@ impl UdpTracerBuilder {
 
     /// How many flows are remembered at a time; beyond that the least recently used make room, to
     /// the [interval](Self::interval), after a last report
-    /// ([`Stats::flows_evicted`](crate::Stats::flows_evicted)). 1 to 16,777,216, default
+    /// ([`Stats::flows_evicted`](crate::Stats::flows_evicted)). They are flows of the user who has
+    /// the most, so no user can take the room of others. 1 to 16,777,216, default
     /// [`DEFAULT_MAX_FLOWS`].
     ///
     /// At most 200 bytes of kernel memory each, taken at the start, also for up to 16,384 more that
-    /// have just begun, and for up to 16,384 that the filter does not want. At most 600 bytes of
-    /// the process for each live flow, and 420 for each socket that has one, until they end.
+    /// have just begun, and for up to 16,384 that the filter does not want. At most 610 bytes of
+    /// the process for each live flow, and 480 for each socket that has one, until they end.
     pub fn max_flows(mut self, flows: u32) -> Self {
         self.config.max_flows = flows;
         self

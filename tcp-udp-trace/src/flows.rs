@@ -33,10 +33,14 @@ pub(crate) struct Flows {
     sockets: BTreeMap<u64, Socket>,
     /// The date of each flow that has one.
     due: BTreeSet<(Duration, FlowKey)>,
-    /// Every flow, in the order in which they were last found to have changed.
-    used: BTreeMap<u64, FlowKey>,
+    /// Every flow, by its user, and in the order in which they were last found to have changed.
+    used: BTreeMap<(u32, u64), FlowKey>,
     /// The highest number in `used`.
     uses: u64,
+    /// How many flows each user has.
+    users: BTreeMap<u32, u32>,
+    /// The same, the user with the most flows last.
+    by_flows: BTreeSet<(u32, u32)>,
     evicted: u64,
 }
 
@@ -58,7 +62,9 @@ struct Flow {
 struct Socket {
     /// The newest record of one of them.
     event: Box<Event>,
-    flows: usize,
+    /// Whose flows they are counted as. The event's may change.
+    user: u32,
+    flows: u32,
 }
 
 /// What a flow has carried so far.
@@ -105,6 +111,8 @@ impl Flows {
             due: BTreeSet::new(),
             used: BTreeMap::new(),
             uses: 0,
+            users: BTreeMap::new(),
+            by_flows: BTreeSet::new(),
             evicted: 0,
         }
     }
@@ -250,8 +258,10 @@ impl Flows {
         Self { evicted, ..self }
     }
 
-    /// Makes room for a new flow. The first one that has not changed since it was last looked at goes, in the order of their use. A flow
-    /// that has changed is in use; only if many are in a row, the first of them goes.
+    /// Makes room for a new flow: a flow of the user with the most flows goes, so no user can take
+    /// the room of others. It is the first one that has not changed since the reader last looked at
+    /// it, in the order of their use. A flow that has changed is in use. The first of them goes only
+    /// if many are in a row.
     fn evict(
         &mut self,
         map: &mut impl FlowMap,
@@ -259,7 +269,10 @@ impl Flows {
         emit: &mut impl FnMut(Event),
     ) {
         let mut looks = LOOKS;
-        while let Some((_, &key)) = self.used.first_key_value() {
+        let Some(&(_, user)) = self.by_flows.last() else {
+            return;
+        };
+        while let Some((_, &key)) = self.used.range((user, 0)..).next() {
             looks -= 1;
             let reported = self.flows.get(&key).map(|flow| flow.reported);
             let totals = reported.and_then(|reported| map.totals(&key, reported));
@@ -285,13 +298,25 @@ impl Flows {
             used: 0,
         };
         self.flows.insert(key, flow);
-        self.sockets
-            .entry(key.socket)
-            .or_insert_with(|| Socket {
-                event: Box::new(event.clone()),
-                flows: 0,
-            })
-            .flows += 1;
+        let socket = self.sockets.entry(key.socket).or_insert_with(|| Socket {
+            event: Box::new(event.clone()),
+            user: event.socket.uid,
+            flows: 0,
+        });
+        socket.flows += 1;
+        let user = socket.user;
+        self.count(user, |flows| flows + 1);
+    }
+
+    /// A user has more or fewer flows.
+    fn count(&mut self, user: u32, change: impl FnOnce(u32) -> u32) {
+        let before = self.users.remove(&user).unwrap_or_default();
+        self.by_flows.remove(&(before, user));
+        let now = change(before);
+        if now > 0 {
+            self.users.insert(user, now);
+            self.by_flows.insert((now, user));
+        }
     }
 
     /// The flow is being reported like this, and will be looked at one interval later.
@@ -314,11 +339,14 @@ impl Flows {
 
     /// The flow is the one most recently used.
     fn touch(&mut self, key: &FlowKey) {
+        let Some(socket) = self.sockets.get(&key.socket) else {
+            return;
+        };
         if let Some(flow) = self.flows.get_mut(key) {
-            self.used.remove(&flow.used);
+            self.used.remove(&(socket.user, flow.used));
             self.uses += 1;
             flow.used = self.uses;
-            self.used.insert(self.uses, *key);
+            self.used.insert((socket.user, self.uses), *key);
         }
     }
 
@@ -344,15 +372,17 @@ impl Flows {
         let Some(flow) = self.flows.remove(key) else {
             return;
         };
-        self.used.remove(&flow.used);
         if let Some(due) = flow.due {
             self.due.remove(&(due, *key));
         }
         if let Some(socket) = self.sockets.get_mut(&key.socket) {
+            let user = socket.user;
+            self.used.remove(&(user, flow.used));
             socket.flows -= 1;
             if socket.flows == 0 {
                 self.sockets.remove(&key.socket);
             }
+            self.count(user, |flows| flows - 1);
         }
     }
 

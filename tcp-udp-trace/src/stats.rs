@@ -32,20 +32,24 @@ pub struct Stats {
     pub rejected: u64,
     /// The counts above, for each kind of event.
     pub kinds: Fates,
-    /// Times that a hook found no room to remember a socket, because [`max_sockets`] others were. TCP: after the first, its events have no
-    /// owner, and each has an id of its own. UDP: it has no events until there is room.
+    /// Times that a hook found no room to remember a socket, because [`max_sockets`] others were,
+    /// or all but an eighth of them were and the socket's user had a 64th of them or more. TCP:
+    /// after the first, its events have no owner, and each has an id of its own. UDP: it has no
+    /// events until there is room.
     ///
     /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
     pub untracked: u64,
     /// State changes that no hook saw, noticed at the socket's next one. A missed close is reported
-    /// when the kernel frees the socket. A socket whose last change and end no hook saw is not counted.
+    /// when the kernel frees the socket. A close whose socket no hook saw freed either is not
+    /// reported, and counted only when another socket gets its address. So this is a lower bound.
     pub missed: u64,
     /// TCP sockets left out because they are neither IPv4 nor IPv6.
     pub unknown_family: u64,
     /// Processes of a filter's [trees](crate::Filter::pid_tree) that could not be remembered, because too many others were: their events are not
     /// reported, nor are their descendants'.
     pub untracked_processes: u64,
-    /// UDP flows that had to make room for others, because [`max_flows`] were remembered. Each has told its totals before
+    /// UDP flows that had to make room for others, because [`max_flows`] were remembered. They are
+    /// flows of the user who has the most at that time. Each has told its totals before
     /// ([`last`](crate::EventKind::Flow::last)).
     ///
     /// [`max_flows`]: crate::UdpTracerBuilder::max_flows

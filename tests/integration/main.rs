@@ -35,6 +35,7 @@ mod first_steps;
 mod lifecycle;
 mod namespace_filters;
 mod namespaces;
+mod neighbors;
 mod overflow;
 mod owner;
 mod privileges;
@@ -103,6 +104,7 @@ fn main() -> ExitCode {
         privileges::trials(),
         faults::trials(),
         exhaustion::trials(),
+        neighbors::trials(),
         samples::trials(),
         sampling::trials(),
         namespaces::trials(),
