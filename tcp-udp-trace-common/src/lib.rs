@@ -409,7 +409,9 @@ pub struct UdpTracked {
     pub unsent: u32,
     /// How many datagrams that have not been received yet may have come before the socket got its peer, so from anybody. At or below 0 (as a
     /// signed number): none.
-    pub strangers: u64,
+    pub strangers: u32,
+    /// See [`Tracked::user`].
+    pub user: u32,
     /// The owner.
     pub owner: Owner,
     /// The totals.
@@ -437,6 +439,10 @@ pub struct Tracked {
     pub syn: u8,
     /// The [generation](filter::generation) of the filter whose process trees its owner was found to be in: it stays so when the process has ended.
     pub kin: u16,
+    /// `sk_uid` when it was put into the map, which its room there is counted for.
+    pub user: u32,
+    /// Padding.
+    pub _pad: u32,
     /// Who called `connect` or `listen`, or had the socket open when the tracer started; of a listener's child, the listener's owner.
     pub creator: Owner,
     /// Who called `accept`, the owner from then on. In a place of its own, because another CPU may read the first while this is written:
@@ -568,7 +574,7 @@ const _: () = {
     assert!(size_of::<TcpSocket>() == 160);
     assert!(size_of::<StateChange>() == 184);
     assert!(size_of::<Tcp>() == 176);
-    assert!(size_of::<Tracked>() == 120);
+    assert!(size_of::<Tracked>() == 128);
     assert!(size_of::<Udp>() == 192);
     assert!(size_of::<Image>() == 176);
     assert!(size_of::<UdpTracked>() == 136);

@@ -21,6 +21,7 @@ mod filter;
 mod image;
 mod netns;
 mod owner;
+mod room;
 mod sock;
 mod syscall;
 mod tcp;

@@ -63,6 +63,7 @@ pub(crate) fn changed(
     if !socket.is_tcp() {
         return;
     }
+    let known = tracked.as_ref().map(|tracked| tracked.state);
     let family = socket.family();
     if family != AF_INET && family != AF_INET6 {
         if program == Program::First {
@@ -120,6 +121,13 @@ pub(crate) fn changed(
     let mut tracked = track::fresh(sk, to, syn, owner);
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
+    if let (true, Some(state)) = (begins, known) {
+        if state != CLOSE {
+            // No hook saw the close and the end of the socket that had this address before.
+            anomaly::missed();
+        }
+        track::end(sk);
+    }
     let is_remembered = begins && track::remember(sk, &tracked);
     if is_remembered && tracked.is_held() {
         return;

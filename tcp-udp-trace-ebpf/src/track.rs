@@ -2,15 +2,18 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_ANY, BPF_NOEXIST},
+    bindings::BPF_NOEXIST,
     helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns},
     macros::map,
     maps::{Array, HashMap, PerCpuArray},
 };
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
-use tcp_udp_trace_common::{Owner, Tracked, hold, older, origin, syn};
+use tcp_udp_trace_common::{Field, Owner, Tracked, hold, older, origin, syn};
 
-use crate::{anomaly, owner, sock::Sock};
+use crate::{
+    anomaly, owner, room,
+    sock::{Sock, Socket as _},
+};
 
 /// The sockets by address. Preallocated: a map that allocates makes Linux 5.10 warn under a raw tracepoint.
 /// Not LRU: that evicts live sockets long before it is full.
@@ -94,6 +97,8 @@ pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
         state,
         syn,
         kin: 0,
+        user: sk.get(Field::SkUid),
+        _pad: 0,
         creator,
         acceptor: owner::UNKNOWN,
     }
@@ -109,14 +114,29 @@ pub(crate) fn owner(tracked: &Tracked) -> &Owner {
     }
 }
 
-/// Remembers a socket, instead of any that had its address before. False if there is no room, which is counted.
+/// Remembers a socket whose address is not in the map. False if there is no room, which is counted.
 #[inline(always)]
 pub(crate) fn remember(sk: Sock, tracked: &Tracked) -> bool {
-    let remembered = SOCKETS.insert(sk.0, tracked, u64::from(BPF_ANY)).is_ok();
+    if !room::is_left(tracked.user) {
+        return false;
+    }
+    let remembered = insert(sk, tracked);
     if !remembered {
         anomaly::untracked();
     }
     remembered
+}
+
+/// Puts a socket into the map; false if there is no room, or it is there.
+#[inline(always)]
+fn insert(sk: Sock, tracked: &Tracked) -> bool {
+    let is_new = SOCKETS
+        .insert(sk.0, tracked, u64::from(BPF_NOEXIST))
+        .is_ok();
+    if is_new {
+        room::take(tracked.user);
+    }
+    is_new
 }
 
 /// What is known of a socket in this state; one that is older than the tracer is remembered from now on, unless there is no room,
@@ -127,8 +147,11 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
         return Some(tracked);
     }
     let fresh = fresh(sk, state, syn::UNKNOWN | met(), owner::UNKNOWN);
+    if !room::is_left(fresh.user) {
+        return None;
+    }
     // Two hooks may find it at the same time: the first makes its name.
-    let is_new = SOCKETS.insert(sk.0, fresh, u64::from(BPF_NOEXIST)).is_ok();
+    let is_new = insert(sk, &fresh);
     let tracked = get(sk);
     if !is_new && tracked.is_none() {
         anomaly::untracked();
@@ -136,11 +159,15 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     tracked
 }
 
-/// Forgets the socket.
+/// Forgets the socket, if it is known.
 #[inline(always)]
 pub(crate) fn end(sk: Sock) {
-    // An entry that is already gone is what this wants.
-    let _ = SOCKETS.remove(sk.0);
+    let Some(user) = get(sk).map(|tracked| tracked.user) else {
+        return;
+    };
+    if SOCKETS.remove(sk.0).is_ok() {
+        room::give_back(user);
+    }
 }
 
 /// A number that no other call gets.

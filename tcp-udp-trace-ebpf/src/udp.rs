@@ -27,7 +27,7 @@ use tcp_udp_trace_common::{
 use crate::{
     anomaly,
     emit::{self, Context, Weight},
-    filter, owner,
+    filter, owner, room,
     sock::{Sock, Socket, read, read_at},
     track,
 };
@@ -123,6 +123,7 @@ pub(crate) fn begin(
         is_refused: 0,
         unsent: 0,
         strangers: 0,
+        user: 0,
         owner,
         traffic: Traffic {
             tx_bytes: 0,
@@ -179,19 +180,36 @@ pub(crate) fn begin(
                 older::UNKNOWN << older::SHIFT
             };
         }
+        tracked.user = sk.get(Field::SkUid);
         let complete: &UdpTracked = tracked;
-        let is_ours = UDP_SOCKETS
-            .insert(key, complete, u64::from(BPF_NOEXIST))
-            .is_ok();
-        if !is_ours && get(key).is_none() {
-            // Nor has another CPU been first.
-            anomaly::untracked();
-        } else if is_ours && key != sk.0 {
-            let _ = UDP_SOCKETS.remove(sk.0);
+        if room::is_left(complete.user) {
+            let is_ours = UDP_SOCKETS
+                .insert(key, complete, u64::from(BPF_NOEXIST))
+                .is_ok();
+            if is_ours {
+                room::take(complete.user);
+                if key != sk.0 {
+                    forget(sk.0);
+                }
+            } else if get(key).is_none() {
+                // Nor has another CPU been first.
+                anomaly::untracked();
+            }
         }
     }
     let _ = UDP_SOCKETS.remove(draft);
     get(key)
+}
+
+/// Stops to track the socket of this key, if it is tracked.
+#[inline(always)]
+fn forget(key: u64) {
+    let Some(user) = get(key).map(|tracked| tracked.user) else {
+        return;
+    };
+    if UDP_SOCKETS.remove(key).is_ok() {
+        room::give_back(user);
+    }
 }
 
 /// Marks the name of an entry that is not complete yet; the rest is its id.
@@ -548,7 +566,7 @@ pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     };
     let sk = Sock::new(tracked.sk);
     report(ctx, kind::CLOSE, key, tracked, sk, drops(sk));
-    let _ = UDP_SOCKETS.remove(key);
+    forget(key);
 }
 
 /// How many datagrams found the receive buffer full.

@@ -81,6 +81,9 @@ macro_rules! builder {
             /// [`DEFAULT_MAX_SOCKETS`](crate::DEFAULT_MAX_SOCKETS).
             ///
             /// Each takes at most 200 bytes of kernel memory. The start allocates all of it.
+            ///
+            /// The last eighth is for users who have less than a 64th of them, so that no user can
+            /// take the room of others ([`Stats::untracked`](crate::Stats::untracked)).
             pub fn max_sockets(mut self, sockets: u32) -> Self {
                 self.config.max_sockets = sockets;
                 self
@@ -204,12 +207,13 @@ impl UdpTracerBuilder {
     ///
     /// Beyond that number, the least recently used flow makes room after a last report
     /// ([`Stats::flows_evicted`](crate::Stats::flows_evicted)). The order of use is exact to one
-    /// [interval](Self::interval).
+    /// [interval](Self::interval). It is a flow of the user who has the most, so no user can take
+    /// the room of others.
     ///
     /// Each flow takes at most 200 bytes of kernel memory. The start allocates all of it, with room
     /// for up to 16,384 flows that have just begun and up to 16,384 flows that the filter rejects.
-    /// In the process, each live flow takes at most 600 bytes, and each socket that has flows takes
-    /// 420, until they end.
+    /// In the process, each live flow takes at most 610 bytes, and each socket that has flows takes
+    /// 480, until they end.
     pub fn max_flows(mut self, flows: u32) -> Self {
         self.config.max_flows = flows;
         self

@@ -37,22 +37,24 @@ pub struct Stats {
     pub kernel_filtered: u64,
     /// The counters above, for each kind of event.
     pub kinds: EventCountsByKind,
-    /// Times that a hook found no room for a socket, because the tracer already remembered
-    /// [`max_sockets`]. TCP: after the first event, the socket's events have no owner, and each has
+    /// Times that a hook found no room for a socket: the tracer already remembered [`max_sockets`],
+    /// or it remembered seven eighths of them and the socket's user had a 64th or more. TCP: after the first event, the socket's events have no owner, and each has
     /// its own id. UDP: the socket has no events until there is room.
     ///
     /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
     pub untracked: u64,
     /// State changes that no hook saw. The next change of the socket shows them. If a close was
     /// missed, the tracer reports it when the kernel frees the socket. A socket whose last change
-    /// and end no hook saw is not counted.
+    /// and end no hook saw is counted only when another socket gets its address, so this is a lower
+    /// bound.
     pub missed: u64,
     /// TCP sockets that the tracer left out because they are neither IPv4 nor IPv6.
     pub unknown_family: u64,
     /// Processes of a filter's [trees](crate::Filter::pid_tree) for which there was no room. The
     /// tracer does not report their events, nor those of their descendants.
     pub untracked_processes: u64,
-    /// UDP flows that made room for others, because the tracer remembered [`max_flows`]. Each had
+    /// UDP flows that made room for others, because the tracer remembered [`max_flows`]. They are
+    /// flows of the user who had the most at that time. Each had
     /// its last report before ([`last`](crate::EventKind::Flow::last)).
     ///
     /// [`max_flows`]: crate::UdpTracerBuilder::max_flows

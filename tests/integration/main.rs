@@ -37,6 +37,7 @@ mod first_steps;
 mod lifecycle;
 mod namespace_filters;
 mod namespaces;
+mod neighbors;
 mod overflow;
 mod owner;
 mod privileges;
@@ -108,6 +109,7 @@ fn main() -> ExitCode {
         privileges::trials(),
         faults::trials(),
         exhaustion::trials(),
+        neighbors::trials(),
         samples::trials(),
         sampling::trials(),
         namespaces::trials(),

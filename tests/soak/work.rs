@@ -23,6 +23,8 @@ use tcp_udp_trace::{
     UdpTracer, UdpTracerBuilder,
 };
 
+use crate::interrupted::Unclosed;
+
 /// How many connections or datagrams an actor makes before it looks at the clock.
 const CONNECTIONS: u32 = 200;
 const DATAGRAMS: u64 = 50_000;
@@ -157,6 +159,7 @@ pub(crate) struct Counted {
     pub(crate) closes: u64,
     pub(crate) tx: u64,
     pub(crate) rx: u64,
+    pub(crate) unclosed: Unclosed,
     pub(crate) stats: Stats,
 }
 
@@ -212,7 +215,13 @@ where
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     paused = Instant::now();
                 }
-                if event.socket.netns != netns || !event.is_end() || is_other(&event) {
+                if event.socket.netns != netns {
+                    continue;
+                }
+                if is_of_connection(&event) {
+                    counted.unclosed.see(&event);
+                }
+                if !event.is_end() || is_other(&event) {
                     continue;
                 }
                 counted.closes += 1;
@@ -224,6 +233,14 @@ where
         })
     });
     Ok((thread, started.recv().context("the tracer did not start")?))
+}
+
+/// Whether a TCP socket that does not listen has changed its state.
+fn is_of_connection(event: &Event) -> bool {
+    let EventKind::StateChange { from, to, .. } = event.kind else {
+        return false;
+    };
+    from != TcpState::Listen && to != TcpState::Listen
 }
 
 /// Whether it is the end of something that nobody counts: the listener, and a child that was never established.

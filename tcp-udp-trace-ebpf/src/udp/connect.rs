@@ -64,10 +64,10 @@ fn ended(ctx: Context, key: u64, result: i64) {
 
 /// How many datagrams wait to be received, or more.
 #[inline(always)]
-pub(crate) fn queued(sk: Sock) -> u64 {
+pub(crate) fn queued(sk: Sock) -> u32 {
     // Datagrams move from the first queue to the second. In this order, one that moves meanwhile is counted twice, and none is missed.
-    let waiting = u64::from(sk.get::<u32>(Field::ReceiveQueued));
-    waiting + u64::from(sk.get::<u32>(Field::ReaderQueued))
+    let waiting = sk.get::<u32>(Field::ReceiveQueued);
+    waiting.wrapping_add(sk.get(Field::ReaderQueued))
 }
 
 /// The current process returns from `connect`.

@@ -188,6 +188,6 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
 fn take_stranger(tracked: &mut UdpTracked) {
     // SAFETY: a pointer into a map's value; atomic, because several threads may receive at once.
     unsafe {
-        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(&raw mut tracked.strangers, u64::MAX);
+        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(&raw mut tracked.strangers, u32::MAX);
     }
 }

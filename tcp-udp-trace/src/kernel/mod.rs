@@ -161,6 +161,7 @@ impl Kernel {
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
             .override_global("WAKE_SHIFT", &wake_shift, buffer == Buffer::Ring)
+            .override_global("MAX_SOCKETS", &config.max_sockets, true)
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &has_listened, true)

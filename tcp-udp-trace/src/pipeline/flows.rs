@@ -37,10 +37,19 @@ pub(crate) struct Flows {
     sockets: BTreeMap<u64, Socket>,
     /// The time of the next lookup of each flow that has one.
     due: BTreeSet<(Duration, FlowKey)>,
+<<<<<<< HEAD:tcp-udp-trace/src/pipeline/flows.rs
     /// Every flow, in the order in which a lookup or a record last showed a change.
     used: BTreeMap<u64, FlowKey>,
+=======
+    /// Every flow, by its user, and in the order in which they were last found to have changed.
+    used: BTreeMap<(u32, u64), FlowKey>,
+>>>>>>> s5-c:tcp-udp-trace/src/flows.rs
     /// The highest number in `used`.
     uses: u64,
+    /// How many flows each user has.
+    users: BTreeMap<u32, u32>,
+    /// The same, the user with the most flows last.
+    by_flows: BTreeSet<(u32, u32)>,
     evicted: u64,
 }
 
@@ -62,7 +71,9 @@ struct Flow {
 struct Socket {
     /// The newest record of one of its flows.
     event: Box<Event>,
-    flows: usize,
+    /// Whose flows they are counted as. The event's may change.
+    user: u32,
+    flows: u32,
 }
 
 /// The traffic of a flow so far.
@@ -110,6 +121,8 @@ impl Flows {
             due: BTreeSet::new(),
             used: BTreeMap::new(),
             uses: 0,
+            users: BTreeMap::new(),
+            by_flows: BTreeSet::new(),
             evicted: 0,
         }
     }
@@ -255,18 +268,34 @@ impl Flows {
         Self { evicted, ..self }
     }
 
+<<<<<<< HEAD:tcp-udp-trace/src/pipeline/flows.rs
     /// Makes room for a new flow. In the order of use, the first flow that has not changed since
     /// its last lookup is removed. A flow that has changed is in use. If [`ATTEMPTS`] flows in a
     /// row are in use, the first of them is removed.
+=======
+    /// Makes room for a new flow: a flow of the user with the most flows goes, so no user can take
+    /// the room of others. It is the first one that has not changed since the reader last looked at
+    /// it, in the order of their use. A flow that has changed is in use. The first of them goes only
+    /// if many are in a row.
+>>>>>>> s5-c:tcp-udp-trace/src/flows.rs
     fn evict(
         &mut self,
         map: &mut impl FlowMap,
         mut stamp: impl FnMut(&mut Event),
         emit: &mut impl FnMut(Event),
     ) {
+<<<<<<< HEAD:tcp-udp-trace/src/pipeline/flows.rs
         let mut attempts = ATTEMPTS;
         while let Some((_, &key)) = self.used.first_key_value() {
             attempts -= 1;
+=======
+        let mut looks = LOOKS;
+        let Some(&(_, user)) = self.by_flows.last() else {
+            return;
+        };
+        while let Some((_, &key)) = self.used.range((user, 0)..).next() {
+            looks -= 1;
+>>>>>>> s5-c:tcp-udp-trace/src/flows.rs
             let reported = self.flows.get(&key).map(|flow| flow.reported);
             let totals = reported.and_then(|reported| map.totals(&key, reported));
             let is_used = totals.is_some_and(|totals| reported != Some(totals.traffic));
@@ -291,13 +320,25 @@ impl Flows {
             used: 0,
         };
         self.flows.insert(key, flow);
-        self.sockets
-            .entry(key.socket)
-            .or_insert_with(|| Socket {
-                event: Box::new(event.clone()),
-                flows: 0,
-            })
-            .flows += 1;
+        let socket = self.sockets.entry(key.socket).or_insert_with(|| Socket {
+            event: Box::new(event.clone()),
+            user: event.socket.uid,
+            flows: 0,
+        });
+        socket.flows += 1;
+        let user = socket.user;
+        self.count(user, |flows| flows + 1);
+    }
+
+    /// A user has more or fewer flows.
+    fn count(&mut self, user: u32, change: impl FnOnce(u32) -> u32) {
+        let before = self.users.remove(&user).unwrap_or_default();
+        self.by_flows.remove(&(before, user));
+        let now = change(before);
+        if now > 0 {
+            self.users.insert(user, now);
+            self.by_flows.insert((now, user));
+        }
     }
 
     /// Records a report of the flow, and schedules its next lookup one interval later.
@@ -320,11 +361,14 @@ impl Flows {
 
     /// Makes the flow the most recently used one.
     fn touch(&mut self, key: &FlowKey) {
+        let Some(socket) = self.sockets.get(&key.socket) else {
+            return;
+        };
         if let Some(flow) = self.flows.get_mut(key) {
-            self.used.remove(&flow.used);
+            self.used.remove(&(socket.user, flow.used));
             self.uses += 1;
             flow.used = self.uses;
-            self.used.insert(self.uses, *key);
+            self.used.insert((socket.user, self.uses), *key);
         }
     }
 
@@ -350,15 +394,17 @@ impl Flows {
         let Some(flow) = self.flows.remove(key) else {
             return;
         };
-        self.used.remove(&flow.used);
         if let Some(due) = flow.due {
             self.due.remove(&(due, *key));
         }
         if let Some(socket) = self.sockets.get_mut(&key.socket) {
+            let user = socket.user;
+            self.used.remove(&(user, flow.used));
             socket.flows -= 1;
             if socket.flows == 0 {
                 self.sockets.remove(&key.socket);
             }
+            self.count(user, |flows| flows - 1);
         }
     }
 

@@ -95,6 +95,8 @@ impl Scene {
             last: false,
         };
         event.socket.id = key.socket;
+        // Each hundred sockets belong to another user.
+        event.socket.uid = u32::try_from(key.socket / 100).expect("a user");
         event.socket.remote = decode::peer(&key).expect("an address");
         event.traffic = totals.traffic;
         event
@@ -178,6 +180,25 @@ fn the_least_recently_used_makes_room_with_its_last_totals() {
     assert_eq!(scene.flows.evicted(), 2);
     assert_eq!(scene.close(1), [(3, 2, true)]);
     assert_eq!(scene.close(2).len(), 2);
+}
+
+#[test]
+fn the_user_with_the_most_flows_makes_room() {
+    let mut scene = Scene::new(4);
+    for (socket, port) in [(100, 1), (1, 2), (1, 3), (1, 4)] {
+        scene.send(key(socket, port), 1);
+    }
+    scene.take();
+    for (socket, port, makes_room) in [(1, 5, 2), (100, 6, 3), (100, 7, 1)] {
+        scene.send(key(socket, port), 1);
+        assert_eq!(scene.take(), [(makes_room, 1, true), (port, 1, false)]);
+    }
+    assert_eq!(scene.close(1).len(), 2);
+    assert_eq!(scene.close(100).len(), 2);
+    assert_eq!(
+        (scene.flows.users.len(), scene.flows.by_flows.len()),
+        (0, 0)
+    );
 }
 
 #[test]
@@ -343,8 +364,10 @@ fn a_flow_takes_no_more_memory_than_is_said() {
     let tree = |entry: usize| entry * 2 + 16;
     let flow = tree(size_of::<(FlowKey, Flow)>())
         + tree(size_of::<(Duration, FlowKey)>())
-        + tree(size_of::<(u64, FlowKey)>());
-    assert!(flow <= 600, "{flow}");
-    let socket = tree(size_of::<(u64, Socket)>()) + size_of::<Event>();
-    assert!(socket <= 420, "{socket}");
+        + tree(size_of::<((u32, u64), FlowKey)>());
+    assert!(flow <= 610, "{flow}");
+    // Each may be of another user.
+    let user = 2 * tree(size_of::<(u32, u32)>());
+    let socket = tree(size_of::<(u64, Socket)>()) + size_of::<Event>() + user;
+    assert!(socket <= 480, "{socket}");
 }
