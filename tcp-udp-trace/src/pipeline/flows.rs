@@ -37,13 +37,8 @@ pub(crate) struct Flows {
     sockets: BTreeMap<u64, Socket>,
     /// The time of the next lookup of each flow that has one.
     due: BTreeSet<(Duration, FlowKey)>,
-<<<<<<< HEAD:tcp-udp-trace/src/pipeline/flows.rs
-    /// Every flow, in the order in which a lookup or a record last showed a change.
-    used: BTreeMap<u64, FlowKey>,
-=======
-    /// Every flow, by its user, and in the order in which they were last found to have changed.
+    /// Every flow, by its user, and in the order in which a lookup or a record last showed a change.
     used: BTreeMap<(u32, u64), FlowKey>,
->>>>>>> s5-c:tcp-udp-trace/src/flows.rs
     /// The highest number in `used`.
     uses: u64,
     /// How many flows each user has.
@@ -268,34 +263,22 @@ impl Flows {
         Self { evicted, ..self }
     }
 
-<<<<<<< HEAD:tcp-udp-trace/src/pipeline/flows.rs
-    /// Makes room for a new flow. In the order of use, the first flow that has not changed since
-    /// its last lookup is removed. A flow that has changed is in use. If [`ATTEMPTS`] flows in a
-    /// row are in use, the first of them is removed.
-=======
-    /// Makes room for a new flow: a flow of the user with the most flows goes, so no user can take
-    /// the room of others. It is the first one that has not changed since the reader last looked at
-    /// it, in the order of their use. A flow that has changed is in use. The first of them goes only
-    /// if many are in a row.
->>>>>>> s5-c:tcp-udp-trace/src/flows.rs
+    /// Makes room for a new flow: removes a flow of the user who has the most, so that no user can
+    /// take the room of others. In the order of use, it is the first flow that has not changed
+    /// since its last lookup. A flow that has changed is in use. If [`ATTEMPTS`] flows in a row are
+    /// in use, the first of them is removed.
     fn evict(
         &mut self,
         map: &mut impl FlowMap,
         mut stamp: impl FnMut(&mut Event),
         emit: &mut impl FnMut(Event),
     ) {
-<<<<<<< HEAD:tcp-udp-trace/src/pipeline/flows.rs
         let mut attempts = ATTEMPTS;
-        while let Some((_, &key)) = self.used.first_key_value() {
-            attempts -= 1;
-=======
-        let mut looks = LOOKS;
         let Some(&(_, user)) = self.by_flows.last() else {
             return;
         };
         while let Some((_, &key)) = self.used.range((user, 0)..).next() {
-            looks -= 1;
->>>>>>> s5-c:tcp-udp-trace/src/flows.rs
+            attempts -= 1;
             let reported = self.flows.get(&key).map(|flow| flow.reported);
             let totals = reported.and_then(|reported| map.totals(&key, reported));
             let is_used = totals.is_some_and(|totals| reported != Some(totals.traffic));
