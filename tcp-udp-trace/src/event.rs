@@ -7,7 +7,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::{info::SampleInfo, process::Process, tcp_state::TcpState};
+use crate::{
+    info::SampleInfo,
+    process::{Process, User},
+    tcp_state::TcpState,
+};
 
 /// Something that happened to a socket of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,6 +32,16 @@ pub struct Event {
     pub kind: EventKind,
     /// The process that owns the socket; `None` when it is not known, never a guess.
     pub process: Option<Process>,
+    /// The last process that was seen using the socket, in its own context. `None` while that is the
+    /// owner, and where it is not known.
+    ///
+    /// TCP: the last process that accepted a connection, for a listener and for a connection that
+    /// waits to be accepted. UDP: the last process that connected the socket, sent
+    /// or received. A process that sends by `io_uring`, `sendfile` or `splice`, or as a 32-bit
+    /// program, is seen only when it receives. Of processes that use a socket by turns, hundreds of
+    /// times a second, it is one of those of the last 10 ms.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub user: Option<User>,
     /// The socket.
     pub socket: Socket,
     /// What the socket has carried so far.
@@ -270,6 +284,7 @@ impl Event {
             uptime,
             kind,
             process: None,
+            user: None,
             socket,
             traffic: Traffic::default(),
         }
@@ -347,6 +362,7 @@ impl fmt::Display for Event {
             time,
             kind,
             process,
+            user,
             socket,
             traffic,
             ..
@@ -359,6 +375,9 @@ impl fmt::Display for Event {
         match process {
             Some(Process { pid, comm, .. }) => write!(f, "{comm}[{pid}]")?,
             None => f.write_str("-")?,
+        }
+        if let Some(User { pid, comm, .. }) = user {
+            write!(f, " used by {comm}[{pid}]")?;
         }
         let Traffic {
             tx_bytes,

@@ -16,7 +16,7 @@ use std::{
 
 use tcp_udp_trace_common::{FlowKey, Peer};
 
-use crate::{Event, EventKind, Traffic, decode};
+use crate::{Event, EventKind, Traffic, User, decode};
 
 /// How many flows are looked at, at most, to find one that makes room.
 const LOOKS: usize = 8;
@@ -69,15 +69,17 @@ pub(crate) struct Totals {
     pub(crate) approximate: bool,
     /// The local address, if it is known now.
     pub(crate) local: Option<[u32; 4]>,
+    /// The last process that was seen using the socket, the owner or another one.
+    pub(crate) user: Option<User>,
 }
 
 /// What the kernel's map knows of flows.
 pub(crate) trait FlowMap {
-    /// The totals of a flow; `None` if it is not there. If they are no others than those `known`, there will be a record of the
+    /// The totals of a flow, and the user of its socket, if that has this cookie; `None` if the flow is not there. If they are no others than those `known`, there will be a record of the
     /// next datagram.
-    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals>;
+    fn totals(&self, flow: &FlowKey, cookie: Option<u64>, known: Traffic) -> Option<Totals>;
     /// The last totals of a flow that has ended, or must make room.
-    fn take(&mut self, flow: &FlowKey) -> Option<Totals>;
+    fn take(&mut self, flow: &FlowKey, cookie: Option<u64>) -> Option<Totals>;
 }
 
 /// The lowest key that a flow of this socket may have.
@@ -178,7 +180,7 @@ impl Flows {
             };
             flow.due = None;
             let (born, reported) = (flow.born, flow.reported);
-            match map.totals(&key, reported) {
+            match map.totals(&key, self.cookie(&key), reported) {
                 Some(totals) if totals.traffic != reported => {
                     let Some(event) = self.event(&key, totals, false, &mut stamp) else {
                         continue;
@@ -235,7 +237,7 @@ impl Flows {
         mut emit: impl FnMut(Event),
     ) {
         for (key, flow) in &self.flows {
-            let totals = map.totals(key, flow.reported);
+            let totals = map.totals(key, self.cookie(key), flow.reported);
             let changed = totals.filter(|totals| totals.traffic != flow.reported);
             if let Some(event) =
                 changed.and_then(|totals| self.event(key, totals, false, &mut stamp))
@@ -262,7 +264,8 @@ impl Flows {
         while let Some((_, &key)) = self.used.first_key_value() {
             looks -= 1;
             let reported = self.flows.get(&key).map(|flow| flow.reported);
-            let totals = reported.and_then(|reported| map.totals(&key, reported));
+            let totals =
+                reported.and_then(|reported| map.totals(&key, self.cookie(&key), reported));
             let is_used = totals.is_some_and(|totals| reported != Some(totals.traffic));
             if is_used && looks > 0 {
                 self.touch(&key);
@@ -330,12 +333,12 @@ impl Flows {
         stamp: impl FnMut(&mut Event),
         emit: &mut impl FnMut(Event),
     ) {
-        let totals = map.take(key).or_else(|| {
+        let totals = map.take(key, self.cookie(key)).or_else(|| {
             let traffic = self.flows.get(key)?.reported;
             Some(Totals {
                 traffic,
                 approximate: true,
-                local: None,
+                ..Totals::default()
             })
         });
         if let Some(event) = totals.and_then(|totals| self.event(key, totals, true, stamp)) {
@@ -356,6 +359,11 @@ impl Flows {
         }
     }
 
+    /// The cookie of a flow's socket.
+    fn cookie(&self, key: &FlowKey) -> Option<u64> {
+        self.sockets.get(&key.socket)?.event.socket.cookie
+    }
+
     /// A report of the flow, with the time that `stamp` gives it.
     fn event(
         &self,
@@ -372,6 +380,8 @@ impl Flows {
         event.socket.local = local.unwrap_or(flow.local);
         event.socket.remote = decode::peer(key)?;
         event.traffic = totals.traffic;
+        let owner = event.process.as_ref().map(|process| process.pid);
+        event.user = totals.user.filter(|user| Some(user.pid) != owner);
         event.kind = EventKind::Flow {
             approximate: totals.approximate,
             age: event.uptime.saturating_sub(flow.born),

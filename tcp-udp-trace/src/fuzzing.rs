@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     Comm, Event, EventKind, Filter, LossStage, Origin, Process, ProcessDetails, Protocol,
-    SampleInfo,
+    SampleInfo, User,
     decode::{Malformed, decode},
     enrich,
     escape::{Escaped, is_deceptive, unescape},
@@ -107,15 +107,25 @@ fn a_process(comm: Comm, cmdline: &[u8]) -> Process {
         uid: 1,
         comm,
         origin: Origin::Creator,
+        cgroup: Some(1),
         started: Duration::ZERO,
         details: Some(details.into()),
     }
 }
 
 fn an_event(kind: EventKind, process: Option<Process>) -> Event {
+    let user = process.as_ref().map(|process| User {
+        pid: 2,
+        tid: 3,
+        uid: 1,
+        comm: process.comm,
+        cgroup: None,
+        started: Duration::ZERO,
+    });
     Event {
         kind,
         process,
+        user,
         ..Event::gap(
             1,
             LossStage::Ring,

@@ -319,7 +319,7 @@ pub use crate::{
     hook::Hook,
     info::{SampleInfo, TcpInfo, UdpInfo},
     kind::{Fate, Fates, Kind, UnknownKind},
-    process::{Origin, Process, ProcessDetails},
+    process::{Origin, Process, ProcessDetails, User},
     stats::Stats,
     tcp_state::TcpState,
     tracer::{TcpTracer, TracerHandle, UdpTracer},

@@ -22,6 +22,13 @@ pub struct Process {
     pub comm: Comm,
     /// How the owner is known.
     pub origin: Origin,
+    /// The cgroup that the process was in then: the id of its directory in cgroup v2 (its inode
+    /// number). `None` where the kernel does not tell it.
+    ///
+    /// [`Socket::cgroup`](crate::Socket::cgroup) is that of the socket. With socket activation, that
+    /// is the cgroup of the service manager.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub cgroup: Option<u64>,
     /// When the process was made, on the clock of [`Event::uptime`](crate::Event::uptime). Its pid may be another's one day; pid and this together never are.
     #[cfg_attr(
         feature = "serde",
@@ -35,6 +42,30 @@ pub struct Process {
         serde(default, skip_serializing_if = "Option::is_none")
     )]
     pub details: Option<Arc<ProcessDetails>>,
+}
+
+/// The last process that was seen using a socket which another process owns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct User {
+    /// Process id, as in [`Process::pid`].
+    pub pid: u32,
+    /// The thread that was seen first since another process used the socket.
+    pub tid: u32,
+    /// The real user id of the process then.
+    pub uid: u32,
+    /// The process's name then.
+    pub comm: Comm,
+    /// The cgroup that the process was in then, as in [`Process::cgroup`].
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub cgroup: Option<u64>,
+    /// When the process was made, as in [`Process::started`].
+    #[cfg_attr(
+        feature = "serde",
+        serde(rename = "started_ns", with = "crate::json::nanos", default)
+    )]
+    pub started: Duration,
 }
 
 /// The program that a process ran when it became the owner of a socket, or when it was looked up.

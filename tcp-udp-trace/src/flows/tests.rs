@@ -12,11 +12,11 @@ const SECOND: Duration = Duration::from_secs(1);
 struct Map(BTreeMap<FlowKey, (Totals, Duration)>);
 
 impl FlowMap for Map {
-    fn totals(&self, flow: &FlowKey, _known: Traffic) -> Option<Totals> {
+    fn totals(&self, flow: &FlowKey, _: Option<u64>, _known: Traffic) -> Option<Totals> {
         self.0.get(flow).map(|&(totals, _)| totals)
     }
 
-    fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
+    fn take(&mut self, flow: &FlowKey, _: Option<u64>) -> Option<Totals> {
         self.0.remove(flow).map(|(totals, _)| totals)
     }
 }

@@ -22,6 +22,7 @@ use std::{
     io,
     os::fd::{AsFd as _, AsRawFd as _},
     thread,
+    time::{Duration, UNIX_EPOCH},
 };
 
 pub(crate) use self::{ring::Ring, walk::SampleScope};
@@ -44,6 +45,7 @@ use crate::{
     builder::{Config, LATE_SHARE},
     decode,
     flows::{FlowMap, Totals},
+    time::{BootClock, namespace_offset},
 };
 
 /// The eBPF objects of this architecture, as `cargo xtask ebpf` made them: with a ring buffer, and with perf buffers.
@@ -94,6 +96,8 @@ pub(crate) struct Kernel {
     log: Option<EbpfLogger<&'static dyn Log>>,
     /// The last answer of the kernel, which it gives only while the programs are loaded.
     recursion_misses: Option<u64>,
+    /// Of this process's time namespace.
+    pub(crate) time_offset: i64,
 }
 
 impl Kernel {
@@ -220,6 +224,10 @@ impl Kernel {
                 filters,
                 log,
                 recursion_misses: None,
+                // The file tells the namespace of the children, which is that of a process that was started in its own.
+                time_offset: namespace_offset(
+                    &fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
+                ),
             },
             ring,
         ))
@@ -260,11 +268,18 @@ impl Kernel {
     }
 
     /// Asks for the totals of a flow.
-    fn ask_flow(&self, flow: &FlowKey, known: Traffic, forget: bool) -> Option<Totals> {
+    fn ask_flow(
+        &self,
+        flow: &FlowKey,
+        cookie: Option<u64>,
+        known: Traffic,
+        forget: bool,
+    ) -> Option<Totals> {
         let mut query = FlowQuery::new_zeroed();
         query.key = *flow;
         query.known.tx_packets = known.tx_packets;
         query.known.rx_packets = known.rx_packets;
+        query.socket = cookie.unwrap_or(0);
         query.forget = u64::from(forget);
         let question = query;
         let mut options = TestRunOptions::new();
@@ -272,10 +287,13 @@ impl Kernel {
         options.data_out = Some(query.as_mut_bytes());
         let program: &SchedClassifier = self.ebpf.program(ASK_FLOW)?.try_into().ok()?;
         let answer = program.test_run(options).ok()?;
+        // The wall clock does not matter here.
+        let clock = BootClock::new(UNIX_EPOCH, Duration::ZERO).with_offset(self.time_offset);
         (answer.return_value == 1).then(|| Totals {
             traffic: decode::traffic(query.traffic),
             approximate: query.approximate != 0,
             local: Some(query.local),
+            user: decode::user(&query.user, None, clock),
         })
     }
 
@@ -390,12 +408,12 @@ fn tells_local(hooks: &[Hook]) -> bool {
 }
 
 impl FlowMap for Kernel {
-    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals> {
-        self.ask_flow(flow, known, false)
+    fn totals(&self, flow: &FlowKey, cookie: Option<u64>, known: Traffic) -> Option<Totals> {
+        self.ask_flow(flow, cookie, known, false)
     }
 
-    fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
-        self.ask_flow(flow, Traffic::default(), true)
+    fn take(&mut self, flow: &FlowKey, cookie: Option<u64>) -> Option<Totals> {
+        self.ask_flow(flow, cookie, Traffic::default(), true)
     }
 }
 

@@ -1,7 +1,6 @@
 //! What is in the kernel, as the reader sees it: records, due totals, losses.
 
 use std::{
-    fs,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -18,7 +17,7 @@ use crate::{
     kernel::{Kernel, Ring},
     kind::Counts,
     samples::Samples,
-    time::{BootClock, namespace_offset},
+    time::BootClock,
 };
 
 /// How many records are taken in one go, between two chances for other tasks to run.
@@ -38,8 +37,6 @@ pub(super) struct Attached {
     samples: Arc<Samples>,
     filter: Filter,
     images: Option<Images>,
-    /// Of this process's time namespace.
-    time_offset: i64,
 }
 
 impl Attached {
@@ -64,10 +61,6 @@ impl Attached {
             samples,
             filter,
             images,
-            // The file tells the namespace of the children, which is that of a process that was started in its own.
-            time_offset: namespace_offset(
-                &fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
-            ),
         }
     }
 
@@ -129,7 +122,7 @@ impl Attached {
 
     /// Moves up to [`BATCH`] records to `batch`: how many, and how many of them are samples. Fewer means that the ring is empty.
     pub(super) fn read(&mut self, batch: &mut Vec<Event>) -> (usize, u64) {
-        let clock = clock().with_offset(self.time_offset);
+        let clock = clock().with_offset(self.kernel.time_offset);
         let Self {
             kernel,
             ring,
@@ -190,7 +183,11 @@ impl Attached {
                         shows_flows = !kernel.wants(&event)
                             && flows.any(flow.socket, |event| kernel.wants(event));
                         let stamp = stamp(event.time, event.uptime);
-                        flows.close(flow.socket, kernel, stamp, |event| batch.push(event));
+                        // The programs have forgotten the socket.
+                        flows.close(flow.socket, kernel, stamp, |flow| {
+                            let user = event.user;
+                            batch.push(Event { user, ..flow });
+                        });
                         batch.push(event);
                     }
                     _ => batch.push(event),
