@@ -230,8 +230,8 @@ pub(crate) fn used(
     Some(tracked)
 }
 
-/// How often the user of a socket may change in one tick of the kernel's clock (1 to 10 ms): to find
-/// out about a process takes longer than all the rest that a datagram costs.
+/// How often the user of a socket may change in one tick of the kernel's clock (1 to 10 ms), unless
+/// each datagram is a record: to find out about a process takes longer than to count a datagram.
 const MAX_USER_CHANGES: u32 = 8;
 
 /// The process of this pid, the current one, uses the socket; see [`owner::set_user`].
@@ -247,7 +247,7 @@ fn set_user(tracked: &mut UdpTracked, pid: u32, sent_by: u64) {
         tracked.user_changes = 0;
     }
     tracked.user_changes += 1;
-    if tracked.user_changes <= MAX_USER_CHANGES {
+    if tracked.user_changes <= MAX_USER_CHANGES || PER_DATAGRAM.load() != 0 {
         owner::set_user(&mut tracked.user, tracked.owner.pid, sent_by);
     }
 }

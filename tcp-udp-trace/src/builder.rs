@@ -192,7 +192,7 @@ macro_rules! builder {
                 self
             }
 
-            /// The size of the buffer between kernel and reader; one event takes at most 200 bytes.
+            /// The size of the buffer between kernel and reader; one event takes at most 256 bytes.
             /// 4,096 to 1,073,741,824, rounded up to a power of two, default
             /// [`DEFAULT_RING_BYTES`].
             ///
@@ -201,15 +201,15 @@ macro_rules! builder {
             /// UDP sockets. Beside a ring buffer there is another one a quarter as large, for
             /// nothing but the ends of sockets that find the first one full. They come a little
             /// late, in their place. So while the reader does not run, no flood of other events
-            /// costs the end of a socket, until so many sockets have ended: with the default 4,096
-            /// of TCP, or 3,932 of UDP.
+            /// costs the end of a socket, until so many sockets have ended: with the default 3,171
+            /// of TCP, or 3,072 of UDP.
             pub fn ring_bytes(mut self, bytes: u32) -> Self {
                 self.config.ring_bytes = bytes;
                 self
             }
 
             /// How many sockets are remembered at a time, from the beginning of their life to its
-            /// end; at most 200 bytes of kernel memory each, taken at the start. 1 to 16,777,216,
+            /// end; at most 280 bytes of kernel memory each, taken at the start. 1 to 16,777,216,
             /// default [`DEFAULT_MAX_SOCKETS`].
             pub fn max_sockets(mut self, sockets: u32) -> Self {
                 self.config.max_sockets = sockets;
@@ -321,7 +321,7 @@ impl UdpTracerBuilder {
     ///
     /// At most 200 bytes of kernel memory each, taken at the start, also for up to 16,384 more that
     /// have just begun, and for up to 16,384 that the filter does not want. At most 600 bytes of
-    /// the process for each live flow, and 420 for each socket that has one, until they end.
+    /// the process for each live flow, and 500 for each socket that has one, until they end.
     pub fn max_flows(mut self, flows: u32) -> Self {
         self.config.max_flows = flows;
         self
@@ -340,7 +340,7 @@ mod tests {
         const HEADER: usize = 8;
         let record = size_of::<StateChange>() + HEADER;
         let events = DEFAULT_RING_BYTES as usize / 4 * 3 / record;
-        assert_eq!(events / 100 * 100, 8_100);
+        assert_eq!(events / 100 * 100, 6_300);
     }
 
     #[test]

@@ -36,10 +36,11 @@ pub struct Event {
     /// owner, and where it is not known.
     ///
     /// TCP: the last process that accepted a connection, for a listener and for a connection that
-    /// waits to be accepted. UDP: the last process that connected the socket, sent
-    /// or received. A process that sends by `io_uring`, `sendfile` or `splice`, or as a 32-bit
-    /// program, is seen only when it receives. Of processes that use a socket by turns, hundreds of
-    /// times a second, it is one of those of the last 10 ms.
+    /// waits to be accepted. UDP: the last process that connected the socket, sent or received. A
+    /// process that sends by `io_uring`, `sendfile` or `splice`, or as a 32-bit program, is seen only
+    /// when it receives. If the user changes more than 8 times in one tick of the kernel's clock (1
+    /// to 10 ms), it is one of the processes that use the socket by turns, and not always the last,
+    /// unless [`per_datagram`](crate::UdpTracerBuilder::per_datagram) is set.
     #[cfg_attr(feature = "serde", serde(default))]
     pub user: Option<User>,
     /// The socket.
@@ -355,7 +356,7 @@ impl Event {
     }
 }
 
-/// One line: time, protocol, addresses, what happened, owner, traffic.
+/// One line: time, protocol, addresses, what happened, owner, user, traffic.
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {

@@ -189,7 +189,7 @@
 //! The kernel never waits for the consumer. Events wait in the queue, up to
 //! [`queue`](TcpTracerBuilder::queue) of them. While the queue is full, records stay in the buffer
 //! between kernel and reader, [`ring_bytes`](TcpTracerBuilder::ring_bytes) large: by default another
-//! 8,100 TCP events. Nothing is lost until three quarters of that buffer are filled. Only then the
+//! 6,300 TCP events. Nothing is lost until three quarters of that buffer are filled. Only then the
 //! oldest events in the queue are shed (or the newest, [`overflow`](TcpTracerBuilder::overflow)),
 //! lifecycle events last. One [`Lost`](EventKind::Lost) stands in their place:
 //!
