@@ -108,8 +108,9 @@ pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) -> u32 {
     if pid != owner {
         let leader = leader(task);
         user.uid = read(read(task, Field::Cred), Field::CredUid);
-        read_into(&mut user.comm, leader, Field::Comm);
-        read_into(&mut user.started, leader, Field::Started);
+        // Not `read_into`: its call of `memset` would be one more frame on the stack.
+        user.comm = read(leader, Field::Comm);
+        user.started = read(leader, Field::Started);
         user.cgroup = cgroup(task);
     }
     finish_user(user, User::thread(pid, read(task, Field::Tid)));
