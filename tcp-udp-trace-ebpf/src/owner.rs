@@ -5,12 +5,12 @@ use aya_ebpf::helpers::{
     generated::{bpf_get_current_cgroup_id, bpf_get_current_task},
 };
 use core::sync::atomic::{Ordering, compiler_fence};
-use tcp_udp_trace_common::{Field, Owner, User, origin};
+use tcp_udp_trace_common::{ABSENT, Field, Owner, User, origin};
 
 use crate::{
     emit::Context,
     image,
-    sock::{Sock, cgroup_id, read, read_into},
+    sock::{Sock, cgroup_id, offset, read, read_at, read_into},
     syscall,
 };
 
@@ -108,8 +108,11 @@ pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) -> u32 {
     if pid != owner {
         let leader = leader(task);
         user.uid = read(read(task, Field::Cred), Field::CredUid);
-        // Not `read_into`: its call of `memset` would be one more frame on the stack.
-        user.comm = read(leader, Field::Comm);
+        // Not `read`: to return zeros it calls `memset`, which is one more frame on the stack.
+        let comm = offset(Field::Comm);
+        if comm != ABSENT {
+            user.comm = read_at(leader + u64::from(comm));
+        }
         user.started = read(leader, Field::Started);
         user.cgroup = cgroup(task);
     }
