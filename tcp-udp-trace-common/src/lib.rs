@@ -147,6 +147,68 @@ pub struct Owner {
     pub comm: [u64; 2],
     /// When the process was made: `CLOCK_BOOTTIME`, nanoseconds. With the pid, names it for good.
     pub started: u64,
+    /// Id of its cgroup (v2), 0 when unknown.
+    pub cgroup: u64,
+}
+
+/// The last process that was seen using a socket.
+///
+/// Programs of several CPUs may write it at the same time, and others may read it meanwhile.
+/// [`check`](Self::check) proves that all of it is of one process.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct User {
+    /// Process id above thread id, in one word, which is written as a whole. 0 for none. If it is the
+    /// owner's process, the other fields mean nothing.
+    pub thread: u64,
+    /// User id.
+    pub uid: u32,
+    /// The [`checksum`](Self::checksum) of the other fields.
+    pub check: u32,
+    /// See [`Owner::comm`].
+    pub comm: [u64; 2],
+    /// See [`Owner::started`].
+    pub started: u64,
+    /// See [`Owner::cgroup`].
+    pub cgroup: u64,
+}
+
+impl User {
+    /// No process.
+    pub const NONE: Self = Self {
+        thread: 0,
+        uid: 0,
+        check: 0,
+        comm: [0; 2],
+        started: 0,
+        cgroup: 0,
+    };
+
+    /// Puts a process id and a thread id into one word.
+    #[inline(always)]
+    pub const fn thread(pid: u32, tid: u32) -> u64 {
+        (pid as u64) << 32 | tid as u64
+    }
+
+    /// Process id.
+    #[inline(always)]
+    pub const fn pid(&self) -> u32 {
+        (self.thread >> 32) as u32
+    }
+
+    /// The checksum of all fields but [`check`](Self::check).
+    #[inline(always)]
+    pub const fn checksum(&self) -> u32 {
+        /// Odd, so that no bit of a sum gets lost: 2⁶⁴ divided by the golden ratio.
+        const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+        let mut sum = self.thread.wrapping_mul(FACTOR);
+        sum = (sum ^ sum >> 32 ^ self.uid as u64).wrapping_mul(FACTOR);
+        sum = (sum ^ sum >> 32 ^ self.comm[0]).wrapping_mul(FACTOR);
+        sum = (sum ^ sum >> 32 ^ self.comm[1]).wrapping_mul(FACTOR);
+        sum = (sum ^ sum >> 32 ^ self.started).wrapping_mul(FACTOR);
+        sum = (sum ^ sum >> 32 ^ self.cgroup).wrapping_mul(FACTOR);
+        (sum >> 32) as u32
+    }
 }
 
 /// A TCP socket as a record shows it.
@@ -177,6 +239,9 @@ pub struct TcpSocket {
     pub netns: u32,
     /// The owner.
     pub owner: Owner,
+    /// The last process seen using it: of a listener, and of a connection that waits to be accepted,
+    /// the last process that accepted a connection of the listener.
+    pub user: User,
     /// Local address, network byte order; IPv4 in the first word.
     pub local: [u32; 4],
     /// Remote address, network byte order; IPv4 in the first word.
@@ -317,6 +382,10 @@ pub struct FlowQuery {
     pub approximate: u32,
     /// Padding.
     pub _pad: u32,
+    /// The key of the flow's socket, see [`Udp::key`]; 0 if it is not known.
+    pub socket: u64,
+    /// The answer: see [`UdpTracked::user`].
+    pub user: User,
     /// Not 0 if the flow has ended and shall be forgotten.
     pub forget: u64,
 }
@@ -356,6 +425,8 @@ pub struct Udp {
     pub amount: u64,
     /// The owner.
     pub owner: Owner,
+    /// See [`UdpTracked::user`].
+    pub user: User,
     /// `sk_uid`.
     pub uid: u32,
     /// Inode of the network namespace.
@@ -410,10 +481,16 @@ pub struct UdpTracked {
     /// How many datagrams that have not been received yet may have come before the socket got its peer, so from anybody. At or below 0 (as a
     /// signed number): none.
     pub strangers: u32,
-    /// See [`Tracked::user`].
-    pub user: u32,
+    /// See [`Tracked::room_uid`].
+    pub room_uid: u32,
     /// The owner.
     pub owner: Owner,
+    /// The last process seen connecting it, sending or receiving; the owner at first.
+    pub user: User,
+    /// The tick of the kernel's clock in which the user last changed, modulo 2³².
+    pub user_tick: u32,
+    /// How often it changed in that tick.
+    pub user_changes: u32,
     /// The totals.
     pub traffic: Traffic,
 }
@@ -440,9 +517,11 @@ pub struct Tracked {
     /// The [generation](filter::generation) of the filter whose process trees its owner was found to be in: it stays so when the process has ended.
     pub kin: u16,
     /// `sk_uid` when it was put into the map, which its room there is counted for.
-    pub user: u32,
+    pub room_uid: u32,
     /// Padding.
     pub _pad: u32,
+    /// Of a child of a listener, the listener's id; of a listener, its own; else 0.
+    pub listener: u64,
     /// Who called `connect` or `listen`, or had the socket open when the tracer started; of a listener's child, the listener's owner.
     pub creator: Owner,
     /// Who called `accept`, the owner from then on. In a place of its own, because another CPU may read the first while this is written:
@@ -570,15 +649,16 @@ pub struct Counters {
 // The layouts are the contract: a change here is a change of both sides.
 const _: () = {
     assert!(size_of::<Head>() == 16);
-    assert!(size_of::<Owner>() == 40);
-    assert!(size_of::<TcpSocket>() == 160);
-    assert!(size_of::<StateChange>() == 184);
-    assert!(size_of::<Tcp>() == 176);
-    assert!(size_of::<Tracked>() == 128);
-    assert!(size_of::<Udp>() == 192);
+    assert!(size_of::<Owner>() == 48);
+    assert!(size_of::<User>() == 48);
+    assert!(size_of::<TcpSocket>() == 216);
+    assert!(size_of::<StateChange>() == 240);
+    assert!(size_of::<Tcp>() == 232);
+    assert!(size_of::<Tracked>() == 152);
+    assert!(size_of::<Udp>() == 248);
     assert!(size_of::<Image>() == 176);
-    assert!(size_of::<UdpTracked>() == 136);
+    assert!(size_of::<UdpTracked>() == 200);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<Flow>() == 72);
-    assert!(size_of::<FlowQuery>() == 160);
+    assert!(size_of::<FlowQuery>() == 216);
 };

@@ -37,7 +37,6 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         // The peer reset it while it waited: its life is over, and its end was reported.
         return;
     }
-    let owner = owner::current(ctx, origin::ACCEPTOR);
     let mut fresh;
     let tracked = if let Some(tracked) = track::adopt(sk, state) {
         if !is_acceptable(tracked) {
@@ -47,15 +46,19 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
             // Its handshake is older than the tracer, but it is one that this side has not begun.
             tracked.syn |= syn::NOT_COUNTED;
         }
-        owner::settle(&mut tracked.acceptor, owner);
-        // The one before may have been of another tree.
-        tracked.kin = 0;
         tracked
     } else {
         // There is no room to remember it.
-        fresh = track::fresh(sk, state, syn::NOT_COUNTED | track::met(), owner);
+        let syn = syn::NOT_COUNTED | track::met();
+        fresh = track::fresh(sk, state, syn, owner::UNKNOWN);
         &mut fresh
     };
+    owner::settle_current(ctx, &mut tracked.acceptor, origin::ACCEPTOR);
+    // The owner before may have been of another tree.
+    tracked.kin = 0;
+    if tracked.listener != 0 {
+        track::set_user(&tracked.listener, &tracked.acceptor);
+    }
     if !filter::wants_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
         return;
     }

@@ -1,12 +1,18 @@
 //! A task as the owner of a socket. Only hooks that run in the owner's own system call may ask for the current one.
 
 use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_get_current_uid_gid, generated::bpf_get_current_task,
+    bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+    generated::{bpf_get_current_cgroup_id, bpf_get_current_task},
 };
 use core::sync::atomic::{Ordering, compiler_fence};
-use tcp_udp_trace_common::{Field, Owner, origin};
+use tcp_udp_trace_common::{ABSENT, Field, Owner, User, origin};
 
-use crate::{emit::Context, image, sock::read};
+use crate::{
+    emit::Context,
+    image,
+    sock::{Sock, cgroup_id, offset, read, read_at, read_into},
+    syscall,
+};
 
 /// An owner that is not known.
 pub(crate) const UNKNOWN: Owner = Owner {
@@ -17,32 +23,44 @@ pub(crate) const UNKNOWN: Owner = Owner {
     exec: 0,
     comm: [0; 2],
     started: 0,
+    cgroup: 0,
 };
 
 /// `PF_WQ_WORKER`: a thread of the kernel that does what others have left to it.
 const WORKER: u32 = 0x20;
+/// `PF_KTHREAD`: a thread of the kernel.
+const KERNEL_THREAD: u32 = 0x20_0000;
 
-/// The current process as the owner of a socket; none if it is a worker of the kernel, which works
-/// on behalf of some process. Writes what it runs, if that is wanted and new.
+/// The current process as the owner of a socket, see [`settle_current`].
 #[inline(always)]
 pub(crate) fn current(ctx: Context, origin: u16) -> Owner {
-    let pid_tgid = bpf_get_current_pid_tgid();
+    let mut owner = UNKNOWN;
+    settle_current(ctx, &mut owner, origin);
+    owner
+}
+
+/// Lets the current process be the owner of what nobody owned, unless it is a worker of the kernel,
+/// which works on behalf of some process. Writes what it runs, if that is wanted and new.
+///
+/// Others may read it meanwhile, see [`settle`].
+#[inline(always)]
+pub(crate) fn settle_current(ctx: Context, place: &mut Owner, origin: u16) {
     let task = current_task();
     if read::<u32>(task, Field::TaskFlags) & WORKER != 0 {
-        return UNKNOWN;
+        return;
     }
+    let pid_tgid = bpf_get_current_pid_tgid();
     let leader = leader(task);
-    let owner = Owner {
-        pid: (pid_tgid >> 32) as u32,
-        tid: pid_tgid as u32,
-        uid: bpf_get_current_uid_gid() as u32,
-        origin,
-        exec: image::exec(leader),
-        comm: read(leader, Field::Comm),
-        started: read(leader, Field::Started),
-    };
-    image::note(ctx, &owner);
-    owner
+    place.pid = (pid_tgid >> 32) as u32;
+    place.tid = pid_tgid as u32;
+    place.uid = bpf_get_current_uid_gid() as u32;
+    place.exec = image::exec(leader);
+    read_into(&mut place.comm, leader, Field::Comm);
+    read_into(&mut place.started, leader, Field::Started);
+    // SAFETY: the helper takes nothing and cannot fail.
+    place.cgroup = unsafe { bpf_get_current_cgroup_id() };
+    image::note(ctx, place);
+    set_origin(place, origin);
 }
 
 /// The process of another task. Which of its threads, is not known.
@@ -58,7 +76,73 @@ pub(crate) fn of_task(task: u64, origin: u16) -> Owner {
         exec: image::exec(leader),
         comm: read(leader, Field::Comm),
         started: read(leader, Field::Started),
+        cgroup: cgroup(task),
     }
+}
+
+/// The id of the cgroup (v2) of a task.
+#[inline(always)]
+fn cgroup(task: u64) -> u64 {
+    cgroup_id(read(read(task, Field::TaskCgroups), Field::CssSetCgroup))
+}
+
+/// The pid of the current process, also where no helper returns it.
+#[inline(always)]
+pub(crate) fn current_tgid() -> u32 {
+    read(current_task(), Field::Tgid)
+}
+
+/// Makes the current process the user of a socket, unless it is a thread of the kernel. If `sent_by`
+/// is not 0, only if it is sending through this `struct sock`: the kernel may be passing on
+/// another process's packet.
+// Not inlined: it has a stack of its own, and stands once in the programs that call it.
+#[inline(never)]
+pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) -> u32 {
+    let task = current_task();
+    if read::<u32>(task, Field::TaskFlags) & (WORKER | KERNEL_THREAD) != 0
+        || sent_by != 0 && !is_sending(sent_by)
+    {
+        return 0;
+    }
+    let pid = read(task, Field::Tgid);
+    if pid != owner {
+        let leader = leader(task);
+        user.uid = read(read(task, Field::Cred), Field::CredUid);
+        // Not `read`: to return zeros it calls `memset`, which is one more frame on the stack.
+        let comm = offset(Field::Comm);
+        if comm != ABSENT {
+            user.comm = read_at(leader + u64::from(comm));
+        }
+        user.started = read(leader, Field::Started);
+        user.cgroup = cgroup(task);
+    }
+    finish_user(user, User::thread(pid, read(task, Field::Tid)));
+    1
+}
+
+/// Makes the owner of a socket the user of another one.
+#[inline(always)]
+pub(crate) fn set_user_to(user: &mut User, owner: &Owner) {
+    user.uid = owner.uid;
+    user.comm = owner.comm;
+    user.started = owner.started;
+    user.cgroup = owner.cgroup;
+    finish_user(user, User::thread(owner.pid, owner.tid));
+}
+
+#[inline(always)]
+fn finish_user(user: &mut User, thread: u64) {
+    user.thread = thread;
+    user.check = user.checksum();
+}
+
+/// Whether the current process is in a system call that sends, and whose first argument is a
+/// descriptor of this socket.
+#[inline(always)]
+fn is_sending(sk: u64) -> bool {
+    syscall::registers_of_any(syscall::SENDS)
+        .and_then(|regs| Sock::of_descriptor(i64::from(syscall::arguments(regs)[0] as i32)))
+        .is_some_and(|found| found.0 == sk)
 }
 
 /// Lets somebody be the owner of what nobody owned. Others may read it meanwhile: its origin, which tells that it is known, comes last.
@@ -70,10 +154,16 @@ pub(crate) fn settle(place: &mut Owner, owner: Owner) {
     place.exec = owner.exec;
     place.comm = owner.comm;
     place.started = owner.started;
+    place.cgroup = owner.cgroup;
+    set_origin(place, owner.origin);
+}
+
+#[inline(always)]
+fn set_origin(place: &mut Owner, origin: u16) {
     // SAFETY: a valid pointer. Volatile after a fence, for the compiler to keep the order.
     unsafe {
         compiler_fence(Ordering::Release);
-        (&raw mut place.origin).write_volatile(owner.origin);
+        (&raw mut place.origin).write_volatile(origin);
     }
 }
 

@@ -204,6 +204,7 @@ pub(crate) trait Socket: Copy {
         self.get_into(&mut to.device, Field::Device);
         to.error = 0;
         to.rx_bytes = self.rx_bytes(received);
+        track::copy_user(tracked, &mut to.user);
     }
 }
 
@@ -301,6 +302,12 @@ impl Socket for TcpSock {
     }
 }
 
+/// The id of the cgroup (v2) at this address.
+#[inline(always)]
+pub(crate) fn cgroup_id(cgroup: u64) -> u64 {
+    read(read::<u64>(cgroup, Field::CgroupNode), Field::CgroupNodeId)
+}
+
 impl Sock {
     pub(crate) const fn new(address: u64) -> Self {
         Self(address)
@@ -376,7 +383,7 @@ impl Sock {
         if cgroup == 0 || cgroup & 1 == 1 {
             return 0;
         }
-        read(read::<u64>(cgroup, Field::CgroupNode), Field::CgroupNodeId)
+        cgroup_id(cgroup)
     }
 
     /// The listener that this socket was just cloned from, if it can be told.

@@ -28,6 +28,8 @@ mod arch {
     pub(crate) const ACCEPT: Number = 43;
     pub(crate) const LISTEN: Number = 50;
     pub(crate) const ACCEPT4: Number = 288;
+    /// `write`, `writev`, `sendto`, `sendmsg`, `sendmmsg`.
+    pub(crate) const SENDS: &[Number] = &[1, 20, 44, 46, 307];
 }
 
 /// As in `asm-generic/unistd.h`.
@@ -42,9 +44,11 @@ mod arch {
     pub(crate) const ACCEPT: Number = 202;
     pub(crate) const LISTEN: Number = 201;
     pub(crate) const ACCEPT4: Number = 242;
+    /// `write`, `writev`, `sendto`, `sendmsg`, `sendmmsg`.
+    pub(crate) const SENDS: &[Number] = &[64, 66, 206, 211, 269];
 }
 
-pub(crate) use arch::{ACCEPT, ACCEPT4, CONNECT, LISTEN};
+pub(crate) use arch::{ACCEPT, ACCEPT4, CONNECT, LISTEN, SENDS};
 
 /// The number of the system call that a task with these registers (`struct pt_regs`) is in.
 #[inline(always)]
@@ -56,15 +60,21 @@ pub(crate) fn number(regs: u64) -> arch::Number {
 /// that they are where they were looked for.
 #[inline(always)]
 pub(crate) fn registers(of: arch::Number) -> Option<u64> {
+    registers_of_any(&[of])
+}
+
+/// The same for a system call of one of these numbers.
+#[inline(always)]
+pub(crate) fn registers_of_any(of: &[arch::Number]) -> Option<u64> {
     if REGISTERS.load() == 0 {
         return None;
     }
     let stack = read::<u64>(owner::current_task(), Field::TaskStack);
     let [first, second] = arch::PADDINGS.map(|padding| stack + REGISTERS.load() - padding);
-    if number(first) == of {
+    if of.contains(&number(first)) {
         return Some(first);
     }
-    (second != first && number(second) == of).then_some(second)
+    (second != first && of.contains(&number(second))).then_some(second)
 }
 
 /// The first three arguments of the system call that a task with these registers is in.

@@ -71,6 +71,7 @@ pub(crate) fn changed(
         }
         return;
     }
+    let mut listener = 0;
     let (syn, owner) = match (from, to) {
         (CLOSE, SYN_SENT) => {
             let owner = match owner_of_connection(sk, socket) {
@@ -86,7 +87,13 @@ pub(crate) fn changed(
                 owner::current(ctx, origin::CREATOR),
             )
         }
-        (LISTEN, SYN_RECV) => (syn::NOT_COUNTED, owner_of_listener(sk)),
+        (LISTEN, SYN_RECV) => match listener_of(sk) {
+            Some(found) => {
+                listener = found.id;
+                (syn::NOT_COUNTED, found.creator)
+            }
+            None => (syn::NOT_COUNTED, owner::UNKNOWN),
+        },
         _ => {
             // One that is not known is older than the tracer.
             let tracked = match tracked {
@@ -119,6 +126,9 @@ pub(crate) fn changed(
         }
     };
     let mut tracked = track::fresh(sk, to, syn, owner);
+    if listener != 0 {
+        tracked.listener = listener;
+    }
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if let (true, Some(state)) = (begins, known) {
@@ -201,9 +211,9 @@ pub(crate) fn connected(ctx: Context, result: i64) {
     {
         return;
     }
-    let owner = owner::current(ctx, origin::CREATOR);
     // It is not remembered: if the socket connects later, that is another life.
-    let mut tracked = track::fresh(sk, CLOSE, syn::COUNTED, owner);
+    let mut tracked = track::fresh(sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
+    owner::settle_current(ctx, &mut tracked.creator, origin::CREATOR);
     let ends = connect.ends();
     if !filter::wants_connect(sk, &mut tracked, &ends) {
         return;
@@ -291,18 +301,13 @@ pub(crate) fn happened(ctx: Context, kind: u32, sk: Sock) {
     }
 }
 
-/// The owner of a listener's child: until somebody accepts it, it is the listener's.
+/// The listener of a child, whose owner the child has until a process accepts it.
 #[inline(always)]
-fn owner_of_listener(child: Sock) -> Owner {
-    if let Some(listener) = child.listener() {
-        if let Some(found) = track::get(listener) {
-            // Proves that the address is a listener's, and on the child's port.
-            if found.state == LISTEN && listener.bound_port() == child.bound_port() {
-                return found.creator;
-            }
-        }
-    }
-    owner::UNKNOWN
+fn listener_of(child: Sock) -> Option<&'static Tracked> {
+    let listener = child.listener()?;
+    let found = track::get(listener)?;
+    // Proves that the address is a listener's, and on the child's port.
+    (found.state == LISTEN && listener.bound_port() == child.bound_port()).then_some(found)
 }
 
 /// The owner of the connection of Multipath TCP that a subflow joins: that of its first subflow.

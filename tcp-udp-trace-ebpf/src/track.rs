@@ -5,20 +5,28 @@ use aya_ebpf::{
     bindings::BPF_NOEXIST,
     helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns},
     macros::map,
-    maps::{Array, HashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
-use tcp_udp_trace_common::{Field, Owner, Tracked, hold, older, origin, syn};
+use tcp_udp_trace_common::{Field, Owner, Tracked, User, hold, older, origin, syn};
 
 use crate::{
     anomaly, owner, room,
     sock::{Sock, Socket as _},
+    tcp::LISTEN,
 };
 
 /// The sockets by address. Preallocated: a map that allocates makes Linux 5.10 warn under a raw tracepoint.
 /// Not LRU: that evicts live sockets long before it is full.
 #[map]
 static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, 0);
+
+/// Of listeners, by their ids, the last process that accepted a connection.
+#[map]
+static ACCEPTING: LruHashMap<u64, User> = LruHashMap::with_max_entries(4096, 0);
+
+/// In the programs' memory: on the stack it would take too much.
+static NO_USER: User = User::NONE;
 
 /// Not 0 while the programs are being detached, one after the other: then what is remembered may be of a socket whose end, and another
 /// one's beginning at that address, no program has seen.
@@ -87,8 +95,9 @@ pub(crate) fn met() -> u8 {
 #[inline(always)]
 pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
     let (netns, netns_cookie) = sk.netns();
+    let id = ticket();
     Tracked {
-        id: ticket(),
+        id,
         // SAFETY: the helper takes nothing and cannot fail.
         born: unsafe { bpf_ktime_get_boot_ns() },
         cgroup: sk.cgroup(),
@@ -97,8 +106,9 @@ pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
         state,
         syn,
         kin: 0,
-        user: sk.get(Field::SkUid),
+        room_uid: sk.get(Field::SkUid),
         _pad: 0,
+        listener: if state == LISTEN { id } else { 0 },
         creator,
         acceptor: owner::UNKNOWN,
     }
@@ -114,10 +124,42 @@ pub(crate) fn owner(tracked: &Tracked) -> &Owner {
     }
 }
 
+/// Makes the process that has accepted a connection the user of its listener.
+// Not inlined: the verifier would follow each way to the end of an accept.
+#[inline(never)]
+pub(crate) fn set_user(listener: &u64, owner: &Owner) -> u32 {
+    let mut found = ACCEPTING.get_ptr_mut(listener);
+    if found.is_none() {
+        // Another CPU may be first.
+        let _ = ACCEPTING.insert(listener, &NO_USER, u64::from(BPF_NOEXIST));
+        found = ACCEPTING.get_ptr_mut(listener);
+    }
+    // SAFETY: a valid pointer into the map, which is preallocated. Whether another CPU writes to it at the
+    // same time, shows in its checksum.
+    if let Some(user) = found.and_then(|user| unsafe { user.as_mut() }) {
+        if user.pid() != owner.pid {
+            owner::set_user_to(user, owner);
+        }
+    }
+    0
+}
+
+/// Copies who uses the socket, if it is a listener or waits to be accepted.
+#[inline(always)]
+pub(crate) fn copy_user(tracked: &Tracked, to: &mut User) {
+    let found = if tracked.listener != 0 && tracked.acceptor.origin == origin::NONE {
+        // SAFETY: the map is preallocated; for a copy made during a write see above.
+        unsafe { ACCEPTING.get(&tracked.listener) }
+    } else {
+        None
+    };
+    *to = *found.unwrap_or(&NO_USER);
+}
+
 /// Remembers a socket whose address is not in the map. False if there is no room, which is counted.
 #[inline(always)]
 pub(crate) fn remember(sk: Sock, tracked: &Tracked) -> bool {
-    if !room::is_left(tracked.user) {
+    if !room::is_left(tracked.room_uid) {
         return false;
     }
     let remembered = insert(sk, tracked);
@@ -134,7 +176,7 @@ fn insert(sk: Sock, tracked: &Tracked) -> bool {
         .insert(sk.0, tracked, u64::from(BPF_NOEXIST))
         .is_ok();
     if is_new {
-        room::take(tracked.user);
+        room::take(tracked.room_uid);
     }
     is_new
 }
@@ -147,7 +189,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
         return Some(tracked);
     }
     let fresh = fresh(sk, state, syn::UNKNOWN | met(), owner::UNKNOWN);
-    if !room::is_left(fresh.user) {
+    if !room::is_left(fresh.room_uid) {
         return None;
     }
     // Two hooks may find it at the same time: the first makes its name.
@@ -162,7 +204,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
 /// Forgets the socket, if it is known.
 #[inline(always)]
 pub(crate) fn end(sk: Sock) {
-    let Some(user) = get(sk).map(|tracked| tracked.user) else {
+    let Some(user) = get(sk).map(|tracked| tracked.room_uid) else {
         return;
     };
     if SOCKETS.remove(sk.0).is_ok() {

@@ -15,13 +15,13 @@ use core::{
 use aya_ebpf::{
     Global,
     bindings::BPF_NOEXIST,
-    helpers::bpf_ktime_get_boot_ns,
+    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, generated::bpf_jiffies64},
     macros::map,
     maps::{Array, HashMap},
 };
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Field, FlowKey, Owner, Peer, Traffic, Udp, UdpTracked, kind, mark, older,
-    origin, report,
+    AF_INET, AF_INET6, Field, FlowKey, Owner, Peer, Traffic, Udp, UdpTracked, User, kind, mark,
+    older, origin, report,
 };
 
 use crate::{
@@ -108,38 +108,18 @@ pub(crate) fn begin(
 ) -> Option<&'static mut UdpTracked> {
     let id = track::ticket();
     let draft = DRAFT | id;
-    let fresh = UdpTracked {
-        sk: 0,
-        id,
-        born: now(),
-        cgroup: 0,
-        netns_cookie: 0,
-        netns: 0,
-        approximate: 0,
-        flows: 0,
-        kin: 0,
-        unassigned: 0,
-        is_translated: 0,
-        is_refused: 0,
-        unsent: 0,
-        strangers: 0,
-        user: 0,
-        owner,
-        traffic: Traffic {
-            tx_bytes: 0,
-            rx_bytes: 0,
-            tx_packets: 0,
-            rx_packets: 0,
-        },
-    };
     if UDP_SOCKETS
-        .insert(draft, fresh, u64::from(BPF_NOEXIST))
+        .insert(draft, &NOTHING_KNOWN, u64::from(BPF_NOEXIST))
         .is_err()
     {
         anomaly::untracked();
         return None;
     }
     let tracked = get(draft)?;
+    tracked.id = id;
+    tracked.born = now();
+    tracked.owner = owner;
+    tracked.user.thread = User::thread(owner.pid, owner.tid);
     // SAFETY: a valid pointer into the map. Volatile, for the compiler not to keep the typed pointer.
     let sk = unsafe {
         (&raw mut tracked.sk)
@@ -171,6 +151,7 @@ pub(crate) fn begin(
             tracked.traffic = old.traffic;
             if old.owner.origin != origin::NONE {
                 tracked.owner = old.owner;
+                tracked.user = old.user;
             }
         } else if owner.origin != origin::CREATOR {
             tracked.flows = if sk.has_file() {
@@ -180,14 +161,14 @@ pub(crate) fn begin(
                 older::UNKNOWN << older::SHIFT
             };
         }
-        tracked.user = sk.get(Field::SkUid);
+        tracked.room_uid = sk.get(Field::SkUid);
         let complete: &UdpTracked = tracked;
-        if room::is_left(complete.user) {
+        if room::is_left(complete.room_uid) {
             let is_ours = UDP_SOCKETS
                 .insert(key, complete, u64::from(BPF_NOEXIST))
                 .is_ok();
             if is_ours {
-                room::take(complete.user);
+                room::take(complete.room_uid);
                 if key != sk.0 {
                     forget(sk.0);
                 }
@@ -201,10 +182,39 @@ pub(crate) fn begin(
     get(key)
 }
 
+/// What a new entry begins with. In the programs' memory: on the stack it would take too much.
+static NOTHING_KNOWN: UdpTracked = UdpTracked {
+    sk: 0,
+    id: 0,
+    born: 0,
+    cgroup: 0,
+    netns_cookie: 0,
+    netns: 0,
+    approximate: 0,
+    flows: 0,
+    kin: 0,
+    unassigned: 0,
+    is_translated: 0,
+    is_refused: 0,
+    unsent: 0,
+    strangers: 0,
+    room_uid: 0,
+    owner: owner::UNKNOWN,
+    user: User::NONE,
+    user_tick: 0,
+    user_changes: 0,
+    traffic: Traffic {
+        tx_bytes: 0,
+        rx_bytes: 0,
+        tx_packets: 0,
+        rx_packets: 0,
+    },
+};
+
 /// Stops to track the socket of this key, if it is tracked.
 #[inline(always)]
 fn forget(key: u64) {
-    let Some(user) = get(key).map(|tracked| tracked.user) else {
+    let Some(user) = get(key).map(|tracked| tracked.room_uid) else {
         return;
     };
     if UDP_SOCKETS.remove(key).is_ok() {
@@ -233,11 +243,41 @@ pub(crate) fn used(
     key: u64,
     sk: *const core::ffi::c_void,
 ) -> Option<&'static mut UdpTracked> {
+    let tracked = held(ctx, key, sk)?;
+    set_user(tracked, (bpf_get_current_pid_tgid() >> 32) as u32, 0);
+    Some(tracked)
+}
+
+/// How often the user of a socket may change in one tick of the kernel's clock (1 to 10 ms), unless
+/// each datagram is a record: to find out about a process takes longer than to count a datagram.
+const MAX_USER_CHANGES: u32 = 8;
+
+/// The process of this pid, the current one, uses the socket; see [`owner::set_user`].
+#[inline(always)]
+fn set_user(tracked: &mut UdpTracked, pid: u32, sent_by: u64) {
+    if tracked.user.pid() == pid || tracked.owner.pid == 0 {
+        return;
+    }
+    // SAFETY: the helper takes nothing and cannot fail.
+    let tick = unsafe { bpf_jiffies64() } as u32;
+    if tracked.user_tick != tick {
+        tracked.user_tick = tick;
+        tracked.user_changes = 0;
+    }
+    tracked.user_changes += 1;
+    if tracked.user_changes <= MAX_USER_CHANGES || PER_DATAGRAM.load() != 0 {
+        owner::set_user(&mut tracked.user, tracked.owner.pid, sent_by);
+    }
+}
+
+/// The socket, tracked from now on if it was not; the current process has it open.
+#[inline(always)]
+fn held(ctx: Context, key: u64, sk: *const core::ffi::c_void) -> Option<&'static mut UdpTracked> {
     let Some(tracked) = get(key) else {
         return begin(key, sk, owner::current(ctx, origin::USER));
     };
     if tracked.owner.origin == origin::NONE {
-        owner::settle(&mut tracked.owner, owner::current(ctx, origin::USER));
+        owner::settle_current(ctx, &mut tracked.owner, origin::USER);
     }
     Some(tracked)
 }
@@ -380,6 +420,7 @@ fn record(
         record.traffic = *totals.traffic;
         record.amount = amount;
         record.owner = tracked.owner;
+        record.user = tracked.user;
         let sk = Sock::new(tracked.sk);
         record.device = at.device.unwrap_or_else(|| sk.get(Field::Device));
         record.uid = sk.get(Field::SkUid);
@@ -561,7 +602,7 @@ pub(crate) fn scope(
 #[inline(always)]
 pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     // One that is older than the tracer and was never used gets its only event here.
-    let Some(tracked) = used(ctx, key, sk) else {
+    let Some(tracked) = held(ctx, key, sk) else {
         return;
     };
     let sk = Sock::new(tracked.sk);

@@ -60,7 +60,7 @@ macro_rules! builder {
                 self
             }
 
-            /// Sets the size of the buffer between kernel and reader; one event takes at most 200
+            /// Sets the size of the buffer between kernel and reader; one event takes at most 256
             /// bytes. 4,096 to 1,073,741,824, rounded up to a power of two, default
             /// [`DEFAULT_RING_BYTES`](crate::DEFAULT_RING_BYTES).
             ///
@@ -70,7 +70,7 @@ macro_rules! builder {
             /// only the ends of sockets that find the first ring full. These ends come a little
             /// late, but at their position in time. So while the reader does not run, no flood of
             /// other events costs the end of a socket. The room suffices for this number of ends:
-            /// with the default 4,096 of TCP, or 3,932 of UDP.
+            /// with the default 3,171 of TCP, or 3,072 of UDP.
             pub fn ring_bytes(mut self, bytes: u32) -> Self {
                 self.config.ring_bytes = bytes;
                 self
@@ -80,7 +80,7 @@ macro_rules! builder {
             /// life to its end. 1 to 16,777,216, default
             /// [`DEFAULT_MAX_SOCKETS`](crate::DEFAULT_MAX_SOCKETS).
             ///
-            /// Each takes at most 200 bytes of kernel memory. The start allocates all of it.
+            /// Each takes at most 280 bytes of kernel memory. The start allocates all of it.
             ///
             /// The last eighth is for users who have less than a 64th of them, so that no user can
             /// take the room of others ([`Stats::untracked`](crate::Stats::untracked)).
@@ -213,7 +213,7 @@ impl UdpTracerBuilder {
     /// Each flow takes at most 200 bytes of kernel memory. The start allocates all of it, with room
     /// for up to 16,384 flows that have just begun and up to 16,384 flows that the filter rejects.
     /// In the process, each live flow takes at most 610 bytes, and each socket that has flows takes
-    /// 480, until they end.
+    /// 560, until they end.
     pub fn max_flows(mut self, flows: u32) -> Self {
         self.config.max_flows = flows;
         self
@@ -237,7 +237,7 @@ mod tests {
         const HEADER: usize = 8;
         let record = size_of::<StateChange>() + HEADER;
         let events = DEFAULT_RING_BYTES as usize / 4 * 3 / record;
-        assert_eq!(events / 100 * 100, 8_100);
+        assert_eq!(events / 100 * 100, 6_300);
     }
 
     #[test]

@@ -212,7 +212,7 @@
 //! The kernel never waits for the consumer. Events wait in the queue, which holds up to
 //! [`queue`](TcpTracerBuilder::queue) events. While the queue is full, records stay in the buffer
 //! between kernel and reader. Its size is [`ring_bytes`](TcpTracerBuilder::ring_bytes), which by
-//! default has room for another 8,100 TCP events. No event is lost until three quarters of that
+//! default has room for another 6,300 TCP events. No event is lost until three quarters of that
 //! buffer are full. Then the queue sheds its oldest events (or the newest,
 //! [`overflow`](TcpTracerBuilder::overflow)), lifecycle events last. One [`Lost`](EventKind::Lost)
 //! stands in their place:
@@ -343,7 +343,7 @@ pub use crate::{
         Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic,
         comm::{Comm, ParseCommError},
         kind::{EventCounts, EventCountsByKind, Kind, UnknownKind},
-        process::{Origin, Process, ProcessDetails},
+        process::{Origin, Process, ProcessDetails, User},
         sample_info::SampleInfo,
         tcp_info::TcpInfo,
         tcp_state::TcpState,

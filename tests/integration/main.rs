@@ -52,6 +52,7 @@ mod udp_numbers;
 mod udp_peers;
 mod udp_sends;
 mod uring;
+mod users;
 
 /// Topics and tests that are run a second time, with perf buffers.
 const WITH_PERF_BUFFERS: &[&str] = &[
@@ -61,6 +62,7 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "owner::inherited_listener_prefork",
     "owner::reuseport_three_processes",
     "owner::io_uring_accept",
+    "users",
     "details::of_short_tcp_processes",
     "owner::connection_older_than_the_tracer",
     "delivery::two_tracers_at_once_give_the_same_events",
@@ -120,6 +122,7 @@ fn main() -> ExitCode {
         udp_sends::trials(),
         udp_flows::trials(),
         udp_lifecycle::trials(),
+        users::trials(),
     ]
     .concat();
     let mut trials: Vec<_> = tests.iter().map(|test| test.trial()).collect();

@@ -49,7 +49,7 @@ pub(crate) fn trials() -> Vec<Test> {
 fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
     /// At least so many fit: no record is longer, its header included, and the last eighth is not for all.
-    const ROOM: usize = RING_BYTES as usize / 8 * 7 / 192;
+    const ROOM: usize = RING_BYTES as usize / 8 * 7 / 256;
     let mut scene = Scene::new()?;
     let here = Netns::current()?.inode()?;
     let runtime = tokio::runtime::Builder::new_current_thread()

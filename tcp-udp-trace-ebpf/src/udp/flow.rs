@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{Flow, FlowKey, FlowQuery, Traffic, UdpTracked, kind, report};
 
-use super::{Datagrams, Direction, Packet, Totals, add, is_set, now, record};
+use super::{Datagrams, Direction, Packet, Totals, add, get, is_set, now, record};
 use crate::{anomaly, emit::Context, filter};
 
 /// The flows, each of which has a record. User space removes them: when their sockets end, and the least recently used when there are too
@@ -256,6 +256,9 @@ pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
     ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
     ctx.store(offset_of!(FlowQuery, local), &flow.local, 0)?;
     ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
+    if let Some(tracked) = get(ctx.load(offset_of!(FlowQuery, socket))?) {
+        ctx.store(offset_of!(FlowQuery, user), &tracked.user, 0)?;
+    }
     if forget != 0 {
         let _ = FLOWS.remove(key);
     }

@@ -7,7 +7,7 @@ use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use super::{
     Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, UDP_HEADER, add_unsent, count, flow_with,
-    local_of_flow, nat, scope, seen,
+    local_of_flow, nat, scope, seen, set_user,
 };
 use crate::{owner, sock::read};
 
@@ -107,6 +107,8 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
         add_unsent(tracked, 1);
         return;
     }
+    let sent_by = tracked.sk;
+    set_user(tracked, owner::current_tgid(), sent_by);
     let peer = Peer {
         address: destination,
         port: u16::from_be(udp.destination),

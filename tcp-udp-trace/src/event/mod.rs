@@ -19,7 +19,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use self::{process::Process, sample_info::SampleInfo, tcp_state::TcpState};
+use self::{
+    process::{Process, User},
+    sample_info::SampleInfo,
+    tcp_state::TcpState,
+};
 
 /// An event of a socket of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +45,17 @@ pub struct Event {
     pub kind: EventKind,
     /// The process that owns the socket. `None` if the owner is unknown: the tracer never guesses.
     pub process: Option<Process>,
+    /// The last process that was seen using the socket, in its own context. `None` while that is the
+    /// owner, and where it is not known.
+    ///
+    /// TCP: the last process that accepted a connection, for a listener and for a connection that
+    /// waits to be accepted. UDP: the last process that connected the socket, sent or received. A
+    /// process that sends by `io_uring`, `sendfile` or `splice`, or as a 32-bit program, is seen only
+    /// when it receives. If the user changes more than 8 times in one tick of the kernel's clock (1
+    /// to 10 ms), it is one of the processes that use the socket by turns, and not always the last,
+    /// unless [`per_datagram`](crate::UdpTracerBuilder::per_datagram) is set.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub user: Option<User>,
     /// The socket.
     pub socket: Socket,
     /// The traffic of the socket so far. In an [`EventKind::Flow`], the traffic of the flow.
@@ -306,6 +321,7 @@ impl Event {
             uptime,
             kind,
             process: None,
+            user: None,
             socket,
             traffic: Traffic::default(),
         }
@@ -377,13 +393,14 @@ impl Event {
     }
 }
 
-/// One line: time, protocol, addresses, kind, owner, traffic.
+/// One line: time, protocol, addresses, kind, owner, user, traffic.
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             time,
             kind,
             process,
+            user,
             socket,
             traffic,
             ..
@@ -396,6 +413,9 @@ impl fmt::Display for Event {
         match process {
             Some(Process { pid, comm, .. }) => write!(f, "{comm}[{pid}]")?,
             None => f.write_str("-")?,
+        }
+        if let Some(User { pid, comm, .. }) = user {
+            write!(f, " used by {comm}[{pid}]")?;
         }
         let Traffic {
             tx_bytes,

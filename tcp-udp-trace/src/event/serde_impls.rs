@@ -110,7 +110,7 @@ mod tests {
     use crate::{
         event::{
             Event, EventKind, LossStage, Protocol, Socket, Traffic,
-            process::{Origin, Process},
+            process::{Origin, Process, User},
             tcp_state::TcpState,
         },
         stats::Stats,
@@ -127,8 +127,17 @@ mod tests {
                 uid: 1000,
                 comm: "curl".parse().expect("a name"),
                 origin: Origin::Creator,
+                cgroup: Some(7),
                 started: Duration::from_nanos(99),
                 details: None,
+            }),
+            user: Some(User {
+                pid: 4300,
+                tid: 4301,
+                uid: 1001,
+                comm: "worker".parse().expect("a name"),
+                cgroup: Some(8),
+                started: Duration::from_nanos(100),
             }),
             socket: Socket {
                 protocol: Protocol::Tcp,
@@ -175,7 +184,8 @@ mod tests {
             json!({
                 "time": "2026-01-31T12:00:00.123456789Z", "uptime_ns": 81_234_567_890_u64,
                 "kind": {"type": "state_change", "from": "SYN_SENT", "to": "ESTABLISHED", "error": null},
-                "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator", "started_ns": 99},
+                "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator", "cgroup": 7, "started_ns": 99},
+                "user": {"pid": 4300, "tid": 4301, "uid": 1001, "comm": "worker", "cgroup": 8, "started_ns": 100},
                 "socket": {
                     "protocol": "tcp", "id": 12, "cookie": 77, "local": "127.0.0.1:40000", "remote": "[fe80::9%2]:443",
                     "uid": 1000, "netns": 4_026_531_840_u32, "netns_cookie": 5, "cgroup": 1, "device": 2,

@@ -456,6 +456,7 @@ mod tests {
             uid: 0,
             comm: Comm::from_bytes(b"x"),
             origin: Origin::User,
+            cgroup: None,
             started: Duration::ZERO,
             details: None,
         });

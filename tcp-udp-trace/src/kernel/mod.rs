@@ -48,7 +48,10 @@ use crate::{
     event::{Event, Protocol, Traffic},
     filter::Filter,
     hook::Hook,
-    pipeline::flows::{FlowMap, Totals},
+    pipeline::{
+        clock::namespace_offset,
+        flows::{FlowMap, Totals},
+    },
 };
 
 /// The eBPF objects of this architecture: with a ring buffer, and with perf buffers.
@@ -88,6 +91,8 @@ pub(crate) struct Kernel {
     log: Option<EbpfLogger<&'static dyn Log>>,
     /// The last value from the kernel, which the kernel shows only while the programs are loaded.
     recursion_misses: Option<u64>,
+    /// The offset of this process's time namespace.
+    pub(crate) time_offset: i64,
 }
 
 impl Kernel {
@@ -220,6 +225,11 @@ impl Kernel {
                 filters,
                 log,
                 recursion_misses: None,
+                // The file shows the time namespace of the process's children. It is the process's
+                // own, unless the process has changed it for its children.
+                time_offset: namespace_offset(
+                    &fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
+                ),
             },
             ring,
         ))
@@ -375,12 +385,13 @@ fn shows_local(hooks: &[Hook]) -> bool {
 }
 
 impl FlowMap for Kernel {
-    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals> {
-        control::query_flow(&self.ebpf, flow, known, false)
+    fn totals(&self, flow: &FlowKey, cookie: Option<u64>, known: Traffic) -> Option<Totals> {
+        control::query_flow(&self.ebpf, flow, cookie, known, false, self.time_offset)
     }
 
-    fn take(&mut self, flow: &FlowKey) -> Option<Totals> {
-        control::query_flow(&self.ebpf, flow, Traffic::default(), true)
+    fn take(&mut self, flow: &FlowKey, cookie: Option<u64>) -> Option<Totals> {
+        let known = Traffic::default();
+        control::query_flow(&self.ebpf, flow, cookie, known, true, self.time_offset)
     }
 }
 

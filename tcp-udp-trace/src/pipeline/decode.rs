@@ -16,7 +16,7 @@ use super::{clock::BootClock, images::ImageKey};
 use crate::event::{
     Direction, Event, EventKind, Protocol, Socket, Traffic,
     comm::Comm,
-    process::{Origin, Process},
+    process::{Origin, Process, User},
     sample_info::SampleInfo,
     tcp_state::TcpState,
 };
@@ -145,11 +145,13 @@ fn tcp(
         // The kernel's field still has the peer of an earlier connection of the socket.
         of_socket.remote = address(socket.family, [0; 4], 0, None)?;
     }
+    let process = process(&socket.owner, clock)?;
     let event = Event {
         time: clock.wall(uptime),
         uptime,
         kind,
-        process: process(&socket.owner, clock)?,
+        user: user(&socket.user, process.as_ref(), clock),
+        process,
         socket: of_socket,
         traffic: Traffic {
             tx_bytes: socket.tx_bytes,
@@ -192,11 +194,13 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         age: Duration::from_nanos(head.time.saturating_sub(record.born)),
         older: is_older(record.older.into())?,
     };
+    let process = process(&record.owner, clock)?;
     let event = Event {
         time: clock.wall(uptime),
         uptime,
         kind,
-        process: process(&record.owner, clock)?,
+        user: user(&record.user, process.as_ref(), clock),
+        process,
         socket,
         traffic: traffic(record.traffic),
     };
@@ -264,6 +268,7 @@ fn process(owner: &Owner, clock: BootClock) -> Result<Option<Process>, Malformed
         uid,
         ref comm,
         started,
+        cgroup,
         ..
     } = owner;
     // On CPUs with a weak memory order, the record may have been read during its write. All its
@@ -277,9 +282,31 @@ fn process(owner: &Owner, clock: BootClock) -> Result<Option<Process>, Malformed
         uid,
         comm: Comm::from_bytes(comm.as_bytes()),
         origin,
+        cgroup: (cgroup != 0).then_some(cgroup),
         started: clock.uptime(started),
         details: None,
     }))
+}
+
+/// Returns the user of a socket, if it is not the owner.
+pub(crate) fn user(
+    user: &tcp_udp_trace_common::User,
+    owner: Option<&Process>,
+    clock: BootClock,
+) -> Option<User> {
+    let (pid, tid) = (user.pid(), user.thread as u32);
+    if pid == 0 || owner.is_some_and(|owner| owner.pid == pid) {
+        return None;
+    }
+    // It may have been read while one process or several were being written.
+    (user.check == user.checksum()).then(|| User {
+        pid,
+        tid,
+        uid: user.uid,
+        comm: Comm::from_bytes(user.comm.as_bytes()),
+        cgroup: (user.cgroup != 0).then_some(user.cgroup),
+        started: clock.uptime(user.started),
+    })
 }
 
 fn is_of_listener(kind: &EventKind) -> bool {
@@ -500,6 +527,45 @@ mod tests {
         check(|owner| owner.pid = 0);
         check(|owner| owner.tid = 0);
         check(|owner| owner.started = 0);
+    }
+
+    #[test]
+    fn a_user_is_of_one_process_and_not_the_owner() {
+        let of = |pid, comm| {
+            let mut user = tcp_udp_trace_common::User {
+                thread: tcp_udp_trace_common::User::thread(pid, pid + 1),
+                uid: 1000,
+                check: 0,
+                comm,
+                started: 7,
+                cgroup: 9,
+            };
+            user.check = user.checksum();
+            user
+        };
+        let user = |raw| {
+            let mut record = record();
+            record.socket.user = raw;
+            decode(record.as_bytes()).expect("well-formed").event.user
+        };
+        let (one, other) = (of(1, [1, 1]), of(2, [2, 2]));
+        let found = user(one).expect("a user");
+        assert_eq!((found.pid, found.tid, found.uid), (1, 2, 1000));
+        assert_eq!(
+            (found.cgroup, found.started),
+            (Some(9), Duration::from_nanos(7))
+        );
+        assert_eq!(user(of(4242, [0; 2])), None, "the owner");
+        assert_eq!(user(tcp_udp_trace_common::User::NONE), None);
+        // Every mixture of the two.
+        let words = |user| -> [u64; 6] { zerocopy::transmute!(user) };
+        let (one, other) = (words(one), words(other));
+        for mixture in 0..1_u32 << 6 {
+            let mixed: [u64; 6] =
+                std::array::from_fn(|at| [one, other][(mixture >> at & 1) as usize][at]);
+            let is_whole = mixed == one || mixed == other;
+            assert_eq!(user(zerocopy::transmute!(mixed)).is_some(), is_whole);
+        }
     }
 
     #[test]

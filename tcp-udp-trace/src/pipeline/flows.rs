@@ -19,7 +19,7 @@ use std::{
 use tcp_udp_trace_common::{FlowKey, Peer};
 
 use super::decode;
-use crate::event::{Event, EventKind, Traffic};
+use crate::event::{Event, EventKind, Traffic, process::User};
 
 /// The maximum number of flows that are checked to find one that makes room.
 const ATTEMPTS: usize = 8;
@@ -79,15 +79,18 @@ pub(crate) struct Totals {
     pub(crate) approximate: bool,
     /// The local address, if it is known.
     pub(crate) local: Option<[u32; 4]>,
+    /// The last process that was seen using the socket, the owner or another one.
+    pub(crate) user: Option<User>,
 }
 
 /// The kernel's map of flows.
 pub(crate) trait FlowMap {
-    /// Returns the totals of a flow; `None` if the map does not have it. If the totals equal
-    /// `known`, the kernel will write a record for the next datagram.
-    fn totals(&self, flow: &FlowKey, known: Traffic) -> Option<Totals>;
+    /// Returns the totals of a flow, and the user of its socket, if the socket has this cookie;
+    /// `None` if the map does not have the flow. If the totals equal `known`, the kernel will write
+    /// a record for the next datagram.
+    fn totals(&self, flow: &FlowKey, cookie: Option<u64>, known: Traffic) -> Option<Totals>;
     /// Removes a flow that has ended or must make room, and returns its last totals.
-    fn take(&mut self, flow: &FlowKey) -> Option<Totals>;
+    fn take(&mut self, flow: &FlowKey, cookie: Option<u64>) -> Option<Totals>;
 }
 
 /// Returns the lowest key that a flow of this socket may have.
@@ -191,7 +194,7 @@ impl Flows {
             };
             flow.due = None;
             let (born, reported) = (flow.born, flow.reported);
-            match map.totals(&key, reported) {
+            match map.totals(&key, self.cookie(&key), reported) {
                 Some(totals) if totals.traffic != reported => {
                     let Some(event) = self.event(&key, totals, false, &mut stamp) else {
                         continue;
@@ -248,7 +251,7 @@ impl Flows {
         mut emit: impl FnMut(Event),
     ) {
         for (key, flow) in &self.flows {
-            let totals = map.totals(key, flow.reported);
+            let totals = map.totals(key, self.cookie(key), flow.reported);
             let changed = totals.filter(|totals| totals.traffic != flow.reported);
             if let Some(event) =
                 changed.and_then(|totals| self.event(key, totals, false, &mut stamp))
@@ -280,7 +283,8 @@ impl Flows {
         while let Some((_, &key)) = self.used.range((user, 0)..).next() {
             attempts -= 1;
             let reported = self.flows.get(&key).map(|flow| flow.reported);
-            let totals = reported.and_then(|reported| map.totals(&key, reported));
+            let totals =
+                reported.and_then(|reported| map.totals(&key, self.cookie(&key), reported));
             let is_used = totals.is_some_and(|totals| reported != Some(totals.traffic));
             if is_used && attempts > 0 {
                 self.touch(&key);
@@ -363,12 +367,12 @@ impl Flows {
         stamp: impl FnMut(&mut Event),
         emit: &mut impl FnMut(Event),
     ) {
-        let totals = map.take(key).or_else(|| {
+        let totals = map.take(key, self.cookie(key)).or_else(|| {
             let traffic = self.flows.get(key)?.reported;
             Some(Totals {
                 traffic,
                 approximate: true,
-                local: None,
+                ..Totals::default()
             })
         });
         if let Some(event) = totals.and_then(|totals| self.event(key, totals, true, stamp)) {
@@ -391,6 +395,11 @@ impl Flows {
         }
     }
 
+    /// Returns the cookie of a flow's socket.
+    fn cookie(&self, key: &FlowKey) -> Option<u64> {
+        self.sockets.get(&key.socket)?.event.socket.cookie
+    }
+
     /// Makes a report of the flow, with the time of `stamp`.
     fn event(
         &self,
@@ -407,6 +416,8 @@ impl Flows {
         event.socket.local = local.unwrap_or(flow.local);
         event.socket.remote = decode::peer(key)?;
         event.traffic = totals.traffic;
+        let owner = event.process.as_ref().map(|process| process.pid);
+        event.user = totals.user.filter(|user| Some(user.pid) != owner);
         event.kind = EventKind::Flow {
             approximate: totals.approximate,
             age: event.uptime.saturating_sub(flow.born),

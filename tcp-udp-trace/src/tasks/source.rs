@@ -1,7 +1,6 @@
 //! Turns ring records, due flows and losses into events.
 
 use std::{
-    fs,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -19,7 +18,7 @@ use crate::{
     filter::Filter,
     kernel::{Kernel, Ring},
     pipeline::{
-        clock::{BootClock, namespace_offset},
+        clock::BootClock,
         decode::{Decoded, Malformed, decode},
         flows::Flows,
         images::Images,
@@ -53,8 +52,6 @@ pub(super) struct Source {
     samples: Arc<PendingSamples>,
     filter: Filter,
     images: Option<Images>,
-    /// The offset of this process's time namespace.
-    time_offset: i64,
 }
 
 impl Source {
@@ -78,11 +75,6 @@ impl Source {
             samples,
             filter,
             images,
-            // The file shows the time namespace of the process's children. It is the process's own,
-            // unless the process has changed it for its children.
-            time_offset: namespace_offset(
-                &fs::read_to_string("/proc/self/timens_offsets").unwrap_or_default(),
-            ),
         }
     }
 
@@ -146,7 +138,7 @@ impl Source {
     /// Moves up to [`BATCH`] records to `batch`. Returns their number, and the number of samples
     /// among them. Fewer than [`BATCH`] means that the ring is empty.
     pub(super) fn read(&mut self, batch: &mut Vec<Event>) -> (usize, u64) {
-        let clock = clock().with_offset(self.time_offset);
+        let clock = clock().with_offset(self.kernel.time_offset);
         let Self {
             kernel,
             ring,
@@ -206,7 +198,11 @@ impl Source {
                         shows_flows = !kernel.wants(&event)
                             && flows.any(flow.socket, |event| kernel.wants(event));
                         let stamp = stamp(event.time, event.uptime);
-                        flows.close(flow.socket, kernel, stamp, |event| batch.push(event));
+                        // The programs have forgotten the socket.
+                        flows.close(flow.socket, kernel, stamp, |flow| {
+                            let user = event.user;
+                            batch.push(Event { user, ..flow });
+                        });
                         batch.push(event);
                     }
                     _ => batch.push(event),

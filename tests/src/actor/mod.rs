@@ -6,6 +6,7 @@ mod batch;
 mod brief;
 mod datagram;
 mod flood;
+mod heir;
 mod interpreter;
 mod protocol;
 mod ring;
@@ -31,6 +32,7 @@ pub use brief::Brief;
 pub use datagram::{
     Direction, Hold, Operation, ReceiveCall, Segmentation, SendCall, SocketOption, Transfer,
 };
+pub use heir::{Heir, Inheritance};
 pub use protocol::{Command, Endpoint, Failure, Moment, Outcome, UringAccept};
 pub use udp::receive_queue;
 
@@ -51,6 +53,8 @@ pub fn run_if_asked() -> Option<ExitCode> {
         be_parent(&args.next()?)
     } else if flag == brief::FLAG {
         brief::run(args.next()?.to_str()?, args.next()?.to_str()?)
+    } else if flag == heir::FLAG {
+        heir::run(args.next()?.to_str()?, args.next()?.to_str()?)
     } else if flag == udp::CHILD_FLAG {
         udp::send_through_stdin(args.next()?.to_str()?)
     } else {
