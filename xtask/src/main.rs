@@ -12,6 +12,7 @@ mod bench;
 mod deps;
 mod ebpf;
 mod fuzz;
+mod gate;
 mod lint;
 mod miri;
 mod newcomer;
@@ -33,6 +34,7 @@ enum Verb {
     Api(api::Args),
     Ebpf(ebpf::Args),
     Fuzz(fuzz::Args),
+    Gate(gate::Args),
     /// Check formatting, lints, documentation and the project's own rules.
     Lint,
     Miri(miri::Args),
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Verb::Api(args) => api::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Fuzz(args) => fuzz::run(&args),
+        Verb::Gate(args) => gate::run(&args),
         Verb::Lint => lint::run(),
         Verb::Miri(args) => miri::run(&args),
         Verb::Newcomer(args) => newcomer::run(&args),

@@ -52,6 +52,8 @@ pub(crate) struct Job<'a> {
     pub(crate) args: &'a [OsString],
     /// Files that the program needs, and where.
     pub(crate) files: &'a [(&'a Path, &'a str)],
+    /// Options of QEMU that add to the usual ones or override them.
+    pub(crate) qemu: &'a [&'a str],
 }
 
 /// Runs a job on each of `kernels`, `jobs` guests at a time, and returns one row for each.
@@ -133,14 +135,15 @@ fn boot_with_retry(
     loop {
         fs::write(&initrd, initramfs::build(installed, job, &args, userland)?)
             .with_context(|| format!("cannot write {}", initrd.display()))?;
-        let ended = guest::boot(job.arch, name, &installed.vmlinuz, &initrd, &log)?;
+        let ended = guest::boot(job, name, &installed.vmlinuz, &initrd, &log)?;
         // The image is as large as the test program; the log is what one wants afterwards.
         fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
-        let mut failures = Vec::new();
+        let (mut failures, mut programs) = (Vec::new(), Vec::new());
         let outcome = match ended {
             Ended::Finished { code, output } => {
                 counts += output.counts;
                 failures = output.failures;
+                programs = output.programs;
                 match code {
                     0 => Outcome::Passed(counts),
                     _ => Outcome::Failed(counts),
@@ -176,6 +179,7 @@ fn boot_with_retry(
         return Ok(Row {
             note: (!crashes.is_empty()).then(|| format!("booted again: {}", crashes.join("; "))),
             failures,
+            programs,
             ..Row::new("", outcome)
         });
     }

@@ -12,7 +12,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{arch::Arch, test::report::Output};
+use super::Job;
+use crate::test::report::Output;
 
 /// How long a guest may take until the tests begin. It takes about three seconds on an idle machine.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -74,16 +75,18 @@ pub(super) enum Ended {
 /// Boots a guest and waits for its end. The console goes to `log`, what the tests write also to our standard output,
 /// each line after `name`.
 pub(super) fn boot(
-    arch: &Arch,
+    job: &Job<'_>,
     name: &str,
     vmlinuz: &Path,
     initrd: &Path,
     log: &Path,
 ) -> Result<Ended> {
+    let arch = job.arch;
     let mut qemu = Qemu(
         Command::new(arch.qemu)
             .args(arch.machine)
             .args(HARDWARE)
+            .args(job.qemu)
             .arg("-append")
             .arg(format!("console={} {PARAMETERS}", arch.console))
             .arg("-kernel")
