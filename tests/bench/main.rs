@@ -13,6 +13,7 @@
 
 mod child;
 mod figures;
+mod gate;
 mod rest;
 mod subject;
 mod table;
@@ -40,6 +41,7 @@ use self::{
 #[derive(Debug)]
 pub(crate) struct Options {
     pub(crate) quick: bool,
+    gate: bool,
     rounds: usize,
     only: Option<String>,
     /// The object of the floor.
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
 fn options() -> anyhow::Result<Options> {
     let mut options = Options {
         quick: false,
+        gate: false,
         rounds: 5,
         only: None,
         floor: None,
@@ -74,11 +77,14 @@ fn options() -> anyhow::Result<Options> {
         let mut value = || args.next().with_context(|| format!("{flag} what?"));
         match flag.as_str() {
             "--quick" => (options.quick, options.rounds) = (true, 1),
+            "--gate" => options.gate = true,
             "--rounds" => options.rounds = value()?.parse()?,
             "--only" => options.only = Some(value()?),
             "--floor" => options.floor = Some(value()?.into()),
             "--plot" => options.plot = Some(value()?.into()),
-            _ => bail!("{flag}? --quick, --rounds N, --only NAME, --floor OBJECT, --plot FILE"),
+            _ => bail!(
+                "{flag}? --quick, --gate, --rounds N, --only NAME, --floor OBJECT, --plot FILE"
+            ),
         }
     }
     Ok(options)
@@ -89,6 +95,9 @@ fn bench(options: &Options) -> anyhow::Result<()> {
     // Of this namespace. Without it the ends of connections that linger for a minute keep the ports, and those that follow search long.
     fs::write("/proc/sys/net/ipv4/tcp_max_tw_buckets", "1024")?;
     table::machine()?;
+    if options.gate {
+        return gate::run(options);
+    }
     let is_wanted = |name: &str| options.only.as_ref().is_none_or(|only| name.contains(only));
     let mut plotted = Vec::new();
     for workload in workload::all(options.quick) {

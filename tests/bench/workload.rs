@@ -50,25 +50,9 @@ enum Traffic {
 /// All of them; far less traffic if it must be quick.
 pub(crate) fn all(quick: bool) -> Vec<Workload> {
     let share = if quick { 10 } else { 1 };
-    let cpus = thread::available_parallelism().map_or(1, usize::from);
-    let tcp = Workload {
-        name: "tcp, one CPU",
-        unit: "connections",
-        protocol: Protocol::Tcp,
-        units: 20_000 / share,
-        events_each: STATES,
-        is_pinned: cpus > 1,
-        traffic: Traffic::Connections(1),
-    };
-    let udp = Workload {
-        name: "udp, one flow",
-        unit: "datagrams",
-        protocol: Protocol::Udp,
-        units: 1_000_000 / share,
-        events_each: 1,
-        traffic: Traffic::Datagrams(1),
-        ..tcp
-    };
+    let cpus = cpus();
+    let tcp = connections(20_000 / share);
+    let udp = datagrams(1_000_000 / share);
     vec![
         tcp.clone(),
         Workload {
@@ -93,6 +77,53 @@ pub(crate) fn all(quick: bool) -> Vec<Workload> {
             ..tcp
         },
     ]
+}
+
+/// Returns the traffic of the gate. Its amount never changes. The socket that is not connected sends
+/// to two peers in turn.
+pub(crate) fn of_gate() -> [Workload; 3] {
+    let tcp = Workload {
+        name: "tcp",
+        ..connections(2_000)
+    };
+    let connected = Workload {
+        name: "udp_connected",
+        ..datagrams(20_000)
+    };
+    let unconnected = Workload {
+        name: "udp_unconnected",
+        traffic: Traffic::Datagrams(2),
+        ..datagrams(20_000)
+    };
+    [tcp, connected, unconnected]
+}
+
+fn connections(units: u64) -> Workload {
+    Workload {
+        name: "tcp, one CPU",
+        unit: "connections",
+        protocol: Protocol::Tcp,
+        units,
+        events_each: STATES,
+        is_pinned: cpus() > 1,
+        traffic: Traffic::Connections(1),
+    }
+}
+
+fn datagrams(units: u64) -> Workload {
+    Workload {
+        name: "udp, one flow",
+        unit: "datagrams",
+        protocol: Protocol::Udp,
+        units,
+        events_each: 1,
+        is_pinned: cpus() > 1,
+        traffic: Traffic::Datagrams(1),
+    }
+}
+
+fn cpus() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
 }
 
 impl Workload {

@@ -49,13 +49,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let floor = ebpf::floor();
     let floor = floor.inspect_err(|error| eprintln!("skipping the floor: {error:#}"));
     let floor = floor.ok();
-    process::run(
-        Command::new(workspace::cargo())
-            .current_dir(workspace::root())
-            .args(["build", "--release", "--package", "integration-tests"])
-            .args(["--bin", "bench"]),
-    )?;
-    let program = workspace::target_dir().join("release/bench");
+    let program = build()?;
     let mut options: Vec<OsString> = Vec::new();
     if args.quick || !args.vm.is_empty() {
         options.push("--quick".into());
@@ -87,12 +81,24 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         program: &program,
         args: &options,
         files: &files,
+        qemu: &[],
     };
     let kernels = test::kernels(&args.vm, false)?;
     if !report::print(&vm::run(&kernels, &job, NonZeroUsize::MIN)) {
         std::process::exit(1);
     }
     Ok(())
+}
+
+/// Builds the program that measures, and returns where it is.
+pub(crate) fn build() -> Result<PathBuf> {
+    process::run(
+        Command::new(workspace::cargo())
+            .current_dir(workspace::root())
+            .args(["build", "--release", "--package", "integration-tests"])
+            .args(["--bin", "bench"]),
+    )?;
+    Ok(workspace::target_dir().join("release/bench"))
 }
 
 const FLOOR_IN_GUEST: &str = "/tests/floor.o";

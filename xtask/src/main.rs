@@ -5,7 +5,7 @@
     reason = "a command-line program writes to the terminal"
 )]
 
-// Layers, each uses only those after it: bench, package
+// Layers, each uses only those after it: gate -> bench, package
 // -> api, ebpf, fuzz, lint, miri, newcomer, setup, soak, test -> vm -> apt, report -> arch -> deps
 // -> process, workspace.
 mod api;
@@ -15,6 +15,7 @@ mod bench;
 mod deps;
 mod ebpf;
 mod fuzz;
+mod gate;
 mod lint;
 mod miri;
 mod newcomer;
@@ -38,6 +39,7 @@ enum Verb {
     Api(api::Args),
     Ebpf(ebpf::Args),
     Fuzz(fuzz::Args),
+    Gate(gate::Args),
     /// Check formatting, lints, documentation and the project's own rules.
     Lint,
     Miri(miri::Args),
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Verb::Api(args) => api::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Fuzz(args) => fuzz::run(&args),
+        Verb::Gate(args) => gate::run(&args),
         Verb::Lint => lint::run(),
         Verb::Miri(args) => miri::run(&args),
         Verb::Newcomer(args) => newcomer::run(&args),

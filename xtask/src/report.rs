@@ -19,6 +19,8 @@ pub(crate) struct Output {
     in_failures: bool,
     /// The tests that have ended without a failure so far.
     pub(crate) good: Vec<(String, Counts)>,
+    /// The cost of each eBPF program, as `cargo xtask gate` reads it.
+    pub(crate) programs: Vec<String>,
 }
 
 /// The most lines of failures that are shown again for each run.
@@ -28,6 +30,9 @@ impl Output {
     pub(crate) fn line(&mut self, line: &str) {
         self.counts.add_summary_line(line);
         self.good.extend(good(line));
+        if let Some((_, cost)) = line.split_once("@@program ") {
+            self.programs.push(cost.to_owned());
+        }
         // The list of failures begins and ends with these lines, each once or twice.
         if line.trim_end() == "failures:" {
             self.in_failures = true;
@@ -102,6 +107,8 @@ pub(crate) struct Row {
     pub(crate) note: Option<String>,
     /// See [`Output::failures`].
     pub(crate) failures: Vec<String>,
+    /// See [`Output::programs`].
+    pub(crate) programs: Vec<String>,
 }
 
 impl Row {
@@ -113,6 +120,7 @@ impl Row {
             elapsed: Duration::ZERO,
             note: None,
             failures: Vec::new(),
+            programs: Vec::new(),
         }
     }
 

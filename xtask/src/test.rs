@@ -106,6 +106,7 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
         program: &program,
         args: &program_args,
         files: &[],
+        qemu: &[],
     };
     rows.extend(vm::run(kernels, &job, jobs));
     Ok(rows)

@@ -128,14 +128,15 @@ fn boot_with_retry(
     loop {
         fs::write(&initrd, initramfs::build(installed, job, &args, userland)?)
             .with_context(|| format!("cannot write {}", initrd.display()))?;
-        let ended = guest::boot(job.arch, name, &installed.vmlinuz, &initrd, &log)?;
+        let ended = guest::boot(job, name, &installed.vmlinuz, &initrd, &log)?;
         // The image is large, and only the log is of use afterwards.
         fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
-        let mut failures = Vec::new();
+        let (mut failures, mut programs) = (Vec::new(), Vec::new());
         let outcome = match ended {
             Ended::Finished { code, output } => {
                 counts += output.counts;
                 failures = output.failures;
+                programs = output.programs;
                 match code {
                     0 => Outcome::Passed(counts),
                     _ => Outcome::Failed(counts),
@@ -171,6 +172,7 @@ fn boot_with_retry(
         return Ok(Row {
             note: (!crashes.is_empty()).then(|| format!("booted again: {}", crashes.join("; "))),
             failures,
+            programs,
             ..Row::new("", outcome)
         });
     }

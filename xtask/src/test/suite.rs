@@ -145,10 +145,8 @@ fn counted(name: &str, command: &mut Command) -> Result<Row> {
         _ => Outcome::Failed(counts),
     };
     Ok(Row {
-        name: name.to_owned(),
-        outcome,
         elapsed: started.elapsed(),
-        note: None,
         failures,
+        ..Row::new(name, outcome)
     })
 }

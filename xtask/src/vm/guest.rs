@@ -12,7 +12,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{arch::Arch, report::Output};
+use super::initramfs::Job;
+use crate::report::Output;
 
 /// How long a guest may take until the tests begin. On an idle machine it takes about three
 /// seconds.
@@ -78,16 +79,18 @@ pub(super) enum Ended {
 /// Copies the console to `log`, and the output of the tests also to standard output, each line
 /// after `name`.
 pub(super) fn boot(
-    arch: &Arch,
+    job: &Job<'_>,
     name: &str,
     vmlinuz: &Path,
     initrd: &Path,
     log: &Path,
 ) -> Result<Ended> {
+    let arch = job.arch;
     let mut qemu = Qemu(
         Command::new(arch.qemu)
             .args(arch.machine)
             .args(HARDWARE)
+            .args(job.qemu)
             .arg("-append")
             .arg(format!("console={} {PARAMETERS}", arch.console))
             .arg("-kernel")
