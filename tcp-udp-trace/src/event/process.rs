@@ -23,6 +23,13 @@ pub struct Process {
     pub comm: Comm,
     /// How the tracer knows the owner.
     pub origin: Origin,
+    /// The cgroup of the process when it became the owner: the id of its directory in cgroup v2
+    /// (its inode number). `None` where the kernel does not show it.
+    ///
+    /// [`Socket::cgroup`](crate::Socket::cgroup) is the cgroup of the socket. With socket
+    /// activation, that is the cgroup of the service manager.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub cgroup: Option<u64>,
     /// The start time of the process, on the clock of [`Event::uptime`](crate::Event::uptime). The
     /// kernel reuses a pid, but never a pid with the same start time.
     #[cfg_attr(
@@ -42,6 +49,34 @@ pub struct Process {
         serde(default, skip_serializing_if = "Option::is_none")
     )]
     pub details: Option<Arc<ProcessDetails>>,
+}
+
+/// The last process that was seen using a socket that another process owns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct User {
+    /// The process id, as in [`Process::pid`].
+    pub pid: u32,
+    /// The thread that was seen first since another process used the socket.
+    pub tid: u32,
+    /// The real user id of the process at that time.
+    pub uid: u32,
+    /// The name of the process at that time.
+    pub comm: Comm,
+    /// The cgroup of the process at that time, as in [`Process::cgroup`].
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub cgroup: Option<u64>,
+    /// The start time of the process, as in [`Process::started`].
+    #[cfg_attr(
+        feature = "serde",
+        serde(
+            rename = "started_ns",
+            with = "crate::event::serde_impls::nanos",
+            default
+        )
+    )]
+    pub started: Duration,
 }
 
 /// The program that a process ran when it became the owner of a socket, or when it was looked up.

@@ -21,7 +21,7 @@ use crate::{
         Event, EventKind, LossStage, Protocol,
         comm::Comm,
         escape::{Escaped, is_deceptive, unescape},
-        process::{Origin, Process, ProcessDetails},
+        process::{Origin, Process, ProcessDetails, User},
         sample_info::SampleInfo,
     },
     filter::{Filter, Membership},
@@ -120,15 +120,25 @@ fn a_process(comm: Comm, cmdline: &[u8]) -> Process {
         uid: 1,
         comm,
         origin: Origin::Creator,
+        cgroup: Some(1),
         started: Duration::ZERO,
         details: Some(details.into()),
     }
 }
 
 fn an_event(kind: EventKind, process: Option<Process>) -> Event {
+    let user = process.as_ref().map(|process| User {
+        pid: 2,
+        tid: 3,
+        uid: 1,
+        comm: process.comm,
+        cgroup: None,
+        started: Duration::ZERO,
+    });
     Event {
         kind,
         process,
+        user,
         ..Event::gap(
             1,
             LossStage::Ring,

@@ -3,7 +3,10 @@
 //! These programs read and write maps. A map system call would do the same, but while it is at
 //! work, the kernel skips kprobe and classic tracepoint programs on that CPU.
 
-use std::io;
+use std::{
+    io,
+    time::{Duration, UNIX_EPOCH},
+};
 
 use aya::{
     Ebpf,
@@ -17,7 +20,7 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use crate::{
     event::Traffic,
-    pipeline::{decode, flows::Totals},
+    pipeline::{clock::BootClock, decode, flows::Totals},
 };
 
 /// Arms the wake-up by the next record.
@@ -41,17 +44,20 @@ pub(super) fn run(ebpf: &Ebpf, name: &str) -> io::Result<u32> {
         .map_err(io::Error::other)
 }
 
-/// Returns the totals of a flow.
+/// Returns the totals of a flow, and the user of its socket, if the socket has this cookie.
 pub(super) fn query_flow(
     ebpf: &Ebpf,
     flow: &FlowKey,
+    cookie: Option<u64>,
     known: Traffic,
     forget: bool,
+    time_offset: i64,
 ) -> Option<Totals> {
     let mut query = FlowQuery::new_zeroed();
     query.key = *flow;
     query.known.tx_packets = known.tx_packets;
     query.known.rx_packets = known.rx_packets;
+    query.socket = cookie.unwrap_or(0);
     query.forget = u64::from(forget);
     let question = query;
     let mut options = TestRunOptions::new();
@@ -59,10 +65,13 @@ pub(super) fn query_flow(
     options.data_out = Some(query.as_mut_bytes());
     let program: &SchedClassifier = ebpf.program(QUERY_FLOW)?.try_into().ok()?;
     let answer = program.test_run(options).ok()?;
+    // The wall clock does not matter here.
+    let clock = BootClock::new(UNIX_EPOCH, Duration::ZERO).with_offset(time_offset);
     (answer.return_value == 1).then(|| Totals {
         traffic: decode::traffic(query.traffic),
         approximate: query.approximate != 0,
         local: Some(query.local),
+        user: decode::user(&query.user, None, clock),
     })
 }
 
