@@ -50,7 +50,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
     } else {
         // There is no room to remember it.
         let syn = syn::NOT_COUNTED | track::met();
-        fresh = track::fresh(sk, state, syn, owner::UNKNOWN);
+        fresh = track::fresh(sk, sk, state, syn, owner::UNKNOWN);
         &mut fresh
     };
     owner::settle_current(ctx, &mut tracked.acceptor, origin::ACCEPTOR);

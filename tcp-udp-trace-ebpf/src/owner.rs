@@ -1,8 +1,11 @@
 //! A task as the owner of a socket. Only hooks that run in the owner's own system call may ask for the current one.
 
-use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-    generated::{bpf_get_current_cgroup_id, bpf_get_current_task},
+use aya_ebpf::{
+    Global,
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+        generated::{bpf_get_current_cgroup_id, bpf_get_current_task, bpf_get_current_task_btf},
+    },
 };
 use core::sync::atomic::{Ordering, compiler_fence};
 use tcp_udp_trace_common::{ABSENT, Field, Owner, User, origin};
@@ -86,10 +89,26 @@ fn cgroup(task: u64) -> u64 {
     cgroup_id(read(read(task, Field::TaskCgroups), Field::CssSetCgroup))
 }
 
+/// Not 0 if all types of programs may load the fields of the current task; set by user space.
+#[unsafe(no_mangle)]
+static TYPED_TASK: Global<u8> = Global::new(0);
+
 /// The pid of the current process, also where no helper returns it.
 #[inline(always)]
 pub(crate) fn current_tgid() -> u32 {
-    read(current_task(), Field::Tgid)
+    match offset(Field::Tgid) {
+        ABSENT => 0,
+        offset if TYPED_TASK.load() == 0 => read_at(current_task() + u64::from(offset)),
+        // SAFETY: the helper returns the current task, and the verifier makes sure that the field is
+        // in it.
+        offset => unsafe {
+            bpf_get_current_task_btf()
+                .cast::<u8>()
+                .add(offset as usize)
+                .cast::<u32>()
+                .read_volatile()
+        },
+    }
 }
 
 /// Makes the current process the user of a socket, unless it is a thread of the kernel. If `sent_by`

@@ -168,6 +168,13 @@ pub(crate) trait Socket: Copy {
         }
     }
 
+    /// The inode and the cookie of its network namespace.
+    #[inline(always)]
+    fn netns(self) -> (u32, u64) {
+        let net = self.get::<u64>(Field::Net);
+        (read(net, Field::NetInode), read(net, Field::NetCookie))
+    }
+
     /// Writes the socket, which leaves or is in `state`, into a record.
     #[inline(always)]
     fn describe(
@@ -366,13 +373,6 @@ impl Sock {
     #[inline(always)]
     pub(crate) fn has_file(self) -> bool {
         read::<u64>(self.get(Field::SkSocket), Field::SocketFile) != 0
-    }
-
-    /// The inode and the cookie of its network namespace.
-    #[inline(always)]
-    pub(crate) fn netns(self) -> (u32, u64) {
-        let net = self.get::<u64>(Field::Net);
-        (read(net, Field::NetInode), read(net, Field::NetCookie))
     }
 
     /// The id of its cgroup (v2); 0 when it has none.

@@ -64,7 +64,9 @@ pub(crate) fn changed(
         return;
     }
     // No `Option`: the verifier refuses a copy of the value that `None` leaves undefined.
-    let known = tracked.as_ref().map_or(0, |tracked| tracked.state);
+    let (known, room_uid) = tracked
+        .as_ref()
+        .map_or((0, 0), |tracked| (tracked.state, tracked.room_uid));
     let family = socket.family();
     if family != AF_INET && family != AF_INET6 {
         if program == Program::First {
@@ -102,6 +104,11 @@ pub(crate) fn changed(
                 None => track::adopt(sk, from),
             };
             if let Some(tracked) = tracked {
+                if program == Program::First && tracked.is_held() {
+                    // The second program reports both changes. In this one, the code for that would
+                    // cost every event.
+                    return;
+                }
                 if tracked.state != from {
                     anomaly::missed();
                 }
@@ -120,13 +127,17 @@ pub(crate) fn changed(
                         from != LISTEN && !matches!(sk.socket_state(), 0 | SS_CONNECTED);
                     tracked.set_unreturned(is_unreturned);
                 }
-                report(ctx, sk, socket, family, tracked, (from, to));
+                if program == Program::First {
+                    report(ctx, sk, socket, family, tracked, (from, to));
+                } else {
+                    report_all(ctx, sk, socket, family, tracked, (from, to));
+                }
                 return;
             }
             (syn::UNKNOWN | track::met(), owner::UNKNOWN)
         }
     };
-    let mut tracked = track::fresh(sk, to, syn, owner);
+    let mut tracked = track::fresh(sk, socket, to, syn, owner);
     if listener != 0 {
         tracked.listener = listener;
     }
@@ -137,7 +148,7 @@ pub(crate) fn changed(
             // No hook saw the close and the end of the socket that had this address before.
             anomaly::missed();
         }
-        track::end(sk);
+        track::end(sk, room_uid);
     }
     let is_remembered = begins && track::remember(sk, &tracked);
     if is_remembered && tracked.is_held() {
@@ -177,6 +188,7 @@ fn is_to_be_held(socket: impl Socket) -> bool {
 pub(crate) fn listening(ctx: Context, sk: Sock) {
     if let Some(tracked) = track::get(sk) {
         if tracked.state == LISTEN && tracked.is_held() && !track::is_stopping() {
+            tracked.syn &= !syn::HELD;
             report(ctx, sk, sk, sk.family(), tracked, (CLOSE, LISTEN));
         }
     }
@@ -213,7 +225,7 @@ pub(crate) fn connected(ctx: Context, result: i64) {
         return;
     }
     // It is not remembered: if the socket connects later, that is another life.
-    let mut tracked = track::fresh(sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
+    let mut tracked = track::fresh(sk, sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
     owner::settle_current(ctx, &mut tracked.creator, origin::CREATOR);
     let ends = connect.ends();
     if !filter::wants_connect(sk, &mut tracked, &ends) {
@@ -329,9 +341,9 @@ fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     track::get(first).map(|tracked| *track::owner(tracked))
 }
 
-/// Reports a change of state; before it, that the socket began to listen, if that was held back.
+/// Reports a change of state; before it, that the socket began to listen, if that was held.
 #[inline(always)]
-fn report(
+fn report_all(
     ctx: Context,
     sk: Sock,
     socket: impl Socket,
@@ -343,7 +355,7 @@ fn report(
     tracked.syn &= !syn::HELD;
     loop {
         let change = if is_held { (CLOSE, LISTEN) } else { change };
-        write(ctx, sk, socket, family, tracked, change);
+        report(ctx, sk, socket, family, tracked, change);
         if !is_held {
             break;
         }
@@ -351,8 +363,9 @@ fn report(
     }
 }
 
+/// Reports a change of state.
 #[inline(always)]
-fn write(
+fn report(
     ctx: Context,
     sk: Sock,
     socket: impl Socket,
@@ -423,8 +436,8 @@ pub(crate) fn ended(ctx: Context, sk: Sock) {
             // Its close escaped both programs.
             anomaly::missed();
             let state = tracked.state;
-            report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
+            report_all(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
         }
-        track::end(sk);
+        track::end(sk, tracked.room_uid);
     }
 }

@@ -12,7 +12,7 @@ use tcp_udp_trace_common::{Field, Owner, Tracked, User, hold, older, origin, syn
 
 use crate::{
     anomaly, owner, room,
-    sock::{Sock, Socket as _},
+    sock::{Sock, Socket},
     tcp::LISTEN,
 };
 
@@ -93,8 +93,8 @@ pub(crate) fn met() -> u8 {
 
 /// A new life of the socket at this address.
 #[inline(always)]
-pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
-    let (netns, netns_cookie) = sk.netns();
+pub(crate) fn fresh(sk: Sock, socket: impl Socket, state: u8, syn: u8, creator: Owner) -> Tracked {
+    let (netns, netns_cookie) = socket.netns();
     let id = ticket();
     Tracked {
         id,
@@ -106,7 +106,7 @@ pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
         state,
         syn,
         kin: 0,
-        room_uid: sk.get(Field::SkUid),
+        room_uid: socket.get(Field::SkUid),
         _pad: 0,
         listener: if state == LISTEN { id } else { 0 },
         creator,
@@ -188,7 +188,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     if let Some(tracked) = get(sk) {
         return Some(tracked);
     }
-    let fresh = fresh(sk, state, syn::UNKNOWN | met(), owner::UNKNOWN);
+    let fresh = fresh(sk, sk, state, syn::UNKNOWN | met(), owner::UNKNOWN);
     if !room::is_left(fresh.room_uid) {
         return None;
     }
@@ -201,14 +201,11 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     tracked
 }
 
-/// Forgets the socket, if it is known.
+/// Forgets the socket, whose room is counted for this user.
 #[inline(always)]
-pub(crate) fn end(sk: Sock) {
-    let Some(user) = get(sk).map(|tracked| tracked.room_uid) else {
-        return;
-    };
+pub(crate) fn end(sk: Sock, room_uid: u32) {
     if SOCKETS.remove(sk.0).is_ok() {
-        room::give_back(user);
+        room::give_back(room_uid);
     }
 }
 

@@ -105,7 +105,7 @@ impl Kernel {
         preflight::check(config.protocol)?;
         let plan = plan::wanted(config);
         let iters = iter::wanted(config);
-        let (offsets, ids, images, has_listened, drop_reasons, registers) = {
+        let (offsets, ids, images, has_listened, drop_reasons, registers, types_task) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
@@ -122,6 +122,7 @@ impl Kernel {
                 offsets::has_listened(&btf),
                 offsets::drop_reasons(&btf),
                 offsets::registers(&btf),
+                offsets::types_task(&btf),
             )
         };
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
@@ -171,6 +172,7 @@ impl Kernel {
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &has_listened, true)
             .override_global("REGISTERS", &registers, true)
+            .override_global("TYPED_TASK", &u8::from(types_task), true)
             .override_global("IMAGES", &u8::from(images), true)
             .map_max_entries("EVENTS", events)
             .map_max_entries("SEEN", if images { 4096 } else { 1 })
