@@ -239,8 +239,7 @@ pub struct TcpSocket {
     pub netns: u32,
     /// The owner.
     pub owner: Owner,
-    /// The last process seen using it: of a listener, and of a connection that waits to be accepted,
-    /// the last process that accepted a connection of the listener.
+    /// The last process seen using it: of a listener, the last process that accepted a connection.
     pub user: User,
     /// Local address, network byte order; IPv4 in the first word.
     pub local: [u32; 4],

@@ -74,7 +74,7 @@ pub(crate) fn changed(
         }
         return;
     }
-    let mut listener = 0;
+    let mut listener = None;
     let (syn, owner) = match (from, to) {
         (CLOSE, SYN_SENT) => {
             let owner = match owner_of_connection(sk, socket) {
@@ -90,13 +90,10 @@ pub(crate) fn changed(
                 owner::current(ctx, origin::CREATOR),
             )
         }
-        (LISTEN, SYN_RECV) => match listener_of(sk) {
-            Some(found) => {
-                listener = found.id;
-                (syn::NOT_COUNTED, found.creator)
-            }
-            None => (syn::NOT_COUNTED, owner::UNKNOWN),
-        },
+        (LISTEN, SYN_RECV) => {
+            listener = listener_of(sk);
+            (syn::NOT_COUNTED, owner::UNKNOWN)
+        }
         _ => {
             // One that is not known is older than the tracer.
             let tracked = match tracked {
@@ -137,10 +134,10 @@ pub(crate) fn changed(
             (syn::UNKNOWN | track::met(), owner::UNKNOWN)
         }
     };
-    let mut tracked = track::fresh(sk, socket, to, syn, owner);
-    if listener != 0 {
-        tracked.listener = listener;
-    }
+    let mut tracked = match listener {
+        Some(listener) => track::child_of(listener, to, syn),
+        None => track::fresh(sk, socket, to, syn, owner),
+    };
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if begins && known != 0 {

@@ -114,6 +114,22 @@ pub(crate) fn fresh(sk: Sock, socket: impl Socket, state: u8, syn: u8, creator: 
     }
 }
 
+/// A new life that begins as a clone of this listener.
+#[inline(always)]
+pub(crate) fn child_of(listener: &Tracked, state: u8, syn: u8) -> Tracked {
+    Tracked {
+        id: ticket(),
+        // SAFETY: the helper takes nothing and cannot fail.
+        born: unsafe { bpf_ktime_get_boot_ns() },
+        state,
+        syn,
+        kin: 0,
+        listener: listener.id,
+        acceptor: owner::UNKNOWN,
+        ..*listener
+    }
+}
+
 /// Whose the socket is.
 #[inline(always)]
 pub(crate) fn owner(tracked: &Tracked) -> &Owner {
@@ -144,10 +160,10 @@ pub(crate) fn set_user(listener: &u64, owner: &Owner) -> u32 {
     0
 }
 
-/// Copies who uses the socket, if it is a listener or waits to be accepted.
+/// Copies who uses the socket, if it is a listener.
 #[inline(always)]
 pub(crate) fn copy_user(tracked: &Tracked, to: &mut User) {
-    let found = if tracked.listener != 0 && tracked.acceptor.origin == origin::NONE {
+    let found = if tracked.listener == tracked.id {
         // SAFETY: the map is preallocated; for a copy made during a write see above.
         unsafe { ACCEPTING.get(&tracked.listener) }
     } else {

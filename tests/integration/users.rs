@@ -142,7 +142,7 @@ fn tcp_daemon() -> anyhow::Result<()> {
     let is_begin = |event: &Event| is_listener(event) && !event.is_end();
     all_name(&events, is_begin, daemon.maker, None)?;
     all_name(&events, is_end, daemon.maker, Some(&user))?;
-    for (client, user) in [(first, None), (second, Some(&user))] {
+    for client in [first, second] {
         let is_child = |event: &Event| event.socket.remote == client;
         // A connection is accepted at any time once it is established.
         let waits = |event: &Event| {
@@ -159,7 +159,7 @@ fn tcp_daemon() -> anyhow::Result<()> {
                     .as_ref()
                     .is_some_and(|it| it.pid == daemon.maker)
         };
-        all_name(&events, waits, daemon.maker, user)?;
+        all_name(&events, waits, daemon.maker, None)?;
         let is_end = |event: &Event| is_child(event) && event.is_end();
         all_name(&events, is_end, daemon.pid, None)?;
     }
@@ -317,7 +317,6 @@ fn tcp_prefork() -> anyhow::Result<()> {
     parent.close(&listener)?;
     let events = trace.finish_in_order(9)?;
     let owner = parent.pid();
-    let mut before = None;
     for (user, remote, _) in &users {
         let is_child = |event: &Event| event.socket.remote == *remote;
         let waits = |event: &Event| {
@@ -330,10 +329,9 @@ fn tcp_prefork() -> anyhow::Result<()> {
                     }
                 )
         };
-        all_name(&events, waits, owner, before)?;
+        all_name(&events, waits, owner, None)?;
         let is_end = |event: &Event| is_child(event) && event.is_end();
         all_name(&events, is_end, user.pid, None)?;
-        before = Some(user);
     }
     let waits = |event: &Event| {
         event.socket.remote == own.local
@@ -345,7 +343,7 @@ fn tcp_prefork() -> anyhow::Result<()> {
                 }
             )
     };
-    all_name(&events, waits, owner, before)?;
+    all_name(&events, waits, owner, None)?;
     // The last to accept was the parent itself.
     all_name(&events, is_listener, owner, None)
 }

@@ -48,10 +48,9 @@ pub struct Event {
     /// The last process that was seen using the socket, in its own context. `None` while that is the
     /// owner, and where it is not known.
     ///
-    /// TCP: the last process that accepted a connection, for a listener and for a connection that
-    /// waits to be accepted. UDP: the last process that connected the socket, sent or received. A
-    /// process that sends by `io_uring`, `sendfile` or `splice`, or as a 32-bit program, is seen only
-    /// when it receives. If the user changes more than 8 times in one tick of the kernel's clock (1
+    /// TCP: for a listener, the last process that accepted a connection. UDP: the last process that
+    /// connected the socket, sent or received. A process that sends by `io_uring`, `sendfile` or
+    /// `splice`, or as a 32-bit program, is seen only when it receives. If the user changes more than 8 times in one tick of the kernel's clock (1
     /// to 10 ms), it is one of the processes that use the socket by turns, and not always the last,
     /// unless [`per_datagram`](crate::UdpTracerBuilder::per_datagram) is set.
     #[cfg_attr(feature = "serde", serde(default))]
