@@ -24,7 +24,7 @@ pub(crate) struct Args {
     /// The unit and documentation tests.
     #[arg(long)]
     unit: bool,
-    /// The integration tests and those of the examples on the kernel that runs here, as root.
+    /// The integration tests and those of the command on the kernel that runs here, as root.
     #[arg(long)]
     local: bool,
     /// The integration tests on these kernels in VMs: `5.10,6.1`, or `all`.
@@ -96,9 +96,9 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
 
     let mut rows = Vec::new();
     if args.local || everything {
-        let examples = suite::build(&suite::EXAMPLES, arch)?;
+        let cli = suite::build(&suite::CLI, arch)?;
         rows.push(suite::local(&program, &program_args)?);
-        rows.push(suite::run("examples", &examples, &program_args)?);
+        rows.push(suite::run("command", &cli, &program_args)?);
     }
     // After the local run, not beside it: the tests measure time.
     let jobs = args.jobs.unwrap_or_else(vm::default_jobs);

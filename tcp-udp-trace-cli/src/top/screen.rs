@@ -10,7 +10,7 @@ use ratatui::{
     widgets::{Block, Borders, Sparkline},
 };
 
-use crate::{
+use super::{
     board::{Board, Bytes, Load, Owner},
     columns::{Columns, Step},
 };
@@ -226,7 +226,7 @@ mod tests {
         let [local, remote] = [local, remote].map(|text| text.parse::<SocketAddr>().unwrap());
         serde_json::from_value(serde_json::json!({
             "time": "2026-01-31T12:00:00Z", "uptime_ns": 0,
-            "kind": {"type": "flow", "approximate": false},
+            "kind": {"type": "flow", "approximate": false, "age_ns": 0, "last": false},
             "process": {"pid": 4_194_304, "tid": 4_194_304, "uid": 0, "comm": comm,
                         "origin": "creator", "started_ns": 0},
             "socket": {"protocol": Protocol::Udp, "id": id, "cookie": null, "local": local,

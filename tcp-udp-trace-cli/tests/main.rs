@@ -1,4 +1,5 @@
-//! The examples, run on real traffic, and what they tell compared with what was sent. Run as root; takes the arguments of `cargo test`.
+//! Each command, run on real traffic, and its output compared with what was sent. Run as root; takes
+//! the arguments of `cargo test`.
 #![allow(
     clippy::unwrap_used,
     reason = "a test fails by panicking, and so its threads"
@@ -23,10 +24,12 @@ macro_rules! tests {
     };
 }
 
+mod command;
+mod depmap;
+mod life;
 mod ndjson;
 mod otlp;
 mod prometheus;
-mod tcplife;
 mod tool;
 mod top;
 mod trace;
@@ -40,9 +43,18 @@ fn main() -> ExitCode {
     let tests = tests![
         trace::json_has_the_bytes,
         trace::ends_after_its_duration,
-        trace::ends_when_nobody_reads,
-        tcplife::each_connection_is_one_line,
-        tcplife::connection_that_was_there_before_is_marked,
+        trace::ends_when_its_reader_does,
+        life::each_connection_is_one_line,
+        life::connection_that_was_there_before_is_marked,
+        life::ends_when_its_reader_does,
+        depmap::client_and_server_have_the_bytes,
+        depmap::other_formats_have_the_same,
+        command::doctor_is_content_here,
+        command::missing_privilege_has_its_exit_code,
+        command::wrong_command_line_has_its_exit_code,
+        command::manual_and_completions_are_complete,
+        command::pipe_gets_no_escapes,
+        top::pipe_is_refused,
         ndjson::no_line_is_lost_or_cut,
         ndjson::old_files_go,
         ndjson::what_was_there_stays,

@@ -1,4 +1,4 @@
-//! An example that runs, and the lines that it writes.
+//! The program that runs, and the lines that it writes.
 
 use std::{
     env, fs,
@@ -20,7 +20,10 @@ use tcp_udp_trace::Stats;
 /// How long anything may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A running example. It is killed when dropped.
+/// The program under test.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_tcp-udp-trace");
+
+/// A running command. It is killed when dropped.
 pub(crate) struct Tool {
     child: Child,
     /// What it writes to standard output, line by line.
@@ -32,9 +35,9 @@ pub(crate) struct Tool {
 }
 
 impl Tool {
-    /// Starts this program in the network namespace of the calling thread, and waits until it is ready.
-    pub(crate) fn start(program: &str, args: &[&str]) -> anyhow::Result<Self> {
-        Self::start_with(Command::new(program).args(args))
+    /// Starts this command in the network namespace of the calling thread, and waits until it is ready.
+    pub(crate) fn start(command: &str, args: &[&str]) -> anyhow::Result<Self> {
+        Self::start_with(Command::new(PROGRAM).arg(command).args(args))
     }
 
     /// [`start`](Self::start) of a command with an environment.

@@ -4,18 +4,13 @@
 //! names (`--names`) are told apart, and no address or port is a label.
 //!
 //! ```text
-//! cargo run --release --package examples --bin prometheus -- --retransmits
+//! tcp-udp-trace prometheus --retransmits
 //! ```
-#![allow(
-    clippy::print_stderr,
-    reason = "it is a program for a terminal, or a service"
-)]
 
 use std::{collections::HashSet, fmt, net::SocketAddr, sync::Arc};
 
+use crate::growth::Growth;
 use axum::{Router, http::header::CONTENT_TYPE, routing::get};
-use clap::Parser;
-use examples::Growth;
 use futures_util::{StreamExt as _, stream};
 use prometheus_client::{
     collector::Collector,
@@ -29,9 +24,11 @@ use tcp_udp_trace::{
 };
 use tokio::net::TcpListener;
 
-/// Serve what the machine's processes send and receive as metrics. Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
-#[derive(Parser)]
-struct Args {
+/// Serve what the machine's processes send and receive as metrics.
+///
+/// Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
+#[derive(clap::Args)]
+pub(crate) struct Args {
     /// Where to listen.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9798")]
     listen: SocketAddr,
@@ -46,10 +43,7 @@ struct Args {
     filter: Filter,
 }
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
-    examples::raise_memlock_limit();
+pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let filter = args.filter.exclude_self();
     let listener = TcpListener::bind(args.listen).await?;
     let tcp = TcpTracer::builder().filter(filter.clone());
@@ -72,7 +66,7 @@ async fn main() -> anyhow::Result<()> {
     let server = axum::serve(listener, Router::new().route("/metrics", get(scrape)));
     tokio::spawn(server.into_future());
 
-    examples::stop_at_signal(handles)?;
+    crate::stop_at_signal(handles)?;
     let mut events = stream::select(&mut tcp, &mut udp);
     while let Some(event) = events.next().await {
         metrics.count(&event);
@@ -201,7 +195,7 @@ impl Metrics {
         }
         self.connections.set(self.open.len() as i64);
         let (tx, rx) = self.growth.of(event);
-        let protocol = examples::transport(event);
+        let protocol = crate::transport(event);
         for (direction, bytes) in [("transmit", tx), ("receive", rx)] {
             if bytes > 0 {
                 let labels = Bytes {

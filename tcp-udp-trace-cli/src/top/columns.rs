@@ -7,7 +7,7 @@ use ratatui::{
     widgets::{Row, Table},
 };
 
-use crate::screen::{DIM, section};
+use super::screen::{DIM, section};
 
 /// To how many characters a column is shortened at most.
 const SHORT: usize = 8;

@@ -1,4 +1,4 @@
-//! `trace`, the library's own example: JSON that can be read back, and quiet ends.
+//! `trace`: JSON that can be read back, and quiet ends.
 
 use std::process::{Command, Stdio};
 
@@ -6,15 +6,13 @@ use anyhow::{Context as _, ensure};
 use tcp_udp_trace::{Event, Protocol};
 
 use crate::{
-    tool::Tool,
+    tool::{PROGRAM, Tool},
     traffic::{Pair, datagrams, here},
 };
 
-const TRACE: &str = env!("CARGO_BIN_EXE_trace");
-
 pub(crate) fn json_has_the_bytes() -> anyhow::Result<()> {
     let filter = here()?;
-    let mut tool = Tool::start(TRACE, &["--json", "--filter", &filter])?;
+    let mut tool = Tool::start("trace", &["--json", "--filter", &filter])?;
     let mut pair = Pair::new("trace-client", "trace-server")?;
     let client = pair.connection(12_345, 678)?;
     datagrams("trace-client", "trace-server", &[7, 0, 900])?;
@@ -61,15 +59,17 @@ pub(crate) fn json_has_the_bytes() -> anyhow::Result<()> {
 }
 
 pub(crate) fn ends_after_its_duration() -> anyhow::Result<()> {
-    let mut tool = Tool::start(TRACE, &["--duration", "0.1", "--port", "1"])?;
+    let mut tool = Tool::start("trace", &["--duration", "0.1", "--port", "1"])?;
     tool.end()
 }
 
 /// As in `trace | head`.
-pub(crate) fn ends_when_nobody_reads() -> anyhow::Result<()> {
+pub(crate) fn ends_when_its_reader_does() -> anyhow::Result<()> {
     let mut reader = Command::new("true").stdin(Stdio::piped()).spawn()?;
     let output = reader.stdin.take().context("it has no input")?;
     reader.wait()?;
-    let mut tool = Tool::start_to(Command::new(TRACE).args(["--port", "1"]), output.into())?;
+    let mut trace = Command::new(PROGRAM);
+    let trace = trace.args(["trace", "--port", "1"]);
+    let mut tool = Tool::start_to(trace, output.into())?;
     tool.end()
 }

@@ -30,7 +30,7 @@ pub(crate) fn counters_have_the_bytes() -> anyhow::Result<()> {
         "--filter",
         &filter,
     ];
-    let mut tool = Tool::start(env!("CARGO_BIN_EXE_prometheus"), &args)?;
+    let mut tool = Tool::start("prometheus", &args)?;
     let mut pair = Pair::new("prom-client", "prom-server")?;
     let open = pair.connect()?;
     pair.connection(100_000, 5)?;
@@ -106,7 +106,7 @@ pub(crate) fn retransmissions_are_counted() -> anyhow::Result<()> {
         "--filter",
         &filter,
     ];
-    let mut tool = Tool::start(env!("CARGO_BIN_EXE_prometheus"), &args)?;
+    let mut tool = Tool::start("prometheus", &args)?;
     let client = Actor::spawn("prom-resender")?;
     let mut server = far.run(|| Actor::spawn("prom-far"))?;
     let listener = server.listen(SocketAddr::new(FAR.parse()?, 0))?;

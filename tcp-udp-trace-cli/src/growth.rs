@@ -8,12 +8,12 @@ use tcp_udp_trace::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, Event, EventKind, Pr
 /// A TCP socket, or a UDP flow.
 type Key = (Protocol, u64, SocketAddr);
 
-/// Events tell what a socket has carried so far; a counter wants to know what has been added since the event before. Of sockets older than
-/// the tracer, what they had carried before is not counted.
+/// Turns the totals of events into increments for counters. Bytes that a socket had carried before the
+/// tracer started are not counted.
 ///
 /// It remembers as many sockets and flows as the tracers do by default.
 #[derive(Debug)]
-pub struct Growth {
+pub(crate) struct Growth {
     known: LruCache<Key, Traffic>,
 }
 
@@ -27,8 +27,8 @@ impl Default for Growth {
 }
 
 impl Growth {
-    /// What this event adds to those before it: bytes sent, and bytes received.
-    pub fn of(&mut self, event: &Event) -> (u64, u64) {
+    /// Returns how many bytes were sent and received since the last event of the same socket or flow.
+    pub(crate) fn of(&mut self, event: &Event) -> (u64, u64) {
         let (socket, total) = (&event.socket, event.traffic);
         let key = (socket.protocol, socket.id, socket.remote);
         let before = match (socket.protocol, &event.kind) {

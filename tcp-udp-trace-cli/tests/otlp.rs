@@ -31,11 +31,9 @@ use tonic::{
 };
 
 use crate::{
-    tool::{Folder, Tool},
+    tool::{Folder, PROGRAM, Tool},
     traffic::{Pair, datagrams, here},
 };
-
-const OTLP: &str = env!("CARGO_BIN_EXE_otlp");
 
 /// What a collector has got.
 #[derive(Debug, Clone, Default)]
@@ -127,7 +125,7 @@ impl LogsService for Collector {
 pub(crate) fn collector_gets_everything_by_the_end() -> anyhow::Result<()> {
     // Client and server are the same program: this one.
     let us = this_program()?;
-    check(&mut Command::new(OTLP), [&us, &us])
+    check(&mut Command::new(PROGRAM), [&us, &us])
 }
 
 fn this_program() -> anyhow::Result<String> {
@@ -142,7 +140,7 @@ pub(crate) fn three_capabilities_are_enough() -> anyhow::Result<()> {
     // Where it was built, root may not be let in without its capabilities.
     let folder = Folder::new("otlp")?;
     let program = folder.path().join("otlp");
-    fs::copy(OTLP, &program)?;
+    fs::copy(PROGRAM, &program)?;
     let mut command = Command::new("setpriv");
     for set in ["--inh-caps", "--bounding-set"] {
         command.arg(format!("{set}=-all,+bpf,+perfmon,+net_admin"));
@@ -157,7 +155,7 @@ pub(crate) fn three_capabilities_are_enough() -> anyhow::Result<()> {
     check(&mut command, names)
 }
 
-/// Whether the collector gets everything that this command, which runs the example, sees of a client and a server; and that these are the
+/// Whether the collector gets everything that this command, which runs the program, sees of a client and a server; and that these are the
 /// names of their executables.
 fn check(command: &mut Command, names: [&str; 2]) -> anyhow::Result<()> {
     let collector = Collector::default();
@@ -175,7 +173,7 @@ fn check(command: &mut Command, names: [&str; 2]) -> anyhow::Result<()> {
     };
 
     let filter = format!("{} comm=otlp-client,otlp-server", here()?);
-    command.args(["--filter", &filter]);
+    command.args(["otlp", "--filter", &filter]);
     command.env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint);
     let mut tool = Tool::start_with(command)?;
     let mut pair = Pair::new("otlp-client", "otlp-server")?;

@@ -4,12 +4,8 @@
 //! happened before SIGTERM or Ctrl-C is in the file when the program ends.
 //!
 //! ```text
-//! cargo run --release --package examples --bin ndjson -- events.ndjson --max-bytes 100000000 --keep 5
+//! tcp-udp-trace ndjson events.ndjson --max-bytes 100000000 --keep 5
 //! ```
-#![allow(
-    clippy::print_stderr,
-    reason = "it is a program for a terminal, or a service"
-)]
 
 use std::{
     fs::{self, File},
@@ -20,13 +16,14 @@ use std::{
 };
 
 use anyhow::Context as _;
-use clap::Parser;
 use futures_util::{StreamExt as _, stream};
 use tcp_udp_trace::{Event, Filter, TcpTracer, UdpTracer};
 
-/// Write the socket events of the machine to a file, as JSON lines. Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
-#[derive(Parser)]
-struct Args {
+/// Write the socket events of the machine to a file, as JSON lines.
+///
+/// Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
+#[derive(clap::Args)]
+pub(crate) struct Args {
     /// The file; what it has already stays.
     file: PathBuf,
     /// How large it may become. Only a line that is longer by itself makes it larger.
@@ -43,15 +40,12 @@ struct Args {
 /// How many events are written before the file is flushed, if there are always more.
 const BATCH: usize = 1024;
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
-    examples::raise_memlock_limit();
+pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let mut log = Log::open(args.file, args.max_bytes, args.keep.get())?;
     let tcp = TcpTracer::builder().filter(args.filter.clone());
     let mut tcp = tcp.start().await?;
     let mut udp = UdpTracer::builder().filter(args.filter).start().await?;
-    examples::stop_at_signal(vec![tcp.handle(), udp.handle()])?;
+    crate::stop_at_signal(vec![tcp.handle(), udp.handle()])?;
     eprintln!("ready");
     let mut batches = stream::select(&mut tcp, &mut udp).ready_chunks(BATCH);
     while let Some(events) = batches.next().await {

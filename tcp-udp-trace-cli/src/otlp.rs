@@ -7,18 +7,13 @@
 //! collector, and finds no place there if that is full.
 //!
 //! ```text
-//! OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 cargo run --release --package examples --bin otlp
+//! OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 tcp-udp-trace otlp
 //! ```
-#![allow(
-    clippy::print_stderr,
-    reason = "it is a program for a terminal, or a service"
-)]
 
 use std::{env, ffi::OsStr, io};
 
+use crate::growth::Growth;
 use anyhow::Context as _;
-use clap::Parser;
-use examples::Growth;
 use futures_util::{StreamExt as _, stream};
 use nix::errno::Errno;
 use opentelemetry::{
@@ -39,9 +34,11 @@ use tcp_udp_trace::{
 };
 use tracing_subscriber::filter::LevelFilter;
 
-/// Send what the machine's processes send and receive to an OpenTelemetry collector. Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
-#[derive(Parser)]
-struct Args {
+/// Send what the machine's processes send and receive to an OpenTelemetry collector.
+///
+/// Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
+#[derive(clap::Args)]
+pub(crate) struct Args {
     /// Only sockets that pass this filter, such as "remote=10.0.0.0/8".
     #[arg(long, default_value = "")]
     filter: Filter,
@@ -49,10 +46,7 @@ struct Args {
 
 const NAME: &str = "tcp-udp-trace";
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
-    examples::raise_memlock_limit();
+pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     // That the collector cannot be reached, or the tracer must shed events.
     tracing_subscriber::fmt()
         .with_max_level(LevelFilter::WARN)
@@ -80,7 +74,7 @@ async fn main() -> anyhow::Result<()> {
     let mut udp = udp.process_details(true).start().await?;
     let handles = vec![tcp.handle(), udp.handle()];
     let mut export = Export::new(&meters.meter(NAME), loggers.logger(NAME), handles.clone());
-    examples::stop_at_signal(handles)?;
+    crate::stop_at_signal(handles)?;
     eprintln!("ready");
     let mut events = stream::select(&mut tcp, &mut udp);
     while let Some(event) = events.next().await {
@@ -176,7 +170,7 @@ impl Export {
             if bytes > 0 {
                 let attributes = [
                     by_name.clone(),
-                    KeyValue::new(attribute::NETWORK_TRANSPORT, examples::transport(event)),
+                    KeyValue::new(attribute::NETWORK_TRANSPORT, crate::transport(event)),
                     KeyValue::new(attribute::NETWORK_IO_DIRECTION, direction),
                 ];
                 self.bytes.add(bytes, &attributes);

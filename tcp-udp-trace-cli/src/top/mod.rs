@@ -1,18 +1,24 @@
 //! Which processes and flows send and receive how much, every second. `q` quits.
 //!
 //! ```text
-//! cargo run --release --package examples --bin top
+//! tcp-udp-trace top
 //! ```
-#![allow(clippy::print_stderr, reason = "it is a program for a terminal")]
 
 mod board;
 mod columns;
 mod screen;
 mod svg;
 
-use std::{fs, path::PathBuf, thread, time::Duration};
+use std::{
+    fs,
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+    thread,
+    time::Duration,
+};
 
-use clap::Parser;
+use anyhow::ensure;
+
 use futures_util::{StreamExt as _, stream};
 use ratatui::{
     DefaultTerminal, Terminal,
@@ -22,11 +28,13 @@ use ratatui::{
 use tcp_udp_trace::{Filter, TcpTracer, UdpTracer};
 use tokio::sync::mpsc;
 
-use crate::board::Board;
+use self::board::Board;
 
-/// Show which processes and flows send and receive most. Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
-#[derive(Parser)]
-struct Args {
+/// Show which processes and flows send and receive most.
+///
+/// Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
+#[derive(clap::Args)]
+pub(crate) struct Args {
     /// Only sockets that pass this filter, such as "port=443".
     #[arg(long, default_value = "")]
     filter: Filter,
@@ -45,15 +53,16 @@ const SECOND: Duration = Duration::from_secs(1);
 /// The size of a picture, in characters.
 const PICTURE: (u16, u16) = (112, 36);
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
-    examples::raise_memlock_limit();
+pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
+    ensure!(
+        args.picture.is_some() || io::stdout().is_terminal(),
+        "standard output is not a terminal: use --picture FILE.svg"
+    );
     let tcp = TcpTracer::builder().filter(args.filter.clone());
     let mut tcp = tcp.sample_interval(SECOND).start().await?;
     let udp = UdpTracer::builder().filter(args.filter);
     let mut udp = udp.sample_interval(None).interval(SECOND).start().await?;
-    examples::stop_at_signal(vec![tcp.handle(), udp.handle()])?;
+    crate::stop_at_signal(vec![tcp.handle(), udp.handle()])?;
 
     let mut terminal = match args.picture {
         Some(_) => None,

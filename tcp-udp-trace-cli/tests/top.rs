@@ -14,11 +14,9 @@ use anyhow::{Context as _, ensure};
 use integration_tests::{actor, netns::ip};
 
 use crate::{
-    tool::{Folder, Tool},
+    tool::{Folder, PROGRAM, Tool},
     traffic::{Connection, Pair, datagrams, here},
 };
-
-const TOP: &str = env!("CARGO_BIN_EXE_top");
 
 /// Where to keep the picture, for the README: `TOP_SVG=docs/top.svg cargo xtask test --local picture`.
 const KEEP: &str = "TOP_SVG";
@@ -67,7 +65,7 @@ pub(crate) fn picture_shows_processes_and_bytes() -> anyhow::Result<()> {
         "--after",
         seconds,
     ];
-    let mut tool = Tool::start(TOP, &args)?;
+    let mut tool = Tool::start("top", &args)?;
     // What these carry is known when the picture is drawn.
     let mut done = Pair::new("rsync", "rsyncd")?;
     done.connection(7_654_321, 4_321)?;
@@ -138,7 +136,10 @@ fn rows_of<'a>(picture: &'a str, word: &str) -> Vec<Vec<&'a str>> {
 
 /// In a terminal, as `script` (util-linux) makes one.
 pub(crate) fn screen_ends_with_q() -> anyhow::Result<()> {
-    let command = format!("stty rows 40 cols 120; exec {TOP} --filter '{}'", here()?);
+    let command = format!(
+        "stty rows 40 cols 120; exec {PROGRAM} top --filter '{}'",
+        here()?
+    );
     let mut terminal = Command::new("script")
         .args(["-qec", &command, "/dev/null"])
         .env("TERM", "xterm-256color")
@@ -167,5 +168,13 @@ pub(crate) fn screen_ends_with_q() -> anyhow::Result<()> {
     keys.write_all(b"q")?;
     let status = terminal.wait()?;
     ensure!(status.success(), "{status}");
+    Ok(())
+}
+
+/// A screen in a pipe would be escape sequences.
+pub(crate) fn pipe_is_refused() -> anyhow::Result<()> {
+    let output = Command::new(PROGRAM).arg("top").output()?;
+    ensure!(output.status.code() == Some(1) && output.stdout.is_empty());
+    ensure!(String::from_utf8(output.stderr)?.contains("--picture"));
     Ok(())
 }

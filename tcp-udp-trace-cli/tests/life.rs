@@ -1,14 +1,19 @@
-//! `tcplife`: one line for each connection, with the bytes that were sent.
+//! `life`: one line for each connection, with the bytes that were sent.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context as _, ensure};
 
 use crate::{
-    tool::Tool,
+    tool::{PROGRAM, Tool},
     traffic::{Pair, here},
 };
 
 pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
-    let mut tool = Tool::start(env!("CARGO_BIN_EXE_tcplife"), &["--filter", &here()?])?;
+    let mut tool = Tool::start("life", &["--filter", &here()?])?;
     let mut pair = Pair::new("life client", "life-server")?;
     let mut ends = Vec::new();
     for (up, down) in [(0, 0), (1, 70_000), (1_000_000, 3)] {
@@ -42,7 +47,7 @@ pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
 pub(crate) fn connection_that_was_there_before_is_marked() -> anyhow::Result<()> {
     let mut pair = Pair::new("old client", "old-server")?;
     let old = pair.connect()?;
-    let mut tool = Tool::start(env!("CARGO_BIN_EXE_tcplife"), &["--filter", &here()?])?;
+    let mut tool = Tool::start("life", &["--filter", &here()?])?;
     let young = pair.connect()?;
     pair.close(&old)?;
     pair.close(&young)?;
@@ -56,5 +61,23 @@ pub(crate) fn connection_that_was_there_before_is_marked() -> anyhow::Result<()>
         let time = line.split_whitespace().last().context("an empty line")?;
         ensure!(time.starts_with('>') == is_old, "{line}");
     }
+    Ok(())
+}
+
+/// As in `life | head -1`, though no connection ends.
+pub(crate) fn ends_when_its_reader_does() -> anyhow::Result<()> {
+    let mut life = Command::new(PROGRAM)
+        .args(["life", "--filter", "port=1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut output = BufReader::new(life.stdout.take().context("no output")?);
+    output.read_line(&mut String::new())?;
+    drop(output);
+    let output = life.wait_with_output()?;
+    ensure!(
+        output.status.success() && output.stderr == b"ready\n",
+        "{output:?}"
+    );
     Ok(())
 }

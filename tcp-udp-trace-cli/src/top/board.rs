@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
 };
 
-use examples::Growth;
+use crate::growth::Growth;
 use tcp_udp_trace::{Comm, Event, Protocol};
 
 /// How many seconds are remembered for the curves.

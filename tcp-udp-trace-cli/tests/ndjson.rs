@@ -29,7 +29,7 @@ fn run(file: &Path, max_bytes: u64, keep: u32) -> anyhow::Result<(BTreeSet<(u64,
         "--keep",
         &keep,
     ];
-    let mut tool = Tool::start(env!("CARGO_BIN_EXE_ndjson"), &args)?;
+    let mut tool = Tool::start("ndjson", &args)?;
     let mut pair = Pair::new("json-client", "json-server")?;
     let mut sent = BTreeSet::new();
     for n in 0..CONNECTIONS {
