@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
-    /// Print a graph in the language of Graphviz: `tcp-udp-trace depmap --dot | dot -Tsvg > map.svg`
+    /// Print a graph for Graphviz: `tcp-udp-trace depmap --dot | dot -Tsvg > map.svg`
     #[arg(long)]
     dot: bool,
     /// How many lines to keep. Everything beyond them is one sum, which is printed too.

@@ -13,8 +13,8 @@ use tcp_udp_trace::{Error, Hook, TcpTracer, UdpTracer};
 /// Check what this machine allows, and print how to get more.
 ///
 /// It prints the kernel, the privileges and limits of this process, and the hooks that each tracer
-/// gets. A line with `note:` is a cost of a hook, a line with `->` is an advice. The exit code is 0 if
-/// both tracers start, and else that of the first that does not.
+/// gets. A line with `note:` is a cost of a hook, and a line with `->` is advice. The exit code is 0
+/// if both tracers start, and else that of the first that does not.
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 

@@ -8,8 +8,8 @@ use tcp_udp_trace::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, Event, EventKind, Pr
 /// A TCP socket, or a UDP flow.
 type Key = (Protocol, u64, SocketAddr);
 
-/// Turns the totals of events into increments for counters. Bytes that a socket had carried before the
-/// tracer started are not counted.
+/// Turns the totals of events into increments for counters. Bytes from before the tracer started
+/// are not counted.
 ///
 /// It remembers as many sockets and flows as the tracers do by default.
 #[derive(Debug)]
@@ -27,17 +27,17 @@ impl Default for Growth {
 }
 
 impl Growth {
-    /// Returns how many bytes were sent and received since the last event of the same socket or flow.
+    /// Returns the bytes sent and received since the last event of the same socket or flow.
     pub(crate) fn of(&mut self, event: &Event) -> (u64, u64) {
         let (socket, total) = (&event.socket, event.traffic);
         let key = (socket.protocol, socket.id, socket.remote);
         let before = match (socket.protocol, &event.kind) {
             (_, EventKind::Lost { .. } | EventKind::ConnectFailed { .. }) => return (0, 0),
-            // A socket's first event is its beginning, when it has carried nothing, or it is older than the tracer.
+            // The first event of a socket is its beginning, with no bytes, or the socket is older.
             (Protocol::Tcp, _) => self.known.put(key, total).unwrap_or(total),
             // Flows are counted from their first datagram that the tracer saw.
             (_, EventKind::Flow { .. }) => self.known.put(key, total).unwrap_or_default(),
-            // A UDP socket's other events tell what all its flows have carried together.
+            // Other events of a UDP socket have the totals of all its flows.
             _ => return (0, 0),
         };
         let is_last = matches!(event.kind, EventKind::Flow { last: true, .. });

@@ -189,7 +189,7 @@ fn completions(shell: Shell) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Stops these tracers at SIGINT or SIGTERM. Their streams then yield what had happened until then, and end.
+/// Stops these tracers at SIGINT or SIGTERM. Their streams yield the events until then, and end.
 fn stop_at_signal(handles: Vec<TracerHandle>) -> io::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;

@@ -1,4 +1,4 @@
-//! The program around its commands: exit codes, `doctor`, `man`, `completions`, and no escapes in a pipe.
+//! The program around its commands: exit codes, `doctor`, `man`, `completions`, and plain pipes.
 
 use std::{
     fs,
@@ -35,7 +35,7 @@ pub(crate) fn doctor_is_content_here() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A process with no capability learns which it lacks, by name, and from the exit code that it is this.
+/// The exit code shows that a capability is missing, and the message names it.
 pub(crate) fn missing_privilege_has_its_exit_code() -> anyhow::Result<()> {
     // Root without capabilities may not be let into the folder of the build.
     let folder = Folder::new("privilege")?;

@@ -8,7 +8,7 @@ use crate::{
     traffic::{Pair, datagrams, here},
 };
 
-/// Runs it beside two connections and a UDP flow of three datagrams; returns the server's port of TCP
+/// Runs it beside two connections and a UDP flow of three datagrams. Returns the server's TCP port
 /// and the lines.
 fn run(format: &[&str]) -> anyhow::Result<(u16, Vec<String>)> {
     let filter = format!("{} comm=map-client,map-server", here()?);

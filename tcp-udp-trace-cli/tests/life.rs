@@ -29,21 +29,21 @@ pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
 
     let mut lines = tool.output.rest();
     ensure!(lines.remove(0).contains("TX_BYTES"));
-    let mut told = Vec::new();
+    let mut lives = Vec::new();
     for line in lines {
         let words: Vec<_> = line.split_whitespace().collect();
         let (milliseconds, words) = words.split_last().context("an empty line")?;
         let milliseconds: f64 = milliseconds.parse()?;
         ensure!((0.0..60_000.0).contains(&milliseconds), "{line}");
-        told.push(words.join(" "));
+        lives.push(words.join(" "));
     }
     ends.sort();
-    told.sort();
-    ensure!(told == ends, "{told:#?} instead of {ends:#?}");
+    lives.sort();
+    ensure!(lives == ends, "{lives:#?} instead of {ends:#?}");
     Ok(())
 }
 
-/// Nobody knows how long it lived before: its time is marked.
+/// Its duration is unknown, so it is marked.
 pub(crate) fn connection_that_was_there_before_is_marked() -> anyhow::Result<()> {
     let mut pair = Pair::new("old client", "old-server")?;
     let old = pair.connect()?;

@@ -1,9 +1,9 @@
 //! Prints one line for each TCP connection when it ends: owner, addresses, bytes, duration. The
 //! command `tcp-udp-trace life` is this file.
 //!
-//! A connection that is older than the tracer has lived for an unknown time. Its duration has a `>`.
+//! The duration of a connection that is older than the tracer is unknown. It has a `>`.
 //!
-//! The filter works in the kernel: of all that happens to a socket, only its end reaches this program.
+//! The filter works in the kernel: of all events of a socket, only its end reaches this program.
 //!
 //! ```text
 //! cargo run --release --example tcplife -- --filter port=443
@@ -33,7 +33,7 @@ pub(crate) struct Args {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
-    // Before Linux 5.11, maps count against this limit. A library must not change it; a program may.
+    // Before Linux 5.11, maps count against this limit. Only a program may change it.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     life(Args::parse()).await
 }
