@@ -1,4 +1,4 @@
-//! Prints the socket events of the running machine.
+//! Prints the socket events of the running machine. The command `tcp-udp-trace trace` is this file.
 //!
 //! ```text
 //! cargo run --release --example trace -- --json --port 443
@@ -10,6 +10,7 @@
 )]
 
 use std::{
+    error::Error,
     fmt::Write as _,
     io::{self, ErrorKind, Write as _},
     os::fd::AsFd as _,
@@ -30,9 +31,11 @@ use tcp_udp_trace::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Print the socket events of the running machine. Needs root, or CAP_BPF and CAP_PERFMON.
+/// Print the socket events of the running machine.
+///
+/// Needs root, or CAP_BPF and CAP_PERFMON.
 #[derive(Parser)]
-struct Args {
+pub(crate) struct Args {
     /// Trace TCP. Both protocols are traced unless one is named.
     #[arg(long)]
     tcp: bool,
@@ -96,7 +99,7 @@ impl Args {
     }
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text
         .parse()
         .map_err(|_| "not a number of seconds".to_owned())?;
@@ -125,24 +128,30 @@ async fn main() -> ExitCode {
         // The reader has gone away, as in `trace | head`.
         Err(error) if error.downcast_ref().is_some_and(is_broken_pipe) => ExitCode::SUCCESS,
         Err(error) => {
-            eprint!("error: {error}");
-            let mut source = error.source();
-            while let Some(error) = source {
-                // The verifier's log may stand in the lines after the first.
-                eprint!(": {}", error.to_string().lines().next().unwrap_or_default());
-                source = error.source();
-            }
-            eprintln!();
+            eprintln!("error: {}", describe(error.as_ref()));
             ExitCode::FAILURE
         }
     }
 }
 
-/// How often a program that has nothing to print looks whether anybody would read it.
-const LOOK: Duration = Duration::from_secs(1);
+/// Returns an error and its causes in one line.
+pub(crate) fn describe(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        // The verifier's log may stand in the lines after the first.
+        text.push_str(error.to_string().lines().next().unwrap_or_default());
+        source = error.source();
+    }
+    text
+}
 
-/// Whether standard output is a pipe whose reader has gone away.
-fn nobody_reads() -> io::Result<bool> {
+/// How often a program that has nothing to print checks whether its output still has a reader.
+pub(crate) const CHECK_OUTPUT: Duration = Duration::from_secs(1);
+
+/// Returns whether standard output is a pipe whose reader has gone away.
+pub(crate) fn output_is_closed() -> io::Result<bool> {
     let stdout = io::stdout();
     let mut fds = [PollFd::new(stdout.as_fd(), PollFlags::empty())];
     nix::poll::poll(&mut fds, PollTimeout::ZERO)?;
@@ -155,7 +164,8 @@ fn is_broken_pipe(error: &io::Error) -> bool {
     error.kind() == ErrorKind::BrokenPipe
 }
 
-async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+/// Prints events until the options or a signal end it.
+pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
     // Before Linux 5.11, maps count against this limit. A library must not change it; a program may.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 
@@ -226,7 +236,7 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         .fuse()
     );
 
-    let mut look = tokio::time::interval(LOOK);
+    let mut check_output = tokio::time::interval(CHECK_OUTPUT);
     let mut events = stream::select(events(&mut tcp), events(&mut udp));
     let mut out = io::BufWriter::new(io::stdout().lock());
     loop {
@@ -241,8 +251,8 @@ async fn trace(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
                         stop();
                         continue;
                     }
-                    _ = look.tick() => {
-                        if nobody_reads()? {
+                    _ = check_output.tick() => {
+                        if output_is_closed()? {
                             return Ok(());
                         }
                         continue;

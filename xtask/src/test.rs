@@ -21,7 +21,7 @@ pub(crate) struct Args {
     /// Run the unit and documentation tests.
     #[arg(long)]
     unit: bool,
-    /// Run the integration tests and those of the examples on this kernel, as root.
+    /// Run the integration tests and those of the command on this kernel, as root.
     #[arg(long)]
     local: bool,
     /// Run the integration tests on these kernels in VMs: `5.10,6.1`, or `all`.
@@ -95,9 +95,9 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
 
     let mut rows = Vec::new();
     if args.local || everything {
-        let examples = suite::build(&suite::EXAMPLES, arch)?;
+        let cli = suite::build(&suite::CLI, arch)?;
         rows.push(suite::local(&program, &program_args)?);
-        rows.push(suite::run("examples", &examples, &program_args)?);
+        rows.push(suite::run("command", &cli, &program_args)?);
     }
     // The guests start after the local run has ended, because the tests measure time.
     let jobs = args.jobs.unwrap_or_else(vm::default_jobs);

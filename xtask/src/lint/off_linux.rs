@@ -73,7 +73,7 @@ fn copy_renamed(from: &Path, to: &Path) -> Result<()> {
                 &format!("target_os = \"{ELSEWHERE}\""),
             )
             .replace(
-                ", \"tcp-udp-trace-ebpf\", \"xtask\", \"tests\", \"examples\"]",
+                ", \"tcp-udp-trace-ebpf\", \"xtask\", \"tests\", \"tcp-udp-trace-cli\"]",
                 "]",
             )
             .replace(", \"xtask\", \"tests\"]", "]")

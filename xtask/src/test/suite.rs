@@ -37,9 +37,9 @@ pub(super) const INTEGRATION: Program = Program {
 };
 
 /// Not optimized, because that would take several times as long as the tests.
-pub(super) const EXAMPLES: Program = Program {
-    package: "examples",
-    target: "examples",
+pub(super) const CLI: Program = Program {
+    package: "tcp-udp-trace-cli",
+    target: "cli",
     profile: "dev",
 };
 
@@ -58,8 +58,6 @@ pub(super) fn unit(filter: Option<&str>) -> Result<Row> {
             "tcp-udp-trace-ebpf",
             "--exclude",
             INTEGRATION.package,
-            "--exclude",
-            EXAMPLES.package,
         ])
         .arg("--")
         .args(filter);

@@ -1,0 +1,482 @@
+//! Who talks to whom: each process and the addresses that it exchanges data with.
+
+use std::{
+    collections::HashMap,
+    io::{self, Write},
+    net::{IpAddr, SocketAddr},
+    num::NonZeroUsize,
+    time::Duration,
+};
+
+use clap::ArgGroup;
+use futures_util::{StreamExt as _, stream};
+use lru::LruCache;
+use serde::Serialize;
+use tcp_udp_trace::{
+    Comm, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, Event, EventKind, Filter, Protocol, SampleInfo,
+    Stats, TcpState, TcpTracer, UdpTracer,
+};
+
+use crate::growth::Growth;
+
+/// Print which process talks to which address and port, with bytes and connections.
+///
+/// It watches for a while, or until Ctrl-C, and then prints one line for each process, direction,
+/// address and port.
+///
+/// The direction is `out` if the process connected (TCP) or sent the first datagram (UDP). The port
+/// is then the peer's. It is `in` if the process accepted the connection or received the first
+/// datagram. The port is then its own. It is `?` if the connection is older than the trace, and the
+/// port is the peer's.
+///
+/// Bytes are those since the start. Those of a connection that is still open are as of its last
+/// sample, which is at most a second old. A UDP flow counts as one connection.
+#[derive(clap::Args)]
+#[command(group(ArgGroup::new("format").args(["json", "dot"])))]
+pub(crate) struct Args {
+    /// How many seconds to watch.
+    #[arg(long, value_name = "SECS", value_parser = crate::trace::seconds, default_value = "10")]
+    duration: Duration,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// Print a graph for Graphviz: `tcp-udp-trace depmap --dot | dot -Tsvg > map.svg`
+    #[arg(long)]
+    dot: bool,
+    /// How many lines to keep. Everything beyond them is one sum, which is printed too.
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    max: usize,
+    /// Only sockets that pass this filter, such as "comm=nginx remote=10.0.0.0/8".
+    #[arg(long, value_name = "FILTER", default_value = "")]
+    filter: Filter,
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
+    let tcp = TcpTracer::builder().filter(args.filter.clone());
+    let mut tcp = tcp.sample_interval(SECOND).start().await?;
+    let udp = UdpTracer::builder().filter(args.filter);
+    let mut udp = udp.sample_interval(None).interval(SECOND).start().await?;
+    let handles = vec![tcp.handle(), udp.handle()];
+    crate::stop_at_signal(handles.clone())?;
+    eprintln!("ready");
+    tokio::spawn(async move {
+        tokio::time::sleep(args.duration).await;
+        for handle in handles {
+            handle.stop();
+        }
+    });
+    let mut map = Map::new(args.max);
+    let mut events = stream::select(&mut tcp, &mut udp);
+    while let Some(event) = events.next().await {
+        map.count(&event);
+    }
+    drop(events);
+    let mut stats = tcp.close().await?;
+    stats += udp.close().await?;
+    let report = map.report(stats);
+    let mut out = io::stdout().lock();
+    if args.json {
+        serde_json::to_writer(&mut out, &report).map_err(io::Error::from)?;
+        writeln!(out)?;
+    } else if args.dot {
+        report.dot(&mut out)?;
+    } else {
+        report.text(&mut out)?;
+    }
+    eprintln!("stats: {}", serde_json::to_string(&report.stats)?);
+    Ok(())
+}
+
+/// Which side began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Direction {
+    Out,
+    In,
+    Unknown,
+}
+
+/// A line of the report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Edge {
+    process: Option<Comm>,
+    protocol: Protocol,
+    direction: Direction,
+    peer: IpAddr,
+    port: u16,
+}
+
+/// The sums of an edge.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+struct Sums {
+    connections: u64,
+    tx_bytes: u64,
+    rx_bytes: u64,
+}
+
+/// A TCP socket or a UDP flow.
+type Key = (Protocol, u64, SocketAddr);
+
+/// Counts events.
+struct Map {
+    edges: HashMap<Edge, Sums>,
+    max: usize,
+    /// The sums of all edges beyond `max`.
+    other: Sums,
+    growth: Growth,
+    /// Live connections. The edge is unknown as long as the connection waits to be accepted.
+    live: LruCache<Key, (Direction, Option<Edge>)>,
+}
+
+impl Map {
+    fn new(max: usize) -> Self {
+        let live = NonZeroUsize::new((DEFAULT_MAX_SOCKETS + DEFAULT_MAX_FLOWS) as usize);
+        Self {
+            edges: HashMap::new(),
+            max,
+            other: Sums::default(),
+            growth: Growth::default(),
+            live: LruCache::new(live.unwrap_or(NonZeroUsize::MIN)),
+        }
+    }
+
+    fn count(&mut self, event: &Event) {
+        use TcpState::{Close, Established, Listen, SynRecv, SynSent};
+        let (tx_bytes, rx_bytes) = self.growth.of(event);
+        let socket = &event.socket;
+        let key = (socket.protocol, socket.id, socket.remote);
+        let known = self.live.get(&key).copied();
+        let direction = match &event.kind {
+            EventKind::StateChange {
+                from: SynSent,
+                to: Established,
+                ..
+            } => Direction::Out,
+            EventKind::StateChange {
+                from: SynRecv,
+                to: Established,
+                ..
+            } => {
+                self.live.put(key, (Direction::In, None));
+                return;
+            }
+            EventKind::StateChange {
+                from: Close | Listen | SynRecv | SynSent,
+                ..
+            } => return,
+            EventKind::StateChange { .. } => Direction::Unknown,
+            EventKind::Sample {
+                info: SampleInfo::Tcp(info),
+            } if info.state == Established as u8 => Direction::Unknown,
+            EventKind::Accept => Direction::In,
+            EventKind::Flow { .. } if event.traffic.rx_packets == 0 => Direction::Out,
+            EventKind::Flow { .. } if event.traffic.tx_packets == 0 => Direction::In,
+            EventKind::Flow { .. } => Direction::Unknown,
+            _ if (tx_bytes, rx_bytes) != (0, 0) => Direction::Unknown,
+            _ => return,
+        };
+        let direction = known.map_or(direction, |(direction, _)| direction);
+        let edge = known.and_then(|(_, edge)| edge);
+        let is_new = edge.is_none();
+        let edge = edge.unwrap_or_else(|| Edge {
+            process: event.process.as_ref().map(|process| process.comm),
+            protocol: socket.protocol,
+            direction,
+            peer: socket.remote.ip().to_canonical(),
+            port: match direction {
+                Direction::In => socket.local.port(),
+                _ => socket.remote.port(),
+            },
+        });
+        self.live.put(key, (direction, Some(edge)));
+        if event.is_end() || matches!(event.kind, EventKind::Flow { last: true, .. }) {
+            self.live.pop(&key);
+        }
+        let has_room = self.edges.len() < self.max || self.edges.contains_key(&edge);
+        let sums = if has_room {
+            self.edges.entry(edge).or_default()
+        } else {
+            &mut self.other
+        };
+        sums.connections += u64::from(is_new);
+        sums.tx_bytes += tx_bytes;
+        sums.rx_bytes += rx_bytes;
+    }
+
+    /// The edges with most bytes first.
+    fn report(self, stats: Stats) -> Report {
+        let edges = self.edges.into_iter().map(|(edge, sums)| Line {
+            process: edge.process.map(|comm| comm.to_string()),
+            protocol: edge.protocol,
+            direction: edge.direction,
+            peer: edge.peer,
+            port: edge.port,
+            sums,
+        });
+        let mut edges: Vec<_> = edges.collect();
+        edges.sort_by(|one, two| {
+            let bytes = |line: &Line| line.sums.tx_bytes + line.sums.rx_bytes;
+            let name = |line: &Line| (line.process.clone(), line.peer, line.port);
+            bytes(two)
+                .cmp(&bytes(one))
+                .then_with(|| name(one).cmp(&name(two)))
+        });
+        Report {
+            edges,
+            other: self.other,
+            stats,
+        }
+    }
+}
+
+/// What is printed.
+#[derive(Debug, Serialize)]
+struct Report {
+    edges: Vec<Line>,
+    other: Sums,
+    stats: Stats,
+}
+
+#[derive(Debug, Serialize)]
+struct Line {
+    process: Option<String>,
+    protocol: Protocol,
+    direction: Direction,
+    peer: IpAddr,
+    port: u16,
+    #[serde(flatten)]
+    sums: Sums,
+}
+
+impl Line {
+    fn name(&self) -> &str {
+        self.process.as_deref().unwrap_or("?")
+    }
+}
+
+impl Report {
+    fn text(&self, out: &mut impl Write) -> io::Result<()> {
+        let widest = |name: &str, texts: &mut dyn Iterator<Item = String>| {
+            texts
+                .map(|text| text.chars().count())
+                .max()
+                .unwrap_or(0)
+                .max(name.len())
+        };
+        let process = widest(
+            "PROCESS",
+            &mut self.edges.iter().map(|line| line.name().to_owned()),
+        );
+        let peer = widest(
+            "PEER",
+            &mut self.edges.iter().map(|line| line.peer.to_string()),
+        );
+        let mut row = |cells: [&str; 8]| {
+            let [
+                name,
+                protocol,
+                direction,
+                address,
+                port,
+                connections,
+                tx,
+                rx,
+            ] = cells;
+            writeln!(
+                out,
+                "{name:process$} {protocol:5} {direction:3} {address:peer$} {port:>5} \
+                 {connections:>11} {tx:>14} {rx:>14}"
+            )
+        };
+        row([
+            "PROCESS",
+            "PROTO",
+            "DIR",
+            "PEER",
+            "PORT",
+            "CONNECTIONS",
+            "TX_BYTES",
+            "RX_BYTES",
+        ])?;
+        for line in &self.edges {
+            let direction = match line.direction {
+                Direction::Out => "out",
+                Direction::In => "in",
+                Direction::Unknown => "?",
+            };
+            row([
+                line.name(),
+                &line.protocol.to_string(),
+                direction,
+                &line.peer.to_string(),
+                &line.port.to_string(),
+                &line.sums.connections.to_string(),
+                &line.sums.tx_bytes.to_string(),
+                &line.sums.rx_bytes.to_string(),
+            ])?;
+        }
+        if self.other == Sums::default() {
+            return Ok(());
+        }
+        let Sums {
+            connections,
+            tx_bytes,
+            rx_bytes,
+        } = self.other;
+        let [connections, tx, rx] = [connections, tx_bytes, rx_bytes].map(|sum| sum.to_string());
+        row(["(others)", "", "", "", "", &connections, &tx, &rx])
+    }
+
+    /// An arrow points from the side that began to the other one.
+    fn dot(&self, out: &mut impl Write) -> io::Result<()> {
+        writeln!(
+            out,
+            "digraph \"tcp-udp-trace\" {{\n  rankdir=LR;\n  node [shape=ellipse];"
+        )?;
+        let mut names: Vec<_> = self.edges.iter().map(Line::name).collect();
+        names.sort_unstable();
+        names.dedup();
+        for name in names {
+            writeln!(out, "  {} [shape=box];", quoted(name))?;
+        }
+        for line in &self.edges {
+            let name = quoted(line.name());
+            let Sums {
+                connections,
+                tx_bytes,
+                rx_bytes,
+            } = line.sums;
+            let label = format!(
+                "{} {connections} x, tx {tx_bytes} B, rx {rx_bytes} B",
+                line.protocol
+            );
+            let (from, to, label) = match line.direction {
+                Direction::In => {
+                    let peer = quoted(&line.peer.to_string());
+                    (peer, name, format!("port {} {label}", line.port))
+                }
+                Direction::Out | Direction::Unknown => (
+                    name,
+                    quoted(&SocketAddr::new(line.peer, line.port).to_string()),
+                    label,
+                ),
+            };
+            let direction = match line.direction {
+                Direction::Unknown => ", dir=none",
+                _ => "",
+            };
+            writeln!(
+                out,
+                "  {from} -> {to} [label={}{direction}];",
+                quoted(&label)
+            )?;
+        }
+        writeln!(out, "}}")
+    }
+}
+
+/// A string of Graphviz.
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// An event of a TCP socket, as JSON has it.
+    fn tcp(id: u64, comm: &str, remote: &str, kind: serde_json::Value, bytes: u64) -> Event {
+        serde_json::from_value(json!({
+            "time": "2026-01-31T12:00:00Z", "uptime_ns": 0, "kind": kind,
+            "process": {"pid": 1, "tid": 1, "uid": 0, "comm": comm, "origin": "creator",
+                        "started_ns": 0},
+            "socket": {"protocol": "tcp", "id": id, "cookie": null, "local": "10.0.0.1:443",
+                       "remote": remote, "uid": 0, "netns": 0, "cgroup": 0, "age_ns": 0},
+            "traffic": {"tx_bytes": bytes, "rx_bytes": 0, "tx_packets": 1, "rx_packets": 1}
+        }))
+        .unwrap()
+    }
+
+    fn change(from: &str, to: &str) -> serde_json::Value {
+        json!({"type": "state_change", "from": from, "to": to, "error": null})
+    }
+
+    fn report(max: usize, events: &[Event]) -> Report {
+        let mut map = Map::new(max);
+        events.iter().for_each(|event| map.count(event));
+        map.report(Stats::default())
+    }
+
+    fn text(report: &Report) -> Vec<String> {
+        let mut text = Vec::new();
+        report.text(&mut text).unwrap();
+        let text = String::from_utf8(text).unwrap();
+        let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+        text.lines().skip(1).map(words).collect()
+    }
+
+    /// Two clients of one server, each with a port of its own; the acceptor is the owner.
+    fn served() -> Vec<Event> {
+        let accept = || json!({"type": "accept"});
+        let close = || change("LAST_ACK", "CLOSE");
+        let open = || change("SYN_RECV", "ESTABLISHED");
+        let mut events = Vec::new();
+        for (id, remote) in [(1, "10.0.0.9:50001"), (2, "10.0.0.9:50002")] {
+            events.push(tcp(id, "master", remote, open(), 0));
+            events.push(tcp(id, "worker", remote, accept(), 0));
+            events.push(tcp(id, "worker", remote, close(), 500));
+        }
+        events
+    }
+
+    #[test]
+    fn clients_of_a_port_are_one_line() {
+        let report = report(10, &served());
+        assert_eq!(text(&report), ["worker tcp in 10.0.0.9 443 2 1000 0"]);
+    }
+
+    #[test]
+    fn failed_attempt_is_no_connection() {
+        let fails = [
+            tcp(1, "curl", "10.0.0.2:80", change("CLOSE", "SYN_SENT"), 0),
+            tcp(1, "curl", "10.0.0.2:80", change("SYN_SENT", "CLOSE"), 0),
+        ];
+        assert!(text(&report(10, &fails)).is_empty());
+    }
+
+    #[test]
+    fn what_has_no_room_is_summed_up() {
+        let open = || change("SYN_SENT", "ESTABLISHED");
+        let mut events = served();
+        events.push(tcp(3, "curl", "10.0.0.2:80", open(), 0));
+        events.push(tcp(
+            3,
+            "curl",
+            "10.0.0.2:80",
+            change("FIN_WAIT2", "CLOSE"),
+            70,
+        ));
+        let lines = text(&report(1, &events));
+        assert_eq!(
+            lines,
+            ["worker tcp in 10.0.0.9 443 2 1000 0", "(others) 1 70 0"]
+        );
+    }
+
+    #[test]
+    fn graph_has_quoted_names() {
+        let open = change("SYN_SENT", "ESTABLISHED");
+        let mut dot = Vec::new();
+        let report = report(9, &[tcp(1, "a\"b", "[2001:db8::1]:80", open, 0)]);
+        report.dot(&mut dot).unwrap();
+        let dot = String::from_utf8(dot).unwrap();
+        assert!(
+            dot.contains(r#""a\"b" -> "[2001:db8::1]:80" [label="tcp 1 x,"#),
+            "{dot}"
+        );
+    }
+}

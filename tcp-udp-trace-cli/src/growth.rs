@@ -1,0 +1,54 @@
+//! From totals to what was added.
+
+use std::{net::SocketAddr, num::NonZeroUsize};
+
+use lru::LruCache;
+use tcp_udp_trace::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, Event, EventKind, Protocol, Traffic};
+
+/// A TCP socket, or a UDP flow.
+type Key = (Protocol, u64, SocketAddr);
+
+/// Turns the totals of events into increments for counters. Bytes from before the tracer started
+/// are not counted.
+///
+/// It remembers as many sockets and flows as the tracers do by default.
+#[derive(Debug)]
+pub(crate) struct Growth {
+    known: LruCache<Key, Traffic>,
+}
+
+impl Default for Growth {
+    fn default() -> Self {
+        let capacity = DEFAULT_MAX_SOCKETS + DEFAULT_MAX_FLOWS;
+        Self {
+            known: LruCache::new(NonZeroUsize::new(capacity as usize).unwrap_or(NonZeroUsize::MIN)),
+        }
+    }
+}
+
+impl Growth {
+    /// Returns the bytes sent and received since the last event of the same socket or flow.
+    pub(crate) fn of(&mut self, event: &Event) -> (u64, u64) {
+        let (socket, total) = (&event.socket, event.traffic);
+        let key = (socket.protocol, socket.id, socket.remote);
+        let before = match (socket.protocol, &event.kind) {
+            (_, EventKind::Lost { .. } | EventKind::ConnectFailed { .. }) => return (0, 0),
+            // The first event of a socket is its beginning, with no bytes, or the socket is older.
+            (Protocol::Tcp, _) => self.known.put(key, total).unwrap_or(total),
+            // Flows are counted from their first datagram that the tracer saw.
+            (_, EventKind::Flow { .. }) => self.known.put(key, total).unwrap_or_default(),
+            // Other events of a UDP socket have the totals of all its flows.
+            _ => return (0, 0),
+        };
+        let is_last = matches!(event.kind, EventKind::Flow { last: true, .. });
+        if event.is_end() || is_last {
+            self.known.pop(&key);
+        }
+        // Fewer than before: the report in which the flow ended was lost, and it has begun again.
+        let since = |total: u64, before| total.checked_sub(before).unwrap_or(total);
+        (
+            since(total.tx_bytes, before.tx_bytes),
+            since(total.rx_bytes, before.rx_bytes),
+        )
+    }
+}

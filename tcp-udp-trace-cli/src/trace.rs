@@ -1,0 +1,1 @@
+../../tcp-udp-trace/examples/trace.rs

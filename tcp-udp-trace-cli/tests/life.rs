@@ -1,0 +1,83 @@
+//! `life`: one line for each connection, with the bytes that were sent.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, ensure};
+
+use crate::{
+    tool::{PROGRAM, Tool},
+    traffic::{Pair, here},
+};
+
+pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
+    let mut tool = Tool::start("life", &["--filter", &here()?])?;
+    let mut pair = Pair::new("life client", "life-server")?;
+    let mut ends = Vec::new();
+    for (up, down) in [(0, 0), (1, 70_000), (1_000_000, 3)] {
+        let (client, server) = (pair.connection(up, down)?, pair.listener.local);
+        let (near, far) = (pair.client.pid(), pair.server.pid());
+        ends.push(format!("{near} life client {client} {server} {up} {down}"));
+        ends.push(format!("{far} life-server {server} {client} {down} {up}"));
+    }
+    // No connections: nothing may be said of these.
+    pair.fail_to_connect()?;
+    pair.server.close(&pair.listener)?;
+    tool.terminate()?;
+
+    let mut lines = tool.output.rest();
+    ensure!(lines.remove(0).contains("TX_BYTES"));
+    let mut lives = Vec::new();
+    for line in lines {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let (milliseconds, words) = words.split_last().context("an empty line")?;
+        let milliseconds: f64 = milliseconds.parse()?;
+        ensure!((0.0..60_000.0).contains(&milliseconds), "{line}");
+        lives.push(words.join(" "));
+    }
+    ends.sort();
+    lives.sort();
+    ensure!(lives == ends, "{lives:#?} instead of {ends:#?}");
+    Ok(())
+}
+
+/// Its duration is unknown, so it is marked.
+pub(crate) fn connection_that_was_there_before_is_marked() -> anyhow::Result<()> {
+    let mut pair = Pair::new("old client", "old-server")?;
+    let old = pair.connect()?;
+    let mut tool = Tool::start("life", &["--filter", &here()?])?;
+    let young = pair.connect()?;
+    pair.close(&old)?;
+    pair.close(&young)?;
+    tool.terminate()?;
+
+    let mut lines = tool.output.rest();
+    ensure!(lines.remove(0).contains("TX_BYTES"));
+    ensure!(lines.len() == 4, "{lines:#?}");
+    for line in lines {
+        let is_old = line.contains(&old.client.local.to_string());
+        let time = line.split_whitespace().last().context("an empty line")?;
+        ensure!(time.starts_with('>') == is_old, "{line}");
+    }
+    Ok(())
+}
+
+/// As in `life | head -1`, though no connection ends.
+pub(crate) fn ends_when_its_reader_does() -> anyhow::Result<()> {
+    let mut life = Command::new(PROGRAM)
+        .args(["life", "--filter", "port=1"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let mut output = BufReader::new(life.stdout.take().context("no output")?);
+    output.read_line(&mut String::new())?;
+    drop(output);
+    let output = life.wait_with_output()?;
+    ensure!(
+        output.status.success() && output.stderr == b"ready\n",
+        "{output:?}"
+    );
+    Ok(())
+}

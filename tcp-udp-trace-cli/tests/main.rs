@@ -1,0 +1,70 @@
+//! Each command, run on real traffic, and its output compared with what was sent. Run as root; takes
+//! the arguments of `cargo test`.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking, and so its threads"
+)]
+
+use std::process::ExitCode;
+
+use integration_tests::{
+    actor,
+    suite::{Needs, Test},
+};
+
+/// Tests, named after their module and their function.
+macro_rules! tests {
+    ($($topic:ident :: $name:ident),+ $(,)?) => {
+        [$(Test {
+            topic: stringify!($topic),
+            name: stringify!($name),
+            needs: Needs::Nothing,
+            body: $topic::$name,
+        }),+]
+    };
+}
+
+mod command;
+mod depmap;
+mod life;
+mod ndjson;
+mod otlp;
+mod prometheus;
+mod tool;
+mod top;
+mod trace;
+mod traffic;
+
+fn main() -> ExitCode {
+    if let Some(code) = actor::run_if_asked() {
+        return code;
+    }
+    let arguments = libtest_mimic::Arguments::from_args();
+    let tests = tests![
+        trace::json_has_the_bytes,
+        trace::ends_after_its_duration,
+        trace::ends_when_its_reader_does,
+        life::each_connection_is_one_line,
+        life::connection_that_was_there_before_is_marked,
+        life::ends_when_its_reader_does,
+        depmap::client_and_server_have_the_bytes,
+        depmap::other_formats_have_the_same,
+        command::doctor_is_content_here,
+        command::missing_privilege_has_its_exit_code,
+        command::wrong_command_line_has_its_exit_code,
+        command::manual_and_completions_are_complete,
+        command::pipe_gets_no_escapes,
+        top::pipe_is_refused,
+        ndjson::no_line_is_lost_or_cut,
+        ndjson::old_files_go,
+        ndjson::what_was_there_stays,
+        prometheus::counters_have_the_bytes,
+        prometheus::retransmissions_are_counted,
+        otlp::collector_gets_everything_by_the_end,
+        otlp::three_capabilities_are_enough,
+        top::picture_shows_processes_and_bytes,
+        top::screen_ends_with_q,
+    ];
+    let trials = tests.map(Test::trial);
+    libtest_mimic::run(&arguments, trials.into()).exit_code()
+}

@@ -1,0 +1,183 @@
+//! The program that runs, and the lines that it writes.
+
+use std::{
+    env, fs,
+    io::{self, BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    sync::mpsc::{self, Receiver, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tcp_udp_trace::Stats;
+
+/// How long anything may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The program under test.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_tcp-udp-trace");
+
+/// A running command. It is killed when dropped.
+pub(crate) struct Tool {
+    child: Child,
+    /// What it writes to standard output, line by line.
+    pub(crate) output: Lines,
+    /// What it writes to standard error, line by line.
+    pub(crate) errors: Lines,
+    /// The line with which it said that it is ready.
+    pub(crate) ready: String,
+}
+
+impl Tool {
+    /// Starts this command in the network namespace of the calling thread, and waits until it is ready.
+    pub(crate) fn start(command: &str, args: &[&str]) -> anyhow::Result<Self> {
+        Self::start_with(Command::new(PROGRAM).arg(command).args(args))
+    }
+
+    /// [`start`](Self::start) of a command with an environment.
+    pub(crate) fn start_with(command: &mut Command) -> anyhow::Result<Self> {
+        Self::start_to(command, Stdio::piped())
+    }
+
+    /// [`start_with`](Self::start_with) that writes there.
+    pub(crate) fn start_to(command: &mut Command, output: Stdio) -> anyhow::Result<Self> {
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(output)
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("{command:?}"))?;
+        // The command would keep the pipe open for writing.
+        command.stdout(Stdio::null());
+        let errors = Lines::of(child.stderr.take().unwrap());
+        let output = match child.stdout.take() {
+            Some(output) => Lines::of(output),
+            None => Lines::none(),
+        };
+        let mut tool = Self {
+            child,
+            output,
+            errors,
+            ready: String::new(),
+        };
+        tool.ready = tool.errors.find(|line| line.starts_with("ready"))?;
+        Ok(tool)
+    }
+
+    /// What it counted, as its last line on standard error tells.
+    pub(crate) fn stats(&self) -> anyhow::Result<Stats> {
+        let line = self.errors.find(|line| line.starts_with("stats: "))?;
+        let (_, json) = line.split_once(' ').unwrap();
+        Ok(serde_json::from_str(json)?)
+    }
+
+    /// Asks it to end, and waits until it has done so well.
+    pub(crate) fn terminate(&mut self) -> anyhow::Result<()> {
+        kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM)?;
+        self.end()
+    }
+
+    /// Whether it has not ended yet.
+    pub(crate) fn is_running(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Waits until it has ended well.
+    pub(crate) fn end(&mut self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                ensure!(
+                    status.success(),
+                    "{status}: {}",
+                    self.errors.rest().join("\n")
+                );
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "it does not end");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Tool {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The lines of a pipe, as they come.
+pub(crate) struct Lines(Receiver<String>);
+
+impl Lines {
+    fn none() -> Self {
+        Self(mpsc::channel().1)
+    }
+
+    fn of(pipe: impl io::Read + Send + 'static) -> Self {
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            for line in BufReader::new(pipe).lines() {
+                // Nobody may want to know any more, but the pipe must not fill up.
+                let _ = sender.send(line.unwrap());
+            }
+        });
+        Self(receiver)
+    }
+
+    /// Waits for the next line that is like this.
+    pub(crate) fn find(&self, wanted: impl Fn(&str) -> bool) -> anyhow::Result<String> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut others = String::new();
+        loop {
+            match self.0.recv_timeout(deadline - Instant::now().min(deadline)) {
+                Ok(line) if wanted(&line) => return Ok(line),
+                Ok(line) => others += &format!("\n{line}"),
+                Err(RecvTimeoutError::Timeout) => bail!("it says nothing more:{others}"),
+                Err(RecvTimeoutError::Disconnected) => bail!("it has ended:{others}"),
+            }
+        }
+    }
+
+    /// All lines until the end of the pipe.
+    pub(crate) fn rest(&self) -> Vec<String> {
+        self.0.iter().collect()
+    }
+}
+
+/// A folder of this test, removed when dropped.
+pub(crate) struct Folder(PathBuf);
+
+impl Folder {
+    /// With this name somewhere in it.
+    pub(crate) fn new(name: &str) -> io::Result<Self> {
+        let path = env::temp_dir().join(format!("tcp-udp-trace-{name}-{}", process::id()));
+        fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// How many files are in it.
+    pub(crate) fn count(&self) -> io::Result<usize> {
+        Ok(fs::read_dir(&self.0)?.count())
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        // What is left lies in the folder for such things.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
