@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_has_a_hook_alone_is_named() {
+    fn a_hook_held_exclusively_is_named() {
         let egress = HookPoint::Cgroup("egress");
         let refused = refused("bpf_link_create", Errno::EPERM);
         assert!(is_taken(egress, &refused, &Privileges::of_root()));
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn other_refusals_are_no_program_that_has_a_hook_alone() {
+    fn other_refusals_name_no_exclusive_hook() {
         let egress = HookPoint::Cgroup("egress");
         let kprobe = HookPoint::Kprobe("security_sock_graft");
         for (point, call, errno) in [
@@ -216,6 +216,6 @@ mod tests {
         }
         // Linux 5.10 accepts CAP_SYS_ADMIN for the program, but not for its attachment.
         let refused = refused("bpf_link_create", Errno::EPERM);
-        assert!(!is_taken(egress, &refused, &Privileges::of_nobody()));
+        assert!(!is_taken(egress, &refused, &Privileges::none()));
     }
 }

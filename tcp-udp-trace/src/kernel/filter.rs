@@ -53,13 +53,13 @@ impl Filters {
     }
 
     /// Returns whether an event that user space made passes.
-    pub(super) fn want(&self, ebpf: &Ebpf, event: &Event) -> bool {
+    pub(super) fn passes(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
             .matches(event, |process| membership(ebpf, process))
     }
 
-    /// Like [`want`](Self::want), without a check of the event's ports and addresses.
-    pub(super) fn want_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
+    /// Like [`passes`](Self::passes), without a check of the event's ports and addresses.
+    pub(super) fn passes_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
             .matches_but_ends(event, |process| membership(ebpf, process))
     }

@@ -103,8 +103,8 @@ impl Kernel {
             return Err(Error::new(ErrorKind::Unsupported, what));
         };
         preflight::check(config.protocol)?;
-        let plan = plan::wanted(config);
-        let iters = iter::wanted(config);
+        let plan = plan::signals(config);
+        let iters = iter::programs(config);
         let (offsets, ids, images, has_listened, drop_reasons, registers) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
@@ -289,14 +289,14 @@ impl Kernel {
     }
 
     /// Returns whether the filter lets a UDP event pass that user space made.
-    pub(crate) fn wants(&self, event: &Event) -> bool {
-        self.filters.want(&self.ebpf, event)
+    pub(crate) fn passes(&self, event: &Event) -> bool {
+        self.filters.passes(&self.ebpf, event)
     }
 
     /// Returns whether the filter lets the end of a UDP socket pass if it lets one of the socket's
     /// flows pass.
-    pub(crate) fn wants_end_of_flows(&self, event: &Event) -> bool {
-        self.filters.want_but_ends(&self.ebpf, event)
+    pub(crate) fn passes_end_of_flows(&self, event: &Event) -> bool {
+        self.filters.passes_but_ends(&self.ebpf, event)
     }
 
     /// Returns how often the kernel skipped a program that was already active on the CPU; `None` if

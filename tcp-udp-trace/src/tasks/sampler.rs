@@ -71,7 +71,7 @@ struct Round<'a> {
 impl Round<'_> {
     fn everywhere(&self) -> Result<(), Over> {
         let filter = self.shared.filter().ok_or(Over)?;
-        if !filter.wants_samples() {
+        if !filter.passes_samples() {
             return Ok(());
         }
         let runtime = runtime::Builder::new_current_thread().enable_all().build();
@@ -88,7 +88,7 @@ impl Round<'_> {
             Err(error) => return self.fault("listing the network namespaces", &error),
         };
         for namespace in namespaces {
-            if !filter.wants_netns(namespace.inode()) {
+            if !filter.passes_netns(namespace.inode()) {
                 continue;
             }
             let name = format!("network namespace {}", namespace.inode());
