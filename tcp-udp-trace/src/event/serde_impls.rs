@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn nonsense_is_an_error() {
+    fn malformed_json_is_an_error() {
         for text in ["{}", "null", "[]", "{\"kind\":{\"type\":\"no_such\"}}"] {
             assert!(serde_json::from_str::<Event>(text).is_err(), "{text}");
         }

@@ -156,7 +156,7 @@ mod tests {
     const INTEGRITY: &str = "none [integrity] confidentiality\n";
 
     #[test]
-    fn missing_capabilities_are_named_with_what_they_are_for() {
+    fn missing_capabilities_are_named_with_their_purpose() {
         // CAP_BPF alone.
         let few = Privileges::parse("CapEff:\t0000008000000000\n", ALL_USERS, "");
         assert_eq!(
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_of_the_privileged_have_other_causes() {
+    fn refusals_despite_capabilities_have_other_causes() {
         let check = |status: &str, uid_map, lockdown, expected: &[&str]| {
             let causes = Privileges::parse(status, uid_map, lockdown).causes(Protocol::Udp);
             assert_eq!(causes.split("; ").count(), expected.len(), "{causes}");
