@@ -135,9 +135,10 @@ const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
 
 /// The signals of a `UdpTracer`.
 ///
-/// On every kernel, hooks at the cgroup observe the creation, the sends and the release of a socket.
-/// The kernel never skips these hooks, and they run in the caller's own context where the programs
-/// depend on it. The hook of sends sees each datagram once, after all checks that could refuse it.
+/// On every kernel, hooks at the cgroup observe the creation, the sends and the release of a
+/// socket. The kernel never skips these hooks, and they run in the caller's own context where the
+/// programs depend on it. The hook of sends sees each datagram once, after all checks that could
+/// refuse it.
 #[rustfmt::skip]
 const UDP: &[Signal] = &[
     Signal { name: "life", required: true, slots: &[&[

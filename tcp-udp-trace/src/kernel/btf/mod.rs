@@ -131,8 +131,8 @@ impl<'a> Btf<'a> {
         Ok(btf)
     }
 
-    /// Returns the position of a field. The path has the name of a struct or union, and the names of
-    /// the members down to the field: `sock.__sk_common.skc_family`.
+    /// Returns the position of a field. The path has the name of a struct or union, and the names
+    /// of the members down to the field: `sock.__sk_common.skc_family`.
     ///
     /// As in C, members of anonymous structs and unions are named like members of their parent.
     /// Typedefs and qualifiers are resolved. Pointers are not followed. If several structs have the
