@@ -232,7 +232,7 @@ pub struct Socket {
     /// reuses. `None` before Linux 5.12.
     #[cfg_attr(feature = "serde", serde(default))]
     pub netns_cookie: Option<NonZeroU64>,
-    /// The cgroup in which the socket was made: the id (inode number) of its directory in cgroup
+    /// The cgroup in which the socket was created: the id (inode number) of its directory in cgroup
     /// v2. 0 if the kernel does not have it.
     pub cgroup: u64,
     /// The interface that the socket is bound to, by `SO_BINDTODEVICE` or by a link-local IPv6

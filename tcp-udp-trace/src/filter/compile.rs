@@ -129,7 +129,7 @@ impl Filter {
             for network in networks {
                 network
                     .check()
-                    .map_err(|what| invalid(format!("{name} is {network}: {what}")))?;
+                    .map_err(|message| invalid(format!("{name} is {network}: {message}")))?;
                 compiled.word |= bit;
                 compiled.networks.push(SidedCidr {
                     side,
@@ -141,13 +141,13 @@ impl Filter {
             compiled.word |= wire::NOT_OWN;
         }
         let most = wire::MAX_VALUES as usize - 1;
-        for (what, count) in [
+        for (values, count) in [
             ("values", compiled.values.len() + compiled.roots.len()),
             ("networks", compiled.networks.len()),
         ] {
             if count > most {
                 return Err(invalid(format!(
-                    "the filter has {count} {what}: at most {most}"
+                    "the filter has {count} {values}: at most {most}"
                 )));
             }
         }

@@ -194,14 +194,14 @@ impl Filter {
         self
     }
 
-    /// Selects sockets that were made in this cgroup, not in a cgroup below it:
+    /// Selects sockets that were created in this cgroup, not in a cgroup below it:
     /// [`Socket::cgroup`](crate::Socket::cgroup). The id is not 0.
     pub fn cgroup(mut self, id: u64) -> Self {
         self.cgroups.push(id);
         self
     }
 
-    /// Selects sockets that were made in the cgroup at this path, not in a cgroup below it.
+    /// Selects sockets that were created in the cgroup at this path, not in a cgroup below it.
     ///
     /// The path is absolute, and is one of these:
     ///
@@ -267,8 +267,8 @@ impl Filter {
         self
     }
 
-    /// Returns whether an event passes that user space made. The programs have let the socket pass
-    /// before. `membership` returns the facts about a process that only the programs have. The
+    /// Returns whether an event that user space produced passes. The programs have let the socket
+    /// pass before. `membership` returns the facts about a process that only the programs have. The
     /// filter must be a [resolved](Self::resolve) one.
     pub(crate) fn matches(
         &self,
@@ -362,8 +362,8 @@ impl Family {
     }
 }
 
-fn invalid(what: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidFilter, what)
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidFilter, message)
 }
 
 #[cfg(test)]

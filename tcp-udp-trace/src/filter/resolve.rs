@@ -51,9 +51,9 @@ impl Filter {
             resolved.only_self = false;
         }
         for path in resolved.cgroup_paths.drain(..) {
-            let id = names.cgroup(&path).map_err(|what| {
+            let id = names.cgroup(&path).map_err(|message| {
                 invalid(format!(
-                    "cgroup is {}: {what}",
+                    "cgroup is {}: {message}",
                     super::text::path_text(&path)
                 ))
             })?;

@@ -27,13 +27,13 @@ pub(super) fn of_map(error: &EbpfError, protocol: Protocol) -> Error {
 /// Returns the error of a program that could not be loaded.
 pub(super) fn of_program(
     error: &(dyn StdError + 'static),
-    what: &str,
+    refused: &str,
     protocol: Protocol,
 ) -> Error {
-    refusal(errno(error), what, protocol, ErrorKind::Load)
+    refusal(errno(error), refused, protocol, ErrorKind::Load)
 }
 
-/// Returns the error of a perf buffer that could not be made.
+/// Returns the error of a perf buffer that could not be created.
 pub(super) fn of_perf_buffer(error: &io::Error) -> Error {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EACCES) => Error::new(
@@ -56,8 +56,8 @@ pub(super) fn of_signal(
     signal: &str,
     protocol: Protocol,
 ) -> Error {
-    let what = format!("hooks for the signal `{signal}`");
-    refusal(errno(error), &what, protocol, ErrorKind::Attach)
+    let hooks = format!("hooks for the signal `{signal}`");
+    refusal(errno(error), &hooks, protocol, ErrorKind::Attach)
 }
 
 /// Returns the same error, with the hook that the kernel refused.
@@ -120,7 +120,7 @@ pub(super) fn is_resource_exhaustion(error: &(dyn StdError + 'static)) -> bool {
     )
 }
 
-fn refusal(errno: Option<Errno>, what: &str, protocol: Protocol, otherwise: ErrorKind) -> Error {
+fn refusal(errno: Option<Errno>, refused: &str, protocol: Protocol, otherwise: ErrorKind) -> Error {
     let privileges = Privileges::of_this_thread();
     let (kind, why) = match errno {
         Some(Errno::ENOMEM) => (
@@ -139,9 +139,9 @@ fn refusal(errno: Option<Errno>, what: &str, protocol: Protocol, otherwise: Erro
         Some(Errno::EPERM | Errno::ENOSYS) => (ErrorKind::Permission, privileges.causes(protocol)),
         // Under lockdown, the verifier has no function that reads the kernel's memory.
         _ if privileges.is_confidential() => (ErrorKind::Permission, privileges.causes(protocol)),
-        _ => return Error::new(otherwise, format!("the kernel refused {what}")),
+        _ => return Error::new(otherwise, format!("the kernel refused {refused}")),
     };
-    Error::new(kind, format!("the kernel refused {what}: {why}"))
+    Error::new(kind, format!("the kernel refused {refused}: {why}"))
 }
 
 /// Returns the errno at the end of the chain of sources.

@@ -163,10 +163,10 @@ impl Round<'_> {
     }
 
     /// Counts and logs a failure, unless its cause is the end of the tracer.
-    fn fault(&self, what: &str, error: &dyn Display) -> Result<(), Over> {
+    fn fault(&self, operation: &str, error: &dyn Display) -> Result<(), Over> {
         self.go_on()?;
         self.shared.samples.count(|counts| counts.faults += 1);
-        log::warn!("no samples of {what} this time: {error}");
+        log::warn!("no samples of {operation} this time: {error}");
         Ok(())
     }
 

@@ -30,7 +30,7 @@ pub(in crate::kernel) fn read_btf() -> Result<Vec<u8>, Error> {
     let mut btf = Vec::with_capacity(CAPACITY);
     let read = File::open(VMLINUX).and_then(|mut file| file.read_to_end(&mut btf));
     read.map(|_| btf).map_err(|source| {
-        let (kind, what) = match source.kind() {
+        let (kind, message) = match source.kind() {
             io::ErrorKind::NotFound => (
                 ErrorKind::Unsupported,
                 "this kernel has no BTF (or /sys is not mounted): a kernel of at least 5.10 built with \
@@ -39,7 +39,7 @@ pub(in crate::kernel) fn read_btf() -> Result<Vec<u8>, Error> {
             io::ErrorKind::PermissionDenied => (ErrorKind::Permission, "the kernel's BTF may not be read"),
             _ => (ErrorKind::Unsupported, "the kernel's BTF cannot be read"),
         };
-        Error::new(kind, format!("{VMLINUX}: {what}")).with_source(source)
+        Error::new(kind, format!("{VMLINUX}: {message}")).with_source(source)
     })
 }
 
