@@ -1,4 +1,5 @@
-//! What one event costs between the ring and the consumer. Run by `cargo xtask bench --micro`, which makes the library show what it needs.
+//! Measures the cost of one event between the ring and the consumer. `cargo xtask bench --micro`
+//! runs it, and makes the library expose the functions that it needs.
 
 #[cfg(not(micro_bench))]
 fn main() {}
@@ -34,13 +35,13 @@ mod micro {
             .bench_local(|| bench_support::event(black_box(record)));
     }
 
-    /// Through a queue that has room for all of it.
+    /// Passes a batch through a queue that has room for all of it.
     #[divan::bench(args = [1, 64, 1024])]
     fn queue(bencher: Bencher<'_, '_>, batch: usize) {
         pass(bencher, batch, batch);
     }
 
-    /// Half of it is shed.
+    /// Passes a batch through a queue that sheds half of it.
     #[divan::bench(args = [64, 1024])]
     fn queue_that_sheds(bencher: Bencher<'_, '_>, batch: usize) {
         pass(bencher, batch, batch / 2);

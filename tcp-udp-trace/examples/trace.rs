@@ -6,7 +6,7 @@
 #![allow(
     clippy::print_stdout,
     clippy::print_stderr,
-    reason = "it is a program for a terminal"
+    reason = "this is a program for a terminal"
 )]
 
 use std::{
@@ -51,41 +51,43 @@ pub(crate) struct Args {
     /// Print TCP resets.
     #[arg(long)]
     resets: bool,
-    /// How often the totals of a UDP flow are printed at most.
+    /// The shortest time between two reports of a UDP flow.
     #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "1")]
     interval: Duration,
-    /// Look up what each process runs; only JSON shows it.
+    /// Look up the program and the arguments of each process. Only JSON shows them.
     #[arg(long)]
     process_details: bool,
     /// Print one JSON object per line.
     #[arg(long)]
     json: bool,
-    /// Print a sample of each live socket every so many seconds.
+    /// The time between two samples of each live socket.
     #[arg(long, value_name = "SECS|off", value_parser = seconds_or_off, default_value = "6.2")]
     sample: Sample,
-    /// End after so many seconds.
+    /// End after this time.
     #[arg(long, value_name = "SECS", value_parser = seconds)]
     duration: Option<Duration>,
-    /// How many events may wait to be printed.
+    /// The number of events that may wait to be printed.
     #[arg(long, value_name = "N", default_value_t = DEFAULT_QUEUE)]
     queue: usize,
-    /// What is between kernel and reader; the ring buffer, if the kernel has one.
+    /// The buffer between kernel and reader. Default: the ring buffer, if the kernel has one.
     #[arg(long, value_name = "ring|perf", value_parser = buffer)]
     buffer: Option<Buffer>,
-    /// Print only the events of sockets that this process owns; a number of this program's pid namespace.
+    /// Print only the events of sockets that this process owns. The pid is a number of this
+    /// program's pid namespace.
     #[arg(long, value_name = "N")]
     pid: Vec<u32>,
     /// Print only the events of sockets with this port on either side.
     #[arg(long, value_name = "N")]
     port: Vec<u16>,
-    /// Print only what passes this filter, such as "pid_tree=1234 remote=10.0.0.0/8 kind=accept,close": any of pid, pid_tree, uid, comm,
-    /// port, local, remote, cgroup (an id or an absolute path), netns, family, kind, state, only_self, exclude_self. A pid is a number of
-    /// this program's pid namespace.
+    /// Print only the events that pass this filter, such as
+    /// "pid_tree=1234 remote=10.0.0.0/8 kind=accept,close". It has any of pid, pid_tree, uid, comm,
+    /// port, local, remote, cgroup (an id or an absolute path), netns, family, kind, state,
+    /// only_self, exclude_self. A pid is a number of this program's pid namespace.
     #[arg(long, value_name = "FILTER", default_value = "")]
     filter: Filter,
 }
 
-/// How often each live socket is sampled, if at all.
+/// The time between two samples. `None` disables them.
 #[derive(Clone, Copy)]
 struct Sample(Option<Duration>);
 
@@ -125,7 +127,7 @@ fn buffer(text: &str) -> Result<Buffer, String> {
 async fn main() -> ExitCode {
     match trace(&Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
-        // The reader has gone away, as in `trace | head`.
+        // The reader of the pipe is gone, as in `trace | head`.
         Err(error) if error.downcast_ref().is_some_and(is_broken_pipe) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {}", describe(error.as_ref()));
@@ -166,7 +168,8 @@ fn is_broken_pipe(error: &io::Error) -> bool {
 
 /// Prints events until the options or a signal end it.
 pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync>> {
-    // Before Linux 5.11, maps count against this limit. A library must not change it; a program may.
+    // Before Linux 5.11, maps count against this limit. A library must not change the limit, but a
+    // program may.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -240,7 +243,7 @@ pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync
     let mut events = stream::select(events(&mut tcp), events(&mut udp));
     let mut out = io::BufWriter::new(io::stdout().lock());
     loop {
-        // What is there already is printed without flushing each line; before it waits, it flushes.
+        // Available events are printed without a flush of each line. The flush comes before a wait.
         let event = match poll!(events.next()) {
             Poll::Ready(event) => event,
             Poll::Pending => {
@@ -284,7 +287,7 @@ pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync
     Ok(())
 }
 
-/// The events of a tracer, or none.
+/// Returns the events of a tracer. Without a tracer, there are none.
 fn events<S: Stream<Item = Event> + Unpin>(tracer: &mut Option<S>) -> impl Stream<Item = Event> {
     stream::iter(tracer).flatten()
 }

@@ -233,7 +233,7 @@ mod tests {
     /// The crate's documentation says how many TCP events fit into the default ring before the
     /// queue sheds.
     #[test]
-    fn default_ring_holds_what_the_documentation_says() {
+    fn the_default_ring_holds_the_documented_events() {
         const HEADER: usize = 8;
         let record = size_of::<StateChange>() + HEADER;
         let events = DEFAULT_RING_BYTES as usize / 4 * 3 / record;
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_out_of_range_name_themselves() {
+    fn errors_name_the_setting_out_of_range() {
         let check = |config: Config, named: &str| {
             let error = config.validate().expect_err(named);
             assert_eq!(error.kind(), ErrorKind::InvalidConfig);

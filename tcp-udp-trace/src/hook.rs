@@ -7,8 +7,8 @@ use std::fmt;
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Hook {
-    /// The name of the signal. TCP: `state`, `accept`, `end`, `retransmit`, `reset`,
-    /// `connect_failed`. UDP: `life`, `send`, `drop`, `receive`, `connect`. Both: `snapshot`,
+    /// The name of the signal. TCP: `state`, `end`, `accept`, `connect_failed`, `listen`,
+    /// `retransmit`, `reset`. UDP: `life`, `send`, `drop`, `receive`, `connect`. Both: `snapshot`,
     /// `sample`, and `buffer`, which names the buffer of all records ([`Buffer`](crate::Buffer)).
     pub signal: String,
     /// The hooks in use, each as `type:target`. The type `iter` is a BPF iterator, and `map` a BPF

@@ -22,9 +22,12 @@
 //! machine:
 //!
 //! ```text
-//! 2026-11-22T01:00:38.558462946Z tcp 127.0.0.1:0 > 127.0.0.1:8123 CLOSE->SYN_SENT curl[32680] tx 0 B/0 rx 0 B/0
-//! 2026-11-22T01:00:38.562871969Z tcp 127.0.0.1:60696 > 127.0.0.1:8123 LAST_ACK->CLOSE curl[32680] tx 87 B/6 rx 3609 B/6
+//! 2026-11-22T01:00:38.558462946Z tcp 127.0.0.1:0 > 127.0.0.1:8123 CLOSE->SYN_SENT curl[32680]
+//! 2026-11-22T01:00:38.562871969Z tcp 127.0.0.1:60696 > 127.0.0.1:8123 LAST_ACK->CLOSE curl[32680]
 //! ```
+//!
+//! The traffic of the socket, which follows on each line, is left out here. That of the second line
+//! is `tx 87 B/6 rx 3609 B/6` (bytes and packets).
 //!
 //! # Events
 //!

@@ -10,14 +10,15 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
-/// A network namespace that was there a moment ago.
+/// A network namespace that existed when it was found. It may have ended since.
 #[derive(Debug)]
 pub(crate) struct Namespace {
     inode: u64,
     path: PathBuf,
 }
 
-/// Whether the calling thread may enter other namespaces: it needs `CAP_SYS_ADMIN` even to stay.
+/// Returns whether the calling thread may enter other namespaces. The attempt to enter its own
+/// namespace needs `CAP_SYS_ADMIN`, too.
 pub(crate) fn may_enter() -> bool {
     File::open(OWN).is_ok_and(|own| setns(own, CloneFlags::CLONE_NEWNET).is_ok())
 }
@@ -34,7 +35,7 @@ pub(crate) fn others() -> io::Result<Vec<Namespace>> {
     let mut seen = HashSet::from([fs::metadata(OWN)?.ino()]);
     let mut found = Vec::new();
     let mut look_at = |path: PathBuf| {
-        // What is gone by now, or what we may not see, is passed over.
+        // Skips a namespace that has ended, or that this process may not see.
         let Ok(inode) = fs::metadata(&path).map(|metadata| metadata.ino()) else {
             return;
         };
@@ -45,7 +46,8 @@ pub(crate) fn others() -> io::Result<Vec<Namespace>> {
     for process in numbers(Path::new("/proc"))? {
         look_at(process.join("ns/net"));
         let tasks = process.join("task");
-        // A link for each thread, and two of its own: most processes have one thread.
+        // The folder has one link for each thread, and two of its own. Most processes have one
+        // thread.
         if fs::metadata(&tasks).is_ok_and(|tasks| tasks.nlink() > 3) {
             for thread in numbers(&tasks).unwrap_or_default() {
                 look_at(thread.join("ns/net"));
@@ -56,7 +58,7 @@ pub(crate) fn others() -> io::Result<Vec<Namespace>> {
     Ok(found)
 }
 
-/// The folders whose names are numbers.
+/// Returns the folders in `folder` whose names are numbers.
 fn numbers(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(fs::read_dir(folder)?
         .flatten()
@@ -71,10 +73,11 @@ fn numbers(folder: &Path) -> io::Result<Vec<PathBuf>> {
         .collect())
 }
 
-/// Where network namespaces are mounted, as `ip netns add` and container engines do it.
+/// Returns the paths at which network namespaces are mounted, as by `ip netns add` and container
+/// engines.
 fn mounted(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
     // Fields: id, parent, device, root, mount point, ... (proc(5)). The root of a namespace's mount
-    // is its name.
+    // is the namespace's name.
     mountinfo.lines().filter_map(|line| {
         let mut fields = line.split(' ').skip(3);
         let (root, point) = (fields.next()?, fields.next()?);
@@ -82,7 +85,8 @@ fn mounted(mountinfo: &str) -> impl Iterator<Item = PathBuf> {
     })
 }
 
-/// mountinfo writes space, tab, newline and backslash as `\` and three octal digits.
+/// Replaces the escapes of mountinfo, which writes space, tab, newline and backslash as `\` and
+/// three octal digits.
 fn unescape(text: &str) -> String {
     let mut parts = text.split('\\');
     let mut plain = parts.next().unwrap_or_default().to_owned();
@@ -102,16 +106,16 @@ fn unescape(text: &str) -> String {
 }
 
 impl Namespace {
-    /// Moves the calling thread there; false if it is gone by now.
+    /// Moves the calling thread to this namespace. Returns false if the namespace has ended.
     ///
     /// # Errors
     ///
-    /// It may not be entered.
+    /// The thread may not enter it.
     pub(crate) fn enter(&self) -> io::Result<bool> {
         let Ok(file) = File::open(&self.path) else {
             return Ok(false);
         };
-        // The number of a process that has ended may be another's by now.
+        // Another process may have got the pid of a process that has ended.
         if file.metadata()?.ino() != self.inode {
             return Ok(false);
         }
@@ -129,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn namespaces_that_are_mounted() {
+    fn mounted_namespaces_are_found() {
         let mountinfo = "\
             25 1 0:21 / /proc rw,nosuid - proc proc rw\n\
             90 60 0:4 net:[4026532282] /run/netns/a\\040b rw shared:20 - nsfs nsfs rw\n\

@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn attributes_that_are_not_known_do_no_harm() {
+    fn unknown_attributes_are_skipped() {
         let info = TcpInfo::decode(&[7; 280]).expect("long enough");
         let expected = SocketInfo {
             cookie: 77,
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn udp_has_its_queues_in_the_header() {
+    fn queues_of_udp_are_in_the_header() {
         let memory = attribute(INET_DIAG_SKMEMINFO, &[1; 36]);
         let info = UdpInfo::decode(3, 4, &[1; 36]).expect("long enough");
         let expected = SocketInfo {
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_cut_short_is_malformed() {
+    fn truncated_answers_are_malformed() {
         assert_eq!(parse(&header(1, 1)), Err(Malformed), "another family");
         let short = attribute(INET_DIAG_INFO, &[7; 100]);
         assert_eq!(parse(&[header(AF_INET, 1), short].concat()), Err(Malformed));
@@ -419,7 +419,7 @@ mod tests {
             message.serialize(&mut bytes);
             let socket = Socket::new(NETLINK_SOCK_DIAG).expect("a netlink socket");
             let kernel = SocketAddr::new(0, 0);
-            socket.send_to(&bytes, &kernel, 0).expect("asked");
+            socket.send_to(&bytes, &kernel, 0).expect("sent");
             let (datagram, _) = socket.recv_from_full().expect("an answer");
             assert_eq!(parse_answers(&datagram).len(), 1);
             crate::fuzzing::seeds::write_seed("netlink", name, &datagram);

@@ -38,8 +38,9 @@ pub struct Stats {
     /// The counters above, for each kind of event.
     pub kinds: EventCountsByKind,
     /// Times that a hook found no room for a socket: the tracer already remembered [`max_sockets`],
-    /// or it remembered seven eighths of them and the socket's user had a 64th or more. TCP: after the first event, the socket's events have no owner, and each has
-    /// its own id. UDP: the socket has no events until there is room.
+    /// or it remembered seven eighths of them and the socket's user had a 64th or more. TCP: after
+    /// the first event, the socket's events have no owner, and each has its own id. UDP: the socket
+    /// has no events until there is room.
     ///
     /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
     pub untracked: u64,
@@ -54,8 +55,8 @@ pub struct Stats {
     /// tracer does not report their events, nor those of their descendants.
     pub untracked_processes: u64,
     /// UDP flows that made room for others, because the tracer remembered [`max_flows`]. They are
-    /// flows of the user who had the most at that time. Each had
-    /// its last report before ([`last`](crate::EventKind::Flow::last)).
+    /// flows of the user who had the most at that time. Each had its last report before
+    /// ([`last`](crate::EventKind::Flow::last)).
     ///
     /// [`max_flows`]: crate::UdpTracerBuilder::max_flows
     pub flows_evicted: u64,

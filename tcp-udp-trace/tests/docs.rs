@@ -1,4 +1,4 @@
-//! docs/events.md: are its examples what the library writes, and does it name every field?
+//! Checks docs/events.md: the library writes its examples, and it names every field.
 
 use std::{collections::BTreeSet, fs, path::PathBuf};
 
@@ -12,7 +12,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// What stands between the fences.
+/// Returns the JSON values of the page's code blocks.
 fn examples(page: &str) -> Vec<Value> {
     let blocks = page.split("```json\n").skip(1);
     let blocks = blocks.filter_map(|rest| rest.split_once("```"));
@@ -22,7 +22,7 @@ fn examples(page: &str) -> Vec<Value> {
         .collect()
 }
 
-/// The names of all fields, at any depth.
+/// Adds the names of all fields, at any depth.
 fn fields(value: &Value, names: &mut BTreeSet<String>) {
     match value {
         Value::Object(object) => {
@@ -37,7 +37,7 @@ fn fields(value: &Value, names: &mut BTreeSet<String>) {
 }
 
 #[test]
-fn examples_are_what_the_library_writes() {
+fn the_library_writes_the_examples() {
     let examples = examples(&read("docs/events.md"));
     let mut shown = BTreeSet::new();
     for example in &examples {
@@ -61,7 +61,7 @@ fn examples_are_what_the_library_writes() {
 fn every_field_is_named() {
     let page = read("docs/events.md");
     let mut names = BTreeSet::new();
-    // Samples in which every field is there.
+    // Events that have every field among them.
     for seed in [
         "tcp4_sample",
         "udp4_sample",

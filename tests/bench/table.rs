@@ -31,8 +31,8 @@ pub(crate) fn workload(workload: &Workload, subjects: &[Subject], figures: &[Fig
         workload.name, workload.units, workload.unit
     );
     println!(
-        "| tracer | {} a second, thousands | kept, % | kernel ns per event | runs per event | told, % of the truth | lost, as it says | \
-         CPU µs per event | of that user | peak RSS, MB | ready, ms | `start`, ms |\n|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| tracer | {} a second, thousands | kept, % | kernel ns per event | runs per event | reported, % of the truth | \
+         lost, by its own count | CPU µs per event | of that in user mode | peak RSS, MB | ready, ms | `start`, ms |\n|---|---|---|---|---|---|---|---|---|---|---|---|",
         workload.unit
     );
     for (subject, figures) in subjects.iter().zip(figures) {

@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_what_display_never_writes() {
+    fn rejects_text_that_display_never_writes() {
         for text in [r"\", r"\x", r"\x1", r"\xgg", r"\x00", r"\n"] {
             assert_eq!(text.parse::<Comm>(), Err(ParseCommError(())), "{text}");
         }

@@ -45,14 +45,15 @@ pub struct Event {
     pub kind: EventKind,
     /// The process that owns the socket. `None` if the owner is unknown: the tracer never guesses.
     pub process: Option<Process>,
-    /// The last process that was seen using the socket, in its own context. `None` while that is the
-    /// owner, and where it is not known.
+    /// The last process that a hook saw using the socket, in the context of that process. `None`
+    /// while that process is the owner, and if it is unknown.
     ///
     /// TCP: for a listener, the last process that accepted a connection. UDP: the last process that
     /// connected the socket, sent or received. A process that sends by `io_uring`, `sendfile` or
-    /// `splice`, or as a 32-bit program, is seen only when it receives. If the user changes more than 8 times in one tick of the kernel's clock (1
-    /// to 10 ms), it is one of the processes that use the socket by turns, and not always the last,
-    /// unless [`per_datagram`](crate::UdpTracerBuilder::per_datagram) is set.
+    /// `splice`, or as a 32-bit program, is seen only when it receives. If the user changes more
+    /// than 8 times in one tick of the kernel's clock (1 to 10 ms), this is one of the processes
+    /// that use the socket by turns, and not always the last, unless
+    /// [`per_datagram`](crate::UdpTracerBuilder::per_datagram) is set.
     #[cfg_attr(feature = "serde", serde(default))]
     pub user: Option<User>,
     /// The socket.
@@ -210,8 +211,8 @@ pub struct Socket {
     /// is unique in the tracer's life and never reused. It does not order sockets by age, because
     /// each CPU has its own counter.
     pub id: u64,
-    /// The kernel's own id of the socket (`SO_COOKIE`). `None` until a program asks the kernel for
-    /// one.
+    /// The kernel's own id of the socket (`SO_COOKIE`). `None` until a program requests it
+    /// from the kernel.
     pub cookie: Option<u64>,
     /// The address of this side, as the socket has it before any NAT.
     ///
@@ -231,7 +232,7 @@ pub struct Socket {
     /// reuses. `None` before Linux 5.12.
     #[cfg_attr(feature = "serde", serde(default))]
     pub netns_cookie: Option<NonZeroU64>,
-    /// The cgroup in which the socket was made: the id (inode number) of its directory in cgroup
+    /// The cgroup in which the socket was created: the id (inode number) of its directory in cgroup
     /// v2. 0 if the kernel does not have it.
     pub cgroup: u64,
     /// The interface that the socket is bound to, by `SO_BINDTODEVICE` or by a link-local IPv6
@@ -506,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn opens_and_closes_pair_on_every_path() {
+    fn every_path_has_one_open_and_one_close() {
         use TcpState::{
             Close, CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv,
             SynSent,

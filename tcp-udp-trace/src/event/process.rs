@@ -102,7 +102,7 @@ pub struct ProcessDetails {
 #[non_exhaustive]
 pub enum Origin {
     /// TCP: the process called `connect` or `listen`. For a connection that waits for its accept,
-    /// it called `listen` on the listener. UDP: the process made the socket.
+    /// it called `listen` on the listener. UDP: the process created the socket.
     Creator,
     /// The process accepted the connection.
     Acceptor,

@@ -168,7 +168,7 @@ mod tests {
         let written = serde_json::to_string(&event).expect("an event can be written");
         let value: Value = serde_json::from_str(&written).expect("JSON");
         assert_eq!(value["kind"], expected);
-        let read: Event = serde_json::from_str(&written).expect("what was written can be read");
+        let read: Event = serde_json::from_str(&written).expect("the written JSON can be read");
         assert_eq!(read, event);
     }
 
@@ -282,13 +282,13 @@ mod tests {
         socket.remove("older").expect("it is written");
         socket.remove("device").expect("it is written");
         socket.remove("netns_cookie").expect("it is written");
-        let read: Event = serde_json::from_value(value).expect("what 0.1 wrote");
+        let read: Event = serde_json::from_value(value).expect("JSON of version 0.1");
         assert_eq!((read.socket.older, read.socket.device), (None, None));
         assert_eq!(read.socket.netns_cookie, None);
     }
 
     #[test]
-    fn nonsense_is_an_error() {
+    fn malformed_json_is_an_error() {
         for text in ["{}", "null", "[]", "{\"kind\":{\"type\":\"no_such\"}}"] {
             assert!(serde_json::from_str::<Event>(text).is_err(), "{text}");
         }

@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_kernel_sends_less_and_a_newer_one_more_than_is_known() {
+    fn shorter_and_longer_answers_are_decoded() {
         let old = TcpInfo::decode(&bytes(SHORTEST)).expect("all that 5.10 knows");
         assert_eq!(old.snd_wnd, u32::from_ne_bytes([228, 229, 230, 231]));
         assert_eq!((old.snd_wscale, old.rcv_wscale), (6, 0));
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn less_than_the_oldest_kernel_sends_is_malformed() {
+    fn an_answer_shorter_than_the_oldest_kernels_is_malformed() {
         for len in 0..SHORTEST {
             assert_eq!(TcpInfo::decode(&bytes(len)), None, "{len} bytes");
         }

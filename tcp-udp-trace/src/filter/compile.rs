@@ -129,7 +129,7 @@ impl Filter {
             for network in networks {
                 network
                     .check()
-                    .map_err(|what| invalid(format!("{name} is {network}: {what}")))?;
+                    .map_err(|message| invalid(format!("{name} is {network}: {message}")))?;
                 compiled.word |= bit;
                 compiled.networks.push(SidedCidr {
                     side,
@@ -141,13 +141,13 @@ impl Filter {
             compiled.word |= wire::NOT_OWN;
         }
         let most = wire::MAX_VALUES as usize - 1;
-        for (what, count) in [
+        for (values, count) in [
             ("values", compiled.values.len() + compiled.roots.len()),
             ("networks", compiled.networks.len()),
         ] {
             if count > most {
                 return Err(invalid(format!(
-                    "the filter has {count} {what}: at most {most}"
+                    "the filter has {count} {values}: at most {most}"
                 )));
             }
         }
@@ -169,7 +169,7 @@ mod tests {
     use crate::error::ErrorKind;
 
     #[test]
-    fn what_makes_no_sense_names_itself() {
+    fn errors_name_the_invalid_setting() {
         let check = |text: &str, named: &str| {
             let parsed = text.parse::<Filter>();
             let error = parsed.and_then(|filter| filter.compile()).expect_err(text);
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_restricted_is_the_word_0() {
+    fn an_empty_filter_is_the_word_0() {
         assert_eq!(Filter::new().compile().unwrap(), Compiled::default());
         let word = everything().compile().unwrap().word;
         assert_eq!(word & wire::of_generation(u16::MAX), 0, "{word:x}");

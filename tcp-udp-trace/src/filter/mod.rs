@@ -194,14 +194,14 @@ impl Filter {
         self
     }
 
-    /// Selects sockets that were made in this cgroup, not in a cgroup below it:
+    /// Selects sockets that were created in this cgroup, not in a cgroup below it:
     /// [`Socket::cgroup`](crate::Socket::cgroup). The id is not 0.
     pub fn cgroup(mut self, id: u64) -> Self {
         self.cgroups.push(id);
         self
     }
 
-    /// Selects sockets that were made in the cgroup at this path, not in a cgroup below it.
+    /// Selects sockets that were created in the cgroup at this path, not in a cgroup below it.
     ///
     /// The path is absolute, and is one of these:
     ///
@@ -267,8 +267,8 @@ impl Filter {
         self
     }
 
-    /// Returns whether an event passes that user space made. The programs have let the socket pass
-    /// before. `membership` returns the facts about a process that only the programs have. The
+    /// Returns whether an event that user space produced passes. The programs have let the socket
+    /// pass before. `membership` returns the facts about a process that only the programs have. The
     /// filter must be a [resolved](Self::resolve) one.
     pub(crate) fn matches(
         &self,
@@ -302,7 +302,7 @@ impl Filter {
         membership: impl Fn(&Process) -> Membership,
     ) -> bool {
         let (process, socket) = (event.process.as_ref(), &event.socket);
-        let owner = |wants: &dyn Fn(&Process) -> bool| process.is_some_and(wants);
+        let owner = |matches: &dyn Fn(&Process) -> bool| process.is_some_and(matches);
         let Some(kind) = Kind::of(event) else {
             return true;
         };
@@ -318,23 +318,23 @@ impl Filter {
     }
 
     /// Returns whether any sample can pass.
-    pub(crate) fn wants_samples(&self) -> bool {
+    pub(crate) fn passes_samples(&self) -> bool {
         self.kinds.is_empty() || self.kinds.contains(&Kind::Sample)
     }
 
     /// Returns whether any event of this network namespace can pass.
-    pub(crate) fn wants_netns(&self, inode: u64) -> bool {
+    pub(crate) fn passes_netns(&self, inode: u64) -> bool {
         self.namespaces.is_empty()
             || self
                 .namespaces
                 .iter()
-                .any(|wanted| u64::from(wanted.inode) == inode)
+                .any(|allowed| u64::from(allowed.inode) == inode)
     }
 }
 
 /// Returns whether a list lets a value pass. An empty list has no restriction.
-fn one_of<T: PartialEq>(wanted: &[T], value: &T) -> bool {
-    wanted.is_empty() || wanted.contains(value)
+fn one_of<T: PartialEq>(allowed: &[T], value: &T) -> bool {
+    allowed.is_empty() || allowed.contains(value)
 }
 
 /// The relation of a process to a filter.
@@ -362,8 +362,8 @@ impl Family {
     }
 }
 
-fn invalid(what: impl Into<String>) -> Error {
-    Error::new(ErrorKind::InvalidFilter, what)
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidFilter, message)
 }
 
 #[cfg(test)]
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn user_space_decides_as_the_kernel_does() {
+    fn user_space_and_the_kernel_agree() {
         let mut event = Event::gap(
             0,
             LossStage::Ring,
@@ -420,7 +420,7 @@ mod tests {
             let filter = text.parse::<Filter>().unwrap();
             filter.matches(event, |_| membership)
         };
-        let nobody = Membership::default();
+        let unrelated = Membership::default();
         for text in [
             "",
             "port=53",
@@ -432,7 +432,7 @@ mod tests {
             "state=LISTEN",
             "exclude_self",
         ] {
-            assert!(matches(&event, text, nobody), "{text}");
+            assert!(matches(&event, text, unrelated), "{text}");
         }
         for text in [
             "port=54",
@@ -448,7 +448,7 @@ mod tests {
             "comm=x",
             "pid_tree=7",
         ] {
-            assert!(!matches(&event, text, nobody), "{text}");
+            assert!(!matches(&event, text, unrelated), "{text}");
         }
         event.process = Some(Process {
             pid: 7,
@@ -464,8 +464,8 @@ mod tests {
             is_in_tree: true,
             is_own: true,
         };
-        assert!(matches(&event, "pid=7,8 comm=x", nobody));
-        assert!(!matches(&event, "pid_tree=1", nobody));
+        assert!(matches(&event, "pid=7,8 comm=x", unrelated));
+        assert!(!matches(&event, "pid_tree=1", unrelated));
         assert!(matches(&event, "pid_tree=1", member));
         assert!(!matches(&event, "exclude_self", member));
     }
@@ -482,7 +482,7 @@ mod tests {
         event.kind = EventKind::Connect;
         event.socket.netns = 8;
         let none = Namespace::NO_COOKIE;
-        for (shown, wanted, is_wanted) in [
+        for (shown, allowed, passes) in [
             (5, 5, true),
             (5, 6, false),
             (5, none, false),
@@ -491,12 +491,12 @@ mod tests {
             (0, none, false),
         ] {
             event.socket.netns_cookie = NonZeroU64::new(shown);
-            let inodes = [(8, is_wanted), (9, false)];
-            for (inode, is_wanted) in inodes {
+            let inodes = [(8, passes), (9, false)];
+            for (inode, passes) in inodes {
                 let mut filter = Filter::new().netns(inode);
-                filter.namespaces[0].cookie = wanted;
+                filter.namespaces[0].cookie = allowed;
                 let matches = filter.matches(&event, |_| Membership::default());
-                assert_eq!(matches, is_wanted, "{shown} {wanted} {inode}");
+                assert_eq!(matches, passes, "{shown} {allowed} {inode}");
             }
         }
     }
@@ -524,9 +524,13 @@ mod tests {
             ("pid=7", false),
         ] {
             let filter = text.parse::<Filter>().unwrap();
-            let nobody = |_: &Process| Membership::default();
-            assert!(!filter.matches(&event, nobody), "{text}");
-            assert_eq!(filter.matches_but_ends(&event, nobody), but_ends, "{text}");
+            let unrelated = |_: &Process| Membership::default();
+            assert!(!filter.matches(&event, unrelated), "{text}");
+            assert_eq!(
+                filter.matches_but_ends(&event, unrelated),
+                but_ends,
+                "{text}"
+            );
         }
     }
 }

@@ -51,9 +51,9 @@ impl Filter {
             resolved.only_self = false;
         }
         for path in resolved.cgroup_paths.drain(..) {
-            let id = names.cgroup(&path).map_err(|what| {
+            let id = names.cgroup(&path).map_err(|message| {
                 invalid(format!(
-                    "cgroup is {}: {what}",
+                    "cgroup is {}: {message}",
                     super::text::path_text(&path)
                 ))
             })?;
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn names_become_what_the_programs_know() {
+    fn names_become_ids_of_the_programs() {
         for (text, resolved) in [
             ("", ""),
             ("pid=1,2 uid=3", "pid=1001,1002 uid=3"),
@@ -122,12 +122,12 @@ mod tests {
         let resolved = filter.resolve(&mut Child).unwrap();
         let found = resolved.namespaces.iter().map(|namespace| namespace.cookie);
         assert!(found.eq([104, Namespace::NO_COOKIE]));
-        // The caller's is as it was.
+        // The caller's filter is unchanged.
         assert_eq!(filter, Filter::new().netns(4).netns(10));
     }
 
     #[test]
-    fn names_of_nothing_are_refused() {
+    fn unknown_names_are_refused() {
         for (text, message) in [
             ("pid=1,10", "pid is 10: no process has this number in"),
             ("pid_tree=10", "pid_tree is 10: there is no such process"),

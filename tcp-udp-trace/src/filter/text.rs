@@ -149,7 +149,7 @@ impl Filter {
                 parse(name, value, &mut self.cgroup_paths, path)?;
             } else {
                 parse(name, value, &mut self.cgroups, |text| {
-                    number(text).map_err(|what| format!("an id, or an absolute path: {what}"))
+                    number(text).map_err(|message| format!("an id, or an absolute path: {message}"))
                 })?;
             }
         }
@@ -196,9 +196,9 @@ fn parse<T>(
     value: impl Fn(&str) -> Result<T, String>,
 ) -> Result<(), Error> {
     for text in values.split(',') {
-        let parsed = value(text).map_err(|what| {
+        let parsed = value(text).map_err(|message| {
             let text = Escaped(text.as_bytes());
-            invalid(format!("{name} is \"{text}\": {what}"))
+            invalid(format!("{name} is \"{text}\": {message}"))
         })?;
         to.push(parsed);
     }

@@ -154,7 +154,7 @@ fn any_event(event: &Event) {
     can_be_shown(&event.to_string());
     let json = serde_json::to_string(event).expect("an event can be written");
     can_be_shown(&json);
-    let read: Event = serde_json::from_str(&json).expect("what was written can be read");
+    let read: Event = serde_json::from_str(&json).expect("the written JSON can be read");
     assert_eq!(read, *event);
 }
 

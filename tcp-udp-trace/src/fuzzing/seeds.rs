@@ -61,7 +61,7 @@ fn write_seeds() {
                 Protocol::Udp => Some(SampleInfo::Udp(UdpInfo::default().into())),
             };
             let decoded = decode(bytes, clock, info).expect("a record");
-            let event = decoded.expect("not without its info").event;
+            let event = decoded.expect("a sample has its info").event;
             if event
                 .process
                 .as_ref()
@@ -144,12 +144,12 @@ fn own_records(protocol: Protocol, mut take: impl FnMut(&[u8])) {
         ..Config::new(protocol)
     };
     let (mut kernel, mut ring) = Kernel::start(&config).expect("a tracer");
-    // No socket may connect to the second of these as it is.
+    // A connect to the second address of each pair fails.
     for (host, nowhere) in [
         ("127.0.0.1:0", "255.255.255.255:1"),
         ("[::1]:0", "[fe80::1]:1"),
     ] {
-        // What is open is sampled.
+        // Open sockets are sampled.
         let _open: [Box<dyn std::any::Any>; 2] = match protocol {
             Protocol::Tcp => {
                 let listener = TcpListener::bind(host).expect("a listener");
@@ -158,8 +158,8 @@ fn own_records(protocol: Protocol, mut take: impl FnMut(&[u8])) {
                 let (mut server, _) = listener.accept().expect("accepted");
                 server.write_all(b"four").expect("written");
                 drop((listener, server));
-                TcpStream::connect(address).expect_err("nobody listens");
-                TcpStream::connect(nowhere).expect_err("no address of a machine");
+                TcpStream::connect(address).expect_err("there is no listener");
+                TcpStream::connect(nowhere).expect_err("not the address of a machine");
                 [Box::new(client), Box::new(())]
             }
             Protocol::Udp => {

@@ -27,13 +27,13 @@ pub(super) fn of_map(error: &EbpfError, protocol: Protocol) -> Error {
 /// Returns the error of a program that could not be loaded.
 pub(super) fn of_program(
     error: &(dyn StdError + 'static),
-    what: &str,
+    refused: &str,
     protocol: Protocol,
 ) -> Error {
-    refusal(errno(error), what, protocol, ErrorKind::Load)
+    refusal(errno(error), refused, protocol, ErrorKind::Load)
 }
 
-/// Returns the error of a perf buffer that could not be made.
+/// Returns the error of a perf buffer that could not be created.
 pub(super) fn of_perf_buffer(error: &io::Error) -> Error {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::EACCES) => Error::new(
@@ -56,8 +56,8 @@ pub(super) fn of_signal(
     signal: &str,
     protocol: Protocol,
 ) -> Error {
-    let what = format!("hooks for the signal `{signal}`");
-    refusal(errno(error), &what, protocol, ErrorKind::Attach)
+    let hooks = format!("hooks for the signal `{signal}`");
+    refusal(errno(error), &hooks, protocol, ErrorKind::Attach)
 }
 
 /// Returns the same error, with the hook that the kernel refused.
@@ -120,7 +120,7 @@ pub(super) fn is_resource_exhaustion(error: &(dyn StdError + 'static)) -> bool {
     )
 }
 
-fn refusal(errno: Option<Errno>, what: &str, protocol: Protocol, otherwise: ErrorKind) -> Error {
+fn refusal(errno: Option<Errno>, refused: &str, protocol: Protocol, otherwise: ErrorKind) -> Error {
     let privileges = Privileges::of_this_thread();
     let (kind, why) = match errno {
         Some(Errno::ENOMEM) => (
@@ -139,9 +139,9 @@ fn refusal(errno: Option<Errno>, what: &str, protocol: Protocol, otherwise: Erro
         Some(Errno::EPERM | Errno::ENOSYS) => (ErrorKind::Permission, privileges.causes(protocol)),
         // Under lockdown, the verifier has no function that reads the kernel's memory.
         _ if privileges.is_confidential() => (ErrorKind::Permission, privileges.causes(protocol)),
-        _ => return Error::new(otherwise, format!("the kernel refused {what}")),
+        _ => return Error::new(otherwise, format!("the kernel refused {refused}")),
     };
-    Error::new(kind, format!("the kernel refused {what}: {why}"))
+    Error::new(kind, format!("the kernel refused {refused}: {why}"))
 }
 
 /// Returns the errno at the end of the chain of sources.
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_has_a_hook_alone_is_named() {
+    fn a_hook_held_exclusively_is_named() {
         let egress = HookPoint::Cgroup("egress");
         let refused = refused("bpf_link_create", Errno::EPERM);
         assert!(is_taken(egress, &refused, &Privileges::of_root()));
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn other_refusals_are_no_program_that_has_a_hook_alone() {
+    fn other_refusals_name_no_exclusive_hook() {
         let egress = HookPoint::Cgroup("egress");
         let kprobe = HookPoint::Kprobe("security_sock_graft");
         for (point, call, errno) in [
@@ -216,6 +216,6 @@ mod tests {
         }
         // Linux 5.10 accepts CAP_SYS_ADMIN for the program, but not for its attachment.
         let refused = refused("bpf_link_create", Errno::EPERM);
-        assert!(!is_taken(egress, &refused, &Privileges::of_nobody()));
+        assert!(!is_taken(egress, &refused, &Privileges::none()));
     }
 }

@@ -52,14 +52,14 @@ impl Filters {
         self.generation != 0
     }
 
-    /// Returns whether an event that user space made passes.
-    pub(super) fn want(&self, ebpf: &Ebpf, event: &Event) -> bool {
+    /// Returns whether an event that user space produced passes.
+    pub(super) fn passes(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
             .matches(event, |process| membership(ebpf, process))
     }
 
-    /// Like [`want`](Self::want), without a check of the event's ports and addresses.
-    pub(super) fn want_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
+    /// Like [`passes`](Self::passes), without a check of the event's ports and addresses.
+    pub(super) fn passes_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
         self.filter
             .matches_but_ends(event, |process| membership(ebpf, process))
     }
@@ -168,8 +168,8 @@ fn find_tree_members(
         new.add(ebpf, Value::new(generation, wire::ROOT, [root.into(), 0]))?;
         // Each byte represents a root.
         if iter::visit_tasks(ebpf).map_err(no_iterator)? <= index {
-            let what = format!("pid_tree is {root}: there is no such process");
-            return Err(Error::new(ErrorKind::InvalidFilter, what));
+            let message = format!("pid_tree is {root}: there is no such process");
+            return Err(Error::new(ErrorKind::InvalidFilter, message));
         }
     }
     // The first pass visits a child before its parent if the child's number is lower.
@@ -227,11 +227,11 @@ fn membership(ebpf: &Ebpf, process: &Process) -> Membership {
 }
 
 fn refused(source: impl Into<Box<dyn StdError + Send + Sync>>) -> Error {
-    let what = "the kernel refused the filter";
-    Error::new(ErrorKind::Load, what).with_source(source)
+    let message = "the kernel refused the filter";
+    Error::new(ErrorKind::Load, message).with_source(source)
 }
 
 fn no_iterator(source: String) -> Error {
-    let what = "pid_tree needs the iterator over all tasks, which the kernel refuses";
-    Error::new(ErrorKind::Attach, what).with_source(source)
+    let message = "pid_tree needs the iterator over all tasks, which the kernel refuses";
+    Error::new(ErrorKind::Attach, message).with_source(source)
 }

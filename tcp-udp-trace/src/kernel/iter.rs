@@ -180,7 +180,7 @@ pub(super) fn pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
 }
 
 /// Returns the iterators of a tracer.
-pub(super) fn wanted(config: &Config) -> Vec<IterProgram> {
+pub(super) fn programs(config: &Config) -> Vec<IterProgram> {
     let samples = config.sample_interval.is_some();
     let samples = samples.then(|| sockets(config.protocol));
     [files(config.protocol)]

@@ -99,12 +99,12 @@ impl Kernel {
     /// Loads and attaches everything. Blocks for some milliseconds.
     pub(crate) fn start(config: &Config) -> Result<(Self, Ring), Error> {
         let Some([with_ring, with_perf]) = OBJECTS else {
-            let what = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
-            return Err(Error::new(ErrorKind::Unsupported, what));
+            let message = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
+            return Err(Error::new(ErrorKind::Unsupported, message));
         };
         preflight::check(config.protocol)?;
-        let plan = plan::wanted(config);
-        let iters = iter::wanted(config);
+        let plan = plan::signals(config);
+        let iters = iter::programs(config);
         let (offsets, ids, images, has_listened, drop_reasons, registers, types_task) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
@@ -212,7 +212,7 @@ impl Kernel {
         let mut hold = take_map(&mut ebpf, "HOLD", Array::<_, u32>::try_from)?;
         hold.set(0, held_listeners(&hooks), 0)
             .or_error(ErrorKind::Load, "cannot write to a map")?;
-        // Only now, because the hooks have seen every socket that was made in the meantime.
+        // Only now, because the hooks have seen every socket that was created in the meantime.
         let iters = iter::start(&mut ebpf, config);
         hooks.extend(iters.hooks);
         hooks.push(ring::hook(buffer));
@@ -290,15 +290,15 @@ impl Kernel {
         self.filters.install(&mut self.ebpf, filter, self.protocol)
     }
 
-    /// Returns whether the filter lets a UDP event pass that user space made.
-    pub(crate) fn wants(&self, event: &Event) -> bool {
-        self.filters.want(&self.ebpf, event)
+    /// Returns whether a UDP event that user space produced passes the filter.
+    pub(crate) fn passes(&self, event: &Event) -> bool {
+        self.filters.passes(&self.ebpf, event)
     }
 
     /// Returns whether the filter lets the end of a UDP socket pass if it lets one of the socket's
     /// flows pass.
-    pub(crate) fn wants_end_of_flows(&self, event: &Event) -> bool {
-        self.filters.want_but_ends(&self.ebpf, event)
+    pub(crate) fn passes_end_of_flows(&self, event: &Event) -> bool {
+        self.filters.passes_but_ends(&self.ebpf, event)
     }
 
     /// Returns how often the kernel skipped a program that was already active on the CPU; `None` if
@@ -364,7 +364,10 @@ pub(crate) fn check_btf(bytes: &[u8]) -> Result<(), Error> {
     let btf = offsets::parse(bytes)?;
     let targets = ["task_file", "tcp"].map(ids::Target::iterator);
     let ids = ids::for_aya(&ids::find(&btf, targets));
-    assert!(ids.is_ok(), "aya does not take what we made for it");
+    assert!(
+        ids.is_ok(),
+        "aya rejects the BTF that this crate builds for it"
+    );
     offsets::resolve(&btf).map(|_| ())
 }
 

@@ -97,17 +97,17 @@ fn find_netns(ebpf: &Ebpf, inode: u32) -> io::Result<Option<u64>> {
 }
 
 fn unknown(source: io::Error) -> Error {
-    let what = "the pid namespace of this process cannot be read";
-    Error::new(ErrorKind::Load, what).with_source(source)
+    let message = "the pid namespace of this process cannot be read";
+    Error::new(ErrorKind::Load, message).with_source(source)
 }
 
 fn no_namespaces(source: io::Error) -> Error {
-    let what = "netns needs the kernel's list of network namespaces, which cannot be read";
-    Error::new(ErrorKind::Unsupported, what).with_source(source)
+    let message = "netns needs the kernel's list of network namespaces, which cannot be read";
+    Error::new(ErrorKind::Unsupported, message).with_source(source)
 }
 
 fn no_iterator(source: String) -> Error {
-    let what = "a pid in a child pid namespace needs the iterator over all tasks, which the \
+    let message = "a pid in a child pid namespace needs the iterator over all tasks, which the \
                 kernel refuses";
-    Error::new(ErrorKind::Attach, what).with_source(source)
+    Error::new(ErrorKind::Attach, message).with_source(source)
 }

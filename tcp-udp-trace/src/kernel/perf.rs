@@ -172,7 +172,7 @@ fn watch(wakes: &Epoll, buffer: &Sampler) -> nix::Result<()> {
     let mut interest = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, 0);
     #[allow(
         deprecated,
-        reason = "its successor wants a borrowed descriptor, which this type does not give"
+        reason = "its successor requires a borrowed descriptor, which this type does not give"
     )]
     epoll::epoll_ctl(
         wakes.0.as_raw_fd(),
@@ -254,7 +254,10 @@ mod tests {
             sample.extend([0xbb; 4]);
             sample
         };
-        assert!(Record::new(&sample(&[])).is_none(), "a bell");
+        assert!(
+            Record::new(&sample(&[])).is_none(),
+            "it only wakes the reader"
+        );
         assert!(Record::new(&[]).is_none());
         let record = Record::new(&sample(&[1, 2, 3])).expect("a record");
         assert_eq!((record.time, record.length), (2, 24));

@@ -1,29 +1,30 @@
-//! The attach plan: for each signal, the kernel hooks in the order of our preference.
+//! The attach plan: for each signal, the kernel hooks in order of preference.
 //!
-//! What works on which kernel was measured (docs/kernels.md), but nothing here asks for a version
-//! or a feature: each choice is tried, and the first that the running kernel accepts is taken.
+//! The plan does not depend on the version or the features of the kernel. The tracer tries each
+//! choice, and takes the first one that the running kernel accepts. docs/kernels.md shows which
+//! choices were taken on the tested kernels.
 
 use super::btf::ids::Target;
 use crate::{config::Config, event::Protocol};
 
-/// Something that a tracer needs to hear about.
+/// Something in the kernel that a tracer observes.
 pub(super) struct Signal {
     pub(super) name: &'static str,
-    /// Without this signal there is nothing to trace.
+    /// The tracer does not start without this signal.
     pub(super) required: bool,
-    /// Each slot is filled with its first choice that works; the slots hear the same thing.
+    /// Each slot takes its first choice that works. All slots observe the same thing.
     pub(super) slots: &'static [&'static [Choice]],
 }
 
-/// Hooks that serve together.
+/// Hooks that are used together.
 pub(super) struct Choice {
-    /// The programs, each with its hook. The first must attach; the others may be missing.
+    /// The programs, each with its hook. The first one must attach. The others may be missing.
     pub(super) hooks: &'static [(&'static str, HookPoint)],
-    /// What is worse about it than about the choices before it, or what even the best does not see.
+    /// The disadvantage compared with the choices before it, or the limit of the best choice.
     pub(super) cost: Option<&'static str>,
 }
 
-/// Where a program can be attached.
+/// A point in the kernel where a program can be attached.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum HookPoint {
     RawTracepoint(&'static str),
@@ -31,26 +32,26 @@ pub(super) enum HookPoint {
     Tracepoint(&'static str, &'static str),
     BtfTracepoint(&'static str),
     Kprobe(&'static str),
-    /// Where the function of a system call returns. What it calls may be inlined.
+    /// The return of a system call's function. The functions that it calls may be inlined.
     Kretprobe(&'static str),
     Fentry(&'static str),
-    /// At the root of cgroup v2, named as in the program's section.
+    /// The root of cgroup v2. The name is that of the program's section.
     Cgroup(&'static str),
 }
 
-/// The signals of a tracer.
-pub(super) fn wanted(config: &Config) -> Vec<&'static Signal> {
+/// Returns the signals of a tracer.
+pub(super) fn signals(config: &Config) -> Vec<&'static Signal> {
     let always = match config.protocol {
         Protocol::Tcp => TCP,
         Protocol::Udp => UDP,
     };
     let on_request = [(config.retransmits, &RETRANSMIT), (config.resets, &RESET)];
-    let on_request = on_request.into_iter().filter(|(wanted, _)| *wanted);
+    let on_request = on_request.into_iter().filter(|(enabled, _)| *enabled);
     always.iter().chain(on_request.map(|(_, s)| s)).collect()
 }
 
 impl Signal {
-    /// What of the kernel's BTF its programs may be loaded with.
+    /// Returns the types of the kernel's BTF that its programs may need to load.
     pub(super) fn targets(&self) -> impl Iterator<Item = Target> {
         let choices = self.slots.iter().copied().flatten();
         let hooks = choices.flat_map(|choice| choice.hooks);
@@ -59,7 +60,7 @@ impl Signal {
 }
 
 impl HookPoint {
-    /// What of the kernel's BTF must be known to load a program for it.
+    /// Returns the type of the kernel's BTF that a program for it needs to load.
     pub(super) fn target(self) -> Option<Target> {
         match self {
             BtfTracepoint(name) => Some(Target::tracepoint(name)),
@@ -82,10 +83,11 @@ pub(super) const LISTEN: &str = "listen";
 
 use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, Kretprobe, RawTracepoint, Tracepoint};
 
-/// What `TcpTracer` attaches.
+/// The signals of every `TcpTracer`.
 ///
-/// Two programs hear each state change, because the kernel skips one that is already active on the
-/// CPU: up to half of all transitions with one program on 7.2, none with both.
+/// Two programs observe each state change, because the kernel skips a program that is already
+/// active on the CPU. On 7.2, one program missed up to half of all transitions, and both together
+/// missed none.
 #[rustfmt::skip]
 const TCP: &[Signal] = &[
     Signal { name: "state", required: true, slots: &[
@@ -106,20 +108,20 @@ const TCP: &[Signal] = &[
         worse(&[("accept_fentry", Fentry("security_sock_graft"))], FENTRY),
         worse(&[("accept_sys_exit", RawTracepoint("sys_exit"))], SYS_EXIT),
     ]] },
-    // Without tracefs there is no hook but one in every system call, which is too much for a
-    // failure.
+    // Without tracefs, the only hook is one in every system call. That costs too much for a signal
+    // of failures.
     Signal { name: "connect_failed", required: false, slots: &[&[
         worse(&[("tcp_connect_kretprobe", Kretprobe("sys_connect"))], ONLY_CONNECT),
         worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], NO_KPROBE_CONNECT),
     ]] },
-    // The kernel chooses a port after the change of the state.
+    // The kernel chooses a port after the state change.
     Signal { name: LISTEN, required: false, slots: &[&[
         best(&[("tcp_hash", Kprobe("inet_hash")), ("tcp_hash", Kprobe("inet6_hash"))]),
         worse(&[("tcp_listen_exit", Tracepoint("syscalls", "sys_exit_listen"))], NO_KPROBE_LISTEN),
     ]] },
 ];
 
-/// What it attaches on request, beside that.
+/// The signals that a `TcpTracer` has on request.
 #[rustfmt::skip]
 const RETRANSMIT: Signal = Signal { name: "retransmit", required: false, slots: &[&[
     best(&[("tcp_retransmit_err", RawTracepoint("tcp_retransmit_skb"))]),
@@ -131,11 +133,12 @@ const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
            ("tcp_reset_received", RawTracepoint("tcp_receive_reset"))]),
 ]] };
 
-/// What `UdpTracer` attaches.
+/// The signals of a `UdpTracer`.
 ///
-/// Sockets live and send at the cgroup on every kernel: those hooks are never skipped, run in the
-/// caller's own context where it matters, and see each datagram once, after everything that could
-/// still refuse it.
+/// On every kernel, hooks at the cgroup observe the creation, the sends and the release of a
+/// socket. The kernel never skips these hooks, and they run in the caller's own context where the
+/// programs depend on it. The hook of sends sees each datagram once, after all checks that could
+/// refuse it.
 #[rustfmt::skip]
 const UDP: &[Signal] = &[
     Signal { name: "life", required: true, slots: &[&[
@@ -165,22 +168,22 @@ const UDP: &[Signal] = &[
 ];
 
 const NO_TRACEFS_STATE: &str =
-    "without tracefs a few per cent of transitions are missed under load on preemptible kernels";
-const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel and of 32-bit programs are not seen, nor those by io_uring \
-     that ask for no completion, or before Linux 5.18";
-const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read do not tell the peer of an unconnected socket, \
-     and a UDP_GRO receive counts as one datagram (marked approximate)";
-const FENTRY: &str = "some are missed under load on preemptible kernels";
-const ONLY_CONNECT: &str = "failed connects by io_uring and of 32-bit programs are not seen, and some are missed under load \
-     on preemptible kernels";
-const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little longer; failed connects by io_uring \
-     and of 32-bit programs are not seen, and some are missed under load on preemptible kernels";
+    "without tracefs, a few per cent of transitions are missed under load on preemptible kernels";
+const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel, in 32-bit programs, and by \
+     io_uring without completion or before Linux 5.18 are not seen";
+const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read on an unconnected socket do not report \
+     the peer, and a UDP_GRO receive counts as one datagram (marked approximate)";
+const FENTRY: &str = "some events are missed under load on preemptible kernels";
+const ONLY_CONNECT: &str = "failed connects by io_uring and in 32-bit programs are not seen, and \
+     some others are missed under load on preemptible kernels";
+const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little \
+     longer, failed connects by io_uring and in 32-bit programs are not seen, and some others are \
+     missed under load on preemptible kernels";
 const ONLY_NATIVE: &str =
-    "connects of 32-bit programs are not seen, nor are failed ones by io_uring";
-const NO_KPROBE_LISTEN: &str = "no kprobes: the first event of a listener without `bind` has no port if the listener is one of \
-     io_uring or of a 32-bit program";
-const SYS_EXIT: &str =
-    "no tracefs: each system call of the machine costs about 20 ns more, and io_uring is not seen";
+    "connects in 32-bit programs and failed connects by io_uring are not seen";
+const NO_KPROBE_LISTEN: &str = "no kprobes: the first event of a listener without `bind` has no \
+     port if io_uring or a 32-bit program made the listener";
+const SYS_EXIT: &str = "no tracefs: each system call of the machine takes about 20 ns longer, and io_uring is not seen";
 
 const fn best(hooks: &'static [(&'static str, HookPoint)]) -> Choice {
     Choice { hooks, cost: None }
@@ -214,11 +217,11 @@ mod tests {
     use super::*;
 
     const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/kernels.md");
-    /// The table is the lines that begin so, and the two above them.
+    /// The beginning of each row of the table.
     const ROW: &str = "| `";
     const RULE: &str = "|---|---|---|";
 
-    /// The cells that the plan knows: signal, hooks, cost.
+    /// Returns the cells that come from the plan: signal, hooks, cost.
     fn rows() -> Vec<[String; 3]> {
         let signals = TCP.iter().chain([&RETRANSMIT, &RESET]).chain(UDP);
         let mut rows = Vec::new();
@@ -248,8 +251,8 @@ mod tests {
         rows
     }
 
-    /// The page with the plan's rows; the marks of the kernels, which the integration tests check,
-    /// stay with their hooks.
+    /// Returns the page with the plan's rows. The marks of the kernels, which the integration tests
+    /// check, stay with their hooks.
     fn with_plan(page: &str) -> String {
         let (above, below) = page.split_once(RULE).expect("the table of the plan");
         let (columns, below) = below.split_once('\n').expect("rows");
@@ -285,7 +288,8 @@ mod tests {
         }
         assert!(
             page == expected,
-            "docs/kernels.md does not show the plan: run this with BLESS=1, and mark what each kernel takes"
+            "docs/kernels.md does not show the plan: run this test with BLESS=1, and mark the \
+             choices that each kernel takes"
         );
     }
 }

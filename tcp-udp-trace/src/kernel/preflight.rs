@@ -55,7 +55,7 @@ fn check_locked_memory() -> Result<(), Error> {
 
 fn check_descriptors() -> Result<(), Error> {
     let all: io::Result<Vec<_>> = (0..DESCRIPTORS).map(|_| File::open("/")).collect();
-    let what =
+    let message =
         format!("a tracer needs {DESCRIPTORS} file descriptors: raise the limit (`ulimit -n`)");
-    all.map(drop).or_error(ErrorKind::Load, what)
+    all.map(drop).or_error(ErrorKind::Load, message)
 }

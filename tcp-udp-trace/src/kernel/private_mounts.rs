@@ -51,7 +51,7 @@ fn is_tracefs_visible() -> io::Result<bool> {
     Ok(false)
 }
 
-fn mount_privately(what: &str, place: &str) -> io::Result<()> {
+fn mount_privately(file_system: &str, place: &str) -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     // Keeps the mount from propagating to the previous namespace.
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -60,7 +60,7 @@ fn mount_privately(what: &str, place: &str) -> io::Result<()> {
     Ok(mount(
         Some("nodev"),
         place,
-        Some(what),
+        Some(file_system),
         flags,
         None::<&str>,
     )?)

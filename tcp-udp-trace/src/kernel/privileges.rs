@@ -84,7 +84,7 @@ impl Privileges {
 
     /// Returns no privileges.
     #[cfg(test)]
-    pub(super) fn of_nobody() -> Self {
+    pub(super) fn none() -> Self {
         Self::parse("CapEff:\t0000000000000000\n", "", "")
     }
 
@@ -152,19 +152,19 @@ mod tests {
     use super::*;
 
     const ROOT: &str = "Name:\tx\nCapEff:\t000001ffffffffff\nSeccomp:\t0\nSeccomp_filters:\t0\n";
-    const EVERYBODY: &str = "         0          0 4294967295\n";
+    const ALL_USERS: &str = "         0          0 4294967295\n";
     const INTEGRITY: &str = "none [integrity] confidentiality\n";
 
     #[test]
-    fn missing_capabilities_are_named_with_what_they_are_for() {
+    fn missing_capabilities_are_named_with_their_purpose() {
         // CAP_BPF alone.
-        let few = Privileges::parse("CapEff:\t0000008000000000\n", EVERYBODY, "");
+        let few = Privileges::parse("CapEff:\t0000008000000000\n", ALL_USERS, "");
         assert_eq!(
             few.missing(Protocol::Udp).expect("two are"),
             "CAP_PERFMON (for programs that read the kernel's memory) and CAP_NET_ADMIN (for programs at the cgroup) \
              missing: to trace udp, run as root or grant CAP_BPF and CAP_PERFMON and CAP_NET_ADMIN"
         );
-        let most = Privileges::parse("CapEff:\t000000c000000000\n", EVERYBODY, "");
+        let most = Privileges::parse("CapEff:\t000000c000000000\n", ALL_USERS, "");
         assert_eq!(most.missing(Protocol::Tcp), None);
         assert!(most.missing(Protocol::Udp).is_some());
         // If nothing can be read, the kernel decides.
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_of_the_privileged_have_other_causes() {
+    fn refusals_despite_capabilities_have_other_causes() {
         let check = |status: &str, uid_map, lockdown, expected: &[&str]| {
             let causes = Privileges::parse(status, uid_map, lockdown).causes(Protocol::Udp);
             assert_eq!(causes.split("; ").count(), expected.len(), "{causes}");
@@ -180,12 +180,12 @@ mod tests {
                 assert!(cause.contains(expected), "{causes}");
             }
         };
-        check(ROOT, EVERYBODY, "", &["security module"]);
-        check(ROOT, EVERYBODY, INTEGRITY, &["security module"]);
+        check(ROOT, ALL_USERS, "", &["security module"]);
+        check(ROOT, ALL_USERS, INTEGRITY, &["security module"]);
         let confidentiality = "none integrity [confidentiality]\n";
-        check(ROOT, EVERYBODY, confidentiality, &["lockdown"]);
+        check(ROOT, ALL_USERS, confidentiality, &["lockdown"]);
         let filtered = &ROOT.replace("Seccomp:\t0", "Seccomp:\t2");
-        check(filtered, EVERYBODY, INTEGRITY, &["seccomp"]);
+        check(filtered, ALL_USERS, INTEGRITY, &["seccomp"]);
         let own = "         0     100000      65536\n";
         check(filtered, own, "", &["user namespace", "seccomp"]);
         check("CapEff:\t0\n", own, confidentiality, &["CAP_BPF"]);

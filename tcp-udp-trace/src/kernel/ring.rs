@@ -100,7 +100,7 @@ pub(super) fn best() -> Buffer {
     }
 }
 
-/// Tells which buffer is in use.
+/// Returns the hook that names the buffer in use.
 pub(super) fn hook(buffer: Buffer) -> Hook {
     let (map, note) = match buffer {
         Buffer::Ring => ("map:ringbuf", None),

@@ -298,7 +298,7 @@ pub(crate) fn user(
     if pid == 0 || owner.is_some_and(|owner| owner.pid == pid) {
         return None;
     }
-    // It may have been read while one process or several were being written.
+    // The record may have been read while programs wrote one or several users.
     (user.check == user.checksum()).then(|| User {
         pid,
         tid,
@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_is_joined_with_what_is_known_by_its_cookie() {
+    fn a_sample_and_its_answer_are_joined_by_the_cookie() {
         let mut record = Tcp::new_zeroed();
         record.head.kind = kind::SAMPLE_TCP;
         record.socket = self::record().socket;
@@ -474,7 +474,7 @@ mod tests {
 
     #[test]
     #[cfg_attr(miri, ignore = "has other words for an errno")]
-    fn a_failed_connect_has_ends_of_any_family() {
+    fn the_addresses_of_a_failed_connect_may_differ_in_family() {
         let mut record = Tcp::new_zeroed();
         record.head.kind = kind::CONNECT_FAILED_TCP;
         record.socket = self::record().socket;
@@ -502,7 +502,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_whether_a_socket_is_older() {
+    fn age_relative_to_the_tracer_is_decoded() {
         for (written, read) in [
             (older::NO, Some(false)),
             (older::YES, Some(true)),
@@ -516,10 +516,10 @@ mod tests {
     }
 
     #[test]
-    fn an_owner_read_while_it_was_written_is_none() {
-        let check = |lose_it: fn(&mut Owner)| {
+    fn a_partly_written_owner_is_none() {
+        let check = |clear: fn(&mut Owner)| {
             let mut record = record();
-            lose_it(&mut record.socket.owner);
+            clear(&mut record.socket.owner);
             let decoded = decode(record.as_bytes()).expect("a well-formed record");
             assert_eq!(decoded.event.process, None);
         };
@@ -530,7 +530,7 @@ mod tests {
     }
 
     #[test]
-    fn a_user_is_of_one_process_and_not_the_owner() {
+    fn a_partly_written_user_and_the_owner_are_none() {
         let of = |pid, comm| {
             let mut user = tcp_udp_trace_common::User {
                 thread: tcp_udp_trace_common::User::thread(pid, pid + 1),
@@ -557,7 +557,7 @@ mod tests {
         );
         assert_eq!(user(of(4242, [0; 2])), None, "the owner");
         assert_eq!(user(tcp_udp_trace_common::User::NONE), None);
-        // Every mixture of the two.
+        // Every mixture of two users.
         let words = |user| -> [u64; 6] { zerocopy::transmute!(user) };
         let (one, other) = (words(one), words(other));
         for mixture in 0..1_u32 << 6 {
@@ -600,7 +600,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_makes_no_sense() {
+    fn rejects_malformed_records() {
         let check = |break_it: fn(&mut StateChange)| {
             let mut record = record();
             break_it(&mut record);

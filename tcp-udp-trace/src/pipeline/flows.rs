@@ -37,7 +37,8 @@ pub(crate) struct Flows {
     sockets: BTreeMap<u64, Socket>,
     /// The time of the next lookup of each flow that has one.
     due: BTreeSet<(Duration, FlowKey)>,
-    /// Every flow, by its user, and in the order in which a lookup or a record last showed a change.
+    /// Every flow, by its user, and in the order in which a lookup or a record last showed a
+    /// change.
     used: BTreeMap<(u32, u64), FlowKey>,
     /// The highest number in `used`.
     uses: u64,

@@ -78,8 +78,8 @@ pub(crate) async fn start(config: Config) -> Result<(Arc<Shared>, Tasks), Error>
         AsyncFd::with_interest(ring, Interest::READABLE)
     }))
     .map_err(|_| {
-        let what = "this Tokio runtime has I/O or time disabled: build it with `enable_all`";
-        Error::new(ErrorKind::NoRuntime, what)
+        let message = "this Tokio runtime has I/O or time disabled: build it with `enable_all`";
+        Error::new(ErrorKind::NoRuntime, message)
     })?
     .or_error(ErrorKind::Read, "cannot wait for the buffer of records")?;
 

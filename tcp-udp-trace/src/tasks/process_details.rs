@@ -1,4 +1,4 @@
-//! Looks up in `/proc` what a process runs, if the programs have not reported it.
+//! Looks up the program that a process runs in `/proc`, if the eBPF programs have not reported it.
 
 use std::{
     collections::HashSet,
@@ -210,16 +210,16 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "asks the kernel")]
-    fn finds_what_a_process_runs() {
+    #[cfg_attr(miri, ignore = "reads files of the kernel")]
+    fn finds_the_program_of_a_process() {
         let details = read(Path::new("/proc"), &own()).expect("it is there");
         assert_eq!(details.exe, std::env::current_exe().ok());
         assert_eq!(details.cmdline, std::env::args_os().collect::<Vec<_>>());
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "asks the kernel")]
-    fn another_process_of_the_same_number_is_another() {
+    #[cfg_attr(miri, ignore = "reads files of the kernel")]
+    fn a_reused_pid_is_another_process() {
         let mut key = own();
         key.started += TICK;
         assert_eq!(read(Path::new("/proc"), &key), None);

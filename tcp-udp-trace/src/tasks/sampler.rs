@@ -71,7 +71,7 @@ struct Round<'a> {
 impl Round<'_> {
     fn everywhere(&self) -> Result<(), Over> {
         let filter = self.shared.filter().ok_or(Over)?;
-        if !filter.wants_samples() {
+        if !filter.passes_samples() {
             return Ok(());
         }
         let runtime = runtime::Builder::new_current_thread().enable_all().build();
@@ -88,7 +88,7 @@ impl Round<'_> {
             Err(error) => return self.fault("listing the network namespaces", &error),
         };
         for namespace in namespaces {
-            if !filter.wants_netns(namespace.inode()) {
+            if !filter.passes_netns(namespace.inode()) {
                 continue;
             }
             let name = format!("network namespace {}", namespace.inode());
@@ -163,10 +163,10 @@ impl Round<'_> {
     }
 
     /// Counts and logs a failure, unless its cause is the end of the tracer.
-    fn fault(&self, what: &str, error: &dyn Display) -> Result<(), Over> {
+    fn fault(&self, operation: &str, error: &dyn Display) -> Result<(), Over> {
         self.go_on()?;
         self.shared.samples.count(|counts| counts.faults += 1);
-        log::warn!("no samples of {what} this time: {error}");
+        log::warn!("no samples of {operation} this time: {error}");
         Ok(())
     }
 

@@ -90,7 +90,7 @@ impl Shared {
         }
     }
 
-    /// Returns whether the tracer was asked to stop.
+    /// Returns whether the tracer is to stop.
     pub(super) fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::Relaxed)
     }

@@ -195,8 +195,8 @@ impl Source {
                     }
                     (EventKind::Close { .. }, Some(flow)) => {
                         // Before the flows are removed.
-                        shows_flows = !kernel.wants(&event)
-                            && flows.any(flow.socket, |event| kernel.wants(event));
+                        shows_flows = !kernel.passes(&event)
+                            && flows.any(flow.socket, |event| kernel.passes(event));
                         let stamp = stamp(event.time, event.uptime);
                         // The programs have forgotten the socket.
                         flows.close(flow.socket, kernel, stamp, |flow| {
@@ -280,8 +280,8 @@ fn admit(
     while let Some(event) = batch.get(at) {
         tally.emitted.add(event);
         let passes = match event.kind {
-            EventKind::Close { .. } if shows_flows => kernel.wants_end_of_flows(event),
-            EventKind::Flow { .. } | EventKind::Close { .. } => kernel.wants(event),
+            EventKind::Close { .. } if shows_flows => kernel.passes_end_of_flows(event),
+            EventKind::Flow { .. } | EventKind::Close { .. } => kernel.passes(event),
             _ => true,
         };
         if passes {

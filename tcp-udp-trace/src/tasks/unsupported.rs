@@ -46,7 +46,7 @@ impl Shared {
     }
 }
 
-/// No value of this type is ever made.
+/// No value of this type ever exists.
 #[derive(Debug)]
 pub(crate) struct Tasks {
     pub(crate) reader: JoinHandle<()>,

@@ -76,13 +76,13 @@ pub(in crate::kernel) fn look_up(target: Target) -> Result<aya::Btf, ProgramErro
 /// aya does not accept the BTF, which would be a bug here.
 pub(in crate::kernel) fn for_aya(ids: &Ids) -> Result<aya::Btf, BtfError> {
     let mut strings = vec![0];
-    let mut wanted = Vec::new();
+    let mut records = Vec::new();
     for (Target { kind, name }, id) in ids {
-        wanted.push((*id, *kind, strings.len() as u32));
+        records.push((*id, *kind, strings.len() as u32));
         strings.extend(name.as_bytes());
         strings.push(0);
     }
-    let last = wanted.iter().map(|(id, ..)| *id).max().unwrap_or(0);
+    let last = records.iter().map(|(id, ..)| *id).max().unwrap_or(0);
     // The name, the kind, and a word that neither of the two kinds uses.
     let record = |name, kind: u32| [name, kind << 24, 0].map(u32::to_le_bytes).concat();
     let filler = record(0, kind::FWD);
@@ -101,7 +101,7 @@ pub(in crate::kernel) fn for_aya(ids: &Ids) -> Result<aya::Btf, BtfError> {
     for _ in 0..last {
         bytes.extend(&filler);
     }
-    for (id, kind, name) in wanted {
+    for (id, kind, name) in records {
         // The first type has id 1.
         let at = HEADER_LEN as usize + (id as usize - 1) * filler.len();
         bytes[at..at + filler.len()].copy_from_slice(&record(name, kind));

@@ -1,20 +1,20 @@
-//! Reads the kernel's BTF and says where a field of a struct is.
+//! Parses the kernel's BTF, and returns the offset and size of a field of a struct.
 //!
-//! BTF is the kernel's description of its own types, in `/sys/kernel/btf/vmlinux` (4 to 6 MB). We
-//! resolve field offsets here, in user space, and hand them to the eBPF programs as read-only
-//! globals: CO-RE without C.
+//! BTF is the kernel's description of its own types, in `/sys/kernel/btf/vmlinux` (4 to 6 MB). This
+//! crate resolves field offsets in user space, and passes them to the eBPF programs as read-only
+//! globals. This is CO-RE without C.
 //!
-//! Why our own: aya-obj reads BTF too but exposes neither members nor their offsets, and btf-rs is
-//! LGPL. The format is documented in the kernel's
+//! No existing crate fits: aya-obj parses BTF, but exposes neither members nor their offsets, and
+//! btf-rs is LGPL. The format is documented in the kernel's
 //! [`Documentation/bpf/btf.rst`](https://docs.kernel.org/bpf/btf.html) and declared in
 //! `include/uapi/linux/btf.h`.
 //!
-//! [`Btf::parse`] walks the types once and notes where each begins and which can be asked for by
-//! name; a lookup compares names along one such list. No name is hashed or copied, because only a
-//! few dozen of the hundred thousand are ever asked for.
+//! [`Btf::parse`] reads the types once, and records the offset of each type and a list of the types
+//! that can be looked up by name. A lookup compares the names of that list. No name is hashed or
+//! copied, because only a few dozen of the hundred thousand names are ever looked up.
 //!
-//! Whatever the bytes, the answer is an error or `None`: no panic and no unbounded work. Left out:
-//! the BTF of modules, which continues the ids of `vmlinux`, and big-endian kernels.
+//! Any bytes are safe: they lead to an error or `None`, without panics or unbounded work. The BTF
+//! of modules, which continues the ids of `vmlinux`, and big-endian kernels are not supported.
 
 pub(in crate::kernel) mod ids;
 pub(in crate::kernel) mod offsets;
@@ -44,12 +44,12 @@ pub(in crate::kernel) mod kind {
     pub(in crate::kernel) const ENUM64: u32 = 19;
 }
 
-/// Why the bytes are not BTF that we can read.
+/// The error of bytes that are not readable BTF.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub(crate) enum BtfError {
     #[error("BTF of {len} bytes is shorter than its header of {HEADER_LEN} bytes")]
     TooShort { len: usize },
-    #[error("BTF is big-endian; only that of little-endian kernels can be read")]
+    #[error("BTF is big-endian; only little-endian BTF can be read")]
     BigEndian,
     #[error("not BTF: magic number {magic:#06x} instead of {MAGIC:#06x}")]
     Magic { magic: u32 },
@@ -71,7 +71,7 @@ pub(crate) enum BtfError {
     UnknownKind { id: usize, kind: u32 },
 }
 
-/// Where a field is in its struct.
+/// The position of a field in its struct.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Field {
     /// Bytes from the beginning of the path's first struct.
@@ -80,13 +80,13 @@ pub(crate) struct Field {
     pub(crate) size: u32,
 }
 
-/// BTF, indexed.
+/// Indexed BTF.
 pub(crate) struct Btf<'a> {
     types: &'a [u8],
     strings: &'a [u8],
-    /// Where each type begins in `types`. Id 1 is the first; 0 is `void`, which is not there.
+    /// The offset of each type in `types`. The first has id 1. Id 0 is `void`, which has no entry.
     offsets: Vec<u32>,
-    /// Structs and unions, but for the anonymous ones.
+    /// The structs and unions that have a name.
     aggregates: Vec<Named>,
 }
 
@@ -95,8 +95,9 @@ impl<'a> Btf<'a> {
     ///
     /// # Errors
     ///
-    /// The bytes are not the whole BTF of a little-endian kernel, or a type is of a kind newer than
-    /// this reader: its length is unknown, so what follows cannot be found.
+    /// The bytes are not the complete BTF of a little-endian kernel, or a type is of a kind that is
+    /// newer than this parser. The length of such a type is unknown, so the types after it cannot
+    /// be found.
     pub(crate) fn parse(data: &'a [u8]) -> Result<Self, BtfError> {
         let len = data.len();
         let [preamble, header, type_off, type_len, str_off, str_len] =
@@ -130,27 +131,27 @@ impl<'a> Btf<'a> {
         Ok(btf)
     }
 
-    /// The place of a field, by the name of a struct (or union) and those of the members down to
-    /// the field: `sock.__sk_common.skc_family`.
+    /// Returns the position of a field. The path has the name of a struct or union, and the names
+    /// of the members down to the field: `sock.__sk_common.skc_family`.
     ///
-    /// As in C, members of anonymous structs and unions are named as if they were their parent's.
-    /// Typedefs and qualifiers are looked through; pointers are not followed. Of several structs of
-    /// that name the first that has the field counts. A bitfield has a place only if it begins and
-    /// ends at the boundary of a byte.
+    /// As in C, members of anonymous structs and unions are named like members of their parent.
+    /// Typedefs and qualifiers are resolved. Pointers are not followed. If several structs have the
+    /// name, the first one that has the field counts. A bitfield has a position only if it begins
+    /// and ends at the boundary of a byte.
     pub(crate) fn field(&self, path: &str) -> Option<Field> {
         let (name, members) = path.split_once('.')?;
         let mut budget = MAX_MEMBERS;
         self.named(&self.aggregates, name)
-            .find_map(|aggregate| self.walk(aggregate, members, &mut budget))
+            .find_map(|aggregate| self.descend(aggregate, members, &mut budget))
     }
 
-    /// The size in bytes of a struct or union. Of several of that name, the first counts.
+    /// Returns the size of a struct or union in bytes. If several have the name, the first counts.
     pub(crate) fn size_of(&self, name: &str) -> Option<u32> {
         let ty = self.named(&self.aggregates, name).next()?;
         self.size(ty)
     }
 
-    /// The id of the type of that kind and name.
+    /// Returns the id of the type with this kind and name.
     pub(crate) fn id(&self, kind: u32, name: &str) -> Option<u32> {
         let is_it = |offset: &u32| {
             let header = self.types.get(*offset as usize..).and_then(words);
@@ -163,7 +164,7 @@ impl<'a> Btf<'a> {
         u32::try_from(index + 1).ok()
     }
 
-    /// The number of an enumerator of an enum.
+    /// Returns the value of an enumerator of an enum.
     pub(crate) fn enumerator(&self, name: &str, enumerator: &str) -> Option<u32> {
         let ty = self.by_id(self.id(kind::ENUM, name)?)?;
         let mut all = records(ty.extra);
@@ -185,7 +186,7 @@ impl<'a> Btf<'a> {
         Ok(())
     }
 
-    /// The types of a list that have that name.
+    /// Returns the types of a list that have this name.
     fn named(&self, list: &[Named], name: &str) -> impl Iterator<Item = Type<'a>> {
         list.iter()
             .filter(|named| self.is_name(named.name, name))
@@ -197,7 +198,7 @@ impl<'a> Btf<'a> {
         Type::read(self.types, *self.offsets.get(index)?, 0).ok()
     }
 
-    /// The type behind typedefs and qualifiers.
+    /// Resolves typedefs and qualifiers.
     fn resolve(&self, mut id: u32) -> Option<Type<'a>> {
         for _ in 0..MAX_CHAIN {
             let ty = self.by_id(id)?;
@@ -219,17 +220,18 @@ impl<'a> Btf<'a> {
     }
 
     /// Follows the names of members from a struct down to a field.
-    fn walk(&self, ty: Type<'a>, members: &str, budget: &mut usize) -> Option<Field> {
+    fn descend(&self, ty: Type<'a>, members: &str, budget: &mut usize) -> Option<Field> {
         let (bit, width) = (0, 0);
-        let mut place = Place { ty, bit, width };
+        let mut member = Member { ty, bit, width };
         for name in members.split('.') {
-            place = self.member(place, name, budget)?;
+            member = self.member(member, name, budget)?;
         }
-        self.bytes(place)
+        self.bytes(member)
     }
 
-    /// Finds a member in a struct or union, or in the anonymous ones inside it. Of an array, it is one of the first element.
-    fn member(&self, mut parent: Place<'a>, name: &str, budget: &mut usize) -> Option<Place<'a>> {
+    /// Finds a member in a struct or union, or in the anonymous ones inside it. If the parent is an
+    /// array, it is a member of the first element.
+    fn member(&self, mut parent: Member<'a>, name: &str, budget: &mut usize) -> Option<Member<'a>> {
         if name.is_empty() {
             return None;
         }
@@ -242,10 +244,10 @@ impl<'a> Btf<'a> {
             if !matches!(parent.ty.kind, kind::STRUCT | kind::UNION) {
                 continue;
             }
-            for [member, ty, offset] in records(parent.ty.extra) {
+            for [string, ty, offset] in records(parent.ty.extra) {
                 *budget = budget.checked_sub(1)?;
-                let named = self.is_name(member, name);
-                if !named && member != 0 {
+                let named = self.is_name(string, name);
+                if !named && string != 0 {
                     continue;
                 }
                 // With the flag, the upper 8 bits are the width of a bitfield, or 0.
@@ -256,22 +258,22 @@ impl<'a> Btf<'a> {
                 };
                 let bit = parent.bit.checked_add(offset)?;
                 let ty = self.resolve(ty)?;
-                let place = Place { ty, bit, width };
+                let member = Member { ty, bit, width };
                 if named {
-                    return Some(place);
+                    return Some(member);
                 }
-                open.push(place);
+                open.push(member);
             }
         }
         None
     }
 
-    /// Offset and size, if they are whole bytes.
-    fn bytes(&self, Place { ty, bit, width }: Place<'a>) -> Option<Field> {
+    /// Returns the offset and size, if they are whole bytes.
+    fn bytes(&self, Member { ty, bit, width }: Member<'a>) -> Option<Field> {
         let (bit, size) = if width != 0 {
             (bit, whole_bytes(width)?)
         } else if ty.kind == kind::INT {
-            // BTF without the flag describes a bitfield by an integer narrower than its size.
+            // Without the flag, the type of a bitfield is an integer narrower than its size.
             let [encoding] = words(ty.extra)?;
             let bit = bit.checked_add((encoding >> 16) & 0xff)?;
             (bit, whole_bytes(encoding & 0xff)?)
@@ -304,7 +306,7 @@ impl<'a> Btf<'a> {
     }
 }
 
-/// A type that can be asked for by name.
+/// A type that can be looked up by name.
 #[derive(Debug, Clone, Copy)]
 struct Named {
     /// Offset of the name in the string section.
@@ -313,9 +315,10 @@ struct Named {
     offset: u32,
 }
 
-/// Where a lookup is: a member and its type, typedefs and qualifiers looked through.
+/// A member that a lookup has reached.
 #[derive(Debug, Clone, Copy)]
-struct Place<'a> {
+struct Member<'a> {
+    /// Its type, with typedefs and qualifiers resolved.
     ty: Type<'a>,
     /// Bits from the beginning of the path's first struct.
     bit: u32,
@@ -323,28 +326,28 @@ struct Place<'a> {
     width: u32,
 }
 
-/// `struct btf_type` and what belongs to it.
+/// `struct btf_type`, and the data that follows it.
 #[derive(Debug, Clone, Copy)]
 struct Type<'a> {
     name: u32,
     kind: u32,
-    /// An aggregate's members have bitfield widths; an enum is signed.
+    /// In an aggregate, the members have bitfield widths. An enum is signed.
     flag: bool,
     size_or_type: u32,
-    /// Bytes in all, the header of 12 too.
+    /// The length in bytes, including the header of 12 bytes.
     len: u32,
-    /// What follows the header: members, parameters, constants ...
+    /// The data after the header: members, parameters, constants and so on.
     extra: &'a [u8],
 }
 
 impl<'a> Type<'a> {
-    /// The type at an offset. The id is for errors only.
+    /// Reads the type at an offset. The id is for errors only.
     fn read(types: &'a [u8], offset: u32, id: usize) -> Result<Self, BtfError> {
         let truncated = || BtfError::Truncated { id };
         let bytes = types.get(offset as usize..).ok_or_else(truncated)?;
         let [name, info, size_or_type] = words(bytes).ok_or_else(truncated)?;
-        // Newer headers have 24 bits of count instead of 16 and 7 bits of kind instead of 5; the
-        // additional ones were reserved and are 0 in older BTF.
+        // Newer headers have 24 bits of count instead of 16, and 7 bits of kind instead of 5. The
+        // additional bits were reserved, and are 0 in older BTF.
         let (kind, count) = ((info >> 24) & 0x7f, info & 0x00ff_ffff);
         let extra = match kind {
             kind::PTR | kind::FWD..=kind::FUNC | kind::FLOAT | kind::TYPE_TAG => 0,
@@ -379,7 +382,7 @@ fn section<'a>(
         .ok_or(BtfError::Section { name, offset, len })
 }
 
-/// The first `N` little-endian words.
+/// Reads the first `N` little-endian words.
 fn words<const N: usize>(bytes: &[u8]) -> Option<[u32; N]> {
     let mut words = [0; N];
     let bytes = bytes.get(..N * 4)?;
@@ -389,7 +392,7 @@ fn words<const N: usize>(bytes: &[u8]) -> Option<[u32; N]> {
     Some(words)
 }
 
-/// Records of `N` little-endian words each.
+/// Reads records of `N` little-endian words each.
 fn records<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u32; N]> {
     bytes.chunks_exact(N * 4).filter_map(words)
 }
@@ -402,18 +405,20 @@ pub(in crate::kernel) const MAGIC: u32 = 0xeb9f;
 const MAGIC_BIG_ENDIAN: u32 = 0x9feb;
 pub(in crate::kernel) const VERSION: u32 = 1;
 
-/// Length of the header, in bytes, up to the last field that we read. A newer one may be longer.
+/// The length in bytes of the header up to the last field in use. A newer header may be longer.
 const HEADER_LEN: u32 = 24;
 
-/// Size of a pointer in bytes: the kernels we support are 64-bit. BTF does not say.
+/// The size of a pointer in bytes. BTF does not contain it. All supported kernels are 64-bit.
 const POINTER_SIZE: u32 = 8;
 
-/// Most typedefs and qualifiers, or dimensions of an array, in a row. More are a cycle: the kernel
-/// has the same limit, `MAX_RESOLVE_DEPTH`.
+/// The maximum number of typedefs and qualifiers, or of dimensions of an array, in a row. More are
+/// a cycle. The kernel has the same limit ([`MAX_RESOLVE_DEPTH`][depth]).
+///
+/// [depth]: https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/btf.c
 const MAX_CHAIN: usize = 32;
 
-/// Most members that one lookup looks at. The largest struct of a kernel has, with the anonymous
-/// ones inside it, some thousands; a malformed one can contain itself.
+/// The maximum number of members that one lookup compares. The largest struct of a kernel has some
+/// thousands, with those of the anonymous structs inside it. A malformed struct can contain itself.
 const MAX_MEMBERS: usize = 1 << 16;
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ pub(in crate::kernel) fn read_btf() -> Result<Vec<u8>, Error> {
     let mut btf = Vec::with_capacity(CAPACITY);
     let read = File::open(VMLINUX).and_then(|mut file| file.read_to_end(&mut btf));
     read.map(|_| btf).map_err(|source| {
-        let (kind, what) = match source.kind() {
+        let (kind, message) = match source.kind() {
             io::ErrorKind::NotFound => (
                 ErrorKind::Unsupported,
                 "this kernel has no BTF (or /sys is not mounted): a kernel of at least 5.10 built with \
@@ -39,7 +39,7 @@ pub(in crate::kernel) fn read_btf() -> Result<Vec<u8>, Error> {
             io::ErrorKind::PermissionDenied => (ErrorKind::Permission, "the kernel's BTF may not be read"),
             _ => (ErrorKind::Unsupported, "the kernel's BTF cannot be read"),
         };
-        Error::new(kind, format!("{VMLINUX}: {what}")).with_source(source)
+        Error::new(kind, format!("{VMLINUX}: {message}")).with_source(source)
     })
 }
 
@@ -57,22 +57,22 @@ pub(in crate::kernel) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
 /// Looks up every field.
 pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
     let mut offsets: Offsets = std::array::from_fn(|index| {
-        let wanted = &FIELDS[index];
-        let found = wanted.path.split(" | ").find_map(|path| btf.field(path));
+        let required = &FIELDS[index];
+        let found = required.path.split(" | ").find_map(|path| btf.field(path));
         match found {
-            Some(field) if field.size == wanted.size => field.offset,
+            Some(field) if field.size == required.size => field.offset,
             _ => {
                 log::info!(
                     "this kernel has no {} of {} bytes",
-                    wanted.path,
-                    wanted.size
+                    required.path,
+                    required.size
                 );
                 ABSENT
             }
         }
     });
     if btf.field("net.net_cookie.counter").is_some() {
-        // It is atomic before Linux 5.12: a namespace has a cookie only once a program asks for it.
+        // It is atomic before Linux 5.12: a namespace has a cookie only once a program queries it.
         // https://lore.kernel.org/netdev/20210210144144.24284-1-eric.dumazet@gmail.com/
         offsets[Field::NetCookie as usize] = ABSENT;
     }
@@ -157,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    #[cfg_attr(miri, ignore = "asks the kernel")]
+    #[cfg_attr(miri, ignore = "reads files of the kernel")]
     fn the_running_kernel_has_every_field() {
         let Ok(btf) = read_btf() else {
             println!("skipped: this kernel has no BTF");
@@ -175,15 +175,15 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "asks the kernel")]
-    fn tcp_info_is_what_the_running_kernel_says() {
+    #[cfg_attr(miri, ignore = "reads files of the kernel")]
+    fn tcp_info_matches_the_running_kernel() {
         let Ok(btf) = read_btf() else {
             println!("skipped: this kernel has no BTF");
             return;
         };
         let btf = Btf::parse(&btf).expect("the running kernel's BTF");
         for (name, offset, size) in crate::event::tcp_info::TcpInfo::FIELDS {
-            // Another kernel has the fields that this one lacks.
+            // Some kernels lack some of the fields.
             if let Some(field) = btf.field(&format!("tcp_info.tcpi_{name}")) {
                 assert_eq!(
                     (field.offset, field.size as usize),
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg_attr(miri, ignore = "asks the kernel")]
+    #[cfg_attr(miri, ignore = "reads files of the kernel")]
     fn the_running_kernel_saves_registers_below_the_end_of_a_stack() {
         let Ok(btf) = read_btf() else {
             println!("skipped: this kernel has no BTF");
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_btf_are_an_unsupported_kernel() {
+    fn malformed_btf_is_an_unsupported_kernel() {
         let error = parse(b"not BTF").err().expect("not BTF");
         assert_eq!(error.kind(), ErrorKind::Unsupported);
     }

@@ -1,8 +1,8 @@
-//! BTF for the tests, made here.
+//! Builds BTF for the tests.
 
 use super::kind;
 
-/// Writes BTF. Every `add` is one more type and returns its id.
+/// Builds BTF. Each call of `add` appends one type, and returns its id.
 pub(super) struct Builder {
     pub(super) types: Vec<u8>,
     pub(super) strings: Vec<u8>,
@@ -28,7 +28,7 @@ impl Builder {
         offset.try_into().expect("strings are short")
     }
 
-    /// `info` is the kind in its own bits, with the count and [`FLAG`] as they are in BTF.
+    /// Appends a type. `info` has the kind, the count and the flag in their bits of BTF.
     pub(super) fn add(&mut self, name: &str, info: u32, size_or_type: u32, extra: &[u32]) -> u32 {
         let name = self.name(name);
         for word in [name, info, size_or_type].iter().chain(extra) {
@@ -42,7 +42,7 @@ impl Builder {
         self.add("", kind::INT << 24, bytes, &[bytes * 8])
     }
 
-    /// Members are name, type and offset in bits.
+    /// Appends a struct or union. Each member is its name, its type, and its offset in bits.
     pub(super) fn aggregate(
         &mut self,
         kind: u32,

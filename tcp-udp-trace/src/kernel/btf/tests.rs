@@ -1,4 +1,4 @@
-//! What is found in BTF, and what is wrong with it.
+//! Lookups in BTF, and errors of malformed BTF.
 
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ fn finds_an_enumerator() {
     assert_eq!(btf.enumerator("wide", "BIG"), None);
 }
 
-/// Some of everything that can be asked for.
+/// Returns BTF with one of each thing that can be looked up.
 fn sample() -> Builder {
     let mut b = Builder::new();
     let short = b.int(2);
@@ -70,13 +70,13 @@ fn sample() -> Builder {
     b
 }
 
-/// A kernel that has what we ask for and nothing else, each field in another guise.
+/// Returns the BTF of a kernel that has only the fields in use, in various forms.
 fn small_kernel() -> Builder {
     let mut b = Builder::new();
     let byte = b.int(1);
-    for (index, wanted) in FIELDS.iter().enumerate() {
-        let path = wanted.path.split(" | ").next().expect("a path");
-        let int = b.int(wanted.size);
+    for (index, field) in FIELDS.iter().enumerate() {
+        let path = field.path.split(" | ").next().expect("a path");
+        let int = b.int(field.size);
         let mut members = path.rsplit('.');
         let last = members.next().expect("a member");
         let (mut name, mut ty) = match index % 4 {
@@ -86,8 +86,8 @@ fn small_kernel() -> Builder {
                 (last, b.add("", kind::TYPEDEF << 24, constant, &[]))
             }
             2 => {
-                let half = b.int(wanted.size.div_ceil(2));
-                let row = b.add("", kind::ARRAY << 24, 0, &[half, byte, wanted.size.min(2)]);
+                let half = b.int(field.size.div_ceil(2));
+                let row = b.add("", kind::ARRAY << 24, 0, &[half, byte, field.size.min(2)]);
                 (last, b.add("", kind::ARRAY << 24, 0, &[row, byte, 1]))
             }
             _ => (
@@ -110,8 +110,8 @@ fn small_kernel() -> Builder {
 }
 
 #[test]
-fn everything_of_a_small_kernel() {
-    crate::kernel::check_btf(&small_kernel().build()).expect("all that is needed is there");
+fn a_small_kernel_has_every_field() {
+    crate::kernel::check_btf(&small_kernel().build()).expect("every required field is found");
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn write_seeds() {
 }
 
 #[test]
-fn fields_of_nested_and_anonymous_aggregates() {
+fn fields_of_nested_and_anonymous_aggregates_are_found() {
     let btf = sample();
     check(&btf, "sock.err", at(0, 4));
     check(&btf, "sock.__common", at(8, 32));
@@ -136,7 +136,7 @@ fn fields_of_nested_and_anonymous_aggregates() {
 }
 
 #[test]
-fn fields_that_are_not_there() {
+fn missing_fields_are_none() {
     let btf = sample();
     for path in [
         "",
@@ -160,7 +160,7 @@ fn fields_that_are_not_there() {
 }
 
 #[test]
-fn fields_of_the_first_element_of_an_array() {
+fn fields_of_the_first_element_of_an_array_are_found() {
     let mut b = Builder::new();
     let int = b.int(4);
     let element = b.structure("element", 16, &[("a", int, 0), ("b", int, 32)]);
@@ -174,7 +174,7 @@ fn fields_of_the_first_element_of_an_array() {
 }
 
 #[test]
-fn of_structs_with_one_name_the_first_with_the_field() {
+fn among_structs_of_one_name_the_first_with_the_field_counts() {
     let mut b = Builder::new();
     let int = b.int(4);
     b.add("twice", kind::FWD << 24, 0, &[]);
@@ -188,20 +188,20 @@ fn of_structs_with_one_name_the_first_with_the_field() {
 fn a_function_has_the_id_of_its_type() {
     let mut b = Builder::new();
     let int = b.int(4);
-    // Not everything of that name is one.
+    // A type of another kind has the same name.
     b.structure("bpf_iter_tcp", 4, &[("a", int, 0)]);
     let prototype = b.add("", kind::FUNC_PROTO << 24, 0, &[]);
     let longer = b.add("bpf_iter_tcp_seq", kind::FUNC << 24, prototype, &[]);
-    let wanted = b.add("bpf_iter_tcp", kind::FUNC << 24, prototype, &[]);
+    let function = b.add("bpf_iter_tcp", kind::FUNC << 24, prototype, &[]);
     let data = b.build();
     let btf = Btf::parse(&data).expect("well-formed BTF");
-    assert_eq!(btf.id(kind::FUNC, "bpf_iter_tcp"), Some(wanted));
+    assert_eq!(btf.id(kind::FUNC, "bpf_iter_tcp"), Some(function));
     assert_eq!(btf.id(kind::FUNC, "bpf_iter_tcp_seq"), Some(longer));
     assert_eq!(btf.id(kind::FUNC, "bpf_iter"), None);
 }
 
 #[test]
-fn arrays_of_arrays() {
+fn arrays_of_arrays_have_a_size() {
     let mut b = Builder::new();
     let int = b.int(4);
     let row = b.add("", kind::ARRAY << 24, 0, &[int, int, 3]);
@@ -217,7 +217,7 @@ fn arrays_of_arrays() {
 }
 
 #[test]
-fn bitfields_only_in_whole_bytes() {
+fn bitfields_are_found_only_in_whole_bytes() {
     let mut b = Builder::new();
     let int = b.int(4);
     let extra: Vec<u32> = [
@@ -235,7 +235,7 @@ fn bitfields_only_in_whole_bytes() {
     check(&b, "flagged.odd", None);
     check(&b, "flagged.word", at(4, 4));
 
-    // Without the flag: the integer has the width, and may have an offset of its own.
+    // Without the flag, the integer has the width, and may have an offset of its own.
     let three = b.add("", kind::INT << 24, 4, &[3]);
     let byte = b.add("", kind::INT << 24, 4, &[8 << 16 | 8]);
     b.structure("plain", 8, &[("three", three, 0), ("byte", byte, 32)]);
@@ -295,7 +295,7 @@ fn a_longer_header_is_skipped() {
 }
 
 #[test]
-fn errors_say_what_is_wrong() {
+fn errors_name_the_fault() {
     fn error(change: impl FnOnce(&mut Vec<u8>)) -> String {
         let mut data = sample().build();
         change(&mut data);
@@ -309,7 +309,7 @@ fn errors_say_what_is_wrong() {
         ),
         (
             error(|data| data.swap(0, 1)),
-            "BTF is big-endian; only that of little-endian kernels can be read",
+            "BTF is big-endian; only little-endian BTF can be read",
         ),
         (
             error(|data| data[..4].copy_from_slice(b"\x7fELF")),
@@ -358,12 +358,12 @@ fn errors_say_what_is_wrong() {
 }
 
 #[test]
-fn truncated_anywhere() {
+fn truncated_btf_is_rejected() {
     let data = sample().build();
     for len in 0..data.len() {
         assert!(Btf::parse(&data[..len]).is_err(), "cut at {len}");
     }
-    // The same for the type section alone: each boundary between types is valid, no other.
+    // The type section alone may end only at a boundary between types.
     let types = sample().types.len();
     let mut valid = 0;
     for len in 0..=types {
@@ -375,7 +375,7 @@ fn truncated_anywhere() {
 }
 
 #[test]
-fn cycles_of_typedefs() {
+fn cycles_of_typedefs_end() {
     let mut b = Builder::new();
     b.add("a", kind::TYPEDEF << 24, 2, &[]);
     b.add("b", kind::TYPEDEF << 24, 1, &[]);
@@ -396,9 +396,10 @@ fn cycles_of_typedefs() {
 
 #[test]
 #[cfg_attr(miri, ignore = "takes too long")]
-fn structs_inside_themselves() {
+fn structs_inside_themselves_end() {
     let start = Instant::now();
-    // 40 levels of anonymous structs, two of the next in each: 2^40 ways down, and round again.
+    // 40 levels of anonymous structs, each with two members of the next level: 2^40 paths to the
+    // last level, which contains the first one again.
     let mut b = Builder::new();
     for id in 1..40 {
         b.structure(
@@ -420,7 +421,7 @@ fn structs_inside_themselves() {
 }
 
 #[test]
-fn counts_and_offsets_out_of_range() {
+fn counts_and_offsets_out_of_range_are_rejected() {
     let mut b = Builder::new();
     b.add("s", kind::STRUCT << 24 | 0x00ff_ffff, 8, &[0; 30]);
     let error = Btf::parse(&b.build()).err();
@@ -436,11 +437,11 @@ fn counts_and_offsets_out_of_range() {
     check(&b, "n.x", None);
 }
 
-/// What user space and the eBPF programs rely on, on the kernel that runs the test.
+/// Checks fields that user space and the eBPF programs rely on, in the running kernel's BTF.
 #[test]
-#[cfg_attr(miri, ignore = "asks the kernel")]
-#[allow(clippy::print_stderr, reason = "a skipped test says so")]
-fn the_running_kernel() {
+#[cfg_attr(miri, ignore = "reads files of the kernel")]
+#[allow(clippy::print_stderr, reason = "a skipped test reports that")]
+fn the_running_kernel_has_known_fields() {
     let data = match std::fs::read(VMLINUX) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             eprintln!("skipped: no {VMLINUX}");

@@ -1,4 +1,4 @@
-//! Flows, with a map like the kernel's.
+//! Tests of flows, with a map that behaves like the kernel's.
 
 use std::{collections::HashMap, time::SystemTime};
 
@@ -7,7 +7,7 @@ use crate::event::{LossStage, Protocol};
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The kernel's map: the totals of each flow, and when it began.
+/// A replacement of the kernel's map: the totals of each flow, and the time of its beginning.
 #[derive(Default)]
 struct Map(BTreeMap<FlowKey, (Totals, Duration)>);
 
@@ -64,7 +64,7 @@ impl Scene {
         }
     }
 
-    /// Datagrams are counted, and the kernel writes a record if the flow begins with them.
+    /// Counts datagrams, and writes a record if the flow begins with them.
     fn send(&mut self, key: FlowKey, packets: u64) {
         let is_first = !self.map.0.contains_key(&key);
         let (totals, _) = self
@@ -78,13 +78,13 @@ impl Scene {
         }
     }
 
-    /// The kernel writes a record now.
+    /// Writes a record.
     fn record(&mut self, key: FlowKey, is_first: bool) {
         let event = self.event(key);
         self.seen(key, is_first, event);
     }
 
-    /// What a record says now.
+    /// Returns the content of a record.
     fn event(&self, key: FlowKey) -> Event {
         let (time, protocol) = (SystemTime::UNIX_EPOCH, Protocol::Udp);
         let mut event = Event::gap(0, LossStage::Ring, protocol, time, self.now);
@@ -152,7 +152,7 @@ fn first_datagram_then_once_per_interval_and_at_the_end() {
 }
 
 #[test]
-fn a_record_within_the_interval_waits_for_its_date() {
+fn a_record_within_the_interval_waits_for_its_end() {
     let mut scene = Scene::new(10);
     let flow = key(1, 1);
     scene.send(flow, 1);
@@ -215,7 +215,7 @@ fn a_steady_flow_outlives_any_number_of_others() {
 }
 
 #[test]
-fn the_search_for_room_ends_though_all_are_in_use() {
+fn the_search_for_room_ends_if_all_flows_are_in_use() {
     let mut scene = Scene::new(20);
     for port in 1..=20 {
         scene.send(key(1, port), 1);
@@ -257,7 +257,7 @@ fn a_flow_that_comes_back_starts_again() {
 /// A flow's last reports and its newest report add up to its traffic, as the documentation
 /// promises.
 #[test]
-fn sums_are_exact_whatever_makes_room() {
+fn sums_are_exact_whichever_flow_makes_room() {
     let mut scene = Scene::new(16);
     let mut truth = HashMap::<u16, u64>::new();
     let mut state = 1_u64;
@@ -309,7 +309,7 @@ fn sums_are_exact_whatever_makes_room() {
 }
 
 #[test]
-fn what_the_kernel_has_not_any_more_ends() {
+fn a_flow_missing_in_the_kernel_ends() {
     let mut scene = Scene::new(10);
     scene.send(key(1, 1), 1);
     scene.map.0.clear();
@@ -319,7 +319,7 @@ fn what_the_kernel_has_not_any_more_ends() {
 }
 
 #[test]
-fn every_report_says_whether_its_numbers_may_be_too_small() {
+fn every_report_shows_if_it_is_approximate() {
     let mut scene = Scene::new(10);
     let flow = key(1, 1);
     scene.send(flow, 1);
@@ -344,7 +344,7 @@ fn every_report_says_whether_its_numbers_may_be_too_small() {
 }
 
 #[test]
-fn the_end_of_the_tracer_flushes_what_has_changed() {
+fn the_end_of_the_tracer_reports_changed_flows() {
     let mut scene = Scene::new(10);
     for port in 1..=2 {
         scene.send(key(1, port), 1);
@@ -360,13 +360,13 @@ fn the_end_of_the_tracer_flushes_what_has_changed() {
 /// full.
 #[test]
 #[cfg(target_pointer_width = "64")]
-fn a_flow_takes_no_more_memory_than_is_said() {
+fn a_flow_takes_no_more_memory_than_documented() {
     let tree = |entry: usize| entry * 2 + 16;
     let flow = tree(size_of::<(FlowKey, Flow)>())
         + tree(size_of::<(Duration, FlowKey)>())
         + tree(size_of::<((u32, u64), FlowKey)>());
     assert!(flow <= 610, "{flow}");
-    // Each may be of another user.
+    // Each socket may belong to another user.
     let user = 2 * tree(size_of::<(u32, u32)>());
     let socket = tree(size_of::<(u64, Socket)>()) + size_of::<Event>() + user;
     assert!(socket <= 560, "{socket}");

@@ -30,7 +30,7 @@ fn lifecycle(id: u64) -> Event {
     event
 }
 
-/// Delivered, shed, discarded.
+/// Returns the counts of delivered, shed and discarded events.
 fn totals(queue: &Queue) -> [u64; 3] {
     let Counts {
         delivered,
@@ -54,7 +54,7 @@ fn lost_in_ring(count: u64) -> Event {
     )
 }
 
-/// The ids of the events; a gap as the negative of its count.
+/// Returns the ids of the events. A gap is the negative of its count.
 fn drain(queue: &Queue) -> Vec<i64> {
     let mut shown = Vec::new();
     let mut cx = Context::from_waker(Waker::noop());
@@ -68,7 +68,7 @@ fn drain(queue: &Queue) -> Vec<i64> {
 }
 
 #[test]
-fn sheds_the_oldest_and_says_so_where_they_are_missing() {
+fn sheds_the_oldest_and_leaves_a_gap() {
     let queue = queue(3);
     queue.push(&mut (1..=5).map(event).collect());
     assert_eq!(drain(&queue), [-2, 3, 4, 5]);
@@ -103,7 +103,7 @@ fn lifecycle_events_outlive_a_flood() {
 }
 
 #[test]
-fn sheds_the_newest_if_so_told() {
+fn sheds_the_newest_if_configured() {
     let queue = Queue::new(3, OverflowPolicy::ShedNewest);
     queue.push(&mut (1..=5).map(event).collect());
     assert_eq!(drain(&queue), [1, 2, 3, -2]);
@@ -120,7 +120,7 @@ fn sheds_the_newest_if_so_told() {
 }
 
 #[test]
-fn gaps_join_where_nothing_stands_between_them() {
+fn gaps_without_an_event_between_them_join() {
     let queue = queue(2);
     queue.push(&mut vec![
         event(1),
@@ -177,7 +177,7 @@ fn ends_after_the_last_event_and_keeps_the_error() {
 }
 
 #[test]
-fn counts_what_is_thrown_away() {
+fn counts_discarded_events() {
     let queue = queue(2);
     queue.push(&mut vec![event(1), event(2), event(3)]);
     queue.abandon();
@@ -189,7 +189,7 @@ fn counts_what_is_thrown_away() {
 }
 
 #[test]
-fn leaves_what_does_not_fit_to_the_reader() {
+fn leaves_events_without_room_to_the_reader() {
     let queue = queue(4);
     let mut batch = (1..=7).map(event).collect();
     queue.offer(&mut batch);
@@ -211,7 +211,7 @@ fn leaves_what_does_not_fit_to_the_reader() {
     assert_eq!(totals(&queue), [2, 0, 4]);
 }
 
-/// A waker, and how often it was woken.
+/// A waker that counts its wake-ups.
 fn counting_waker() -> (Waker, impl Fn() -> usize) {
     struct Count(AtomicUsize);
     impl Wake for Count {
@@ -225,7 +225,7 @@ fn counting_waker() -> (Waker, impl Fn() -> usize) {
 }
 
 #[test]
-fn wakes_the_consumer_once_a_batch() {
+fn wakes_the_consumer_once_per_batch() {
     let (waker, wakes) = counting_waker();
     let queue = queue(8);
     assert!(
