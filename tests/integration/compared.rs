@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, ensure};
-use integration_tests::trace::{Trace, show};
+use integration_tests::collector::{Collector, show};
 use tcp_udp_trace::{Event, EventKind, Filter};
 
 /// A filter, and whether an event passes it by what the documentation says.
@@ -24,11 +24,11 @@ impl Case {
 /// Gives one tracer each filter in turn, lets something happen, and compares with what the other, which has none, reports: exactly the events
 /// that pass. `act` says how many sockets it has closed.
 pub(crate) fn compare(
-    traces: [Trace; 2],
+    collectors: [Collector; 2],
     cases: &[Case],
     mut act: impl FnMut() -> anyhow::Result<usize>,
 ) -> anyhow::Result<()> {
-    let [filtered, reference] = traces;
+    let [filtered, reference] = collectors;
     let mut before = [0, 0];
     let mut sockets = 0;
     for Case { filter, passes } in cases {

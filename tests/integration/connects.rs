@@ -11,10 +11,10 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
+    collector::{Collector, show},
     netns::{FAR, Netns, ip, veth},
-    scene::loopback,
     suite::Test,
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::{errno::Errno, libc, unistd::gettid};
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -179,10 +179,10 @@ fn that_fail_before_any_state_change() -> anyhow::Result<()> {
     let nowhere = SockAddr::unix("/nowhere/in/this/world/of/ours")?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let is_udp = protocol == Protocol::Udp;
-        let trace = if is_udp {
-            Trace::start_udp()?
+        let collector = if is_udp {
+            Collector::start_udp()?
         } else {
-            Trace::start()?
+            Collector::start()?
         };
         let mut failures = Vec::new();
         for &(to, errno) in &refusals {
@@ -200,10 +200,10 @@ fn that_fail_before_any_state_change() -> anyhow::Result<()> {
         };
         failures.push(fail(protocol, true, &v4, errno)?.1);
 
-        trace.wait_for("last failure", |event| {
+        collector.wait_for("last failure", |event| {
             is_failure(event) && event.socket.local == failures.last().unwrap().local
         })?;
-        let events = trace.finish_all()?;
+        let events = collector.finish_all()?;
         let failed: Vec<_> = events.iter().filter(|event| is_failure(event)).collect();
         ensure!(failed.len() == failures.len(), "{}", show(&events));
         for (event, failure) in failed.iter().zip(&failures) {
@@ -224,11 +224,11 @@ fn that_fail_before_any_state_change() -> anyhow::Result<()> {
 /// The errno is one that a `connect` which has begun may also return.
 fn that_find_no_address_of_their_own() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let to: SocketAddr = "[::1]:85".parse()?;
     let failure = fail(Protocol::Tcp, true, &to.into(), Errno::EADDRNOTAVAIL)?.1;
-    trace.wait_count(1)?;
-    let events = trace.finish_all()?;
+    collector.wait_count(1)?;
+    let events = collector.finish_all()?;
     check(&events[0], Protocol::Tcp, &failure)?;
     ensure!(events.len() == 1, "{}", show(&events));
     Ok(())
@@ -239,9 +239,9 @@ fn that_find_no_address_of_their_own() -> anyhow::Result<()> {
 fn that_are_refused() -> anyhow::Result<()> {
     let to: SocketAddr = UNREACHABLE.parse()?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        let trace = match protocol {
-            Protocol::Udp => Trace::start_udp()?,
-            _ => Trace::start()?,
+        let collector = match protocol {
+            Protocol::Udp => Collector::start_udp()?,
+            _ => Collector::start()?,
         };
         let refused = thread::scope(|scope| {
             let refused = scope.spawn(|| {
@@ -251,7 +251,7 @@ fn that_are_refused() -> anyhow::Result<()> {
             refused.join().unwrap()
         });
         let mut failure = refused?;
-        let hooks = trace.handle().hooks();
+        let hooks = collector.handle().hooks();
         let is_kretprobe = |program: &String| program.starts_with("kretprobe:");
         if hooks
             .iter()
@@ -261,8 +261,8 @@ fn that_are_refused() -> anyhow::Result<()> {
             // Another failure is the only one.
             failure = fail(protocol, false, &to.into(), Errno::ENETUNREACH)?.1;
         }
-        trace.wait_for("failure", is_failure)?;
-        let events = trace.finish_all()?;
+        collector.wait_for("failure", is_failure)?;
+        let events = collector.finish_all()?;
         check(&events[0], protocol, &failure)?;
     }
     Ok(())
@@ -295,7 +295,7 @@ fn that_have_begun_are_state_changes() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv4/tcp_syn_retries", "1")?;
     let server = TcpListener::bind(loopback(false))?;
     let listens: SockAddr = server.local_addr()?.into();
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let mut expected = Vec::new();
 
     let socket = || Socket::new(Domain::IPV4, Type::STREAM, None);
@@ -344,13 +344,13 @@ fn that_have_begun_are_state_changes() -> anyhow::Result<()> {
     fail_again(&socket()?, &far, Errno::ETIMEDOUT)?;
     expected.extend(begun(Some(Errno::ETIMEDOUT)));
 
-    let events = trace.wait_count(expected.len())?;
+    let events = collector.wait_count(expected.len())?;
     let mut seen = shape(&events);
     // The two ends of a connection take turns.
     seen.sort_unstable_by_key(|(to, error)| (to.map(|to| to as u8), *error));
     expected.sort_unstable_by_key(|(to, error)| (to.map(|to| to as u8), *error));
     ensure!(seen == expected, "{expected:?} expected: {}", show(&events));
-    let all = trace.finish_all()?;
+    let all = collector.finish_all()?;
     ensure!(!all.iter().any(is_failure), "{}", show(&all));
     Ok(())
 }
@@ -360,7 +360,7 @@ fn of_a_socket_that_goes_on() -> anyhow::Result<()> {
     refusals()?;
     let unreachable: SockAddr = UNREACHABLE.parse::<SocketAddr>()?.into();
     let server = TcpListener::bind(loopback(false))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     for is_blocking in [true, false] {
         let (socket, first) = fail(Protocol::Tcp, false, &unreachable, Errno::EHOSTUNREACH)?;
         socket.set_nonblocking(!is_blocking)?;
@@ -377,8 +377,8 @@ fn of_a_socket_that_goes_on() -> anyhow::Result<()> {
         drop(server.accept()?);
         drop(socket);
         let is_its_end = |event: &Event| event.is_close() && event.socket.local == local;
-        trace.wait_for("end", is_its_end)?;
-        let events = trace.events();
+        collector.wait_for("end", is_its_end)?;
+        let events = collector.events();
         let of_it = events.iter().cloned();
         let of_it = of_it.filter(|event| event.socket.local.port() == local.port());
         let of_it: Vec<_> = of_it.collect();
@@ -397,7 +397,7 @@ fn of_a_socket_that_goes_on() -> anyhow::Result<()> {
         }
         ensure!(ids.len() == 4);
     }
-    trace.finish_all().map(drop)
+    collector.finish_all().map(drop)
 }
 
 /// The end of a connection is no failure to connect, and hides none.
@@ -405,7 +405,7 @@ fn of_a_socket_that_was_disconnected() -> anyhow::Result<()> {
     refusals()?;
     let unreachable: SockAddr = UNREACHABLE.parse::<SocketAddr>()?.into();
     let server = TcpListener::bind(loopback(false))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let (socket, first) = fail(Protocol::Tcp, false, &unreachable, Errno::EHOSTUNREACH)?;
     socket.connect(&server.local_addr()?.into())?;
     drop(server.accept()?);
@@ -417,21 +417,21 @@ fn of_a_socket_that_was_disconnected() -> anyhow::Result<()> {
     listener.shutdown(std::net::Shutdown::Both)?;
     let listener = fail_again(&listener, &unreachable, Errno::EHOSTUNREACH)?;
     for failure in [&first, &tcp, &listener] {
-        trace.wait_for("failure", |event| {
+        collector.wait_for("failure", |event| {
             check(event, Protocol::Tcp, failure).is_ok()
         })?;
     }
-    let events = trace.finish_all()?;
+    let events = collector.finish_all()?;
     let count = events.iter().filter(|event| is_failure(event)).count();
     ensure!(count == 4, "{}", show(&events));
 
     // One of UDP keeps its peer.
-    let trace = Trace::start_udp()?;
+    let collector = Collector::start_udp()?;
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
     socket.connect(&REFUSED.into())?;
     let failure = fail_again(&socket, &unreachable, Errno::EHOSTUNREACH)?;
     drop(socket);
-    let events = trace.finish_in_order(1)?;
+    let events = collector.finish_in_order(1)?;
     let [connected, failed, closed] = &events[..] else {
         bail!("{}", show(&events));
     };
@@ -471,9 +471,9 @@ fn pass_filters() -> anyhow::Result<()> {
         let is_udp = protocol == Protocol::Udp;
         let start = || {
             if is_udp {
-                Trace::start_udp_with(|builder| builder.sample_interval(None))
+                Collector::start_udp_with(|builder| builder.sample_interval(None))
             } else {
-                Trace::start_with(|builder| builder.sample_interval(None))
+                Collector::start_with(|builder| builder.sample_interval(None))
             }
         };
         if !is_udp {

@@ -12,11 +12,11 @@ use anyhow::{bail, ensure};
 use integration_tests::{
     actor::Actor,
     cgroup::MemoryCgroup,
+    collector::Collector,
     kernel::{is_at_least, is_emulated, open_files},
     privileges::{Capability, become_nobody},
-    scene::loopback,
     suite::{Test, skip},
-    trace::Trace,
+    tcp_pair::loopback,
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tcp_udp_trace::{Error, ErrorKind, Event, Hook, Protocol, Stats, TcpTracer, UdpTracer};
@@ -46,7 +46,7 @@ fn runtime() -> anyhow::Result<Runtime> {
 fn tcp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
     const ROOM: u32 = 4;
     const SOCKETS: u32 = 40;
-    let trace = Trace::start_with(|builder| builder.max_sockets(ROOM))?;
+    let collector = Collector::start_with(|builder| builder.max_sockets(ROOM))?;
     let mut server = Actor::spawn("server")?;
     let listeners = (0..SOCKETS)
         .map(|_| server.listen(loopback(false)))
@@ -54,8 +54,8 @@ fn tcp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
     for listener in &listeners {
         server.close(listener)?;
     }
-    let handle = trace.handle().clone();
-    let events = trace.finish_in_order(SOCKETS as usize)?;
+    let handle = collector.handle().clone();
+    let events = collector.finish_in_order(SOCKETS as usize)?;
     let (opens, closes): (Vec<_>, Vec<_>) = events.iter().partition(|event| !event.is_end());
     let of_all: HashSet<_> = listeners.iter().map(|listener| listener.local).collect();
     for events in [&opens, &closes] {
@@ -95,17 +95,17 @@ fn show_all(events: &[&Event]) -> String {
 fn udp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
     const ROOM: u32 = 4;
     const SOCKETS: u32 = 40;
-    let trace = Trace::start_udp_with(|builder| builder.max_sockets(ROOM))?;
+    let collector = Collector::start_udp_with(|builder| builder.max_sockets(ROOM))?;
     let sockets = (0..SOCKETS)
         .map(|_| UdpSocket::bind("127.0.0.1:0"))
         .collect::<Result<Vec<_>, _>>()?;
-    let untracked = trace.handle().stats().untracked;
+    let untracked = collector.handle().stats().untracked;
     // There is room for one more on each CPU, which puts it together.
     let cpus = thread::available_parallelism()?.get() as u64;
     let least = u64::from(SOCKETS - ROOM) - cpus;
     ensure!(untracked >= least, "{untracked}");
     drop(sockets);
-    trace.finish_in_order(0).map(drop)
+    collector.finish_in_order(0).map(drop)
 }
 
 /// Of every signal, what it is attached to.
@@ -170,12 +170,12 @@ fn start_with_too_few_descriptors() -> anyhow::Result<()> {
 /// The events go on; what cannot be sampled is counted, until there are some again.
 fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
     let mut server = Actor::spawn("server")?;
-    let trace = Trace::start_sampling()?;
-    let handle = trace.handle().clone();
-    let mut listen = |trace: &Trace| {
+    let collector = Collector::start_sampling()?;
+    let handle = collector.handle().clone();
+    let mut listen = |collector: &Collector| {
         let listener = server.listen(loopback(false))?;
         server.close(&listener)?;
-        trace.wait_for("a close", |event| {
+        collector.wait_for("a close", |event| {
             event.is_end() && event.socket.local == listener.local
         })
     };
@@ -187,7 +187,7 @@ fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
         }
         Ok(())
     };
-    listen(&trace)?;
+    listen(&collector)?;
     until("round", &|stats| stats.sample_rounds > 0)?;
     spare_descriptors(2)?;
     let mut taken = Vec::new();
@@ -196,7 +196,7 @@ fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
     }
     let faults = handle.stats().sample_faults;
     until("fault", &|stats| stats.sample_faults > faults)?;
-    listen(&trace)?;
+    listen(&collector)?;
     drop(taken);
     spare_descriptors(100)?;
     let before = handle.stats();
@@ -204,10 +204,10 @@ fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
         stats.sample_rounds > before.sample_rounds + 1
     })?;
     let after = handle.stats();
-    listen(&trace)?;
+    listen(&collector)?;
     // One round may have been under way.
     ensure!(after.sample_faults <= before.sample_faults + 1, "{after:?}");
-    trace.finish_in_order(3).map(drop)
+    collector.finish_in_order(3).map(drop)
 }
 
 /// A process that may have no thread more gets an error, not a panic.

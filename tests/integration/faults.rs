@@ -13,12 +13,12 @@ use fork::Fork;
 use futures_util::{StreamExt as _, stream::select};
 use integration_tests::{
     actor::{Actor, Command, ReceiveCall, SendCall},
+    collector::{Collector, SAMPLE_INTERVAL, check_conservation},
+    expected_tcp::{ACTIVE_CLIENT, CLOCK_ERROR, PASSIVE_SERVER},
     kernel::{BpfObjects, await_threads, is_at_least, is_emulated, open_files, open_files_of},
-    life::{ACTIVE_CLIENT, CLOCK_ERROR, PASSIVE_SERVER},
-    scene::{Scene, loopback},
     suite::{Test, skip},
-    trace::{SAMPLE_INTERVAL, Trace, check_conservation},
-    udp_scene::{Family, Site},
+    tcp_pair::{TcpPair, loopback},
+    udp_pair::{Family, UdpPair},
 };
 use nix::{
     libc,
@@ -80,7 +80,7 @@ impl Before {
 
     /// No descriptor more, no thread, and nothing in the kernel.
     fn ensure_nothing_left(&self, objects: &BpfObjects) -> anyhow::Result<()> {
-        ensure!(!objects.is_empty(), "what did it trace with?");
+        ensure!(!objects.is_empty(), "the tracer has no BPF objects");
         let left: Vec<_> = open_files()?.difference(&self.files).cloned().collect();
         ensure!(left.is_empty(), "{left:?}");
         objects.await_freed()?;
@@ -319,7 +319,7 @@ fn killed_process_leaves_nothing() -> anyhow::Result<()> {
         victim.kill()?;
         objects.await_freed()?;
     }
-    Scene::new()?.check_transfer(1_000, 2_000)
+    TcpPair::new()?.check_transfer(1_000, 2_000)
 }
 
 /// A process's clock that has been set a day ahead of the kernel's own, as if it had slept for so long: of its time are the events.
@@ -339,27 +339,27 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     ensure!(uptime()? > own + Duration::from_secs(DAY));
 
     // Flows have dates by that clock.
-    let flows = Trace::start_udp_with(|builder| builder.interval(Duration::from_millis(100)))?;
-    let trace = Trace::start_with(|builder| builder.process_details(true))?;
+    let flows = Collector::start_udp_with(|builder| builder.interval(Duration::from_millis(100)))?;
+    let collector = Collector::start_with(|builder| builder.process_details(true))?;
     let began = uptime()?;
-    let mut site = Site::new(Family::V4, true)?;
-    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
     let is_reported = |event: &Event| event.traffic.tx_packets == 3 && !event.is_end();
     flows.wait_for("totals of the flow", is_reported)?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let lives = site.close()?;
-    flows.finish_udp(lives.len())?.check_all(&lives)?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let expected = pair.close()?;
+    flows.finish_udp(expected.len())?.check_all(&expected)?;
 
     let mut server = Actor::spawn("server")?;
     let end = if is_at_least(5, 11)? {
         // Only a process that began when it says it began has details.
-        trace.details_of(&mut server)?
+        collector.details_of(&mut server)?
     } else {
         // /proc does not know of time namespaces yet.
         let listener = server.listen(loopback(false))?;
         server.close(&listener)?;
-        trace.wait_for("the end of a listener", Event::is_end)?;
-        trace.events().pop().context("it was waited for")?
+        collector.wait_for("the end of a listener", Event::is_end)?;
+        collector.events().pop().context("it was waited for")?
     };
     let moment = server.moment();
     let window = moment.began - CLOCK_ERROR..=moment.ended + CLOCK_ERROR;
@@ -369,8 +369,8 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     let process = end.process.as_ref().context("no process")?;
     ensure!(window.contains(&process.started), "{process:?}");
     ensure!(end.socket.age < PATIENCE, "{end:?}");
-    drop(trace);
-    Scene::new()?.check_transfer(1_000, 2_000)
+    drop(collector);
+    TcpPair::new()?.check_transfer(1_000, 2_000)
 }
 
 /// CPU 1 goes while connections live, and comes back: of those made with it, without it, and with it again, nothing is missing; nor from a
@@ -379,34 +379,36 @@ fn cpu_that_goes_and_comes() -> anyhow::Result<()> {
     if !is_emulated()? {
         return skip("would take a CPU from this machine; only in a VM");
     }
-    let mut scene = Scene::new()?;
-    let mut connections = vec![scene.connect()?, scene.connect()?];
-    let mut exchange = |scene: &mut Scene| {
-        let connection = scene.connect()?;
-        scene.upload(&connection, 100_000)?;
+    let mut pair = TcpPair::new()?;
+    let mut connections = vec![pair.connect()?, pair.connect()?];
+    let mut exchange = |pair: &mut TcpPair| {
+        let connection = pair.connect()?;
+        pair.upload(&connection, 100_000)?;
         connections.push(connection);
         anyhow::Ok(())
     };
-    exchange(&mut scene)?;
+    exchange(&mut pair)?;
     let offline = Offline::new()?;
-    exchange(&mut scene)?;
-    let meanwhile = Trace::start()?;
-    exchange(&mut scene)?;
+    exchange(&mut pair)?;
+    let meanwhile = Collector::start()?;
+    exchange(&mut pair)?;
     drop(offline);
-    exchange(&mut scene)?;
-    let mut lives = Vec::new();
+    exchange(&mut pair)?;
+    let mut expected = Vec::new();
     for (index, connection) in connections.iter().enumerate() {
-        scene.close(connection)?;
+        pair.close(connection)?;
         let sent = if index < 2 { 0 } else { 100_000 };
-        lives.push(scene.client_life(connection, ACTIVE_CLIENT)?.bytes(sent, 0));
-        lives.push(
-            scene
-                .server_life(connection, PASSIVE_SERVER)?
+        expected.push(
+            pair.expected_client(connection, ACTIVE_CLIENT)?
+                .bytes(sent, 0),
+        );
+        expected.push(
+            pair.expected_server(connection, PASSIVE_SERVER)?
                 .bytes(0, sent),
         );
     }
-    scene.finish(&lives)?;
-    meanwhile.finish_in_order(lives.len() + 1).map(drop)
+    pair.finish(&expected)?;
+    meanwhile.finish_in_order(expected.len() + 1).map(drop)
 }
 
 /// CPU 1 is offline as long as this lives.
@@ -435,10 +437,10 @@ fn twenty_tracers_at_once() -> anyhow::Result<()> {
     let mut udp = Vec::new();
     for _ in 0..EACH {
         // Small, for the sake of the time that this takes.
-        tcp.push(Trace::start_with(|builder| {
+        tcp.push(Collector::start_with(|builder| {
             builder.max_sockets(1_024).ring_bytes(1 << 20)
         })?);
-        udp.push(Trace::start_udp_with(|builder| {
+        udp.push(Collector::start_udp_with(|builder| {
             builder
                 .max_sockets(1_024)
                 .max_flows(1_024)
@@ -446,12 +448,12 @@ fn twenty_tracers_at_once() -> anyhow::Result<()> {
         })?);
     }
     let objects = BpfObjects::of_this_process()?;
-    let mut site = Site::new(Family::V4, true)?;
-    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let udp_lives = site.close()?;
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let expected_udp = pair.close()?;
     // One of them watches by itself.
-    Scene::traced_by(tcp.pop().expect("ten"), loopback(false))?.check_transfer(1_000, 2_000)?;
+    TcpPair::traced_by(tcp.pop().expect("ten"), loopback(false))?.check_transfer(1_000, 2_000)?;
     // What one tells before the other, two CPUs decide at each.
     let what = |event: &Event| {
         let Event {
@@ -465,15 +467,17 @@ fn twenty_tracers_at_once() -> anyhow::Result<()> {
         format!("{addresses:?} {kind:?} {process:?} {traffic:?}")
     };
     let mut told = Vec::new();
-    for trace in tcp {
-        let events = trace.finish_in_order(3)?;
+    for collector in tcp {
+        let events = collector.finish_in_order(3)?;
         told.push(events.iter().map(what).collect::<BTreeSet<_>>());
     }
     // Two ends of a connection, and the listener.
     ensure!(told[0].len() == 5 + 6 + 2, "{:#?}", told[0]);
     ensure!(told.iter().all(|events| *events == told[0]), "{told:#?}");
-    for trace in udp {
-        trace.finish_udp(udp_lives.len())?.check_all(&udp_lives)?;
+    for collector in udp {
+        collector
+            .finish_udp(expected_udp.len())?
+            .check_all(&expected_udp)?;
     }
     before.ensure_nothing_left(&objects)
 }

@@ -9,10 +9,10 @@ use anyhow::{Context as _, ensure};
 use futures_util::StreamExt as _;
 use integration_tests::{
     actor::{Actor, Command},
-    life::{ACTIVE_CLIENT, Life, PASSIVE_SERVER},
-    scene::{Scene, loopback},
+    collector::{Collector, check_conservation, show},
+    expected_tcp::{ACTIVE_CLIENT, ExpectedTcp, PASSIVE_SERVER},
     suite::Test,
-    trace::{Trace, check_conservation, show},
+    tcp_pair::{TcpPair, loopback},
 };
 use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter, Kind, TcpTracer, UdpTracer};
 
@@ -33,9 +33,9 @@ pub(crate) fn trials() -> Vec<Test> {
 
 /// The error names the setting, and the filter of before stays.
 fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let port = scene.listener.local.port();
-    scene.trace.set_filter(Filter::new().port(port))?;
+    let mut pair = TcpPair::new()?;
+    let port = pair.listener.local.port();
+    pair.collector.set_filter(Filter::new().port(port))?;
     let ended = {
         let actor = Actor::spawn("ended")?;
         let pid = actor.pid();
@@ -50,19 +50,23 @@ fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
         ),
     ];
     for (filter, message) in nonsense {
-        let error = scene.trace.set_filter(filter).err().context("accepted")?;
+        let error = pair
+            .collector
+            .set_filter(filter)
+            .err()
+            .context("accepted")?;
         let error: &tcp_udp_trace::Error = error.downcast_ref().context("another error")?;
         ensure!(error.kind() == ErrorKind::InvalidFilter, "{error:?}");
         ensure!(error.to_string().starts_with(&message), "{error}");
     }
-    ensure!(scene.trace.handle().filter() == Some(Filter::new().port(port)));
-    let elsewhere = scene.server.listen(loopback(false))?;
-    connect(&mut scene.client, &elsewhere, &mut scene.server)?;
-    let connection = scene.connect()?;
-    scene.close(&connection)?;
-    let client = scene.client_life(&connection, ACTIVE_CLIENT)?;
-    let server = scene.server_life(&connection, PASSIVE_SERVER)?;
-    scene.finish(&[client, server])
+    ensure!(pair.collector.handle().filter() == Some(Filter::new().port(port)));
+    let elsewhere = pair.server.listen(loopback(false))?;
+    connect(&mut pair.client, &elsewhere, &mut pair.server)?;
+    let connection = pair.connect()?;
+    pair.close(&connection)?;
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+    pair.finish(&[client, server])
 }
 
 /// What user space has to say of a flow by itself, it does not say when the filter has changed meanwhile.
@@ -71,7 +75,7 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
         let builder = builder.interval(Duration::from_secs(3600));
         builder.sample_interval(None)
     };
-    let trace = Trace::start_udp_with(builder)?;
+    let collector = Collector::start_udp_with(builder)?;
     let [sender, first, second] = [(); 3].map(|()| UdpSocket::bind(loopback(false)));
     let (sender, first, second) = (sender?, first?, second?);
     let to = [first.local_addr()?, second.local_addr()?];
@@ -81,10 +85,10 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
             sender.send_to(b"datagram", to)?;
         }
     }
-    trace.wait_count(2)?;
-    trace.set_filter(Filter::new().port(to[1].port()))?;
+    collector.wait_count(2)?;
+    collector.set_filter(Filter::new().port(to[1].port()))?;
     drop(sender);
-    let events = trace.wait_count(4)?;
+    let events = collector.wait_count(4)?;
     let of = |peer: SocketAddr| {
         let flows = events.iter().filter(|event| event.socket.remote == peer);
         let told = flows.map(|event| match event.kind {
@@ -103,8 +107,8 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
         "{}",
         show(&events)
     );
-    let handle = trace.handle().clone();
-    trace.finish_all()?;
+    let handle = collector.handle().clone();
+    collector.finish_all()?;
     let stats = handle.stats();
     // The flow. The close of the socket, which has neither port, goes with the other flow.
     let filtered = [stats.kinds.flow, stats.kinds.close].map(|counts| counts.reader_filtered);
@@ -187,12 +191,12 @@ fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
 /// Filters follow each other as fast as they can; what each of them lets pass, none misses.
 fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
     const CONNECTIONS: u32 = 2_000;
-    let trace = Trace::start_with(|builder| builder.sample_interval(None))?;
+    let collector = Collector::start_with(|builder| builder.sample_interval(None))?;
     let mut server = Actor::spawn("server")?;
     let listener = server.listen(loopback(false))?;
     let mut client = Actor::spawn("client")?;
     let port = listener.local.port();
-    trace.set_filter(Filter::new().port(port))?;
+    collector.set_filter(Filter::new().port(port))?;
     server.begin(&Command::Serve(listener.fd, CONNECTIONS))?;
     client.begin(&Command::Churn {
         to: listener.local,
@@ -201,14 +205,14 @@ fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
     })?;
     let began = Instant::now();
     let mut changes = 0;
-    let is_over = |trace: &Trace| {
-        let closed = trace.events().iter().filter(|e| e.is_end()).count();
+    let is_over = |collector: &Collector| {
+        let closed = collector.events().iter().filter(|e| e.is_end()).count();
         closed >= 2 * CONNECTIONS as usize
     };
-    while !is_over(&trace) && began.elapsed() < Duration::from_secs(120) {
+    while !is_over(&collector) && began.elapsed() < Duration::from_secs(120) {
         for _ in 0..100 {
             let other = 1 + changes % 1000;
-            trace.set_filter(
+            collector.set_filter(
                 Filter::new()
                     .port(port)
                     .port(other)
@@ -218,16 +222,18 @@ fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
         }
     }
     let mut expected = Vec::new();
-    let (client_is, server_is) = (client.who()?, server.who()?);
+    let (client_is, server_is) = (client.identity()?, server.identity()?);
     for end in client.finish_exchanges()? {
-        expected.push(Life::of_client_exchange(&client_is, &end));
+        expected.push(ExpectedTcp::of_client_exchange(&client_is, &end));
     }
     for end in server.finish_exchanges()? {
-        expected.push(Life::of_server_exchange(&server_is, &server_is, &end));
+        expected.push(ExpectedTcp::of_server_exchange(
+            &server_is, &server_is, &end,
+        ));
     }
-    let mut lives = trace.finish(expected.len())?;
-    for life in &expected {
-        lives.check(life)?;
+    let mut observed = collector.finish(expected.len())?;
+    for expected in &expected {
+        observed.check(expected)?;
     }
     eprintln!("{changes} changes of the filter during {CONNECTIONS} connections");
     Ok(())

@@ -11,12 +11,12 @@ use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Operation, ReceiveCall, SendCall},
     cgroup::Cgroup,
-    life::{ACTIVE_CLIENT, Life},
+    collector::{Collector, SAMPLE_INTERVAL, show},
+    expected_tcp::{ACTIVE_CLIENT, ExpectedTcp},
     netns::Netns,
-    scene::loopback,
     suite::Test,
-    talker::ROOM,
-    trace::{SAMPLE_INTERVAL, Trace, show},
+    tcp_pair::loopback,
+    udp_actor::ROOM,
 };
 use tcp_udp_trace::{Comm, Event, EventKind, Family, Filter, Kind, TcpState};
 
@@ -60,12 +60,15 @@ impl World {
         })
     }
 
-    fn traces(&self, start: impl Fn() -> anyhow::Result<Trace>) -> anyhow::Result<[Trace; 2]> {
-        let traces = [start()?, start()?];
-        for trace in &traces {
-            trace.also(self.there.inode()?);
+    fn collectors(
+        &self,
+        start: impl Fn() -> anyhow::Result<Collector>,
+    ) -> anyhow::Result<[Collector; 2]> {
+        let collectors = [start()?, start()?];
+        for collector in &collectors {
+            collector.also(self.there.inode()?);
         }
-        Ok(traces)
+        Ok(collectors)
     }
 
     /// A filter for each setting, and whether an event passes it by what the documentation says.
@@ -135,7 +138,8 @@ impl World {
 
 fn each_setting_of_tcp() -> anyhow::Result<()> {
     let mut world = World::new("filtered-tcp")?;
-    let traces = world.traces(|| Trace::start_with(|builder| builder.sample_interval(None)))?;
+    let collectors =
+        world.collectors(|| Collector::start_with(|builder| builder.sample_interval(None)))?;
     let [v4, v6] = [false, true].map(|v6| world.server.listen(loopback(v6)));
     let (v4, v6) = (v4?, v6?);
     let ours = TcpListener::bind(loopback(false))?;
@@ -167,7 +171,7 @@ fn each_setting_of_tcp() -> anyhow::Result<()> {
         Case::new(Filter::new().kind(Kind::Close), |_| false),
         Case::new(Filter::new(), |_| true),
     ]);
-    compare(traces, &cases, || {
+    compare(collectors, &cases, || {
         for listener in [&v4, &v6] {
             connect(&mut world.client, listener, &mut world.server)?;
         }
@@ -202,12 +206,12 @@ fn each_setting_of_udp() -> anyhow::Result<()> {
     let mut world = World::new("filtered-udp")?;
     // Flows are reported once an hour: each at its first datagram and at its end, and at no moment in between.
     let start = || {
-        Trace::start_udp_with(|builder| {
+        Collector::start_udp_with(|builder| {
             let builder = builder.sample_interval(None).per_datagram(true);
             builder.interval(Duration::from_secs(3600))
         })
     };
-    let traces = world.traces(start)?;
+    let collectors = world.collectors(start)?;
     let mut cases = world.cases()?;
     cases.extend([
         Case::new(Filter::new().kind(Kind::Close), |e| {
@@ -233,8 +237,8 @@ fn each_setting_of_udp() -> anyhow::Result<()> {
         Case::new(Filter::new().state(TcpState::Established), |_| true),
         Case::new(Filter::new().kind(Kind::Accept), |_| false),
     ]);
-    let handle = traces[0].handle().clone();
-    compare(traces, &cases, || world.talk())?;
+    let handle = collectors[0].handle().clone();
+    compare(collectors, &cases, || world.talk())?;
     // Closes that were made for the sake of flows.
     let stats = handle.stats();
     ensure!(stats.reader_filtered > 0, "{stats:?}");
@@ -327,9 +331,9 @@ fn trees_of_processes() -> anyhow::Result<()> {
     let trees = Filter::new().pid_tree(inside.pid());
     let start = |filter: &Filter| {
         let filter = filter.clone();
-        Trace::start_with(|builder| builder.sample_interval(None).filter(filter))
+        Collector::start_with(|builder| builder.sample_interval(None).filter(filter))
     };
-    let traces = [start(&trees)?, start(&Filter::new())?];
+    let collectors = [start(&trees)?, start(&Filter::new())?];
     let client_of = |listener: &Endpoint| {
         let address = listener.local;
         move |event: &Event| event.socket.remote == address
@@ -345,7 +349,7 @@ fn trees_of_processes() -> anyhow::Result<()> {
         }
         Ok(8)
     };
-    let [filtered, reference] = &traces;
+    let [filtered, reference] = &collectors;
     let mut closed = 0;
     let mut wanted = Vec::new();
     let mut seen = 0;
@@ -384,7 +388,7 @@ fn trees_of_processes() -> anyhow::Result<()> {
 
     let stats = filtered.handle().stats();
     ensure!(stats.untracked_processes == 0, "{stats:?}");
-    let [filtered, reference] = traces;
+    let [filtered, reference] = collectors;
     let expected = wanted.len();
     let came = filtered.finish_all()?;
     ensure!(came.len() == expected, "{}", show(&came[expected..]));
@@ -396,25 +400,29 @@ fn samples_are_filtered() -> anyhow::Result<()> {
     let mut client = Actor::spawn("client")?;
     let listener = server.listen(loopback(false))?;
     let pid = client.pid();
-    let trace = Trace::start_with(move |builder| {
+    let collector = Collector::start_with(move |builder| {
         let builder = builder.filter(Filter::new().pid(pid));
         builder.sample_interval(SAMPLE_INTERVAL)
     })?;
     let connected = client.connect(listener.local)?;
     let accepted = server.accept(&listener)?;
     for _ in 0..2 {
-        trace.wait_for_sample("the client", |event| event.socket.local == connected.local)?;
+        collector.wait_for_sample("the client", |event| event.socket.local == connected.local)?;
     }
-    for event in trace.samples() {
+    for event in collector.samples() {
         let owner = event.process.as_ref().map(|process| process.pid);
         ensure!(owner == Some(pid), "{event}");
     }
-    let stats = trace.handle().stats();
+    let stats = collector.handle().stats();
     // The listener, and the server's end.
     ensure!(stats.kinds.sample.kernel_filtered >= 2, "{stats:?}");
     client.close(&connected)?;
     server.close(&accepted)?;
-    let mut lives = trace.finish(1)?;
-    lives.check(&Life::of(&client.who()?, &connected, ACTIVE_CLIENT))?;
-    lives.nothing_else()
+    let mut observed = collector.finish(1)?;
+    observed.check(&ExpectedTcp::of(
+        &client.identity()?,
+        &connected,
+        ACTIVE_CLIENT,
+    ))?;
+    observed.nothing_else()
 }

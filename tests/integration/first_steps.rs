@@ -10,9 +10,9 @@ use anyhow::{Context as _, ensure};
 use futures_util::StreamExt as _;
 use integration_tests::{
     actor::{Actor, Command},
-    scene::loopback,
+    collector::{self, Collector, SAMPLE_INTERVAL, show},
     suite::Test,
-    trace::{self, SAMPLE_INTERVAL, Trace, show},
+    tcp_pair::loopback,
 };
 use tcp_udp_trace::{Event, EventKind, Filter, Kind, Protocol, TcpState, TcpTracer};
 use tokio::runtime::{Builder, Runtime};
@@ -58,9 +58,9 @@ fn all_sorts() -> anyhow::Result<(usize, usize)> {
 }
 
 fn opens_and_closes_pair() -> anyhow::Result<()> {
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let (ends, connections) = all_sorts()?;
-    let events = trace.finish_in_order(ends)?;
+    let events = collector.finish_in_order(ends)?;
     let (mut open, mut opens) = (0_i64, 0);
     for event in &events {
         ensure!(event.socket.older == Some(false), "{event}");
@@ -79,9 +79,9 @@ fn opens_and_closes_pair() -> anyhow::Result<()> {
 
 fn recipe_only_closed_connections() -> anyhow::Result<()> {
     let closes = Filter::new().kind(Kind::StateChange).state(TcpState::Close);
-    let trace = Trace::start_with(|builder| builder.filter(closes).sample_interval(None))?;
+    let collector = Collector::start_with(|builder| builder.filter(closes).sample_interval(None))?;
     let (ends, connections) = all_sorts()?;
-    let events = trace.finish_in_order(ends)?;
+    let events = collector.finish_in_order(ends)?;
     let printed: Vec<_> = events.iter().filter(|event| event.is_close()).collect();
     ensure!(printed.len() == connections, "{}", show(&events));
     ensure!(
@@ -115,7 +115,7 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     let (accepted, _) = listener.accept()?;
     // Nobody has a descriptor of its other end: the accept is the first event of that.
     let waiting = TcpStream::connect(listener.local_addr()?)?;
-    let trace = Trace::start_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
+    let collector = Collector::start_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
     let young = TcpStream::connect(listener.local_addr()?)?;
     let (first, _) = listener.accept()?;
     let (second, _) = listener.accept()?;
@@ -125,7 +125,7 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     let each = [(olds[0], true), (olds[1], true), (youngs[0], false)];
     for (port, older) in each {
         for is_near in [true, false] {
-            let sample = trace.wait_for_sample("an end", |event| {
+            let sample = collector.wait_for_sample("an end", |event| {
                 let ports = [event.socket.local.port(), event.socket.remote.port()];
                 ports[usize::from(!is_near)] == port
             })?;
@@ -135,7 +135,7 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     drop((old, accepted, waiting, young, first, second));
     let listens_at = listener.local_addr()?.port();
     drop(listener);
-    let events = trace.finish_in_order(7)?;
+    let events = collector.finish_in_order(7)?;
     for port in olds {
         check_older(&events, port, true)?;
     }
@@ -160,11 +160,11 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
 
 fn udp_sockets_older_and_younger() -> anyhow::Result<()> {
     let old = UdpSocket::bind("127.0.0.1:0")?;
-    let trace = Trace::start_udp_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
+    let collector = Collector::start_udp_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
     let young = UdpSocket::bind("127.0.0.1:0")?;
     let (old_is, young_is) = (old.local_addr()?, young.local_addr()?);
     for (at, older) in [(old_is, true), (young_is, false)] {
-        let sample = trace.wait_for_sample("a socket", |event| event.socket.local == at)?;
+        let sample = collector.wait_for_sample("a socket", |event| event.socket.local == at)?;
         ensure!(sample.socket.older == Some(older), "{sample}");
     }
     // Sending gives a socket its cookie: it stays what it was.
@@ -173,7 +173,7 @@ fn udp_sockets_older_and_younger() -> anyhow::Result<()> {
     young.send_to(b"to the old", old_is)?;
     old.recv_from(&mut [0; 16])?;
     drop((old, young));
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     check_older(&events, old_is.port(), true)?;
     check_older(&events, young_is.port(), false)
 }
@@ -201,7 +201,7 @@ fn blocking_on_the_runtime() -> anyhow::Result<()> {
         Runtime::new()?,
         Builder::new_current_thread().enable_all().build()?,
     ] {
-        let tracer = runtime.block_on(trace::tcp().start())?;
+        let tracer = runtime.block_on(collector::tcp().start())?;
         reads_a_connection(tracer, |tracer| runtime.block_on(tracer.next()))?;
     }
     Ok(())
@@ -212,7 +212,7 @@ fn blocking_beside_a_runtime_of_several_threads() -> anyhow::Result<()> {
         .worker_threads(1)
         .enable_all()
         .build()?;
-    let tracer = runtime.block_on(trace::tcp().start())?;
+    let tracer = runtime.block_on(collector::tcp().start())?;
     let reader = thread::spawn(|| {
         // It drives nothing but what it waits for, like any other executor.
         let other = Builder::new_current_thread().build()?;

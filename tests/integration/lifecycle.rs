@@ -10,10 +10,9 @@ use anyhow::{bail, ensure};
 use aya::maps::MapType;
 use futures_util::{FutureExt as _, StreamExt as _, stream::FusedStream as _};
 use integration_tests::{
+    collector, hooks_page,
     kernel::{BpfObjects, is_emulated, open_files},
-    page,
     suite::Test,
-    trace,
 };
 use tcp_udp_trace::{Buffer, ErrorKind, TcpTracer};
 use tokio::runtime::{Builder, Runtime};
@@ -40,7 +39,7 @@ fn runtime() -> anyhow::Result<Runtime> {
 }
 
 fn start_needs_a_runtime() -> anyhow::Result<()> {
-    let Some(Err(error)) = trace::tcp().start().now_or_never() else {
+    let Some(Err(error)) = collector::tcp().start().now_or_never() else {
         bail!("started without a runtime")
     };
     ensure!(error.kind() == ErrorKind::NoRuntime, "{error:?}");
@@ -49,13 +48,13 @@ fn start_needs_a_runtime() -> anyhow::Result<()> {
 
 fn every_signal_has_a_hook() -> anyhow::Result<()> {
     let runtime = runtime()?;
-    let tracer = runtime.block_on(trace::tcp().retransmits(true).resets(true).start())?;
+    let tracer = runtime.block_on(collector::tcp().retransmits(true).resets(true).start())?;
     let hooks = tracer.handle().hooks();
     for hook in &hooks {
         eprintln!("{hook}");
         ensure!(!hook.programs.is_empty(), "{hook}");
     }
-    page::check(&hooks)
+    hooks_page::check(&hooks)
 }
 
 /// A kernel without ring buffers refuses a map that is one, whatever it is for.
@@ -91,7 +90,7 @@ fn the_kernel_is_asked_for_the_chosen_buffer_only() -> anyhow::Result<()> {
 fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     runtime()?.block_on(async {
-        let mut tracer = trace::tcp().queue(1 << 20).start().await?;
+        let mut tracer = collector::tcp().queue(1 << 20).start().await?;
         let client = TcpStream::connect(listener.local_addr()?)?;
         let port = client.local_addr()?.port();
         tracer.handle().stop();
@@ -104,7 +103,7 @@ fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
         ensure!(opens == 2, "{opens} of 2 ends were opened");
         ensure!(tracer.is_terminated() && tracer.next().await.is_none());
         let stats = tracer.close().await?;
-        trace::check_conservation(&stats)
+        collector::check_conservation(&stats)
     })
 }
 
@@ -117,13 +116,13 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let turns = if is_emulated()? { 20 } else { 200 };
     for turn in 0..turns {
         // Small, for the sake of the time that this takes.
-        let builder = trace::tcp().max_sockets(1_024);
+        let builder = collector::tcp().max_sockets(1_024);
         let tracer = runtime.block_on(builder.start())?;
         if turn % 10 < 2 {
             let objects = BpfObjects::of_this_process()?;
             ensure!(
                 !objects.programs.is_empty() && !objects.maps.is_empty(),
-                "what does it trace with? {objects:?}"
+                "unexpected BPF objects of the tracer: {objects:?}"
             );
             seen.extend(objects);
         }
@@ -144,7 +143,7 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
 
 fn dropped_outside_of_a_runtime() -> anyhow::Result<()> {
     let runtime = runtime()?;
-    let tracer = runtime.block_on(trace::tcp().start())?;
+    let tracer = runtime.block_on(collector::tcp().start())?;
     let objects = BpfObjects::of_this_process()?;
     drop(tracer);
     // The runtime does not run: whatever it still had to do would not be done.
@@ -155,7 +154,7 @@ fn dropped_outside_of_a_runtime() -> anyhow::Result<()> {
 /// The stream ends instead of waiting for a reader that is gone, and the kernel is left clean.
 fn runtime_dropped_before_the_tracer() -> anyhow::Result<()> {
     let first = runtime()?;
-    let mut tracer = first.block_on(trace::tcp().start())?;
+    let mut tracer = first.block_on(collector::tcp().start())?;
     let objects = BpfObjects::of_this_process()?;
     drop(first);
     runtime()?.block_on(async {
@@ -175,7 +174,7 @@ fn start_cancelled_leaves_nothing() -> anyhow::Result<()> {
     for milliseconds in [0, 1, 2, 5, 10, 20, 50, 100] {
         let runtime = runtime()?;
         let limit = Duration::from_millis(milliseconds);
-        let start = async { tokio::time::timeout(limit, trace::tcp().start()).await };
+        let start = async { tokio::time::timeout(limit, collector::tcp().start()).await };
         if let Ok(started) = runtime.block_on(start) {
             drop(started?);
         }

@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use integration_tests::{
+    collector::{Collector, show},
     netns::{MountedNetns, Netns},
-    scene::loopback,
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::sched::{CloneFlags, unshare};
 use tcp_udp_trace::{Event, Filter, Protocol};
@@ -32,17 +32,17 @@ pub(crate) fn trials() -> Vec<Test> {
 const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 
 /// Starts a tracer of sockets in any of these namespaces, without samples.
-fn start(protocol: Protocol, filter: Filter, namespaces: &[u32]) -> anyhow::Result<Trace> {
-    let trace = match protocol {
+fn start(protocol: Protocol, filter: Filter, namespaces: &[u32]) -> anyhow::Result<Collector> {
+    let collector = match protocol {
         Protocol::Tcp => {
-            Trace::start_with(move |builder| builder.sample_interval(None).filter(filter))
+            Collector::start_with(move |builder| builder.sample_interval(None).filter(filter))
         }
-        _ => Trace::start_udp_with(move |builder| builder.sample_interval(None).filter(filter)),
+        _ => Collector::start_udp_with(move |builder| builder.sample_interval(None).filter(filter)),
     }?;
     for &netns in namespaces {
-        trace.also(netns);
+        collector.also(netns);
     }
-    Ok(trace)
+    Ok(collector)
 }
 
 /// Makes a socket in the calling thread's namespace, uses it, and closes it: returns its address.
@@ -70,22 +70,22 @@ fn is_end_of(address: SocketAddr) -> impl Fn(&Event) -> bool {
 fn sockets_show_the_cookie_of_their_namespace() -> anyhow::Result<()> {
     let (here, there) = (Netns::current()?, Netns::new()?);
     for protocol in PROTOCOLS {
-        let trace = start(protocol, Filter::new(), &[there.inode()?])?;
+        let collector = start(protocol, Filter::new(), &[there.inode()?])?;
         let mut cookies = Vec::new();
         for netns in [&here, &there] {
             let address = netns.run(|| use_a_socket(protocol))?;
-            trace.wait_for("end of a socket", is_end_of(address))?;
+            collector.wait_for("end of a socket", is_end_of(address))?;
             let (inode, cookie) = (netns.inode()?, netns.cookie()?);
-            let events = trace.events();
+            let events = collector.events();
             let mut events = events.iter().filter(|event| event.socket.netns == inode);
             ensure!(
                 events.all(|event| event.socket.netns_cookie.map(u64::from) == cookie),
                 "not {cookie:?}: {}",
-                show(&trace.events())
+                show(&collector.events())
             );
             cookies.push(cookie);
         }
-        trace.finish_all()?;
+        collector.finish_all()?;
         if cookies[0].is_none() {
             return skip("the kernel has no cookies of namespaces: none are shown");
         }
@@ -109,19 +109,19 @@ fn one_of_many_namespaces() -> anyhow::Result<()> {
         .iter()
         .map(Netns::inode)
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let trace = start(Protocol::Udp, Filter::new().port(1), &inodes)?;
+    let collector = start(Protocol::Udp, Filter::new().port(1), &inodes)?;
     for meant in [0, 1, MANY / 2, MANY - 1, MANY] {
-        trace.set_filter(Filter::new().netns(inodes[meant]))?;
+        collector.set_filter(Filter::new().netns(inodes[meant]))?;
         for other in [meant, (meant + 1) % many.len()] {
             let socket = many[other].run(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
             let address = socket.local_addr()?;
             drop(socket);
             if other == meant {
-                trace.wait_for("end of a socket", is_end_of(address))?;
+                collector.wait_for("end of a socket", is_end_of(address))?;
             }
         }
     }
-    let events = trace.finish_all()?;
+    let events = collector.finish_all()?;
     ensure!(events.len() == 5, "{}", show(&events));
     Ok(())
 }
@@ -133,12 +133,12 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     let inode = netns.inode()?;
     let socket = netns.run(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
     drop(netns);
-    let trace = start(Protocol::Udp, Filter::new().netns(inode), &[inode])?;
+    let collector = start(Protocol::Udp, Filter::new().netns(inode), &[inode])?;
     let elsewhere = UdpSocket::bind(loopback(false))?;
     let address = socket.local_addr()?;
     drop((elsewhere, socket));
-    trace.wait_for("end of a socket", is_end_of(address))?;
-    let events = trace.finish_all()?;
+    collector.wait_for("end of a socket", is_end_of(address))?;
+    let events = collector.finish_all()?;
     ensure!(
         events.iter().all(|event| event.socket.netns == inode),
         "{}",
@@ -170,8 +170,8 @@ fn filter_for_the_first_of_two(protocol: Protocol) -> anyhow::Result<bool> {
     let set = start(protocol, nothing.clone(), &[inode])?;
     set.set_filter(filter.clone())?;
     let in_first = first.run(|| use_a_socket(protocol))?;
-    for trace in [&built, &set] {
-        trace.wait_for("end of a socket", is_end_of(in_first))?;
+    for collector in [&built, &set] {
+        collector.wait_for("end of a socket", is_end_of(in_first))?;
     }
     // It is set while no namespace has the number.
     let late = start(protocol, nothing, &[inode])?;
@@ -186,11 +186,11 @@ fn filter_for_the_first_of_two(protocol: Protocol) -> anyhow::Result<bool> {
     reference.finish_all()?;
     // Where namespaces have no cookies, the number alone counts.
     let passes = cookie.is_none();
-    for trace in [built, set] {
+    for collector in [built, set] {
         if passes {
-            trace.wait_for("end of a socket", is_end_of(in_second))?;
+            collector.wait_for("end of a socket", is_end_of(in_second))?;
         }
-        let events = trace.finish_all()?;
+        let events = collector.finish_all()?;
         let mut locals = events.iter().map(|event| event.socket.local);
         ensure!(
             locals.any(|local| local == in_second) == passes,

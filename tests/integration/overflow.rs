@@ -13,12 +13,12 @@ use std::{
 use anyhow::{Context as _, ensure};
 use futures_util::StreamExt as _;
 use integration_tests::{
-    collect::rest,
+    any_tracer::rest,
+    collector::{self, Collector, check_conservation, show},
     crowd,
     netns::Netns,
-    scene::Scene,
     suite::{self, Test},
-    trace::{self, Trace, check_conservation, show},
+    tcp_pair::TcpPair,
 };
 use tcp_udp_trace::{
     Buffer, Error, Event, EventKind, Filter, LossStage, OverflowPolicy, Stats, TcpState, TcpTracer,
@@ -50,20 +50,20 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
     /// At least so many fit: no record is longer, its header included, and the last eighth is not for all.
     const ROOM: usize = RING_BYTES as usize / 8 * 7 / 256;
-    let mut scene = Scene::new()?;
+    let mut pair = TcpPair::new()?;
     let here = Netns::current()?.inode()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = trace::tcp()
-        .ring_bytes(trace::bytes_for_a_cpu(RING_BYTES))
+    let builder = collector::tcp()
+        .ring_bytes(collector::bytes_for_a_cpu(RING_BYTES))
         .queue(1 << 20)
         .sample_interval(None);
     let tracer = runtime.block_on(builder.start())?;
-    let reference = Trace::start()?;
+    let reference = Collector::start()?;
     for _ in 0..20 {
-        let connection = scene.connect()?;
-        scene.close(&connection)?;
+        let connection = pair.connect()?;
+        pair.close(&connection)?;
     }
     let reference = reference.finish_in_order(40)?;
     tracer.handle().stop();
@@ -132,7 +132,7 @@ fn default_settings_lose_nothing_of_ab() -> anyhow::Result<()> {
 fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Vec<Event>> {
     let netns = Netns::current()?.inode()?;
     let runtime = Runtime::new()?;
-    let mut tracer = runtime.block_on(trace::tcp().start())?;
+    let mut tracer = runtime.block_on(collector::tcp().start())?;
     let handle = tracer.handle();
     let consumer = thread::spawn(move || {
         runtime.block_on(async {
@@ -162,7 +162,7 @@ fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resul
 fn records_stay_in_the_ring_while_the_queue_is_full() -> anyhow::Result<()> {
     const QUEUE: usize = 8;
     const CONNECTIONS: usize = 50;
-    let builder = trace::tcp().queue(QUEUE).sample_interval(None);
+    let builder = collector::tcp().queue(QUEUE).sample_interval(None);
     let (events, stats, reference) = read_late(builder, CONNECTIONS)?;
     ensure!(
         stats.delivered == stats.emitted && stats.delivered > QUEUE as u64,
@@ -183,15 +183,15 @@ fn read_late(
     builder: TcpTracerBuilder,
     connections: usize,
 ) -> anyhow::Result<(Vec<Event>, Stats, Vec<Event>)> {
-    let mut scene = Scene::new()?;
+    let mut pair = TcpPair::new()?;
     // No two connections have the same ports, however long that takes.
     fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "0")?;
     let runtime = Runtime::new()?;
     let tracer = runtime.block_on(builder.start())?;
-    let reference = Trace::start()?;
+    let reference = Collector::start()?;
     for _ in 0..connections {
-        let connection = scene.connect()?;
-        scene.close(&connection)?;
+        let connection = pair.connect()?;
+        pair.close(&connection)?;
     }
     let reference = reference.finish_in_order(2 * connections)?;
     tracer.handle().stop();
@@ -295,8 +295,8 @@ fn overflow(policy: OverflowPolicy, is_right: impl FnOnce(&Gap) -> bool) -> anyh
     const RING_BYTES: u32 = 1 << 16;
     /// Their records are ten times what the ring holds.
     const CONNECTIONS: usize = 400;
-    let builder = trace::tcp()
-        .ring_bytes(trace::bytes_for_a_cpu(RING_BYTES))
+    let builder = collector::tcp()
+        .ring_bytes(collector::bytes_for_a_cpu(RING_BYTES))
         .queue(QUEUE)
         .overflow(policy)
         .filter(Filter::new().netns(Netns::current()?.inode()?))
@@ -341,10 +341,10 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = trace::udp().per_datagram(true).sample_interval(None);
+    let builder = collector::udp().per_datagram(true).sample_interval(None);
     let tracer = runtime.block_on(
         builder
-            .ring_bytes(trace::bytes_for_a_cpu(1 << 18))
+            .ring_bytes(collector::bytes_for_a_cpu(1 << 18))
             .queue(64)
             .start(),
     )?;
@@ -414,7 +414,7 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
 /// The ring has room for twenty events, and nobody takes any; what there is of ten connections is lost, but not how they ended.
 fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
     const CONNECTIONS: u64 = 10;
-    let mut scene = Scene::new()?;
+    let mut pair = TcpPair::new()?;
     let netns = Netns::current()?.inode()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -425,9 +425,9 @@ fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
         .sample_interval(None);
     let tracer = runtime.block_on(builder.start())?;
     for connection in 1..=CONNECTIONS {
-        let ends = scene.connect()?;
-        scene.upload(&ends, connection)?;
-        scene.close(&ends)?;
+        let ends = pair.connect()?;
+        pair.upload(&ends, connection)?;
+        pair.close(&ends)?;
     }
     tracer.handle().stop();
     let (events, stats) = runtime.block_on(rest(tracer))?;

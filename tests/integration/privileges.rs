@@ -13,13 +13,13 @@ use anyhow::{Context as _, bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use integration_tests::{
     actor::{Actor, ReceiveCall, SendCall},
+    collector::{Collector, SAMPLE_INTERVAL, check_conservation},
     kernel::{captures_images, is_at_least, open_files},
     netns::Netns,
     privileges::{Capability, NOBODY, become_nobody, keep},
-    scene::{Scene, loopback},
     suite::{Test, skip},
-    trace::{SAMPLE_INTERVAL, Trace, check_conservation},
-    udp_scene::{Family, Site},
+    tcp_pair::{TcpPair, loopback},
+    udp_pair::{Family, UdpPair},
 };
 use nix::{
     errno::Errno,
@@ -108,8 +108,8 @@ fn ensure_forbidden(started: Result<(), Error>, named: &[&str]) -> anyhow::Resul
 }
 
 /// What the tracer says of this signal.
-fn hook(trace: &Trace, signal: &str) -> anyhow::Result<Hook> {
-    let mut hooks = trace.handle().hooks().into_iter();
+fn hook(collector: &Collector, signal: &str) -> anyhow::Result<Hook> {
+    let mut hooks = collector.handle().hooks().into_iter();
     hooks
         .find(|hook| hook.signal == signal)
         .context("no such signal")
@@ -147,20 +147,20 @@ fn missing_capabilities_are_named() -> anyhow::Result<()> {
 /// Another user's process with these two, and nothing is missing of a connection.
 fn tcp_needs_bpf_and_perfmon() -> anyhow::Result<()> {
     become_nobody(LITTLE)?;
-    let scene = Scene::new()?;
-    eprintln!("{:#?}", scene.trace.handle().hooks());
-    scene.check_transfer(1_000, 2_000)
+    let pair = TcpPair::new()?;
+    eprintln!("{:#?}", pair.collector.handle().hooks());
+    pair.check_transfer(1_000, 2_000)
 }
 
 fn udp_needs_net_admin_too() -> anyhow::Result<()> {
     become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
-    let trace = Trace::start_udp()?;
-    eprintln!("{:#?}", trace.handle().hooks());
-    let mut site = Site::new(Family::V4, true)?;
-    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let lives = site.close()?;
-    trace.finish_udp(lives.len())?.check_all(&lives)
+    let collector = Collector::start_udp()?;
+    eprintln!("{:#?}", collector.handle().hooks());
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let expected = pair.close()?;
+    collector.finish_udp(expected.len())?.check_all(&expected)
 }
 
 /// The own namespace is sampled by everybody, and what is not, `hooks` says.
@@ -178,22 +178,22 @@ fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
     ] {
         on_thread(|| {
             keep(&[LITTLE, more].concat())?;
-            let trace = Trace::start_sampling()?;
-            trace.also(elsewhere.inode()?);
-            let hook = hook(&trace, "sample")?;
+            let collector = Collector::start_sampling()?;
+            collector.also(elsewhere.inode()?);
+            let hook = hook(&collector, "sample")?;
             let note = hook.note.clone().unwrap_or_default();
             ensure!(note.contains(missing.unwrap_or_default()), "{hook}");
             ensure!(hook.note.is_some() == missing.is_some(), "{hook}");
             let is = |event: &Event, cookie| event.socket.cookie == Some(cookie);
             if missing.is_none() {
-                trace.wait_for_sample("the stranger", |event| is(event, far.cookie))?;
+                collector.wait_for_sample("the stranger", |event| is(event, far.cookie))?;
             }
             // The second one of it, so a round has been through everything.
-            trace.wait_for_sample("the neighbour", |event| is(event, near.cookie))?;
-            let samples = trace.samples();
+            collector.wait_for_sample("the neighbour", |event| is(event, near.cookie))?;
+            let samples = collector.samples();
             let sees_far = samples.iter().any(|event| is(event, far.cookie));
             ensure!(sees_far == missing.is_none(), "{samples:#?}");
-            ensure!(trace.handle().stats().sample_faults == 0);
+            ensure!(collector.handle().stats().sample_faults == 0);
             Ok(())
         })?;
     }
@@ -207,10 +207,11 @@ fn filter_names_any_namespace() -> anyhow::Result<()> {
     let mut stranger = elsewhere.run(|| Actor::spawn("stranger"))?;
     let mut neighbour = Actor::spawn("neighbour")?;
     become_nobody(LITTLE)?;
-    let trace = Trace::start_with(move |builder| builder.filter(Filter::new().netns(inodes[0])))?;
-    trace.also(inodes[0]);
+    let collector =
+        Collector::start_with(move |builder| builder.filter(Filter::new().netns(inodes[0])))?;
+    collector.also(inodes[0]);
     for inode in inodes {
-        trace.set_filter(Filter::new().netns(inode))?;
+        collector.set_filter(Filter::new().netns(inode))?;
         let mut meant = None;
         for actor in [&mut stranger, &mut neighbour] {
             let listener = actor.listen(loopback(false))?;
@@ -220,9 +221,9 @@ fn filter_names_any_namespace() -> anyhow::Result<()> {
             }
         }
         let is_it = |event: &Event| event.is_end() && event.socket.cookie == meant;
-        trace.wait_for("end of a listener", is_it)?;
+        collector.wait_for("end of a listener", is_it)?;
     }
-    let events = trace.finish_all()?;
+    let events = collector.finish_all()?;
     let namespaces = events.iter().map(|event| event.socket.netns);
     ensure!(
         namespaces.eq([inodes[0], inodes[0], inodes[1], inodes[1]]),
@@ -241,13 +242,13 @@ fn details_of_other_users_need_no_sys_ptrace() -> anyhow::Result<()> {
         on_thread(|| {
             let capabilities = [LITTLE, &[CAP_SYS_PTRACE][..usize::from(privileged)]].concat();
             keep(&capabilities)?;
-            let trace = Trace::start_with(|builder| builder.process_details(true))?;
+            let collector = Collector::start_with(|builder| builder.process_details(true))?;
             for (actor, is_ours) in [(&mut roots, false), (&mut nobodys, true)] {
                 // Without the executable there are no details at all.
                 if !(captures_images()? || is_ours || privileged) {
                     continue;
                 }
-                let event = trace.details_of(actor)?;
+                let event = collector.details_of(actor)?;
                 let process = event.process.context("no owner")?;
                 let details = process.details.context("no details")?;
                 ensure!(details.exe.is_some(), "{details:?}");
@@ -363,11 +364,11 @@ fn hide_tracefs() -> anyhow::Result<()> {
 fn tracefs_that_cannot_be_mounted() -> anyhow::Result<()> {
     hide_tracefs()?;
     keep(LITTLE)?;
-    let scene = Scene::new()?;
-    let hook = hook(&scene.trace, "state")?;
+    let pair = TcpPair::new()?;
+    let hook = hook(&pair.collector, "state")?;
     ensure!(hook.to_string().contains("without tracefs"), "{hook}");
     ensure!(hook.programs.len() == 2, "{hook}");
-    scene.check_transfer(1_000, 2_000)
+    pair.check_transfer(1_000, 2_000)
 }
 
 /// To mount it, and to read what is root's.
@@ -381,7 +382,7 @@ fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
     ] {
         on_thread(|| {
             keep(&[LITTLE, more].concat())?;
-            let hook = hook(&Trace::start()?, "state")?;
+            let hook = hook(&Collector::start()?, "state")?;
             ensure!(hook.note.is_none() == is_enough, "{more:?}: {hook}");
             Ok(())
         })?;
@@ -414,19 +415,19 @@ fn seccomp_filter_is_named() -> anyhow::Result<()> {
 /// Raw tracepoints are enough; those of system calls know them by number.
 fn seccomp_filter_of_perf_events_costs_hooks() -> anyhow::Result<()> {
     refuse(libc::SYS_perf_event_open, Errno::EPERM)?;
-    let scene = Scene::new()?;
-    let udp = Trace::start_udp()?;
-    for trace in [&scene.trace, &udp] {
-        let hooks = trace.handle().hooks();
+    let pair = TcpPair::new()?;
+    let udp = Collector::start_udp()?;
+    for collector in [&pair.collector, &udp] {
+        let hooks = collector.handle().hooks();
         let programs = hooks.iter().flat_map(|hook| &hook.programs);
         for program in programs {
             let is_perf = program.starts_with("kprobe:") || program.starts_with("tracepoint:");
             ensure!(!is_perf, "{program}");
         }
     }
-    scene.check_transfer(1_000, 2_000)?;
-    let lives = Site::new(Family::V4, true)?.close()?;
-    udp.finish_udp(lives.len())?.check_all(&lives)
+    pair.check_transfer(1_000, 2_000)?;
+    let expected = UdpPair::new(Family::V4, true)?.close()?;
+    udp.finish_udp(expected.len())?.check_all(&expected)
 }
 
 /// Its root is no root.

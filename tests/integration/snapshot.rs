@@ -11,13 +11,13 @@ use std::{
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command, Exchange},
+    collector::{Collector, SAMPLE_INTERVAL, show},
+    expected_tcp::ExpectedTcp,
     kernel,
-    life::Life,
-    lives::Lives,
     netns::Netns,
-    scene::loopback,
+    observed_tcp::ObservedTcp,
     suite::Test,
-    trace::{SAMPLE_INTERVAL, Trace, show},
+    tcp_pair::loopback,
 };
 use tcp_udp_trace::{
     Event, EventKind, Origin,
@@ -49,10 +49,10 @@ fn connection_in_another_namespace() -> anyhow::Result<()> {
     let accepted = server.accept(&listener)?;
     client.send(&connected, 5_000)?;
     server.receive(&accepted, 5_000)?;
-    let trace = Trace::start_sampling()?;
-    trace.also(netns.inode()?);
+    let collector = Collector::start_sampling()?;
+    collector.also(netns.inode()?);
     let is_client = |event: &Event| event.socket.cookie == Some(connected.cookie);
-    let sample = trace.wait_for_sample("the client", is_client)?;
+    let sample = collector.wait_for_sample("the client", is_client)?;
     let process = sample.process.as_ref().context("no owner")?;
     ensure!(
         (process.pid, process.origin) == (client.pid(), Origin::Snapshot),
@@ -68,18 +68,20 @@ fn connection_in_another_namespace() -> anyhow::Result<()> {
     ensure!(client.receive_all(&connected)? == 0);
     client.close(&connected)?;
     server.close(&listener)?;
-    let events = trace.finish_in_order(3)?;
+    let events = collector.finish_in_order(3)?;
     let of_client: Vec<_> = events.iter().filter(|event| is_client(event)).collect();
     ensure!(
         of_client
             .iter()
             .all(|event| event.socket.id == sample.socket.id)
     );
-    let mut lives = Lives::new(events.clone(), sample.time - sample.socket.age);
+    let mut observed = ObservedTcp::new(events.clone(), sample.time - sample.socket.age);
     let states = [Established, CloseWait, LastAck, Close];
-    let client_is = Life::of(&client.who()?, &connected, &states);
-    lives.check(&client_is.bytes(5_000, 70).older_than_the_tracer())?;
-    lives.check(&Life::of(&server.who()?, &listener, &[Listen, Close]).older_than_the_tracer())?;
+    let client_is = ExpectedTcp::of(&client.identity()?, &connected, &states);
+    observed.check(&client_is.bytes(5_000, 70).older_than_the_tracer())?;
+    observed.check(
+        &ExpectedTcp::of(&server.identity()?, &listener, &[Listen, Close]).older_than_the_tracer(),
+    )?;
     Ok(())
 }
 
@@ -89,18 +91,18 @@ fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     let listener = server.listen(loopback(false))?;
     let connected = client.connect(listener.local)?;
     client.send(&connected, 300)?;
-    let trace = Trace::start_sampling()?;
+    let collector = Collector::start_sampling()?;
     let is_it = |event: &Event| event.socket.remote == connected.local;
-    let sample = trace.wait_for_sample("the connection", is_it)?;
+    let sample = collector.wait_for_sample("the connection", is_it)?;
     ensure!(
         sample.process.is_none() && sample.traffic.rx_bytes == 300,
         "{sample}"
     );
     let accepted = server.accept(&listener)?;
-    trace.wait_for("the accept", |event| {
+    collector.wait_for("the accept", |event| {
         is_it(event) && event.kind == EventKind::Accept
     })?;
-    let sample_of_accepted = trace.wait_for_sample("the connection", is_it)?;
+    let sample_of_accepted = collector.wait_for_sample("the connection", is_it)?;
     let process = sample_of_accepted.process.as_ref().context("no owner")?;
     ensure!((process.pid, process.origin) == (server.pid(), Origin::Acceptor));
     ensure!(sample_of_accepted.socket.cookie == Some(accepted.cookie));
@@ -110,7 +112,7 @@ fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     client.close(&connected)?;
     ensure!(server.receive_all(&accepted)? == 0);
     server.close(&accepted)?;
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let of_child: Vec<_> = events.iter().filter(|event| is_it(event)).collect();
     for event in &of_child {
         ensure!(
@@ -142,7 +144,7 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
         UdpSocket::bind("127.0.0.1:0")?,
     );
     let (old_is, peer_is) = (old.local_addr()?, peer.local_addr()?);
-    let trace = Trace::start_udp_with(move |builder| {
+    let collector = Collector::start_udp_with(move |builder| {
         builder.sample_interval(sampled.then_some(SAMPLE_INTERVAL))
     })?;
     let receive = |count: usize| {
@@ -154,7 +156,7 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
     };
     receive(3)?;
     if sampled {
-        trace.wait_for_sample("the socket", |event| event.socket.local == old_is)?;
+        collector.wait_for_sample("the socket", |event| event.socket.local == old_is)?;
     }
     receive(2)?;
     // Sending gives it a cookie, if nothing else has.
@@ -162,7 +164,7 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
     receive(1)?;
     drop(old);
     drop(peer);
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let of_old: Vec<_> = events
         .iter()
         .filter(|event| event.socket.local.port() == old_is.port())
@@ -237,8 +239,11 @@ fn tracers_that_start_and_stop_during_churn() -> anyhow::Result<()> {
         let churn = scope.spawn(churn);
         let traced = (0..TRACERS)
             .map(|_| {
-                let trace = Trace::start()?;
-                Ok((trace.ready(), trace.finish_in_order(2 * batch as usize)?))
+                let collector = Collector::start()?;
+                Ok((
+                    collector.ready(),
+                    collector.finish_in_order(2 * batch as usize)?,
+                ))
             })
             .collect::<anyhow::Result<Vec<_>>>();
         enough.store(true, Ordering::Relaxed);
@@ -269,15 +274,15 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
             .or_insert_with(Vec::new)
             .push(index);
     }
-    let mut lives = BTreeMap::<u64, Vec<&Event>>::new();
+    let mut observed = BTreeMap::<u64, Vec<&Event>>::new();
     for event in events {
-        lives.entry(event.socket.id).or_default().push(event);
+        observed.entry(event.socket.id).or_default().push(event);
     }
     let mut seen = BTreeMap::new();
     // The first of which the beginning was seen. Of those before it, some may have put off their end until the tracer was there.
     let mut first = usize::MAX;
-    for life in lives.values() {
-        let last = life[life.len() - 1];
+    for expected in observed.values() {
+        let last = expected[expected.len() - 1];
         let Some(&[index]) = indices
             .get(&(last.socket.local, last.socket.remote))
             .map(Vec::as_slice)
@@ -285,12 +290,12 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
             // Of another process, or one of two of the same addresses.
             continue;
         };
-        if life.iter().all(|event| event.kind == EventKind::Accept) {
+        if expected.iter().all(|event| event.kind == EventKind::Accept) {
             // Accepted when the tracer had begun to stop.
             continue;
         }
         let is_whole = matches!(
-            life[0].kind,
+            expected[0].kind,
             EventKind::StateChange {
                 from: Close | Listen,
                 ..
@@ -302,24 +307,24 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
         let doubled = seen.insert(index, last.is_end());
         ensure!(doubled.is_none(), "two sockets for one: {last}");
         // Before it is established, the kernel may not have written them into the socket.
-        let known = life
+        let known = expected
             .iter()
             .filter(|event| event.socket.local.port() != 0 && event.socket.remote.port() != 0);
         let addresses: BTreeSet<_> = known
             .map(|event| (event.socket.local, event.socket.remote))
             .collect();
         ensure!(addresses.len() <= 1, "one id for {addresses:?}");
-        let is_born_here = matches!(life[0].kind, EventKind::StateChange { from: Close, .. });
+        let is_born_here = matches!(expected[0].kind, EventKind::StateChange { from: Close, .. });
         // Its process had closed it, and so had no descriptor of it any more.
         let is_orphan = matches!(
-            life[0].kind,
+            expected[0].kind,
             EventKind::StateChange {
                 from: FinWait1 | FinWait2 | Closing | LastAck,
                 ..
             }
         );
-        let may_be_absent = !is_born_here && (is_orphan || life[0].time <= ready);
-        for event in life {
+        let may_be_absent = !is_born_here && (is_orphan || expected[0].time <= ready);
+        for event in expected {
             match &event.process {
                 Some(process) => ensure!(process.pid == pid, "wrong owner: {event}"),
                 None => ensure!(may_be_absent, "no owner: {event}"),
@@ -334,7 +339,7 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
                 (tx_bytes, rx_bytes) == (end.sent, end.received),
                 "{end:?}: {last}"
             );
-            let closes = life.iter().filter(|event| event.is_end()).count();
+            let closes = expected.iter().filter(|event| event.is_end()).count();
             ensure!(closes == 1, "{closes} closes: {last}");
         }
     }

@@ -9,12 +9,12 @@ use std::{
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Operation, ReceiveCall, Segmentation, SendCall, SocketOption},
+    collector::{Collector, show},
     flow_sums::FlowSums,
     netns::Netns,
-    scene::loopback,
     suite::Test,
-    trace::{Trace, show},
-    udp_scene::{Family, Site},
+    tcp_pair::loopback,
+    udp_pair::{Family, UdpPair},
 };
 use tcp_udp_trace::{Event, EventKind, Filter};
 
@@ -33,34 +33,34 @@ fn merged_receives_after_a_send_are_approximate() -> anyhow::Result<()> {
     const SENDS: usize = 10;
     const BYTES: usize = 5_000;
     for family in Family::ALL {
-        let trace = Trace::start_udp()?;
-        let mut site = Site::new(family, true)?;
-        site.sender.set(SocketOption::Merge)?;
-        site.sender.send(SendCall::SendTo, None, &[5])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+        let collector = Collector::start_udp()?;
+        let mut pair = UdpPair::new(family, true)?;
+        pair.sender.set(SocketOption::Merge)?;
+        pair.sender.send(SendCall::SendTo, None, &[5])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 1)?;
         for _ in 0..SENDS {
             let by = Segmentation::ControlMessage;
-            site.receiver.send_segments(by, None, BYTES, 500)?;
+            pair.receiver.send_segments(by, None, BYTES, 500)?;
             let bytes = BYTES as u64;
-            site.sender.run(Operation::ReceiveMerged { bytes })?;
+            pair.sender.run(Operation::ReceiveMerged { bytes })?;
         }
-        let cookie = site.sender.socket.cookie;
+        let cookie = pair.sender.socket.cookie;
         let is_received = |event: &Event| {
             matches!(event.kind, EventKind::Flow { .. })
                 && event.socket.cookie == Some(cookie)
                 && event.traffic.rx_bytes > 0
         };
-        trace.wait_for("a report before the end", is_received)?;
-        let approximate = !trace.names_every_peer();
-        let lives = site.close()?;
-        let mut seen = trace.finish_udp(2)?;
-        let events = seen.check(&lives[0])?;
+        collector.wait_for("a report before the end", is_received)?;
+        let approximate = !collector.names_every_peer();
+        let expected = pair.close()?;
+        let mut seen = collector.finish_udp(2)?;
+        let events = seen.check(&expected[0])?;
         for event in events.iter().filter(|event| is_received(event)) {
             let is_right =
                 matches!(event.kind, EventKind::Flow { approximate: is, .. } if is == approximate);
             ensure!(is_right, "approximate: {approximate} expected: {event}");
         }
-        seen.check_all(&lives[1..])?;
+        seen.check_all(&expected[1..])?;
     }
     Ok(())
 }
@@ -74,9 +74,9 @@ fn stranger(number: u32) -> SocketAddr {
 }
 
 /// Room for few flows, all of which are of this test.
-fn start(interval: Duration) -> anyhow::Result<Trace> {
+fn start(interval: Duration) -> anyhow::Result<Collector> {
     let filter = Filter::new().netns(Netns::current()?.inode()?);
-    Trace::start_udp_with(move |builder| {
+    Collector::start_udp_with(move |builder| {
         let builder = builder.filter(filter).interval(interval);
         builder.max_flows(FLOWS)
     })
@@ -85,7 +85,7 @@ fn start(interval: Duration) -> anyhow::Result<Trace> {
 /// A flow that is used all the time stays, however many others come and fall silent; and each of these has told all.
 fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     const ROUNDS: u32 = 40;
-    let trace = start(tcp_udp_trace::DEFAULT_INTERVAL)?;
+    let collector = start(tcp_udp_trace::DEFAULT_INTERVAL)?;
     let socket = UdpSocket::bind(loopback(false))?;
     let silent = UdpSocket::bind(loopback(false))?;
     let steady = silent.local_addr()?;
@@ -98,7 +98,7 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
         socket.send_to(b"steady", steady)?;
         std::thread::sleep(Duration::from_millis(100));
     }
-    let before = trace
+    let before = collector
         .events()
         .iter()
         .filter(|event| event.socket.remote == steady)
@@ -112,9 +112,9 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     }
     drop(socket);
     drop(silent);
-    trace.wait_closed(2)?;
-    let handle = trace.handle().clone();
-    let events = trace.finish_all()?;
+    collector.wait_closed(2)?;
+    let handle = collector.handle().clone();
+    let events = collector.finish_all()?;
     let stats = handle.stats();
     let evicted = u64::from(FLOWS * 2 + ROUNDS * 10 + 1 - FLOWS);
     ensure!(
@@ -140,7 +140,7 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
 fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
     const PEERS: u32 = 1_000;
     const SOCKETS: u32 = 3;
-    let trace = start(Duration::from_millis(10))?;
+    let collector = start(Duration::from_millis(10))?;
     let mut truth = BTreeMap::<SocketAddr, u64>::new();
     for _ in 0..SOCKETS {
         let socket = UdpSocket::bind(loopback(false))?;
@@ -151,9 +151,9 @@ fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
             *truth.entry(to).or_default() += 1;
         }
     }
-    trace.wait_closed(SOCKETS as usize)?;
-    let handle = trace.handle().clone();
-    let events = trace.finish_all()?;
+    collector.wait_closed(SOCKETS as usize)?;
+    let handle = collector.handle().clone();
+    let events = collector.finish_all()?;
     let stats = handle.stats();
     ensure!(stats.flows_evicted > u64::from(FLOWS), "{stats:?}");
     let mut sums = FlowSums::default();

@@ -6,8 +6,8 @@ use integration_tests::{
     actor::{Operation, ReceiveCall, SendCall},
     netns::{FAR, NEAR, ip, nft, veth},
     suite::Test,
-    talker::{ROOM, Talker},
-    udp_scene::UdpTraces,
+    udp_actor::{ROOM, UdpActor},
+    udp_pair::UdpCollectors,
 };
 
 pub(crate) fn trials() -> Vec<Test> {
@@ -26,9 +26,9 @@ const TURNS: usize = 3;
 
 /// A client asks at `address`, and the server answers.
 fn converse(
-    client: &mut Talker,
+    client: &mut UdpActor,
     address: Option<SocketAddr>,
-    server: &mut Talker,
+    server: &mut UdpActor,
 ) -> anyhow::Result<()> {
     for turn in 1..=TURNS {
         client.send(SendCall::SendTo, address, &[40 * turn])?;
@@ -41,8 +41,8 @@ fn converse(
 }
 
 /// A client for the address, connected to it or not, and what it gives with each datagram.
-fn client(address: SocketAddr, connected: bool) -> anyhow::Result<(Talker, Option<SocketAddr>)> {
-    let mut client = Talker::open("client", address)?;
+fn client(address: SocketAddr, connected: bool) -> anyhow::Result<(UdpActor, Option<SocketAddr>)> {
+    let mut client = UdpActor::open("client", address)?;
     if connected {
         client.connect(address)?;
     }
@@ -63,16 +63,16 @@ fn resolver_of_a_container() -> anyhow::Result<()> {
              ip saddr 127.0.0.11 udp sport 35971 snat to 127.0.0.11:53
            }
          }")?;
-    let traces = UdpTraces::start()?;
-    let mut server = Talker::bind("resolver", answers)?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut server = UdpActor::bind("resolver", answers)?;
+    let mut expected = Vec::new();
     for connected in [false, true] {
         let (mut client, to) = client(asked, connected)?;
         converse(&mut client, to, &mut server)?;
-        lives.push(client.close()?);
+        expected.push(client.close()?);
     }
-    lives.push(server.close()?);
-    traces.finish(&lives)
+    expected.push(server.close()?);
+    collectors.finish(&expected)
 }
 
 /// Whatever asks port 53 anywhere gets its answers from this host, as in a mesh of services.
@@ -85,21 +85,21 @@ fn redirected_port() -> anyhow::Result<()> {
          }")?;
     ip("addr add 192.0.2.1/32 dev lo")?;
     ip("addr add 2001:db8::1/128 dev lo nodad")?;
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for (asked, answers) in [
         ("192.0.2.1:53", "127.0.0.1:15053"),
         ("[2001:db8::1]:53", "[::1]:15053"),
     ] {
-        let mut server = Talker::bind("proxy", answers.parse()?)?;
+        let mut server = UdpActor::bind("proxy", answers.parse()?)?;
         for connected in [false, true] {
             let (mut client, to) = client(asked.parse()?, connected)?;
             converse(&mut client, to, &mut server)?;
-            lives.push(client.close()?);
+            expected.push(client.close()?);
         }
-        lives.push(server.close()?);
+        expected.push(server.close()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
 /// What leaves a host with another source address.
@@ -125,25 +125,25 @@ fn translated_source(statement: &str) -> anyhow::Result<()> {
            }}
          }}"
     ))?;
-    let traces = UdpTraces::start()?;
-    traces.also(&far)?;
-    let mut server = far.run(|| Talker::bind("server", format!("{FAR}:5000").parse()?))?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    collectors.also(&far)?;
+    let mut server = far.run(|| UdpActor::bind("server", format!("{FAR}:5000").parse()?))?;
+    let mut expected = Vec::new();
     for connected in [false, true] {
-        let mut client = Talker::bind("client", "198.51.100.1:0".parse()?)?;
+        let mut client = UdpActor::bind("client", "198.51.100.1:0".parse()?)?;
         if connected {
             client.connect(server.local())?;
         }
         let to = (!connected).then_some(server.local());
         converse(&mut client, to, &mut server)?;
-        lives.push(client.close()?);
+        expected.push(client.close()?);
     }
     // Not translated: this one has the address of the link.
-    let mut plain = Talker::bind("plain", format!("{NEAR}:0").parse()?)?;
+    let mut plain = UdpActor::bind("plain", format!("{NEAR}:0").parse()?)?;
     let to = Some(server.local());
     converse(&mut plain, to, &mut server)?;
-    lives.extend([plain.close()?, server.close()?]);
-    traces.finish(&lives)
+    expected.extend([plain.close()?, server.close()?]);
+    collectors.finish(&expected)
 }
 
 /// Two addresses that lead to the same one are two peers of a socket, and so is that one.
@@ -155,13 +155,13 @@ fn one_backend_of_two_services() -> anyhow::Result<()> {
              ip daddr 127.0.1.2 udp dport 80 dnat to 127.0.0.1:8080
            }
          }")?;
-    let traces = UdpTraces::start()?;
-    let mut server = Talker::bind("backend", "127.0.0.1:8080".parse()?)?;
-    let mut client = Talker::bind("client", "127.0.0.1:0".parse()?)?;
+    let collectors = UdpCollectors::start()?;
+    let mut server = UdpActor::bind("backend", "127.0.0.1:8080".parse()?)?;
+    let mut client = UdpActor::bind("client", "127.0.0.1:0".parse()?)?;
     for _ in 0..2 {
         for asked in ["127.0.1.1:80", "127.0.0.1:8080", "127.0.1.2:80"] {
             converse(&mut client, Some(asked.parse()?), &mut server)?;
         }
     }
-    traces.finish(&[client.close()?, server.close()?])
+    collectors.finish(&[client.close()?, server.close()?])
 }

@@ -3,9 +3,9 @@
 use anyhow::ensure;
 use integration_tests::{
     actor::{Actor, Command, UringAccept, errno},
-    scene::loopback,
+    collector::{Collector, show},
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::errno::Errno;
 use tcp_udp_trace::{Event, EventKind, TcpState};
@@ -78,7 +78,7 @@ fn direct_in_a_worker_process() -> anyhow::Result<()> {
 /// Each connection is accepted once, by the process with the ring. Its listener, and the connections that it made, are not.
 fn check(way: UringAccept, another_process_accepts: bool) -> anyhow::Result<()> {
     let (mut parent, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
-    let (other, trace) = (client.listen(loopback(false))?, Trace::start()?);
+    let (other, collector) = (client.listen(loopback(false))?, Collector::start()?);
     let mut listener = parent.listen(loopback(false))?;
     let address = listener.local;
     let mut server = parent;
@@ -110,7 +110,7 @@ fn check(way: UringAccept, another_process_accepts: bool) -> anyhow::Result<()> 
     }
     let accepts = |event: &Event| matches!(event.kind, EventKind::Accept);
     for end in &clients {
-        trace.wait_for("an accept", |event| {
+        collector.wait_for("an accept", |event| {
             accepts(event) && event.socket.remote == end.local
         })?;
     }
@@ -120,7 +120,7 @@ fn check(way: UringAccept, another_process_accepts: bool) -> anyhow::Result<()> 
     let pid = server.pid();
     server.kill()?;
     // Both ends of each connection, and those that the server made.
-    let events = trace.finish_in_order(2 * CONNECTIONS as usize + 4)?;
+    let events = collector.finish_in_order(2 * CONNECTIONS as usize + 4)?;
     for event in events.iter().filter(|event| accepts(event)) {
         let is_right = event.socket.local == address
             && event

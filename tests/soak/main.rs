@@ -23,10 +23,10 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{self, Actor},
+    collector::check_conservation,
     kernel,
     netns::Netns,
-    scene::loopback,
-    trace::check_conservation,
+    tcp_pair::loopback,
 };
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tcp_udp_trace::{Filter, Kind, Stats, TcpTracer, UdpTracer};

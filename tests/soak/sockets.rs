@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::ensure;
-use integration_tests::{netns::Netns, scene::loopback, trace::check_conservation};
+use integration_tests::{collector::check_conservation, netns::Netns, tcp_pair::loopback};
 use tcp_udp_trace::{TcpTracer, UdpTracer};
 
 use crate::{

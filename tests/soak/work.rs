@@ -15,8 +15,8 @@ use anyhow::{Context as _, ensure};
 use futures_util::{Stream, StreamExt as _};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Exchange, Operation, Outcome},
-    scene::loopback,
-    trace::check_conservation,
+    collector::check_conservation,
+    tcp_pair::loopback,
 };
 use tcp_udp_trace::{
     Buffer, Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle,

@@ -6,8 +6,8 @@ use anyhow::{Context as _, ensure};
 
 use crate::{
     actor::{Actor, Command},
-    scene::loopback,
     suite::skip,
+    tcp_pair::loopback,
 };
 
 /// Makes `clients` × `each` connections to one server over loopback in the namespace of the calling

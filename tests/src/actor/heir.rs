@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context as _;
 use tcp_udp_trace::Protocol;
 
-use crate::scene::loopback;
+use crate::tcp_pair::loopback;
 
 /// The argument by which this program is asked to be one; its part and the protocol follow.
 pub(super) const FLAG: &str = "--heir";

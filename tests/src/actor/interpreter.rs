@@ -154,7 +154,7 @@ impl Interpreter {
                 return Ok(Outcome::Exchanges(batch::churn(to, connections, seed)?));
             }
             Command::Hold { address, tcp, udp } => self.hold(address, tcp, udp)?,
-            Command::Trace => self.tracing = Some(trace()?),
+            Command::Trace => self.tracing = Some(start_tracers()?),
         }
         Ok(Outcome::Done)
     }
@@ -310,7 +310,7 @@ fn accept_by_uring(listener: net::TcpListener) -> io::Result<Socket> {
     })
 }
 
-fn trace() -> io::Result<Tracing> {
+fn start_tracers() -> io::Result<Tracing> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

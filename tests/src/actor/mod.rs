@@ -88,7 +88,7 @@ pub struct Actor {
 
 /// Who an actor is.
 #[derive(Debug, Clone)]
-pub struct Who {
+pub struct Identity {
     /// Process id.
     pub pid: u32,
     /// User id.
@@ -154,7 +154,7 @@ impl Actor {
     }
 
     /// Who it is at this moment. It must have answered a command, or it may not have its name yet.
-    pub fn who(&self) -> anyhow::Result<Who> {
+    pub fn identity(&self) -> anyhow::Result<Identity> {
         let pid = self.pid();
         let mut comm = fs::read(format!("/proc/{pid}/comm"))?;
         comm.truncate(comm.len() - 1);
@@ -166,7 +166,7 @@ impl Actor {
             .find_map(|line| line.strip_prefix("Uid:"))
             .context("no uid")?;
         let uid = uid.split_whitespace().next().context("no uid")?.parse()?;
-        Ok(Who {
+        Ok(Identity {
             pid,
             uid,
             comm,

@@ -4,40 +4,43 @@ use std::net::SocketAddr;
 
 use anyhow::Context as _;
 
-use crate::{netns::Netns, scene::loopback, talker::Talker, trace::Trace, udp_life::UdpLife};
+use crate::{
+    collector::Collector, expected_udp::ExpectedUdp, netns::Netns, tcp_pair::loopback,
+    udp_actor::UdpActor,
+};
 
 /// Two tracers of the same sockets: one in its default mode, one that reports each datagram as well.
 #[derive(Debug)]
-pub struct UdpTraces {
+pub struct UdpCollectors {
     /// In default mode.
-    pub flows: Trace,
+    pub flows: Collector,
     /// With each datagram.
-    pub datagrams: Trace,
+    pub datagrams: Collector,
 }
 
-impl UdpTraces {
+impl UdpCollectors {
     /// Starts both.
     pub fn start() -> anyhow::Result<Self> {
         Ok(Self {
-            flows: Trace::start_udp()?,
-            datagrams: Trace::start_udp_with(|builder| builder.per_datagram(true))?,
+            flows: Collector::start_udp()?,
+            datagrams: Collector::start_udp_with(|builder| builder.per_datagram(true))?,
         })
     }
 
     /// Collects the events of this namespace as well.
     pub fn also(&self, netns: &Netns) -> anyhow::Result<()> {
-        for trace in [&self.flows, &self.datagrams] {
-            trace.also(netns.inode()?);
+        for collector in [&self.flows, &self.datagrams] {
+            collector.also(netns.inode()?);
         }
         Ok(())
     }
 
     /// Waits until these sockets are closed, checks them, and that there was nothing else.
-    pub fn finish(self, lives: &[UdpLife]) -> anyhow::Result<()> {
-        let per_datagram: Vec<_> = lives.iter().map(UdpLife::per_datagram).collect();
-        let flows = self.flows.finish_udp(lives.len());
-        let datagrams = self.datagrams.finish_udp(lives.len());
-        flows?.check_all(lives).context("in default mode")?;
+    pub fn finish(self, expected: &[ExpectedUdp]) -> anyhow::Result<()> {
+        let per_datagram: Vec<_> = expected.iter().map(ExpectedUdp::per_datagram).collect();
+        let flows = self.flows.finish_udp(expected.len());
+        let datagrams = self.datagrams.finish_udp(expected.len());
+        flows?.check_all(expected).context("in default mode")?;
         datagrams?
             .check_all(&per_datagram)
             .context("with each datagram")
@@ -72,23 +75,23 @@ impl Family {
 
 /// Two processes that talk on the loopback.
 #[derive(Debug)]
-pub struct Site {
+pub struct UdpPair {
     /// Their family.
     pub family: Family,
     /// Whether both sockets are connected to each other. Otherwise the sender has no address until it sends.
     pub connected: bool,
     /// It begins.
-    pub sender: Talker,
+    pub sender: UdpActor,
     /// It is bound to the loopback address.
-    pub receiver: Talker,
+    pub receiver: UdpActor,
 }
 
-impl Site {
+impl UdpPair {
     /// Sets up both ends.
     pub fn new(family: Family, connected: bool) -> anyhow::Result<Self> {
         let address = family.loopback();
-        let mut receiver = Talker::bind("receiver", address)?;
-        let mut sender = Talker::open("sender", address)?;
+        let mut receiver = UdpActor::bind("receiver", address)?;
+        let mut sender = UdpActor::open("sender", address)?;
         if connected {
             sender.bind_to(address)?;
             sender.connect(receiver.local())?;
@@ -111,38 +114,38 @@ impl Site {
     /// The receiver knows without being told that the sender is the only one who sends.
     pub fn introduce(&mut self) {
         let from = SocketAddr::new(self.family.loopback().ip(), self.sender.local().port());
-        self.receiver.life.hears(from);
+        self.receiver.expected.hears(from);
     }
 
     /// Closes both sockets: what they must have shown.
-    pub fn close(mut self) -> anyhow::Result<[UdpLife; 2]> {
+    pub fn close(mut self) -> anyhow::Result<[ExpectedUdp; 2]> {
         self.introduce();
         Ok([self.sender.close()?, self.receiver.close()?])
     }
 }
 
 /// Does something at each kind of site, under both tracers.
-pub fn everywhere(act: impl Fn(&mut Site) -> anyhow::Result<()>) -> anyhow::Result<()> {
+pub fn everywhere(act: impl Fn(&mut UdpPair) -> anyhow::Result<()>) -> anyhow::Result<()> {
     at([false, true], act)
 }
 
 /// Does something at each kind of site where the sockets are connected, under both tracers.
-pub fn connected(act: impl Fn(&mut Site) -> anyhow::Result<()>) -> anyhow::Result<()> {
+pub fn connected(act: impl Fn(&mut UdpPair) -> anyhow::Result<()>) -> anyhow::Result<()> {
     at([true], act)
 }
 
 fn at<const N: usize>(
     connected: [bool; N],
-    act: impl Fn(&mut Site) -> anyhow::Result<()>,
+    act: impl Fn(&mut UdpPair) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
         for connected in connected {
-            let mut site = Site::new(family, connected)?;
-            act(&mut site).with_context(|| format!("{family:?}, connected: {connected}"))?;
-            lives.extend(site.close()?);
+            let mut pair = UdpPair::new(family, connected)?;
+            act(&mut pair).with_context(|| format!("{family:?}, connected: {connected}"))?;
+            expected.extend(pair.close()?);
         }
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }

@@ -12,22 +12,22 @@ use anyhow::{bail, ensure};
 use tcp_udp_trace::{Event, EventKind, Origin, Protocol, Stats, Traffic};
 
 use crate::{
-    actor::{Direction, Endpoint, Transfer, Who},
+    actor::{Direction, Endpoint, Identity, Transfer},
+    collector::show,
+    expected_tcp::{AGE_ERROR, CLOCK_ERROR, Owner, canonical},
     flow_sums::FlowSums,
-    life::{AGE_ERROR, CLOCK_ERROR, Owner, canonical},
-    trace::show,
 };
 
 /// The events that a tracer reported, grouped by the id of their socket.
 #[derive(Debug)]
-pub struct UdpLives {
-    lives: BTreeMap<u64, Vec<Event>>,
+pub struct ObservedUdp {
+    observed: BTreeMap<u64, Vec<Event>>,
     window: (SystemTime, SystemTime),
     names_every_peer: bool,
     stats: Stats,
 }
 
-impl UdpLives {
+impl ObservedUdp {
     /// Groups events that happened between `began` and now.
     #[must_use]
     pub fn new(
@@ -37,12 +37,12 @@ impl UdpLives {
         stats: Stats,
     ) -> Self {
         let window = (began - CLOCK_ERROR, SystemTime::now() + CLOCK_ERROR);
-        let mut lives = BTreeMap::<_, Vec<_>>::new();
+        let mut observed = BTreeMap::<_, Vec<_>>::new();
         for event in events {
-            lives.entry(event.socket.id).or_default().push(event);
+            observed.entry(event.socket.id).or_default().push(event);
         }
         Self {
-            lives,
+            observed,
             window,
             names_every_peer,
             stats,
@@ -50,30 +50,30 @@ impl UdpLives {
     }
 
     /// Takes out the life of that socket, if it is as expected.
-    pub fn check(&mut self, life: &UdpLife) -> anyhow::Result<Vec<Event>> {
+    pub fn check(&mut self, expected: &ExpectedUdp) -> anyhow::Result<Vec<Event>> {
         let is_it = |events: &Vec<Event>| {
             events
                 .iter()
-                .any(|event| event.socket.cookie == Some(life.cookie))
+                .any(|event| event.socket.cookie == Some(expected.cookie))
         };
-        let found = self.lives.iter().find(|(_, events)| is_it(events));
+        let found = self.observed.iter().find(|(_, events)| is_it(events));
         let Some((&id, events)) = found else {
-            bail!("no life of {life:?} among{}", show(&self.rest()));
+            bail!("no socket is {expected:?} among{}", show(&self.rest()));
         };
-        if let Err(error) = self.compare(life, events) {
+        if let Err(error) = self.compare(expected, events) {
             bail!(
-                "{error:#}\nevents:{}\nexpected {life:?}; {:?}",
+                "{error:#}\nevents:{}\nexpected {expected:?}; {:?}",
                 show(events),
                 self.stats
             );
         }
-        Ok(self.lives.remove(&id).expect("it was just found"))
+        Ok(self.observed.remove(&id).expect("it was just found"))
     }
 
     /// Checks all of them, and that there was nothing else.
-    pub fn check_all(mut self, lives: &[UdpLife]) -> anyhow::Result<()> {
-        for life in lives {
-            self.check(life)?;
+    pub fn check_all(mut self, sockets: &[ExpectedUdp]) -> anyhow::Result<()> {
+        for expected in sockets {
+            self.check(expected)?;
         }
         let rest = self.rest();
         ensure!(rest.is_empty(), "more than expected:{}", show(&rest));
@@ -81,12 +81,12 @@ impl UdpLives {
     }
 
     fn rest(&self) -> Vec<Event> {
-        self.lives.values().flatten().cloned().collect()
+        self.observed.values().flatten().cloned().collect()
     }
 
-    fn compare(&self, life: &UdpLife, events: &[Event]) -> anyhow::Result<()> {
+    fn compare(&self, expected: &ExpectedUdp, events: &[Event]) -> anyhow::Result<()> {
         for event in events {
-            life.compare_socket(event)?;
+            expected.compare_socket(event)?;
             ensure!(
                 self.window.0 <= event.time && event.time <= self.window.1,
                 "not in {:?}: {event}",
@@ -94,17 +94,17 @@ impl UdpLives {
             );
         }
         compare_age(events)?;
-        let seen = life.seen(self.names_every_peer);
-        life.compare_connects(events)?;
-        life.compare_datagrams(events, &seen)?;
-        life.compare_flows(events, &seen, self.stats.unassigned)?;
-        life.compare_close(events, &seen)
+        let seen = expected.seen(self.names_every_peer);
+        expected.compare_connects(events)?;
+        expected.compare_datagrams(events, &seen)?;
+        expected.compare_flows(events, &seen, self.stats.unassigned)?;
+        expected.compare_close(events, &seen)
     }
 }
 
 /// What one life of a UDP socket must have shown. Made from what the applications know.
 #[derive(Debug, Clone)]
-pub struct UdpLife {
+pub struct ExpectedUdp {
     owner: Owner,
     /// Every address the socket has had, the last one at the end.
     locals: Vec<SocketAddr>,
@@ -157,19 +157,19 @@ impl Seen {
     }
 }
 
-impl UdpLife {
+impl ExpectedUdp {
     /// The life of a new socket of `who`.
     #[must_use]
-    pub fn of(who: &Who, socket: &Endpoint) -> Self {
+    pub fn of(identity: &Identity, socket: &Endpoint) -> Self {
         Self {
-            owner: Owner::new(who, Origin::Creator),
+            owner: Owner::new(identity, Origin::Creator),
             locals: vec![canonical(socket.local)],
             remote: None,
             cookie: socket.cookie,
-            uid: who.uid,
-            netns: who.netns,
-            netns_cookie: who.netns_cookie,
-            cgroup: who.cgroup,
+            uid: identity.uid,
+            netns: identity.netns,
+            netns_cookie: identity.netns_cookie,
+            cgroup: identity.cgroup,
             connects: Vec::new(),
             transfers: Book::default(),
             hears: None,
@@ -180,7 +180,7 @@ impl UdpLife {
     }
 
     /// The socket is older than the tracer: nobody saw who made it, or what happened to it until now, but `holder` had it open.
-    pub fn older_than_the_tracer(&mut self, holder: &Who) {
+    pub fn older_than_the_tracer(&mut self, holder: &Identity) {
         self.owner = Owner::new(holder, Origin::Snapshot);
         self.connects.clear();
         self.transfers.0.clear();
@@ -248,7 +248,9 @@ impl UdpLife {
             let is_received = transfer.direction == Direction::Received;
             let peer = match transfer.peer {
                 Some(peer) => canonical(peer),
-                None if names_every_peer => self.hears.expect("a test that knows who sent it"),
+                None if names_every_peer => self
+                    .hears
+                    .expect("the test must give the peer with `hears`"),
                 None => nobody(self.locals[0]),
             };
             let is_merged = is_received && transfer.messages != transfer.datagrams;

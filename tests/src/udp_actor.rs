@@ -6,10 +6,10 @@ use anyhow::{Context as _, bail};
 
 use crate::{
     actor::{
-        Actor, Command, Endpoint, Hold, Operation, Outcome, ReceiveCall, Segmentation, SendCall,
-        SocketOption, Transfer, Who,
+        Actor, Command, Endpoint, Hold, Identity, Operation, Outcome, ReceiveCall, Segmentation,
+        SendCall, SocketOption, Transfer,
     },
-    udp_life::UdpLife,
+    expected_udp::ExpectedUdp,
 };
 
 /// The size of a buffer that holds every datagram of a test.
@@ -17,16 +17,16 @@ pub const ROOM: usize = 1 << 16;
 
 /// An actor and its UDP socket.
 #[derive(Debug)]
-pub struct Talker {
+pub struct UdpActor {
     /// The process.
     pub actor: Actor,
     /// The socket, as it is now.
     pub socket: Endpoint,
     /// What the socket must have shown so far.
-    pub life: UdpLife,
+    pub expected: ExpectedUdp,
 }
 
-impl Talker {
+impl UdpActor {
     /// A new process with a socket of the family of `address`.
     pub fn open(name: &str, address: SocketAddr) -> anyhow::Result<Self> {
         Self::with(Actor::spawn(name)?, address)
@@ -34,20 +34,20 @@ impl Talker {
 
     /// A new process with a socket bound to `address`.
     pub fn bind(name: &str, address: SocketAddr) -> anyhow::Result<Self> {
-        let mut talker = Self::open(name, address)?;
-        talker.bind_to(address)?;
-        Ok(talker)
+        let mut actor = Self::open(name, address)?;
+        actor.bind_to(address)?;
+        Ok(actor)
     }
 
     /// A new socket of this process, which has the family of `address`.
     pub fn with(mut actor: Actor, address: SocketAddr) -> anyhow::Result<Self> {
         let v6 = address.is_ipv6();
         let socket = actor.socket(Command::OpenUdp { v6 })?;
-        let life = UdpLife::of(&actor.who()?, &socket);
+        let expected = ExpectedUdp::of(&actor.identity()?, &socket);
         Ok(Self {
             actor,
             socket,
-            life,
+            expected,
         })
     }
 
@@ -55,17 +55,17 @@ impl Talker {
     pub fn passed_to(&self, name: &str) -> anyhow::Result<Self> {
         let mut actor = Actor::spawn(name)?;
         let socket = actor.take(&self.actor, self.socket.fd)?;
-        let life = self.life.clone();
+        let expected = self.expected.clone();
         Ok(Self {
             actor,
             socket,
-            life,
+            expected,
         })
     }
 
     /// Who the process is.
-    pub fn who(&self) -> anyhow::Result<Who> {
-        self.actor.who()
+    pub fn identity(&self) -> anyhow::Result<Identity> {
+        self.actor.identity()
     }
 
     /// Where the socket is.
@@ -77,15 +77,15 @@ impl Talker {
     /// Gives the socket a local address.
     pub fn bind_to(&mut self, address: SocketAddr) -> anyhow::Result<()> {
         self.socket = self.actor.socket(Command::Bind(self.socket.fd, address))?;
-        self.life.moved_to(&self.socket);
+        self.expected.moved_to(&self.socket);
         Ok(())
     }
 
     /// Gives the socket a peer.
     pub fn connect(&mut self, to: SocketAddr) -> anyhow::Result<()> {
         self.socket = self.actor.socket(Command::Connect(self.socket.fd, to))?;
-        self.life.moved_to(&self.socket);
-        self.life.connected_to(to);
+        self.expected.moved_to(&self.socket);
+        self.expected.connected_to(to);
         Ok(())
     }
 
@@ -95,8 +95,8 @@ impl Talker {
         self.socket = self
             .actor
             .socket(Command::ConnectInRing { fd, to, worker })?;
-        self.life.moved_to(&self.socket);
-        self.life.connected_to(to);
+        self.expected.moved_to(&self.socket);
+        self.expected.connected_to(to);
         Ok(())
     }
 
@@ -127,7 +127,7 @@ impl Talker {
     pub fn finish(&mut self) -> anyhow::Result<Vec<Transfer>> {
         match self.actor.finish().context("a UDP operation")? {
             Outcome::Transfers(transfers) => {
-                self.life.transferred(&transfers);
+                self.expected.transferred(&transfers);
                 self.look()?;
                 Ok(transfers)
             }
@@ -145,7 +145,7 @@ impl Talker {
     /// Any call may give the socket an address.
     fn look(&mut self) -> anyhow::Result<()> {
         self.socket = self.actor.socket(Command::Tell(self.socket.fd))?;
-        self.life.moved_to(&self.socket);
+        self.expected.moved_to(&self.socket);
         Ok(())
     }
 
@@ -224,7 +224,7 @@ impl Talker {
             .run(Command::Udp(self.socket.fd, Operation::Drops))?
         {
             Outcome::Count(drops) => {
-                self.life.dropped(drops);
+                self.expected.dropped(drops);
                 Ok(drops)
             }
             other => bail!("{other:?}"),
@@ -232,15 +232,15 @@ impl Talker {
     }
 
     /// Closes the socket: what it must have shown. Its process ends.
-    pub fn close(self) -> anyhow::Result<UdpLife> {
-        self.close_socket().map(|(life, _)| life)
+    pub fn close(self) -> anyhow::Result<ExpectedUdp> {
+        self.close_socket().map(|(expected, _)| expected)
     }
 
     /// Closes the socket: what it must have shown, and the process.
-    pub fn close_socket(mut self) -> anyhow::Result<(UdpLife, Actor)> {
+    pub fn close_socket(mut self) -> anyhow::Result<(ExpectedUdp, Actor)> {
         self.look()?;
         self.actor.close(&self.socket)?;
-        Ok((self.life, self.actor))
+        Ok((self.expected, self.actor))
     }
 
     /// Closes this descriptor of the socket, which others still have.
@@ -249,8 +249,8 @@ impl Talker {
     }
 
     /// Kills the process: what its socket must have shown.
-    pub fn kill(self) -> anyhow::Result<UdpLife> {
+    pub fn kill(self) -> anyhow::Result<ExpectedUdp> {
         self.actor.kill()?;
-        Ok(self.life)
+        Ok(self.expected)
     }
 }

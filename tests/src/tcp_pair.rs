@@ -7,17 +7,17 @@ use tcp_udp_trace::TcpState;
 
 use crate::{
     actor::{Actor, Command, Endpoint},
-    life::{ACTIVE_CLIENT, LISTENER, Life, PASSIVE_SERVER},
-    lives::Lives,
+    collector::Collector,
+    expected_tcp::{ACTIVE_CLIENT, ExpectedTcp, LISTENER, PASSIVE_SERVER},
     netns::{FAR, Netns, veth},
-    trace::Trace,
+    observed_tcp::ObservedTcp,
 };
 
 /// A server and a client in the namespace of the test, traced from before the server listens.
 #[derive(Debug)]
-pub struct Scene {
+pub struct TcpPair {
     /// The tracer.
-    pub trace: Trace,
+    pub collector: Collector,
     /// The process that listens.
     pub server: Actor,
     /// Its socket.
@@ -35,7 +35,7 @@ pub struct Connection {
     pub server: Endpoint,
 }
 
-impl Scene {
+impl TcpPair {
     /// On the IPv4 loopback.
     pub fn new() -> anyhow::Result<Self> {
         Self::at(loopback(false))
@@ -59,13 +59,13 @@ impl Scene {
 
     /// With these two, the server listening at `address`.
     pub fn between(server: Actor, address: SocketAddr, client: Actor) -> anyhow::Result<Self> {
-        Self::traced_between(Trace::start()?, server, address, client)
+        Self::traced_between(Collector::start()?, server, address, client)
     }
 
     /// With this tracer.
-    pub fn traced_by(trace: Trace, address: SocketAddr) -> anyhow::Result<Self> {
+    pub fn traced_by(collector: Collector, address: SocketAddr) -> anyhow::Result<Self> {
         Self::traced_between(
-            trace,
+            collector,
             Actor::spawn("server")?,
             address,
             Actor::spawn("client")?,
@@ -74,16 +74,16 @@ impl Scene {
 
     /// With this tracer and these two.
     pub fn traced_between(
-        trace: Trace,
+        collector: Collector,
         mut server: Actor,
         address: SocketAddr,
         client: Actor,
     ) -> anyhow::Result<Self> {
-        trace.also(server.netns());
-        trace.also(client.netns());
+        collector.also(server.netns());
+        collector.also(client.netns());
         let listener = server.listen(address)?;
         Ok(Self {
-            trace,
+            collector,
             server,
             listener,
             client,
@@ -136,40 +136,44 @@ impl Scene {
         ensure!(self.client.receive_all(&connection.client)? == 0);
         self.client.close(&connection.client)?;
         let client = self
-            .client_life(&connection, ACTIVE_CLIENT)?
+            .expected_client(&connection, ACTIVE_CLIENT)?
             .bytes(up, down);
         let server = self
-            .server_life(&connection, PASSIVE_SERVER)?
+            .expected_server(&connection, PASSIVE_SERVER)?
             .bytes(down, up);
         self.finish(&[client, server])
     }
 
     /// What the client's end must have shown.
-    pub fn client_life(
+    pub fn expected_client(
         &self,
         connection: &Connection,
         states: &[TcpState],
-    ) -> anyhow::Result<Life> {
-        Ok(Life::of(&self.client.who()?, &connection.client, states))
+    ) -> anyhow::Result<ExpectedTcp> {
+        Ok(ExpectedTcp::of(
+            &self.client.identity()?,
+            &connection.client,
+            states,
+        ))
     }
 
     /// What the server's end must have shown, if the server accepted it itself.
-    pub fn server_life(
+    pub fn expected_server(
         &self,
         connection: &Connection,
         states: &[TcpState],
-    ) -> anyhow::Result<Life> {
-        let server = self.server.who()?;
-        let child = Life::of_child(&server, &connection.client, states);
+    ) -> anyhow::Result<ExpectedTcp> {
+        let server = self.server.identity()?;
+        let child = ExpectedTcp::of_child(&server, &connection.client, states);
         Ok(child.accepted(&server, &connection.server))
     }
 
     /// Closes the listener, waits for so many other closes, checks these lives, and that there was nothing else.
-    pub fn finish(self, lives: &[Life]) -> anyhow::Result<()> {
-        self.finish_with(lives.len(), |collected| {
-            lives
+    pub fn finish(self, sockets: &[ExpectedTcp]) -> anyhow::Result<()> {
+        self.finish_with(sockets.len(), |observed| {
+            sockets
                 .iter()
-                .try_for_each(|life| collected.check(life).map(drop))
+                .try_for_each(|expected| observed.check(expected).map(drop))
         })
     }
 
@@ -178,14 +182,14 @@ impl Scene {
     pub fn finish_with(
         mut self,
         closes: usize,
-        check: impl FnOnce(&mut Lives) -> anyhow::Result<()>,
+        check: impl FnOnce(&mut ObservedTcp) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         self.server.close(&self.listener)?;
-        let listener = Life::of(&self.server.who()?, &self.listener, LISTENER);
-        let mut lives = self.trace.finish(closes + 1)?;
-        check(&mut lives)?;
-        lives.check(&listener)?;
-        lives.nothing_else()
+        let listener = ExpectedTcp::of(&self.server.identity()?, &self.listener, LISTENER);
+        let mut observed = self.collector.finish(closes + 1)?;
+        check(&mut observed)?;
+        observed.check(&listener)?;
+        observed.nothing_else()
     }
 }
 

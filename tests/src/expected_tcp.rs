@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use tcp_udp_trace::{Comm, Event, EventKind, Origin, Process, Protocol, TcpState, Traffic};
 
-use crate::actor::{Endpoint, Exchange, Who};
+use crate::actor::{Endpoint, Exchange, Identity};
 
 use TcpState::{
     Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent,
@@ -43,10 +43,10 @@ pub(crate) struct Owner {
 }
 
 impl Owner {
-    pub(crate) fn new(who: &Who, origin: Origin) -> Self {
-        let Who {
+    pub(crate) fn new(identity: &Identity, origin: Origin) -> Self {
+        let Identity {
             pid, uid, ref comm, ..
-        } = *who;
+        } = *identity;
         Self {
             pid,
             tid: Some(pid),
@@ -78,7 +78,7 @@ impl Owner {
 
 /// What one life of a socket must have shown. Made from what the applications know.
 #[derive(Debug, Clone)]
-pub struct Life {
+pub struct ExpectedTcp {
     states: Vec<TcpState>,
     creator: Option<Owner>,
     acceptor: Option<Owner>,
@@ -94,17 +94,17 @@ pub struct Life {
     cgroup: Option<u64>,
 }
 
-impl Life {
+impl ExpectedTcp {
     /// The life of a socket that `who` connected or let listen.
     #[must_use]
-    pub fn of(who: &Who, socket: &Endpoint, states: &[TcpState]) -> Self {
+    pub fn of(identity: &Identity, socket: &Endpoint, states: &[TcpState]) -> Self {
         let unspecified = match socket.local.ip().to_canonical() {
             IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
         Self {
             states: states.to_vec(),
-            creator: Some(Owner::new(who, Origin::Creator)),
+            creator: Some(Owner::new(identity, Origin::Creator)),
             acceptor: None,
             local: canonical(socket.local),
             remote: socket
@@ -114,16 +114,16 @@ impl Life {
             sent: 0,
             received: 0,
             error: None,
-            uid: who.uid,
-            netns: who.netns,
-            netns_cookie: who.netns_cookie,
-            cgroup: who.cgroup,
+            uid: identity.uid,
+            netns: identity.netns,
+            netns_cookie: identity.netns_cookie,
+            cgroup: identity.cgroup,
         }
     }
 
     /// The server's end of a connection made with `client` through a listener of `owner`, before anyone accepts it.
     #[must_use]
-    pub fn of_child(owner: &Who, client: &Endpoint, states: &[TcpState]) -> Self {
+    pub fn of_child(owner: &Identity, client: &Endpoint, states: &[TcpState]) -> Self {
         let remote = client.remote.expect("the client is connected");
         let mirrored = Endpoint {
             fd: -1,
@@ -139,9 +139,9 @@ impl Life {
 
     /// The client's end of a connection of [`Command::Churn`](crate::actor::Command::Churn).
     #[must_use]
-    pub fn of_client_exchange(who: &Who, end: &Exchange) -> Self {
+    pub fn of_client_exchange(identity: &Identity, end: &Exchange) -> Self {
         Self::of_exchange(
-            who,
+            identity,
             end,
             if end.active {
                 ACTIVE_CLIENT
@@ -153,7 +153,7 @@ impl Life {
 
     /// The server's end, accepted by `acceptor` through a listener of `owner`.
     #[must_use]
-    pub fn of_server_exchange(owner: &Who, acceptor: &Who, end: &Exchange) -> Self {
+    pub fn of_server_exchange(owner: &Identity, acceptor: &Identity, end: &Exchange) -> Self {
         let states = if end.active {
             ACTIVE_SERVER
         } else {
@@ -162,7 +162,7 @@ impl Life {
         Self::of_exchange(owner, end, states).accepted_by(acceptor)
     }
 
-    fn of_exchange(who: &Who, end: &Exchange, states: &[TcpState]) -> Self {
+    fn of_exchange(identity: &Identity, end: &Exchange, states: &[TcpState]) -> Self {
         let socket = Endpoint {
             fd: -1,
             local: end.local,
@@ -171,23 +171,23 @@ impl Life {
         };
         Self {
             cookie: None,
-            ..Self::of(who, &socket, states)
+            ..Self::of(identity, &socket, states)
         }
         .bytes(end.sent, end.received)
     }
 
     /// Accepted by `who`, as `socket`.
     #[must_use]
-    pub fn accepted(self, who: &Who, socket: &Endpoint) -> Self {
+    pub fn accepted(self, identity: &Identity, socket: &Endpoint) -> Self {
         Self {
             cookie: Some(socket.cookie),
-            ..self.accepted_by(who)
+            ..self.accepted_by(identity)
         }
     }
 
-    fn accepted_by(self, who: &Who) -> Self {
+    fn accepted_by(self, identity: &Identity) -> Self {
         Self {
-            acceptor: Some(Owner::new(who, Origin::Acceptor)),
+            acceptor: Some(Owner::new(identity, Origin::Acceptor)),
             ..self
         }
     }
@@ -364,7 +364,7 @@ impl Life {
 fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
     let first = &events[0];
     let EventKind::StateChange { from, to, .. } = first.kind else {
-        bail!("a life begins with a state, not with {first}")
+        bail!("the first event is no state: {first}")
     };
     // It has begun to be seen at some time before.
     let age_at_first = if matches!((from, to), (Close, _) | (Listen, SynRecv)) {

@@ -5,11 +5,11 @@ use std::{collections::HashMap, time::Duration};
 use anyhow::{bail, ensure};
 use tcp_udp_trace::{Event, EventKind, Protocol};
 
-use crate::{kernel, life::grows, trace::show};
+use crate::{collector::show, expected_tcp::grows, kernel};
 
 /// A sample, and how many other events had come before it.
 #[derive(Debug, Clone)]
-pub(crate) struct Sampled {
+pub(crate) struct SampleOrder {
     pub(crate) event: Event,
     pub(crate) position: usize,
 }
@@ -18,19 +18,21 @@ pub(crate) struct Sampled {
 const HELD_UP: Duration = Duration::from_millis(250);
 
 /// Whether each sample fits in with what was reported of its socket before and after it.
-pub(crate) fn check(samples: &[Sampled], events: &[Event]) -> anyhow::Result<()> {
-    let mut lives = HashMap::<u64, Vec<(usize, &Event)>>::new();
+pub(crate) fn check(samples: &[SampleOrder], events: &[Event]) -> anyhow::Result<()> {
+    let mut observed = HashMap::<u64, Vec<(usize, &Event)>>::new();
     for (position, event) in events.iter().enumerate() {
-        lives
+        observed
             .entry(event.socket.id)
             .or_default()
             .push((position, event));
     }
     // Before that, the kernel walks through TCP sockets without their locks, as it does through UDP sockets on every kernel.
     let walk_holds_lock = kernel::is_at_least(5, 15)?;
-    for Sampled { event, position } in samples {
-        let life = lives.get(&event.socket.id).map_or(&[][..], Vec::as_slice);
-        let (before, after) = life.split_at(life.partition_point(|(at, _)| at < position));
+    for SampleOrder { event, position } in samples {
+        let expected = observed
+            .get(&event.socket.id)
+            .map_or(&[][..], Vec::as_slice);
+        let (before, after) = expected.split_at(expected.partition_point(|(at, _)| at < position));
         // A flow has totals of its own.
         let is_of_socket = |event: &&Event| !matches!(event.kind, EventKind::Flow { .. });
         let before = before
@@ -78,11 +80,11 @@ pub(crate) fn check(samples: &[Sampled], events: &[Event]) -> anyhow::Result<()>
             Ok(())
         };
         if let Err(error) = fits() {
-            let life: Vec<_> = life.iter().map(|(_, event)| (*event).clone()).collect();
+            let expected: Vec<_> = expected.iter().map(|(_, event)| (*event).clone()).collect();
             bail!(
                 "{error:#}: {event} {:?} between {before:?} and {after:?} of{}",
                 event.socket,
-                show(&life)
+                show(&expected)
             );
         }
     }

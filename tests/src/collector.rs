@@ -16,13 +16,13 @@ use tcp_udp_trace::{
 
 use crate::{
     actor::Actor,
-    collect::{Tracer, collect},
-    lives::Lives,
+    any_tracer::{Tracer, collect},
+    expected_udp::ObservedUdp,
     netns::Netns,
-    sampled::{self, Sampled},
-    scene::loopback,
+    observed_tcp::ObservedTcp,
+    sample_order::{self, SampleOrder},
     suite::buffer,
-    udp_life::UdpLives,
+    tcp_pair::loopback,
 };
 
 /// How long a test waits for the next event of its own. Emulated machines are slow, and some of these events come
@@ -39,7 +39,7 @@ pub const SAMPLE_INTERVAL: Duration = Duration::from_millis(300);
 
 /// A running tracer. It collects the events of some network namespaces, at first that of the thread that started it.
 #[derive(Debug)]
-pub struct Trace {
+pub struct Collector {
     shared: Arc<Shared>,
     handle: TracerHandle,
     /// `None` once it has been joined.
@@ -59,7 +59,7 @@ struct Collected {
     namespaces: Vec<u32>,
     /// But for the samples.
     events: Vec<Event>,
-    samples: Vec<Sampled>,
+    samples: Vec<SampleOrder>,
     /// How many of `events` are the end of a socket.
     closes: usize,
     /// How many events of the whole machine came, gaps not counted.
@@ -83,7 +83,7 @@ impl Shared {
         if collected.namespaces.contains(&event.socket.netns) {
             if matches!(event.kind, EventKind::Sample { .. }) {
                 let position = collected.events.len();
-                collected.samples.push(Sampled { event, position });
+                collected.samples.push(SampleOrder { event, position });
                 self.changed.notify_all();
                 return;
             }
@@ -103,7 +103,7 @@ impl Shared {
     }
 }
 
-impl Trace {
+impl Collector {
     /// Starts a tracer that sees everything of TCP from now on.
     pub fn start() -> anyhow::Result<Self> {
         Self::start_with(|builder| builder)
@@ -289,17 +289,17 @@ impl Trace {
     ///
     /// Everything the kernel produced until then is among them, so there can be neither more nor less than expected;
     /// and what the tracer counted must add up, with nothing lost.
-    pub fn finish(self, closes: usize) -> anyhow::Result<Lives> {
+    pub fn finish(self, closes: usize) -> anyhow::Result<ObservedTcp> {
         let began = self.began;
-        Ok(Lives::new(self.finish_in_order(closes)?, began))
+        Ok(ObservedTcp::new(self.finish_in_order(closes)?, began))
     }
 
     /// [`finish`](Self::finish) for UDP.
-    pub fn finish_udp(self, closes: usize) -> anyhow::Result<UdpLives> {
+    pub fn finish_udp(self, closes: usize) -> anyhow::Result<ObservedUdp> {
         let (began, names_every_peer) = (self.began, self.names_every_peer());
         let handle = self.handle.clone();
         let events = self.finish_in_order(closes)?;
-        Ok(UdpLives::new(
+        Ok(ObservedUdp::new(
             events,
             began,
             names_every_peer,
@@ -328,7 +328,7 @@ impl Trace {
         let stats = self.stop().expect("it runs").unwrap()?;
         let collected = std::mem::take(&mut *self.shared.lock());
         check(&stats, &collected)?;
-        sampled::check(&collected.samples, &collected.events)?;
+        sample_order::check(&collected.samples, &collected.events)?;
         Ok(collected.events)
     }
 
@@ -365,7 +365,7 @@ impl Trace {
 }
 
 /// A test that fails leaves no tracer behind, which others would take for theirs.
-impl Drop for Trace {
+impl Drop for Collector {
     fn drop(&mut self) {
         drop(self.stop());
     }
