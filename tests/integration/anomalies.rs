@@ -21,7 +21,7 @@ pub(crate) fn trials() -> Vec<Test> {
             retransmissions_are_those_that_the_socket_counts,
             resets_at_either_end,
             refused_connection_is_a_reset,
-            nothing_of_it_unless_asked_for,
+            nothing_of_it_by_default,
         ],
     ]
 }
@@ -68,9 +68,9 @@ fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     pair.close(&Connection { client, server })?;
     pair.server.close(&pair.listener)?;
     let events = pair.collector.finish_in_order(3)?;
-    let told = anomalies(&events, client.local);
+    let reported = anomalies(&events, client.local);
     ensure!(
-        told == vec![EventKind::Retransmit; usize::try_from(total)?],
+        reported == vec![EventKind::Retransmit; usize::try_from(total)?],
         "{total}, but{}",
         show(&events)
     );
@@ -97,10 +97,10 @@ fn resets_at_either_end() -> anyhow::Result<()> {
         (connection.client.local, Direction::Sent),
         (connection.server.local, Direction::Received),
     ] {
-        let told = anomalies(&events, local);
+        let reported = anomalies(&events, local);
         ensure!(
-            told == [EventKind::Reset { direction }],
-            "{told:?} at {local}:{}",
+            reported == [EventKind::Reset { direction }],
+            "{reported:?} at {local}:{}",
             show(&events)
         );
     }
@@ -109,12 +109,12 @@ fn resets_at_either_end() -> anyhow::Result<()> {
 
 fn refused_connection_is_a_reset() -> anyhow::Result<()> {
     let mut pair = TcpPair::traced_by(start()?, loopback(false))?;
-    let nobody = pair.listener.local;
+    let closed = pair.listener.local;
     pair.server.close(&pair.listener)?;
-    let socket = pair.client.open(nobody)?;
+    let socket = pair.client.open(closed)?;
     pair.client
         .fail(integration_tests::actor::Command::Connect(
-            socket.fd, nobody,
+            socket.fd, closed,
         ))?;
     pair.client.close(&socket)?;
     let events = pair.collector.finish_in_order(2)?;
@@ -127,14 +127,14 @@ fn refused_connection_is_a_reset() -> anyhow::Result<()> {
         direction: Direction::Received,
     };
     ensure!(
-        matches!(resets[..], [reset] if reset.kind == received && reset.socket.remote == nobody),
+        matches!(resets[..], [reset] if reset.kind == received && reset.socket.remote == closed),
         "{}",
         show(&events)
     );
     Ok(())
 }
 
-fn nothing_of_it_unless_asked_for() -> anyhow::Result<()> {
+fn nothing_of_it_by_default() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     let aborted = pair.connect()?;
     pair.client.abort(&aborted.client)?;

@@ -37,13 +37,17 @@ pub(crate) fn compare(
         sockets += act()?;
         reference.wait_closed(sockets)?;
         let events = &reference.events()[before[1]..];
-        let is_wanted = |event: &&Event| passes(event) || ends_flows(event, events, passes);
-        let wanted: Vec<_> = events.iter().filter(is_wanted).cloned().collect();
-        let expected = before[0] + wanted.len();
+        let passes_or_ends = |event: &&Event| passes(event) || ends_flows(event, events, passes);
+        let should_come: Vec<_> = events.iter().filter(passes_or_ends).cloned().collect();
+        let expected = before[0] + should_come.len();
         let context = || format!("with the filter {:?}", filter.to_string());
         let came = filtered.wait_count(expected).with_context(context)?;
-        let [came, wanted] = [&came[before[0]..], &wanted].map(described);
-        ensure!(came == wanted, "{}: {came:#?}\nnot\n{wanted:#?}", context());
+        let [came, should_come] = [&came[before[0]..], &should_come].map(described);
+        ensure!(
+            came == should_come,
+            "{}: {came:#?}\nnot\n{should_come:#?}",
+            context()
+        );
         before = [expected, reference.events().len()];
     }
     let stats = filtered.handle().stats();

@@ -14,7 +14,7 @@ use integration_tests::{
     cgroup::MemoryCgroup,
     collector::Collector,
     kernel::{is_at_least, is_emulated, open_files},
-    privileges::{Capability, become_nobody},
+    privileges::{Capability, become_unprivileged},
     suite::{Test, skip},
     tcp_pair::loopback,
 };
@@ -213,7 +213,7 @@ fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
 /// A process that may have no thread more gets an error, not a panic.
 fn start_without_a_thread() -> anyhow::Result<()> {
     // The limit is none for those who may exceed it.
-    become_nobody(&[Capability::CAP_BPF, Capability::CAP_PERFMON])?;
+    become_unprivileged(&[Capability::CAP_BPF, Capability::CAP_PERFMON])?;
     let runtime = runtime()?;
     // One that the start can have.
     runtime.block_on(runtime.spawn_blocking(|| ()))?;

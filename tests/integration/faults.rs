@@ -466,14 +466,17 @@ fn twenty_tracers_at_once() -> anyhow::Result<()> {
         let addresses = (socket.local, socket.remote);
         format!("{addresses:?} {kind:?} {process:?} {traffic:?}")
     };
-    let mut told = Vec::new();
+    let mut reports = Vec::new();
     for collector in tcp {
         let events = collector.finish_in_order(3)?;
-        told.push(events.iter().map(what).collect::<BTreeSet<_>>());
+        reports.push(events.iter().map(what).collect::<BTreeSet<_>>());
     }
     // Two ends of a connection, and the listener.
-    ensure!(told[0].len() == 5 + 6 + 2, "{:#?}", told[0]);
-    ensure!(told.iter().all(|events| *events == told[0]), "{told:#?}");
+    ensure!(reports[0].len() == 5 + 6 + 2, "{:#?}", reports[0]);
+    ensure!(
+        reports.iter().all(|events| *events == reports[0]),
+        "{reports:#?}"
+    );
     for collector in udp {
         collector
             .finish_udp(expected_udp.len())?

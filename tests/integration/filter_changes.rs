@@ -22,10 +22,10 @@ pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             filter_that_makes_no_sense_changes_nothing,
-            flows_that_are_not_wanted_any_more,
+            flows_that_no_longer_pass,
         ],
         Solitude: [
-            what_is_not_wanted_takes_no_room,
+            filtered_sockets_take_no_room,
             changes_under_load_miss_nothing,
         ],
     ]
@@ -70,7 +70,7 @@ fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
 }
 
 /// What user space has to say of a flow by itself, it does not say when the filter has changed meanwhile.
-fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
+fn flows_that_no_longer_pass() -> anyhow::Result<()> {
     let builder = |builder: tcp_udp_trace::UdpTracerBuilder| {
         let builder = builder.interval(Duration::from_secs(3600));
         builder.sample_interval(None)
@@ -91,7 +91,7 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
     let events = collector.wait_count(4)?;
     let of = |peer: SocketAddr| {
         let flows = events.iter().filter(|event| event.socket.remote == peer);
-        let told = flows.map(|event| match event.kind {
+        let reported = flows.map(|event| match event.kind {
             EventKind::Flow {
                 approximate: false,
                 last,
@@ -99,7 +99,7 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
             } => (Some(last), event.traffic.tx_packets),
             _ => (None, event.traffic.tx_packets),
         });
-        told.collect::<Vec<_>>()
+        reported.collect::<Vec<_>>()
     };
     ensure!(of(to[0]) == [(Some(false), 1)], "{}", show(&events));
     ensure!(
@@ -121,13 +121,13 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nobody empties the ring, which has room for twenty events; thousands that are not wanted come before those that are.
-fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
+/// Nobody empties the ring, which has room for twenty events; thousands that are not selected come before those that are.
+fn filtered_sockets_take_no_room() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
     const UNWANTED: u32 = 300;
     let mut server = Actor::spawn("server")?;
-    let [wanted, unwanted] = [(); 2].map(|()| server.listen(loopback(false)));
-    let (wanted, unwanted) = (wanted?, unwanted?);
+    let [selected, other] = [(); 2].map(|()| server.listen(loopback(false)));
+    let (selected, other) = (selected?, other?);
     let mut client = Actor::spawn("client")?;
     let receiver = UdpSocket::bind(loopback(false))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -135,7 +135,7 @@ fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
         .build()?;
     let tcp = TcpTracer::builder()
         .ring_bytes(RING_BYTES)
-        .filter(Filter::new().port(wanted.local.port()))
+        .filter(Filter::new().port(selected.local.port()))
         .sample_interval(None);
     let udp = UdpTracer::builder()
         .ring_bytes(RING_BYTES)
@@ -149,15 +149,15 @@ fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
     let (mut tcp, mut udp) =
         runtime.block_on(async { anyhow::Ok((tcp.start().await?, udp.start().await?)) })?;
     for _ in 0..UNWANTED {
-        connect(&mut client, &unwanted, &mut server)?;
-        // Its own port is the only one that is not wanted: it has a peer, but no socket receives that.
+        connect(&mut client, &other, &mut server)?;
+        // Its own port is the only one that is not selected: it has a peer, but no socket receives that.
         let sender = UdpSocket::bind(loopback(false))?;
         for _ in 0..10 {
-            sender.send_to(b"unwanted", sender.local_addr()?)?;
+            sender.send_to(b"other", sender.local_addr()?)?;
         }
     }
-    connect(&mut client, &wanted, &mut server)?;
-    UdpSocket::bind(loopback(false))?.send_to(b"wanted", receiver.local_addr()?)?;
+    connect(&mut client, &selected, &mut server)?;
+    UdpSocket::bind(loopback(false))?.send_to(b"selected", receiver.local_addr()?)?;
     let handles = [tcp.handle(), udp.handle()];
     for handle in &handles {
         handle.stop();

@@ -351,17 +351,17 @@ fn trees_of_processes() -> anyhow::Result<()> {
     };
     let [filtered, reference] = &collectors;
     let mut closed = 0;
-    let mut wanted = Vec::new();
+    let mut should_come = Vec::new();
     let mut seen = 0;
     let mut check = |passes: &dyn Fn(&Event) -> bool, new: usize| {
         closed += new;
         reference.wait_closed(closed)?;
         let events = reference.events();
-        wanted.extend(events[seen..].iter().filter(|e| passes(e)).cloned());
+        should_come.extend(events[seen..].iter().filter(|e| passes(e)).cloned());
         seen = events.len();
-        let came = filtered.wait_count(wanted.len())?;
-        let [came, wanted] = [&came, &wanted].map(|events| described(events));
-        ensure!(came == wanted, "{came:#?}\nnot\n{wanted:#?}");
+        let came = filtered.wait_count(should_come.len())?;
+        let [came, should_come] = [&came, &should_come].map(|events| described(events));
+        ensure!(came == should_come, "{came:#?}\nnot\n{should_come:#?}");
         Ok(())
     };
     let new = act(&mut inside, &mut outside)?;
@@ -389,7 +389,7 @@ fn trees_of_processes() -> anyhow::Result<()> {
     let stats = filtered.handle().stats();
     ensure!(stats.untracked_processes == 0, "{stats:?}");
     let [filtered, reference] = collectors;
-    let expected = wanted.len();
+    let expected = should_come.len();
     let came = filtered.finish_all()?;
     ensure!(came.len() == expected, "{}", show(&came[expected..]));
     reference.finish_all().map(drop)

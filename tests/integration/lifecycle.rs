@@ -25,7 +25,7 @@ pub(crate) fn trials() -> Vec<Test> {
             stop_ends_the_stream_after_the_last_event,
         ],
         Solitude: [
-            the_kernel_is_asked_for_the_chosen_buffer_only,
+            only_the_chosen_buffer_is_tried,
             start_and_stop_over_and_over,
             dropped_outside_of_a_runtime,
             runtime_dropped_before_the_tracer,
@@ -58,7 +58,7 @@ fn every_signal_has_a_hook() -> anyhow::Result<()> {
 }
 
 /// A kernel without ring buffers refuses a map that is one, whatever it is for.
-fn the_kernel_is_asked_for_the_chosen_buffer_only() -> anyhow::Result<()> {
+fn only_the_chosen_buffer_is_tried() -> anyhow::Result<()> {
     let runtime = runtime()?;
     for (chosen, expected) in [
         (None, "map:ringbuf"),
@@ -72,9 +72,12 @@ fn the_kernel_is_asked_for_the_chosen_buffer_only() -> anyhow::Result<()> {
         };
         let tracer = runtime.block_on(builder.start())?;
         let hooks = tracer.handle().hooks();
-        let told = hooks.iter().find(|hook| hook.signal == "buffer");
-        let told = told.map(|hook| hook.programs.join("+"));
-        ensure!(told.as_deref() == Some(expected), "{chosen:?}: {told:?}");
+        let reported = hooks.iter().find(|hook| hook.signal == "buffer");
+        let reported = reported.map(|hook| hook.programs.join("+"));
+        ensure!(
+            reported.as_deref() == Some(expected),
+            "{chosen:?}: {reported:?}"
+        );
         let types = BpfObjects::of_this_process()?.map_types()?;
         for (map, is_expected) in [
             (MapType::RingBuf, expected == "map:ringbuf"),

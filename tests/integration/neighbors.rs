@@ -11,7 +11,7 @@ use integration_tests::{
     actor::{Actor, Command, SendCall},
     collector::{Collector, show},
     netns::Netns,
-    privileges::NOBODY,
+    privileges::UNPRIVILEGED,
     suite::Test,
     tcp_pair::{TcpPair, loopback},
     udp_actor::UdpActor,
@@ -31,7 +31,7 @@ pub(crate) fn trials() -> Vec<Test> {
 
 /// The sockets that the tracers of these tests remember. Other tests have sockets at the same time.
 const ROOM: u32 = 1_024;
-/// Neither root nor [`NOBODY`].
+/// Neither root nor [`UNPRIVILEGED`].
 const BYSTANDER: u32 = 4_242;
 
 fn spawn(name: &str, uid: u32) -> anyhow::Result<Actor> {
@@ -45,7 +45,7 @@ fn tcp_sockets_of_one_user_leave_room_for_others() -> anyhow::Result<()> {
     let handle = collector.handle().clone();
     let (mut server, mut client) = Netns::new()?.run(|| {
         let server = Actor::spawn("crowded")?;
-        Ok((server, spawn("neighbor", NOBODY)?))
+        Ok((server, spawn("neighbor", UNPRIVILEGED)?))
     })?;
     let listener = server.listen(loopback(false))?;
     for _ in 0..CONNECTIONS {
@@ -61,7 +61,7 @@ fn tcp_sockets_of_one_user_leave_room_for_others() -> anyhow::Result<()> {
 fn udp_sockets_of_one_user_leave_room_for_others() -> anyhow::Result<()> {
     let collector = Collector::start_udp_with(|builder| builder.max_sockets(ROOM))?;
     let handle = collector.handle().clone();
-    let mut neighbor = Netns::new()?.run(|| spawn("neighbor", NOBODY))?;
+    let mut neighbor = Netns::new()?.run(|| spawn("neighbor", UNPRIVILEGED))?;
     for _ in 0..ROOM * 11 / 10 {
         neighbor.socket(Command::OpenUdp { v6: false })?;
     }
@@ -82,7 +82,7 @@ fn flows_of_one_user_make_room_for_each_other() -> anyhow::Result<()> {
     let silent = UdpSocket::bind(loopback(false))?;
     let local = silent.local_addr()?;
     silent.send_to(b"once", local)?;
-    let mut neighbor = UdpActor::with(spawn("neighbor", NOBODY)?, loopback(false))?;
+    let mut neighbor = UdpActor::with(spawn("neighbor", UNPRIVILEGED)?, loopback(false))?;
     for port in 1..=2 * FLOWS {
         let to = SocketAddr::new(local.ip(), port);
         neighbor.send(SendCall::SendTo, Some(to), &[8])?;

@@ -45,7 +45,7 @@ pub(crate) fn trials() -> Vec<Test> {
 }
 
 /// The reader is a task of a runtime that does not run while events are made: nobody empties the ring. What it had room for
-/// is delivered, then the gap is told, and nothing is missing from the sum.
+/// is delivered, then the gap is reported, and nothing is missing from the sum.
 fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
     /// At least so many fit: no record is longer, its header included, and the last eighth is not for all.
@@ -70,10 +70,10 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     let (events, stats) = runtime.block_on(rest(tracer))?;
     check_conservation(&stats)?;
     let lost = |event: &Event| lost(event, LossStage::Ring);
-    let told: u64 = events.iter().map(lost).sum();
+    let reported: u64 = events.iter().map(lost).sum();
     ensure!(
-        told > 0 && told == stats.ring_lost,
-        "told {told}: {stats:?}"
+        reported > 0 && reported == stats.ring_lost,
+        "reported {reported}: {stats:?}"
     );
     ensure!(
         stats.emitted >= reference.len() as u64,
@@ -268,9 +268,9 @@ impl Gap {
 
 /// The events that outlive the others, but for those of sockets that have not both ports yet: they are
 /// all alike.
-fn vital<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
+fn lifecycle<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
     use TcpState::{Close, Established, Listen};
-    let is_vital = |event: &&Event| match event.kind {
+    let is_lifecycle = |event: &&Event| match event.kind {
         EventKind::StateChange { from, to, .. } => [from, to]
             .into_iter()
             .any(|state| matches!(state, Close | Established | Listen)),
@@ -282,7 +282,7 @@ fn vital<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
         !ports.contains(&0)
     };
     events
-        .filter(is_vital)
+        .filter(is_lifecycle)
         .filter(has_ports)
         .map(what)
         .collect()
@@ -306,15 +306,18 @@ fn overflow(policy: OverflowPolicy, is_right: impl FnOnce(&Gap) -> bool) -> anyh
         (LossStage::Ring, stats.ring_lost),
         (LossStage::Queue, stats.queue_shed),
     ] {
-        let told: u64 = events.iter().map(|event| lost(event, stage)).sum();
-        ensure!(told == count, "{told} told of {stage:?}: {stats:?}");
+        let reported: u64 = events.iter().map(|event| lost(event, stage)).sum();
+        ensure!(
+            reported == count,
+            "{reported} reported at {stage:?}: {stats:?}"
+        );
     }
     ensure!(
         stats.queue_shed > 0 && stats.delivered > QUEUE as u64,
         "{stats:?}"
     );
-    let kept = vital(events.iter());
-    let reference = vital(reference.iter());
+    let kept = lifecycle(events.iter());
+    let reference = lifecycle(reference.iter());
     let gap = Gap::between(&kept, &reference)?;
     ensure!(
         is_right(&gap) && gap.inside <= AT_ONCE && gap.after > 0,
@@ -395,10 +398,10 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
         (LossStage::Ring, stats.ring_lost, true),
         (LossStage::Queue, stats.queue_shed, sheds),
     ] {
-        let told: u64 = events.iter().map(|event| lost(event, stage)).sum();
+        let reported: u64 = events.iter().map(|event| lost(event, stage)).sum();
         ensure!(
-            told == count && (told > 0 || !is_lossy),
-            "{told} told of {stage:?}: {stats:?}"
+            reported == count && (reported > 0 || !is_lossy),
+            "{reported} reported at {stage:?}: {stats:?}"
         );
     }
     let of_sender = |event: &&Event| event.is_end() && event.traffic.tx_packets > 0;
@@ -449,11 +452,14 @@ fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
         "{}",
         show(&events)
     );
-    let told: u64 = events
+    let reported: u64 = events
         .iter()
         .map(|event| lost(event, LossStage::Ring))
         .sum();
-    ensure!(told == stats.ring_lost, "{told} told: {stats:?}");
+    ensure!(
+        reported == stats.ring_lost,
+        "{reported} reported: {stats:?}"
+    );
     ensure!(
         events.is_sorted_by_key(|event| event.uptime),
         "not in order: {}",

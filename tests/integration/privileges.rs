@@ -16,7 +16,7 @@ use integration_tests::{
     collector::{Collector, SAMPLE_INTERVAL, check_conservation},
     kernel::{captures_images, is_at_least, open_files},
     netns::Netns,
-    privileges::{Capability, NOBODY, become_nobody, keep},
+    privileges::{Capability, UNPRIVILEGED, become_unprivileged, keep},
     suite::{Test, skip},
     tcp_pair::{TcpPair, loopback},
     udp_pair::{Family, UdpPair},
@@ -117,7 +117,7 @@ fn hook(collector: &Collector, signal: &str) -> anyhow::Result<Hook> {
 
 /// The error names what is missing, and nothing that is there.
 fn missing_capabilities_are_named() -> anyhow::Result<()> {
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN])?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN])?;
     let missing = |protocol, has: &[Capability], names: &[&str]| {
         let started = start_with(protocol, has)?;
         if let Err(error) = &started {
@@ -146,14 +146,14 @@ fn missing_capabilities_are_named() -> anyhow::Result<()> {
 
 /// Another user's process with these two, and nothing is missing of a connection.
 fn tcp_needs_bpf_and_perfmon() -> anyhow::Result<()> {
-    become_nobody(LITTLE)?;
+    become_unprivileged(LITTLE)?;
     let pair = TcpPair::new()?;
     eprintln!("{:#?}", pair.collector.handle().hooks());
     pair.check_transfer(1_000, 2_000)
 }
 
 fn udp_needs_net_admin_too() -> anyhow::Result<()> {
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
     let collector = Collector::start_udp()?;
     eprintln!("{:#?}", collector.handle().hooks());
     let mut pair = UdpPair::new(Family::V4, true)?;
@@ -170,7 +170,7 @@ fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
     let far = stranger.listen(loopback(false))?;
     let mut neighbour = Actor::spawn("neighbour")?;
     let near = neighbour.listen(loopback(false))?;
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_PTRACE])?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_PTRACE])?;
     for (more, missing) in [
         (&[][..], Some("CAP_SYS_ADMIN")),
         (&[CAP_SYS_ADMIN], Some("CAP_SYS_PTRACE")),
@@ -206,7 +206,7 @@ fn filter_names_any_namespace() -> anyhow::Result<()> {
     let inodes = [elsewhere.inode()?, Netns::current()?.inode()?];
     let mut stranger = elsewhere.run(|| Actor::spawn("stranger"))?;
     let mut neighbour = Actor::spawn("neighbour")?;
-    become_nobody(LITTLE)?;
+    become_unprivileged(LITTLE)?;
     let collector =
         Collector::start_with(move |builder| builder.filter(Filter::new().netns(inodes[0])))?;
     collector.also(inodes[0]);
@@ -236,14 +236,14 @@ fn filter_names_any_namespace() -> anyhow::Result<()> {
 /// privileged. Where the kernel's verifier is too slow for that, only `/proc` is left.
 fn details_of_other_users_need_no_sys_ptrace() -> anyhow::Result<()> {
     let mut roots = Actor::spawn("roots")?;
-    let mut nobodys = Actor::spawn_as("nobodys".as_ref(), Some(NOBODY))?;
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE])?;
+    let mut unprivileged = Actor::spawn_as("unprivileged".as_ref(), Some(UNPRIVILEGED))?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE])?;
     for privileged in [false, true] {
         on_thread(|| {
             let capabilities = [LITTLE, &[CAP_SYS_PTRACE][..usize::from(privileged)]].concat();
             keep(&capabilities)?;
             let collector = Collector::start_with(|builder| builder.process_details(true))?;
-            for (actor, is_ours) in [(&mut roots, false), (&mut nobodys, true)] {
+            for (actor, is_ours) in [(&mut roots, false), (&mut unprivileged, true)] {
                 // Without the executable there are no details at all.
                 if !(captures_images()? || is_ours || privileged) {
                     continue;
@@ -274,7 +274,7 @@ fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
         let mut tcp = tcp.start().await?;
         let udp = UdpTracer::builder().sample_interval(SAMPLE_INTERVAL);
         let mut udp = udp.start().await?;
-        become_nobody(kept)?;
+        become_unprivileged(kept)?;
         await_unprivileged(kept.len())?;
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let mut client = TcpStream::connect(listener.local_addr()?)?;
@@ -374,7 +374,7 @@ fn tracefs_that_cannot_be_mounted() -> anyhow::Result<()> {
 /// To mount it, and to read what is root's.
 fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
     hide_tracefs()?;
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH])?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH])?;
     for (more, is_enough) in [
         (&[CAP_DAC_READ_SEARCH][..], false),
         (&[CAP_SYS_ADMIN], false),

@@ -16,7 +16,7 @@ use tcp_udp_trace::{Event, EventKind, Origin, SampleInfo, Traffic, UdpInfo};
 pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
-            tcp_sample_is_what_the_socket_itself_is_told,
+            tcp_sample_equals_tcp_info,
             tcp_sample_is_of_the_socket_of_the_state_changes,
             listener_is_sampled_with_its_backlog,
             udp_sample_has_queues_buffers_and_drops,
@@ -31,7 +31,7 @@ fn is_of(event: &Event, cookie: u64) -> bool {
 
 /// Every field of `tcp_info` is what `getsockopt` gives of the same socket. Those that time changes lie between what it gave before and
 /// after.
-fn tcp_sample_is_what_the_socket_itself_is_told() -> anyhow::Result<()> {
+fn tcp_sample_equals_tcp_info() -> anyhow::Result<()> {
     for v6 in [false, true] {
         let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(v6))?;
         let connection = pair.connect()?;

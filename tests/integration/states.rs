@@ -233,8 +233,8 @@ fn connect_refused() -> anyhow::Result<()> {
     for v6 in [false, true] {
         let mut client = Actor::spawn("client")?;
         let collector = Collector::start()?;
-        let nobody = SocketAddr::new(loopback(v6).ip(), 1);
-        let failed = fail_to_connect(&mut client, loopback(v6), nobody, Errno::ECONNREFUSED)?.1;
+        let closed = SocketAddr::new(loopback(v6).ip(), 1);
+        let failed = fail_to_connect(&mut client, loopback(v6), closed, Errno::ECONNREFUSED)?.1;
         let mut observed = collector.finish(1)?;
         observed.check(&failed)?;
         observed.nothing_else()?;
@@ -262,11 +262,11 @@ fn fail_to_connect(
 
 fn reconnect_on_the_same_socket_is_a_new_life() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
-    let nobody = SocketAddr::new(loopback(false).ip(), 1);
+    let closed = SocketAddr::new(loopback(false).ip(), 1);
     let (socket, failed) = fail_to_connect(
         &mut pair.client,
         loopback(false),
-        nobody,
+        closed,
         Errno::ECONNREFUSED,
     )?;
     let client = pair

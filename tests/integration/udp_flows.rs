@@ -82,7 +82,7 @@ fn start(interval: Duration) -> anyhow::Result<Collector> {
     })
 }
 
-/// A flow that is used all the time stays, however many others come and fall silent; and each of these has told all.
+/// A flow that is used all the time stays, however many others come and fall silent; and each of these has reported all.
 fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     const ROUNDS: u32 = 40;
     let collector = start(tcp_udp_trace::DEFAULT_INTERVAL)?;
@@ -164,11 +164,11 @@ fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
     }
     let mut lacking = 0;
     for (peer, packets) in &truth {
-        let told = sent.remove(peer).unwrap_or_default();
-        let lacks = packets.checked_sub(told);
-        lacking += lacks.with_context(|| format!("{peer}: {told} of {packets}"))?;
+        let reported = sent.remove(peer).unwrap_or_default();
+        let lacks = packets.checked_sub(reported);
+        lacking += lacks.with_context(|| format!("{peer}: {reported} of {packets}"))?;
     }
-    ensure!(sent.is_empty(), "nobody sent to {sent:?}");
+    ensure!(sent.is_empty(), "no datagrams counted to {sent:?}");
     ensure!(
         lacking <= stats.unassigned && stats.unassigned < u64::from(PEERS),
         "{lacking} are lacking: {stats:?}"

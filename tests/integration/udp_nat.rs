@@ -51,7 +51,7 @@ fn client(address: SocketAddr, connected: bool) -> anyhow::Result<(UdpActor, Opt
 
 /// Both ends are on this host: 127.0.0.11:53 is a server at another port, as Docker has it.
 fn resolver_of_a_container() -> anyhow::Result<()> {
-    let (asked, answers): (SocketAddr, SocketAddr) =
+    let (queried, answers): (SocketAddr, SocketAddr) =
         ("127.0.0.11:53".parse()?, "127.0.0.11:35971".parse()?);
     nft("table ip docker {
            chain output {
@@ -67,7 +67,7 @@ fn resolver_of_a_container() -> anyhow::Result<()> {
     let mut server = UdpActor::bind("resolver", answers)?;
     let mut expected = Vec::new();
     for connected in [false, true] {
-        let (mut client, to) = client(asked, connected)?;
+        let (mut client, to) = client(queried, connected)?;
         converse(&mut client, to, &mut server)?;
         expected.push(client.close()?);
     }
@@ -87,13 +87,13 @@ fn redirected_port() -> anyhow::Result<()> {
     ip("addr add 2001:db8::1/128 dev lo nodad")?;
     let collectors = UdpCollectors::start()?;
     let mut expected = Vec::new();
-    for (asked, answers) in [
+    for (queried, answers) in [
         ("192.0.2.1:53", "127.0.0.1:15053"),
         ("[2001:db8::1]:53", "[::1]:15053"),
     ] {
         let mut server = UdpActor::bind("proxy", answers.parse()?)?;
         for connected in [false, true] {
-            let (mut client, to) = client(asked.parse()?, connected)?;
+            let (mut client, to) = client(queried.parse()?, connected)?;
             converse(&mut client, to, &mut server)?;
             expected.push(client.close()?);
         }
@@ -159,8 +159,8 @@ fn one_backend_of_two_services() -> anyhow::Result<()> {
     let mut server = UdpActor::bind("backend", "127.0.0.1:8080".parse()?)?;
     let mut client = UdpActor::bind("client", "127.0.0.1:0".parse()?)?;
     for _ in 0..2 {
-        for asked in ["127.0.1.1:80", "127.0.0.1:8080", "127.0.1.2:80"] {
-            converse(&mut client, Some(asked.parse()?), &mut server)?;
+        for queried in ["127.0.1.1:80", "127.0.0.1:8080", "127.0.1.2:80"] {
+            converse(&mut client, Some(queried.parse()?), &mut server)?;
         }
     }
     collectors.finish(&[client.close()?, server.close()?])

@@ -317,7 +317,7 @@ fn error_queue() -> anyhow::Result<()> {
         for connected in [false, true] {
             let mut sender = UdpActor::open("sender", family.loopback())?;
             sender.set(SocketOption::ErrorQueue)?;
-            let to = nobody(family);
+            let to = closed_port(family);
             if connected {
                 sender.connect(to)?;
             }
@@ -333,7 +333,7 @@ fn error_queue() -> anyhow::Result<()> {
 }
 
 /// Where nobody receives.
-fn nobody(family: Family) -> SocketAddr {
+fn closed_port(family: Family) -> SocketAddr {
     SocketAddr::new(family.loopback().ip(), 1)
 }
 
@@ -357,7 +357,7 @@ fn refused_is_not_sent() -> anyhow::Result<()> {
     let mut expected = Vec::new();
     for family in Family::ALL {
         let mut sender = UdpActor::open("sender", family.loopback())?;
-        sender.connect(nobody(family))?;
+        sender.connect(closed_port(family))?;
         for by in [SendCall::SendTo, SendCall::SendMsg, SendCall::Write] {
             sender.send(by, None, &[10])?;
             refuse(&mut sender, by)?;

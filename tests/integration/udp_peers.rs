@@ -241,7 +241,7 @@ fn connect_by_io_uring() -> anyhow::Result<()> {
 
 /// What waits to be received when a socket gets its peer came from anybody. It is never charged to the peer.
 fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
-    for tells in [true, false] {
+    for returns_peer in [true, false] {
         for family in Family::ALL {
             let collector = Collector::start_udp()?;
             let bind = || UdpSocket::bind(family.loopback());
@@ -263,7 +263,7 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
             server.connect(first)?;
             peer.send_to(&[0; 100], at)?;
             for _ in 0..7 {
-                if tells {
+                if returns_peer {
                     server.recv_from(&mut [0; 200])?;
                 } else {
                     server.recv(&mut [0; 200])?;
@@ -271,7 +271,7 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
             }
             drop(server);
             collector.wait_closed(1)?;
-            let names_every_peer = collector.names_every_peer() || tells;
+            let names_every_peer = collector.names_every_peer() || returns_peer;
             let ports = [at, first, other.local_addr()?].map(|address| address.port());
             drop((peer, other));
             collector.wait_closed(3)?;

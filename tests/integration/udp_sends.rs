@@ -103,8 +103,8 @@ fn kept_on_this_host() -> anyhow::Result<()> {
         sender.set(SocketOption::MulticastHops(0))?;
         sender.send(SendCall::SendTo, Some(to), &[50, 0, 70])?;
         receiver.receive(ReceiveCall::RecvFrom, 3)?;
-        let nobody = SocketAddr::new(to.ip(), 7668);
-        sender.send(SendCall::SendTo, Some(nobody), &[30])?;
+        let closed = SocketAddr::new(to.ip(), 7668);
+        sender.send(SendCall::SendTo, Some(closed), &[30])?;
         expected.extend([sender.close()?, receiver.close()?]);
     }
     collectors.finish(&expected)

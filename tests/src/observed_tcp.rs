@@ -1,4 +1,4 @@
-//! All lives that a tracer reported, taken out one by one by those who know what they must have been.
+//! The events that a tracer reported, by socket. Tests remove the sockets that are as expected.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -24,10 +24,11 @@ type Addresses = (SocketAddr, SocketAddr);
 /// The events that a tracer reported, grouped by the id of their socket.
 #[derive(Debug)]
 pub struct ObservedTcp {
-    /// By the addresses at the end, in the order in which they began.
+    /// The key is the addresses at the end. Each value has the sockets in the order in which they
+    /// began.
     observed: BTreeMap<Addresses, VecDeque<Vec<Event>>>,
     window: (SystemTime, SystemTime),
-    /// How many more gaps the lives may have.
+    /// How many more gaps the sockets may have.
     missed: u64,
 }
 
@@ -55,14 +56,16 @@ impl ObservedTcp {
         }
     }
 
-    /// Lets so many gaps between states pass: those that the tracer says it has ([`Stats::missed`](tcp_udp_trace::Stats)).
+    /// Allows this many gaps between states: those that the tracer reports
+    /// ([`Stats::missed`](tcp_udp_trace::Stats)).
     #[must_use]
     pub fn forgive(mut self, missed: u64) -> Self {
         self.missed = missed;
         self
     }
 
-    /// Takes out the life that is as expected. Addresses may be used again within a test: the first that fits counts.
+    /// Removes and returns the events of the socket that is as expected. A test may use addresses
+    /// again: the first socket that matches counts.
     pub fn check(&mut self, expected: &ExpectedTcp) -> anyhow::Result<Vec<Event>> {
         let Some(observed) = self.observed.get_mut(&(expected.local, expected.remote)) else {
             bail!(
@@ -87,11 +90,11 @@ impl ObservedTcp {
         bail!("{reasons}expected {expected:?}")
     }
 
-    /// Checks that every event has been looked at.
+    /// Checks that every event was checked.
     ///
-    /// Under load the kernel now and then makes a second child of one handshake and gives it up before anybody could have
-    /// it (seen on 5.10 and 6.1, about one in a thousand connections). No application knows of those, so they are let pass, if they
-    /// are what they should be, and few.
+    /// Under load the kernel now and then makes a second child of one handshake, and drops it
+    /// before any process could have it (seen on 5.10 and 6.1, about one in a thousand
+    /// connections). No application knows of those children, so this allows a few of them.
     pub fn nothing_else(self) -> anyhow::Result<()> {
         const MOST_STILLBORN: usize = 10;
         let (stillborn, rest): (Vec<_>, Vec<_>) = self
@@ -112,14 +115,15 @@ impl ObservedTcp {
         Ok(())
     }
 
-    /// The lives that have not been checked yet.
+    /// Returns the events of the sockets that are not checked yet.
     #[must_use]
     pub fn rest(&self) -> Vec<Vec<Event>> {
         self.observed.values().flatten().cloned().collect()
     }
 }
 
-/// A child that was never established: it carried nothing, and belongs to whoever listens.
+/// Whether this is a child that was never established: it carried nothing, and belongs to the owner
+/// of the listener.
 fn is_stillborn(expected: &[Event]) -> bool {
     let step = |event: &Event, from, to| {
         let is_listeners = event

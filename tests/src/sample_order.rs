@@ -1,4 +1,4 @@
-//! How samples fit in with the other events of their sockets.
+//! Checks that samples fit in with the other events of their sockets.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -14,10 +14,11 @@ pub(crate) struct SampleOrder {
     pub(crate) position: usize,
 }
 
-/// How long a program may be held up between its looks at a socket and its record, where the guest's CPUs wait for the host's.
+/// How long a program may be held up between its look at a socket and its record, where the guest's
+/// CPUs wait for the host's.
 const HELD_UP: Duration = Duration::from_millis(250);
 
-/// Whether each sample fits in with what was reported of its socket before and after it.
+/// Checks that each sample fits in with the events of its socket before and after it.
 pub(crate) fn check(samples: &[SampleOrder], events: &[Event]) -> anyhow::Result<()> {
     let mut observed = HashMap::<u64, Vec<(usize, &Event)>>::new();
     for (position, event) in events.iter().enumerate() {
@@ -26,8 +27,9 @@ pub(crate) fn check(samples: &[SampleOrder], events: &[Event]) -> anyhow::Result
             .or_default()
             .push((position, event));
     }
-    // Before that, the kernel walks through TCP sockets without their locks, as it does through UDP sockets on every kernel.
-    let walk_holds_lock = kernel::is_at_least(5, 15)?;
+    // Before that version, the kernel iterates over TCP sockets without their locks, as it does
+    // over UDP sockets on every kernel.
+    let iterator_holds_lock = kernel::is_at_least(5, 15)?;
     for SampleOrder { event, position } in samples {
         let expected = observed
             .get(&event.socket.id)
@@ -58,11 +60,11 @@ pub(crate) fn check(samples: &[SampleOrder], events: &[Event]) -> anyhow::Result
             let is_known = before.is_none() && (after.is_none() || is_accepted_now)
                 || owners.into_iter().any(|owner| *owner == event.process);
             ensure!(is_known, "another owner");
-            // Two records of one moment stand in the order of their clocks and counters only if both were written under the
-            // socket's lock, which not every hook of an accept has.
+            // Two records of one moment are in the order of their clocks and counters only if both
+            // were written under the socket's lock, which not every hook of an accept holds.
             let is_ordered = |other: &Event| {
                 event.socket.protocol == Protocol::Tcp
-                    && walk_holds_lock
+                    && iterator_holds_lock
                     && other.kind != EventKind::Accept
                     || event.uptime.abs_diff(other.uptime) > HELD_UP
             };

@@ -1,4 +1,4 @@
-//! What a socket's own process is told of it by the kernel.
+//! The `TCP_INFO` that the kernel gives to the socket's own process.
 #![allow(
     unsafe_code,
     reason = "the macro of `nix` expands to it: a `getsockopt` that fills a buffer of plain bytes"
@@ -37,7 +37,7 @@ const FIELDS: &[(&str, usize, usize)] = &[
     ("snd_wnd", 228, 4),
 ];
 
-/// What `getsockopt(TCP_INFO)` says of a socket: names and values.
+/// Returns the fields of `getsockopt(TCP_INFO)`: names and values.
 pub fn of(socket: &impl AsFd) -> anyhow::Result<Vec<(&'static str, u64)>> {
     let bytes: [u8; LEN] = getsockopt(socket, RawTcpInfo)?;
     let value = |offset, size| {

@@ -1,4 +1,4 @@
-//! The usual beginning of a test: a tracer, a server that listens, a client.
+//! The usual set-up of a test: a tracer, a server that listens, a client.
 
 use std::net::SocketAddr;
 
@@ -20,7 +20,7 @@ pub struct TcpPair {
     pub collector: Collector,
     /// The process that listens.
     pub server: Actor,
-    /// Its socket.
+    /// The server's listener.
     pub listener: Endpoint,
     /// The process that connects.
     pub client: Actor,
@@ -29,19 +29,20 @@ pub struct TcpPair {
 /// The two ends of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct Connection {
-    /// In the client.
+    /// The client's end.
     pub client: Endpoint,
-    /// In the process that accepted it.
+    /// The end of the process that accepted the connection.
     pub server: Endpoint,
 }
 
 impl TcpPair {
-    /// On the IPv4 loopback.
+    /// Sets up the pair on the IPv4 loopback.
     pub fn new() -> anyhow::Result<Self> {
         Self::at(loopback(false))
     }
 
-    /// With the client in the calling thread's namespace, and the server in another, joined by a pair of devices.
+    /// Sets up the client in the calling thread's namespace, and the server in another, joined by a
+    /// pair of devices.
     pub fn over_veth() -> anyhow::Result<(Self, Netns)> {
         let far = veth()?;
         let server = far.run(|| Actor::spawn("server"))?;
@@ -52,17 +53,17 @@ impl TcpPair {
         ))
     }
 
-    /// With a listener at `address`.
+    /// Sets up the pair with a listener at `address`.
     pub fn at(address: SocketAddr) -> anyhow::Result<Self> {
         Self::between(Actor::spawn("server")?, address, Actor::spawn("client")?)
     }
 
-    /// With these two, the server listening at `address`.
+    /// Sets up these two processes, the server listening at `address`.
     pub fn between(server: Actor, address: SocketAddr, client: Actor) -> anyhow::Result<Self> {
         Self::traced_between(Collector::start()?, server, address, client)
     }
 
-    /// With this tracer.
+    /// Sets up the pair with this tracer.
     pub fn traced_by(collector: Collector, address: SocketAddr) -> anyhow::Result<Self> {
         Self::traced_between(
             collector,
@@ -72,7 +73,7 @@ impl TcpPair {
         )
     }
 
-    /// With this tracer and these two.
+    /// Sets up these two processes with this tracer.
     pub fn traced_between(
         collector: Collector,
         mut server: Actor,
@@ -90,19 +91,19 @@ impl TcpPair {
         })
     }
 
-    /// The client connects, the server accepts.
+    /// Lets the client connect, and the server accept.
     pub fn connect(&mut self) -> anyhow::Result<Connection> {
         self.connect_to(self.listener.local)
     }
 
-    /// The client connects to `address`, the server accepts.
+    /// Lets the client connect to `address`, and the server accept.
     pub fn connect_to(&mut self, address: SocketAddr) -> anyhow::Result<Connection> {
         let client = self.client.connect(address)?;
         let server = self.server.accept(&self.listener)?;
         Ok(Connection { client, server })
     }
 
-    /// The client sends, the server receives.
+    /// Lets the client send, and the server receive.
     pub fn upload(&mut self, connection: &Connection, bytes: u64) -> anyhow::Result<()> {
         self.client
             .begin(&Command::Send(connection.client.fd, bytes))?;
@@ -110,7 +111,7 @@ impl TcpPair {
         self.client.finish().map(drop)
     }
 
-    /// The server sends, the client receives.
+    /// Lets the server send, and the client receive.
     pub fn download(&mut self, connection: &Connection, bytes: u64) -> anyhow::Result<()> {
         self.server
             .begin(&Command::Send(connection.server.fd, bytes))?;
@@ -118,14 +119,14 @@ impl TcpPair {
         self.server.finish().map(drop)
     }
 
-    /// The client closes, then the server.
+    /// Lets the client close, then the server.
     pub fn close(&mut self, connection: &Connection) -> anyhow::Result<()> {
         self.client.close(&connection.client)?;
         self.server.receive_all(&connection.server)?;
         self.server.close(&connection.server)
     }
 
-    /// Makes a connection that carries so many bytes each way, and finishes.
+    /// Makes a connection that carries this many bytes each way, and finishes.
     pub fn check_transfer(mut self, up: u64, down: u64) -> anyhow::Result<()> {
         let connection = self.connect()?;
         self.upload(&connection, up)?;
@@ -144,7 +145,7 @@ impl TcpPair {
         self.finish(&[client, server])
     }
 
-    /// What the client's end must have shown.
+    /// Returns the events that the client's end must have produced.
     pub fn expected_client(
         &self,
         connection: &Connection,
@@ -157,7 +158,8 @@ impl TcpPair {
         ))
     }
 
-    /// What the server's end must have shown, if the server accepted it itself.
+    /// Returns the events that the server's end must have produced, if the server accepted it
+    /// itself.
     pub fn expected_server(
         &self,
         connection: &Connection,
@@ -168,7 +170,8 @@ impl TcpPair {
         Ok(child.accepted(&server, &connection.server))
     }
 
-    /// Closes the listener, waits for so many other closes, checks these lives, and that there was nothing else.
+    /// Closes the listener, waits for as many other closes, and checks these sockets, and that
+    /// there is no other event.
     pub fn finish(self, sockets: &[ExpectedTcp]) -> anyhow::Result<()> {
         self.finish_with(sockets.len(), |observed| {
             sockets
@@ -177,8 +180,8 @@ impl TcpPair {
         })
     }
 
-    /// Closes the listener, waits for so many other closes, lets `check` take out the lives it expects, and checks that
-    /// there was nothing else.
+    /// Closes the listener, and waits for this many other closes. Lets `check` remove the sockets
+    /// that it expects, and checks that there is no other event.
     pub fn finish_with(
         mut self,
         closes: usize,
@@ -193,7 +196,7 @@ impl TcpPair {
     }
 }
 
-/// The loopback address, port to be chosen.
+/// Returns the loopback address, with the port to be chosen.
 #[must_use]
 pub fn loopback(v6: bool) -> SocketAddr {
     let ip = if v6 { "::1" } else { "127.0.0.1" };

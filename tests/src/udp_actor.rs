@@ -1,4 +1,4 @@
-//! A process with one UDP socket, which keeps the book of everything that passes through it.
+//! A process with one UDP socket, which records everything that passes through the socket.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -22,24 +22,24 @@ pub struct UdpActor {
     pub actor: Actor,
     /// The socket, as it is now.
     pub socket: Endpoint,
-    /// What the socket must have shown so far.
+    /// The events that the socket must have produced so far.
     pub expected: ExpectedUdp,
 }
 
 impl UdpActor {
-    /// A new process with a socket of the family of `address`.
+    /// Starts a process with a socket of the family of `address`.
     pub fn open(name: &str, address: SocketAddr) -> anyhow::Result<Self> {
         Self::with(Actor::spawn(name)?, address)
     }
 
-    /// A new process with a socket bound to `address`.
+    /// Starts a process with a socket bound to `address`.
     pub fn bind(name: &str, address: SocketAddr) -> anyhow::Result<Self> {
         let mut actor = Self::open(name, address)?;
         actor.bind_to(address)?;
         Ok(actor)
     }
 
-    /// A new socket of this process, which has the family of `address`.
+    /// Makes a new socket of this process, with the family of `address`.
     pub fn with(mut actor: Actor, address: SocketAddr) -> anyhow::Result<Self> {
         let v6 = address.is_ipv6();
         let socket = actor.socket(Command::OpenUdp { v6 })?;
@@ -51,7 +51,7 @@ impl UdpActor {
         })
     }
 
-    /// The same socket in the hands of another process. It belongs to the one that made it.
+    /// Passes the same socket to another process. It belongs to the process that made it.
     pub fn passed_to(&self, name: &str) -> anyhow::Result<Self> {
         let mut actor = Actor::spawn(name)?;
         let socket = actor.take(&self.actor, self.socket.fd)?;
@@ -63,12 +63,12 @@ impl UdpActor {
         })
     }
 
-    /// Who the process is.
+    /// Returns the identity of the process.
     pub fn identity(&self) -> anyhow::Result<Identity> {
         self.actor.identity()
     }
 
-    /// Where the socket is.
+    /// Returns the local address of the socket.
     #[must_use]
     pub fn local(&self) -> SocketAddr {
         self.socket.local
@@ -100,10 +100,10 @@ impl UdpActor {
         Ok(())
     }
 
-    /// Fails to give the socket a peer: with what `errno`.
+    /// Fails to give the socket a peer. Returns the `errno`.
     pub fn fail_to_connect(&mut self, to: SocketAddr) -> anyhow::Result<i32> {
         let errno = self.actor.fail(Command::Connect(self.socket.fd, to))?;
-        self.look()?;
+        self.update_addresses()?;
         Ok(errno)
     }
 
@@ -112,39 +112,39 @@ impl UdpActor {
         self.run(Operation::Disconnect).map(drop)
     }
 
-    /// Does something, and enters it in the book.
+    /// Runs an operation, and records its transfers.
     pub fn run(&mut self, operation: Operation) -> anyhow::Result<Vec<Transfer>> {
         self.begin(operation)?;
         self.finish()
     }
 
-    /// Begins something that [`finish`](Self::finish) waits for.
+    /// Begins an operation that [`finish`](Self::finish) waits for.
     pub fn begin(&mut self, operation: Operation) -> anyhow::Result<()> {
         self.actor.begin(&Command::Udp(self.socket.fd, operation))
     }
 
-    /// Waits for what was begun, and enters it in the book.
+    /// Waits for the operation that was begun, and records its transfers.
     pub fn finish(&mut self) -> anyhow::Result<Vec<Transfer>> {
         match self.actor.finish().context("a UDP operation")? {
             Outcome::Transfers(transfers) => {
                 self.expected.transferred(&transfers);
-                self.look()?;
+                self.update_addresses()?;
                 Ok(transfers)
             }
             other => bail!("{other:?}"),
         }
     }
 
-    /// Does something that must fail: with what `errno`.
+    /// Runs an operation that must fail. Returns the `errno`.
     pub fn fail(&mut self, operation: Operation) -> anyhow::Result<i32> {
         let errno = self.actor.fail(Command::Udp(self.socket.fd, operation))?;
-        self.look()?;
+        self.update_addresses()?;
         Ok(errno)
     }
 
-    /// Any call may give the socket an address.
-    fn look(&mut self) -> anyhow::Result<()> {
-        self.socket = self.actor.socket(Command::Tell(self.socket.fd))?;
+    /// Updates the addresses: any call may give the socket one.
+    fn update_addresses(&mut self) -> anyhow::Result<()> {
+        self.socket = self.actor.socket(Command::Describe(self.socket.fd))?;
         self.expected.moved_to(&self.socket);
         Ok(())
     }
@@ -206,7 +206,7 @@ impl UdpActor {
         .map(drop)
     }
 
-    /// Receives so many datagrams.
+    /// Receives this many datagrams.
     pub fn receive(&mut self, by: ReceiveCall, count: usize) -> anyhow::Result<()> {
         let room = ROOM;
         self.run(Operation::Receive { by, count, room }).map(drop)
@@ -217,7 +217,7 @@ impl UdpActor {
         self.run(Operation::Set(option)).map(drop)
     }
 
-    /// How many datagrams found the receive buffer full; enters them in the book.
+    /// Returns how many datagrams found the receive buffer full, and records them.
     pub fn drops(&mut self) -> anyhow::Result<u64> {
         match self
             .actor
@@ -231,24 +231,25 @@ impl UdpActor {
         }
     }
 
-    /// Closes the socket: what it must have shown. Its process ends.
+    /// Closes the socket, and ends the process. Returns the events that the socket must have
+    /// produced.
     pub fn close(self) -> anyhow::Result<ExpectedUdp> {
         self.close_socket().map(|(expected, _)| expected)
     }
 
-    /// Closes the socket: what it must have shown, and the process.
+    /// Closes the socket. Returns the events that it must have produced, and the process.
     pub fn close_socket(mut self) -> anyhow::Result<(ExpectedUdp, Actor)> {
-        self.look()?;
+        self.update_addresses()?;
         self.actor.close(&self.socket)?;
         Ok((self.expected, self.actor))
     }
 
-    /// Closes this descriptor of the socket, which others still have.
+    /// Closes this descriptor of the socket, which other processes still have.
     pub fn leave(mut self) -> anyhow::Result<()> {
         self.actor.close(&self.socket)
     }
 
-    /// Kills the process: what its socket must have shown.
+    /// Kills the process. Returns the events that its socket must have produced.
     pub fn kill(self) -> anyhow::Result<ExpectedUdp> {
         self.actor.kill()?;
         Ok(self.expected)

@@ -1,4 +1,4 @@
-//! Two sockets that talk, in each of the ways in which UDP sockets can be set up.
+//! Two UDP sockets that exchange datagrams, in each of the possible set-ups.
 
 use std::net::SocketAddr;
 
@@ -9,17 +9,18 @@ use crate::{
     udp_actor::UdpActor,
 };
 
-/// Two tracers of the same sockets: one in its default mode, one that reports each datagram as well.
+/// Two tracers of the same sockets: one in its default mode, one that reports each datagram as
+/// well.
 #[derive(Debug)]
 pub struct UdpCollectors {
-    /// In default mode.
+    /// The tracer in default mode.
     pub flows: Collector,
-    /// With each datagram.
+    /// The tracer that reports each datagram.
     pub datagrams: Collector,
 }
 
 impl UdpCollectors {
-    /// Starts both.
+    /// Starts both tracers.
     pub fn start() -> anyhow::Result<Self> {
         Ok(Self {
             flows: Collector::start_udp()?,
@@ -35,7 +36,7 @@ impl UdpCollectors {
         Ok(())
     }
 
-    /// Waits until these sockets are closed, checks them, and that there was nothing else.
+    /// Waits until these sockets are closed, and checks them, and that there is no other event.
     pub fn finish(self, expected: &[ExpectedUdp]) -> anyhow::Result<()> {
         let per_datagram: Vec<_> = expected.iter().map(ExpectedUdp::per_datagram).collect();
         let flows = self.flows.finish_udp(expected.len());
@@ -47,7 +48,7 @@ impl UdpCollectors {
     }
 }
 
-/// The family of two sockets, and of what they send.
+/// The family of two sockets, and of their datagrams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
     /// IPv4.
@@ -59,10 +60,10 @@ pub enum Family {
 }
 
 impl Family {
-    /// All of them.
+    /// All families.
     pub const ALL: [Self; 3] = [Self::V4, Self::V6, Self::Mapped];
 
-    /// The loopback address, port to be chosen.
+    /// Returns the loopback address, with the port to be chosen.
     #[must_use]
     pub fn loopback(self) -> SocketAddr {
         match self {
@@ -73,21 +74,22 @@ impl Family {
     }
 }
 
-/// Two processes that talk on the loopback.
+/// Two processes that exchange datagrams on the loopback.
 #[derive(Debug)]
 pub struct UdpPair {
-    /// Their family.
+    /// The family of both sockets.
     pub family: Family,
-    /// Whether both sockets are connected to each other. Otherwise the sender has no address until it sends.
+    /// Whether both sockets are connected to each other. Otherwise the sender has no address until
+    /// it sends.
     pub connected: bool,
-    /// It begins.
+    /// The process that sends first.
     pub sender: UdpActor,
-    /// It is bound to the loopback address.
+    /// The process whose socket is bound to the loopback address.
     pub receiver: UdpActor,
 }
 
 impl UdpPair {
-    /// Sets up both ends.
+    /// Sets up both processes.
     pub fn new(family: Family, connected: bool) -> anyhow::Result<Self> {
         let address = family.loopback();
         let mut receiver = UdpActor::bind("receiver", address)?;
@@ -105,31 +107,32 @@ impl UdpPair {
         })
     }
 
-    /// The address that the sender must give.
+    /// Returns the address that the sender must give.
     #[must_use]
     pub fn to(&self) -> Option<SocketAddr> {
         (!self.connected).then_some(self.receiver.local())
     }
 
-    /// The receiver knows without being told that the sender is the only one who sends.
+    /// Sets the sender as the only peer of the receiver, also for calls that do not return the
+    /// peer.
     pub fn introduce(&mut self) {
         let from = SocketAddr::new(self.family.loopback().ip(), self.sender.local().port());
         self.receiver.expected.hears(from);
     }
 
-    /// Closes both sockets: what they must have shown.
+    /// Closes both sockets. Returns the events that they must have produced.
     pub fn close(mut self) -> anyhow::Result<[ExpectedUdp; 2]> {
         self.introduce();
         Ok([self.sender.close()?, self.receiver.close()?])
     }
 }
 
-/// Does something at each kind of site, under both tracers.
+/// Runs `act` with each kind of pair, under both tracers.
 pub fn everywhere(act: impl Fn(&mut UdpPair) -> anyhow::Result<()>) -> anyhow::Result<()> {
     at([false, true], act)
 }
 
-/// Does something at each kind of site where the sockets are connected, under both tracers.
+/// Runs `act` with each kind of connected pair, under both tracers.
 pub fn connected(act: impl Fn(&mut UdpPair) -> anyhow::Result<()>) -> anyhow::Result<()> {
     at([true], act)
 }
