@@ -1,4 +1,4 @@
-//! What goes wrong on a connection: retransmissions and resets, on request.
+//! Retransmissions and resets, which a tracer reports on request.
 
 use std::{net::SocketAddr, thread::sleep, time::Duration};
 
@@ -30,7 +30,7 @@ fn start() -> anyhow::Result<Collector> {
     Collector::start_with(|builder| builder.retransmits(true).resets(true))
 }
 
-/// Those of the socket with this local address.
+/// Returns the anomalies of the socket with this local address.
 fn anomalies(events: &[Event], local: SocketAddr) -> Vec<EventKind> {
     let is_one = |kind: &EventKind| matches!(kind, EventKind::Retransmit | EventKind::Reset { .. });
     let ours = events.iter().filter(|event| event.socket.local == local);
@@ -39,7 +39,7 @@ fn anomalies(events: &[Event], local: SocketAddr) -> Vec<EventKind> {
         .collect()
 }
 
-/// The far end loses its address for a while: what is sent meanwhile is sent again and again.
+/// The far end loses its address for a while, so the kernel retransmits what was sent meanwhile.
 fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     const BYTES: u64 = 1_000;
     const AT_LEAST: u64 = 3;
@@ -63,7 +63,7 @@ fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     far.run(|| ip(&format!("addr add {FAR}/24 dev far0")))?;
     pair.server.receive(&server, BYTES)?;
     let total = retransmitted()?;
-    // Or the client's would not be the last descriptor.
+    // Closed before the client's descriptor, which must be the last one.
     drop(socket);
     pair.close(&Connection { client, server })?;
     pair.server.close(&pair.listener)?;
@@ -122,7 +122,7 @@ fn refused_connection_is_a_reset() -> anyhow::Result<()> {
         .iter()
         .filter(|event| matches!(event.kind, EventKind::Reset { .. }))
         .collect();
-    // The listener's namespace answers for no socket.
+    // The reset from the listener's namespace belongs to no socket, so it is no event.
     let received = EventKind::Reset {
         direction: Direction::Received,
     };

@@ -1,4 +1,4 @@
-//! Payload bytes: exact to the byte on every close, whatever the path did to the packets.
+//! Payload bytes: exact to the byte on every close, whatever the path does to the packets.
 
 use std::{
     fs,
@@ -52,7 +52,7 @@ fn nothing_and_one_byte() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nothing of the loopback's synchrony: transitions run in softirqs of other tasks.
+/// Without the synchrony of the loopback: transitions run in softirqs of other tasks.
 fn veth_between_namespaces() -> anyhow::Result<()> {
     let (pair, _far) = TcpPair::over_veth()?;
     pair.check_transfer(MIB, MIB)
@@ -66,7 +66,7 @@ fn veth_with_loss_and_delay() -> anyhow::Result<()> {
     pair.check_transfer(MIB, MIB)
 }
 
-/// Segments that never left this machine's queue are not payload sent twice.
+/// Segments that were dropped in this machine's queue do not count twice.
 fn veth_with_local_drops() -> anyhow::Result<()> {
     let (pair, far) = TcpPair::over_veth()?;
     const QDISC: &str = "root tbf rate 20mbit burst 4kb limit 8kb";
@@ -75,8 +75,8 @@ fn veth_with_local_drops() -> anyhow::Result<()> {
     pair.check_transfer(MIB, MIB)
 }
 
-/// Bytes that the peer's kernel acknowledged and its application never read: they were sent and received, and closing
-/// over them is a reset.
+/// The peer's kernel acknowledged these bytes, and its application never read them. They count as
+/// sent and as received, and a close over them is a reset.
 fn unread_bytes_count_as_received() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     let connection = pair.connect()?;
@@ -92,7 +92,7 @@ fn unread_bytes_count_as_received() -> anyhow::Result<()> {
     pair.finish(&[client.error(Errno::ECONNRESET as i32), server])
 }
 
-/// An option of a connection under repair.
+/// Defines an option of a connection under repair.
 macro_rules! repair_option {
     ($(#[$doc:meta])* $name:ident, $option:path, $type:ty) => {
         $(#[$doc])*
@@ -104,7 +104,7 @@ macro_rules! repair_option {
 }
 
 repair_option!(
-    /// Which queue the next option means.
+    /// Selects the queue that the next option refers to.
     RepairQueue,
     libc::TCP_REPAIR_QUEUE,
     u32
@@ -122,11 +122,11 @@ repair_option!(
     [u32; 5]
 );
 
-/// The queues to receive and to send.
+/// The receive queue and the send queue.
 const QUEUES: [u32; 2] = [1, 2];
 
-/// Gives one end of a connection to another socket, as CRIU does. The new one has the addresses and
-/// the sequence numbers, and no packet is sent.
+/// Moves one end of a connection to another socket, as CRIU does. The new socket has the addresses
+/// and the sequence numbers, and no packet is sent.
 fn take_over(from: Socket) -> anyhow::Result<Socket> {
     setsockopt(&from, TcpRepair, &1)?;
     let mut sequences = [0; 2];
@@ -136,7 +136,7 @@ fn take_over(from: Socket) -> anyhow::Result<Socket> {
     }
     let windows = getsockopt(&from, RepairWindow)?;
     let (local, remote) = (from.local_addr()?, from.peer_addr()?);
-    // Under repair, that sends nothing either.
+    // Under repair, closing sends nothing either.
     drop(from);
     let to = Socket::new(local.domain(), Type::STREAM, None)?;
     setsockopt(&to, TcpRepair, &1)?;
@@ -151,9 +151,9 @@ fn take_over(from: Socket) -> anyhow::Result<Socket> {
     Ok(to)
 }
 
-/// Each socket has what was carried while the connection was its own.
+/// Each socket counts what the connection carried while it belonged to that socket.
 fn connection_taken_over() -> anyhow::Result<()> {
-    // The new socket would have to be given these, too.
+    // Otherwise the new socket would need these options, too.
     for option in ["window_scaling", "timestamps", "sack"] {
         fs::write(format!("/proc/sys/net/ipv4/tcp_{option}"), "0")?;
     }
@@ -176,7 +176,7 @@ fn connection_taken_over() -> anyhow::Result<()> {
             drop(accepted);
             ensure!(client.read(&mut [0])? == 0);
             drop(client);
-            // Of both clients, the server's end, and the listener.
+            // The closes of both clients, the server's end, and the listener.
             let ends = [local, server.local_addr()?];
             drop(server);
             closes += 4;
@@ -206,7 +206,7 @@ fn sent_and_received(event: &Event) -> (u64, u64) {
     (tx_bytes, rx_bytes)
 }
 
-/// Sends so many bytes each way, and receives them.
+/// Sends this many bytes each way, and receives them.
 fn exchange(client: &TcpStream, server: &TcpStream, up: usize, down: usize) -> anyhow::Result<()> {
     for (bytes, mut from, mut to) in [(up, client, server), (down, server, client)] {
         thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Every event reaches the consumer, in time and with the right time, or is counted.
+//! Each event reaches the consumer, in time and with the right time, or is counted.
 
 use std::{
     collections::HashMap,
@@ -41,21 +41,22 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Not one wrong owner, not one missing close, not one wrong byte, while every CPU is busy.
+/// No wrong owner, no missing close and no wrong byte, while every CPU is busy.
 fn churn_of_ten_thousand_connections_under_load() -> anyhow::Result<()> {
     let here = Netns::current()?;
     churn(&here, &[loopback(false), loopback(true)], 2_500)
 }
 
-/// The same on a path where transitions run in softirqs, which interrupt whatever a CPU happens to do: the same program
-/// in the middle of another transition, for one.
+/// The same on a path where transitions run in softirqs. They interrupt a CPU at any moment, for
+/// example in the same program in the middle of another transition.
 fn churn_across_namespaces_under_load() -> anyhow::Result<()> {
     let far = veth()?;
     churn(&far, &[SocketAddr::new(FAR.parse()?, 0)], 1_000)
 }
 
-/// At each address of a namespace, a process listens, two others accept, and two clients make so many connections each.
-/// Those who listen accept nothing themselves, so every connection changes its owner.
+/// At each address of a namespace, a process listens, two others accept, and two clients make this
+/// many connections each. The processes that listen accept nothing themselves, so every connection
+/// changes its owner.
 fn churn(netns: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow::Result<()> {
     const PAIRS: usize = 2;
     const MOST_MISSED: u64 = 3;
@@ -121,7 +122,8 @@ fn churn(netns: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow::R
     let handle = collector.handle().clone();
     let observed = collector.finish(expected.len())?;
     let stats = handle.stats();
-    // On a preemptible kernel both programs of a transition may be kept from it now and then: rarely, and never unnoticed.
+    // On a preemptible kernel, both programs of a transition may be skipped now and then: rarely,
+    // and always counted.
     ensure!(stats.missed <= MOST_MISSED, "{stats:?}");
     let mut observed = observed.forgive(stats.missed);
     drop(load);
@@ -134,10 +136,10 @@ fn churn(netns: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow::R
     Ok(())
 }
 
-/// Two tracers of one process see the same, each with ids of its own.
+/// Two tracers of one process report the same events, each with ids of its own.
 fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
     const CONNECTIONS: usize = 20;
-    // Samples would give a socket its cookie between the one's event and the other's.
+    // Samples would give a socket its cookie between the two tracers' events.
     let start = || Collector::start_with(|builder| builder.sample_interval(None));
     let second = start()?;
     let mut pair = TcpPair::traced_by(start()?, loopback(false))?;
@@ -182,10 +184,11 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A reader that nobody wakes looks once a second only, so half of the events would come half a second late.
+/// Without a wake-up, the reader looks once a second only, so half of the events would come half a
+/// second late.
 fn first_event_after_a_pause_wakes_the_reader() -> anyhow::Result<()> {
     const PAUSES: usize = 11;
-    /// Long enough for it to go to sleep.
+    /// Long enough for the reader to go to sleep.
     const PAUSE: Duration = Duration::from_millis(200);
     let collector = Collector::start_with(|builder| builder.sample_interval(None))?;
     let mut delays = Vec::new();
@@ -247,7 +250,8 @@ fn what_moves_between_cpus_stays_in_order() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The clock of the machine jumps forward by an hour and back; each event carries the wall clock of its moment.
+/// The clock of the machine jumps forward by an hour and back. Each event carries the wall clock of
+/// its moment.
 fn clock_steps_do_no_harm() -> anyhow::Result<()> {
     if !kernel::is_emulated()? {
         return skip("would change the clock of this machine; only in a VM");
@@ -275,7 +279,10 @@ fn clock_steps_do_no_harm() -> anyhow::Result<()> {
     for (local, moment) in moments {
         let window = moment.began - CLOCK_ERROR..=moment.ended + CLOCK_ERROR;
         let is_connect = |event: &&Event| event.socket.local == local && event.is_open();
-        let event = events.iter().find(is_connect).expect("it was waited for");
+        let event = events
+            .iter()
+            .find(is_connect)
+            .expect("an earlier wait found it");
         ensure!(window.contains(&event.time), "not in {window:?}: {event}");
     }
     let uptimes_grow = events
@@ -299,7 +306,7 @@ fn clock_steps_do_no_harm() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The wall clock is wrong as long as this lives.
+/// Keeps the wall clock wrong until it is dropped.
 struct ClockStep(Duration);
 
 impl ClockStep {

@@ -1,4 +1,4 @@
-//! `process_details`: what the owner of a socket runs.
+//! `process_details`: the program of a socket's owner.
 
 use std::{collections::HashMap, ffi::OsString, io, net::SocketAddr, os::unix::ffi::OsStrExt as _};
 
@@ -39,7 +39,7 @@ fn with_details() -> anyhow::Result<Collector> {
     Collector::start_with(|builder| builder.process_details(true))
 }
 
-/// The command line of a process that [`Brief`] starts.
+/// Returns the command line of a process that [`Brief`] starts.
 fn cmdline(brief: Brief, to: SocketAddr, more: &[OsString]) -> Vec<OsString> {
     let mut cmdline = vec!["/proc/self/exe".into()];
     cmdline.extend(brief.args(to));
@@ -55,7 +55,7 @@ fn details(event: &Event) -> Option<&ProcessDetails> {
     event.process.as_ref()?.details.as_deref()
 }
 
-/// On request: what a process runs, also after its end if it was seen before.
+/// The details of a process that was seen before are also there after its end.
 fn of_a_process_that_ends_later() -> anyhow::Result<()> {
     let collector = with_details()?;
     let mut server = Actor::spawn("server")?;
@@ -81,7 +81,7 @@ fn of_a_process_that_ends_later() -> anyhow::Result<()> {
         collector.wait_for("end of the connection", is_its_end)?;
         let events = collector.events();
         let last = events.iter().find(|event| is_its_end(event));
-        let last = last.expect("it was waited for");
+        let last = last.expect("an earlier wait found it");
         let details = details(last).with_context(|| format!("no details: {last}"))?;
         ensure!(pid(last) == Some(its), "{last}");
         ensure!(details.exe.as_ref() == Some(&exe), "{details:?}");
@@ -93,7 +93,7 @@ fn of_a_process_that_ends_later() -> anyhow::Result<()> {
     collector.finish_all().map(drop)
 }
 
-/// One after the other, at the default latency.
+/// One process after the other, at the default latency.
 fn of_short_tcp_processes() -> anyhow::Result<()> {
     is_captured()?;
     let collector = with_details()?;
@@ -118,7 +118,7 @@ fn of_short_udp_processes() -> anyhow::Result<()> {
     nearly_all_have_details(&events, &truth)
 }
 
-/// Runs many processes, each with another argument; gives their command lines by pid.
+/// Runs many processes, each with another argument. Returns their command lines by pid.
 fn run_briefly(
     brief: Brief,
     to: SocketAddr,
@@ -137,7 +137,7 @@ fn run_briefly(
     Ok(truth)
 }
 
-/// At least 99 of 100 have their executable and their whole command line, and none has another one's.
+/// At least 99 of 100 have their executable and their whole command line, and none has another's.
 fn nearly_all_have_details(
     events: &[Event],
     truth: &HashMap<u32, Vec<OsString>>,
@@ -164,7 +164,8 @@ fn nearly_all_have_details(
     Ok(())
 }
 
-/// 100 KB, with bytes that are no text and arguments that are empty: the beginning is there, unchanged.
+/// 100 KB, with bytes that are no text and arguments that are empty: the beginning is there,
+/// unchanged.
 fn of_a_long_and_odd_command_line() -> anyhow::Result<()> {
     is_captured()?;
     let collector = with_details()?;
@@ -202,7 +203,7 @@ fn of_a_long_and_odd_command_line() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A process connects and executes another program, which connects too: each connection has the
+/// A process connects and executes another program, which connects too. Each connection has the
 /// command line of the program that made it.
 fn of_the_program_before_an_exec() -> anyhow::Result<()> {
     is_captured()?;

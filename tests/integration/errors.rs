@@ -1,4 +1,5 @@
-//! The errno of a socket's end: that of the call that failed, also where the call keeps it for itself.
+//! The errno of a socket's end is that of the call that failed, also if the call does not set the
+//! socket's error.
 
 use std::{
     fs,
@@ -30,7 +31,7 @@ pub(crate) fn trials() -> Vec<Test> {
 
 const BACKLOG: i32 = 8;
 
-/// A socket bound to this address, which others may share.
+/// Returns a socket bound to this address, which others may share.
 fn bound(address: SocketAddr) -> anyhow::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
@@ -51,7 +52,8 @@ fn ensure_failed(result: std::io::Result<()>, errno: Errno) -> anyhow::Result<()
     Ok(())
 }
 
-/// Waits for so many ends of sockets. Gives what each was before, and its errno, in the order of their ends.
+/// Waits for this many ends of sockets. Returns the state before each, and its errno, in the order
+/// of the ends.
 fn ends(collector: Collector, count: usize) -> anyhow::Result<Vec<(TcpState, Option<i32>)>> {
     let events = collector.finish_in_order(count)?;
     let end = |event: &Event| match event.kind {
@@ -92,7 +94,7 @@ fn connect_without_a_free_port() -> anyhow::Result<()> {
     ensure_no_address(collector)
 }
 
-/// There is a connection with just these addresses.
+/// Another connection has the same addresses.
 fn connect_with_addresses_in_use() -> anyhow::Result<()> {
     for v6 in [false, true] {
         let server = TcpListener::bind(loopback(v6))?;
@@ -107,7 +109,8 @@ fn connect_with_addresses_in_use() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Two sockets may share an address, but only one of them can listen. When it is gone, the other can.
+/// Two sockets may share an address, but only one of them can listen. After its close, the other
+/// can.
 fn listen_on_a_port_in_use() -> anyhow::Result<()> {
     for v6 in [false, true] {
         let first = bound(loopback(v6))?;
@@ -126,7 +129,7 @@ fn listen_on_a_port_in_use() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The one port of the range is taken, so the listener never has any.
+/// The only port of the range is taken, so the listener never has a port.
 fn listen_without_a_free_port() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40000")?;
     for v6 in [false, true] {
@@ -194,7 +197,7 @@ fn is_of_listener(event: &Event) -> bool {
         if [(Close, Listen), (Listen, Close)].contains(&(from, to)))
 }
 
-/// It ends, but no call has failed.
+/// The listener ends, but no call has failed.
 fn listener_that_is_shut_down() -> anyhow::Result<()> {
     let socket = bound(loopback(false))?;
     let collector = Collector::start()?;

@@ -1,4 +1,4 @@
-//! What goes wrong around a tracer: with its consumer, its runtime, its process, its clock, its CPUs.
+//! Faults around a tracer: of its consumer, its runtime, its process, its clock, its CPUs.
 
 use std::{
     collections::BTreeSet,
@@ -57,16 +57,16 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Far longer than anything takes.
+/// Far longer than any step takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A runtime with threads of its own.
+/// Returns a runtime with threads of its own.
 fn runtime() -> anyhow::Result<Runtime> {
     let mut builder = Builder::new_multi_thread();
     Ok(builder.worker_threads(2).enable_all().build()?)
 }
 
-/// What a process had before, and must have after.
+/// The state of a process before a test, to which it must return.
 struct Before {
     files: BTreeSet<String>,
 }
@@ -78,7 +78,8 @@ impl Before {
         Ok(Self { files })
     }
 
-    /// No descriptor more, no thread, and nothing in the kernel.
+    /// Checks that there is no additional descriptor or thread, and that the kernel has freed the
+    /// objects.
     fn ensure_nothing_left(&self, objects: &BpfObjects) -> anyhow::Result<()> {
         ensure!(!objects.is_empty(), "the tracer has no BPF objects");
         let left: Vec<_> = open_files()?.difference(&self.files).cloned().collect();
@@ -88,7 +89,8 @@ impl Before {
     }
 }
 
-/// A connection within this process: the end that connected, the one that accepted.
+/// Makes a connection within this process. Returns the end that connected, and the one that
+/// accepted.
 fn connection() -> anyhow::Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let client = TcpStream::connect(listener.local_addr()?)?;
@@ -96,7 +98,8 @@ fn connection() -> anyhow::Result<(TcpStream, TcpStream)> {
     Ok((client, server))
 }
 
-/// A poll that is given up loses nothing. A task that is ended in one takes the tracer with it, which leaves nothing behind.
+/// A cancelled poll loses nothing. A task that is ended in a poll ends the tracer, which leaves
+/// nothing behind.
 fn consumer_dropped_in_the_middle_of_a_poll() -> anyhow::Result<()> {
     let before = Before::new()?;
     let runtime = runtime()?;
@@ -114,7 +117,7 @@ fn consumer_dropped_in_the_middle_of_a_poll() -> anyhow::Result<()> {
         }
         Ok(tracer)
     })?;
-    // Not polled meanwhile.
+    // The stream is not polled meanwhile.
     let (client, server) = connection()?;
     let local = client.local_addr()?;
     let (send, mut receive) = mpsc::unbounded_channel();
@@ -153,8 +156,8 @@ fn is_no_gap(event: &Event) -> u64 {
     u64::from(!matches!(event.kind, EventKind::Lost { .. }))
 }
 
-/// In the middle of everything: events come, samples are taken, processes are looked up, consumers wait. The streams end, closing says
-/// why, and nothing is left.
+/// The runtime ends while events come, samples are taken, processes are looked up and consumers
+/// wait. The streams end, `close` returns the reason, and nothing is left.
 fn runtime_shut_down_under_two_tracers() -> anyhow::Result<()> {
     let before = Before::new()?;
     let doomed = runtime()?;
@@ -199,7 +202,7 @@ fn runtime_shut_down_under_two_tracers() -> anyhow::Result<()> {
     before.ensure_nothing_left(&objects)
 }
 
-/// While the runtime goes on.
+/// The runtime goes on.
 fn dropped_on_a_thread_of_its_own() -> anyhow::Result<()> {
     let before = Before::new()?;
     let runtime = runtime()?;
@@ -213,7 +216,7 @@ fn dropped_on_a_thread_of_its_own() -> anyhow::Result<()> {
         let connections = thread::spawn(|| (0..100).try_for_each(|_| connection().map(drop)));
         let dropped = thread::spawn(move || {
             drop(tracers);
-            // At once.
+            // Without waiting.
             BpfObjects::of_this_process()
         });
         let held = dropped.join().unwrap()?;
@@ -224,7 +227,8 @@ fn dropped_on_a_thread_of_its_own() -> anyhow::Result<()> {
     before.ensure_nothing_left(&objects)
 }
 
-/// Neither programs, maps and hooks nor the sockets and files of samples, whenever they are started.
+/// They inherit neither programs, maps and hooks nor the sockets and files of samples, whenever
+/// they are started.
 fn started_programs_inherit_nothing() -> anyhow::Result<()> {
     let runtime = runtime()?;
     let (tcp, udp) = runtime.block_on(async {
@@ -240,7 +244,7 @@ fn started_programs_inherit_nothing() -> anyhow::Result<()> {
     while children < 20 || handle.stats().sample_rounds < 3 {
         ensure!(Instant::now() < deadline, "{:?}", handle.stats());
         let mut child = Actor::spawn("child")?;
-        // It is this program only when it has answered.
+        // Before its answer, the process may still be this program.
         child.listen(loopback(false))?;
         let files = open_files_of(child.pid())?;
         let is_ours = |file: &&String| file.contains("anon_inode") || file.contains("/proc/");
@@ -251,7 +255,8 @@ fn started_programs_inherit_nothing() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A fork that stays this program, and drops what it has: it comes to its end, and the tracer misses nothing.
+/// A fork that remains this program drops its copies. It ends as usual, and the tracer loses
+/// nothing.
 fn fork_that_drops_the_tracer() -> anyhow::Result<()> {
     let before = Before::new()?;
     let runtime = runtime()?;
@@ -261,7 +266,7 @@ fn fork_that_drops_the_tracer() -> anyhow::Result<()> {
             .start(),
     )?;
     let objects = BpfObjects::of_this_process()?;
-    // One that a round of samples has begun, whose thread the fork does not have.
+    // A socket of a round of samples, whose thread the fork does not have.
     runtime.block_on(async {
         let deadline = Instant::now() + PATIENCE;
         while tracer.handle().stats().sample_rounds == 0 {
@@ -309,7 +314,7 @@ fn fork_that_drops_the_tracer() -> anyhow::Result<()> {
     before.ensure_nothing_left(&objects)
 }
 
-/// `kill -9`, by which nothing of ours is run any more.
+/// After `kill -9`, no code of the tracer runs any more.
 fn killed_process_leaves_nothing() -> anyhow::Result<()> {
     for _ in 0..2 {
         let mut victim = Actor::spawn("victim")?;
@@ -322,7 +327,8 @@ fn killed_process_leaves_nothing() -> anyhow::Result<()> {
     TcpPair::new()?.check_transfer(1_000, 2_000)
 }
 
-/// A process's clock that has been set a day ahead of the kernel's own, as if it had slept for so long: of its time are the events.
+/// A clock of the process that is a day ahead of the kernel's own, as after a long sleep of the
+/// machine. The events have the time of that clock.
 fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     const DAY: u64 = 86_400;
     let uptime = || clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from);
@@ -338,7 +344,7 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     setns(File::open("/proc/self/ns/time_for_children")?, new_time)?;
     ensure!(uptime()? > own + Duration::from_secs(DAY));
 
-    // Flows have dates by that clock.
+    // The dates of flows are by that clock.
     let flows = Collector::start_udp_with(|builder| builder.interval(Duration::from_millis(100)))?;
     let collector = Collector::start_with(|builder| builder.process_details(true))?;
     let began = uptime()?;
@@ -352,14 +358,17 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
 
     let mut server = Actor::spawn("server")?;
     let end = if is_at_least(5, 11)? {
-        // Only a process that began when it says it began has details.
+        // The details of a process depend on its start time.
         collector.details_of(&mut server)?
     } else {
-        // /proc does not know of time namespaces yet.
+        // On these kernels, /proc does not know of time namespaces.
         let listener = server.listen(loopback(false))?;
         server.close(&listener)?;
         collector.wait_for("the end of a listener", Event::is_end)?;
-        collector.events().pop().context("it was waited for")?
+        collector
+            .events()
+            .pop()
+            .context("an earlier wait found it")?
     };
     let moment = server.moment();
     let window = moment.began - CLOCK_ERROR..=moment.ended + CLOCK_ERROR;
@@ -373,8 +382,9 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     TcpPair::new()?.check_transfer(1_000, 2_000)
 }
 
-/// CPU 1 goes while connections live, and comes back: of those made with it, without it, and with it again, nothing is missing; nor from a
-/// tracer that was started meanwhile.
+/// CPU 1 goes offline while connections are open, and comes back. No event is missing of the
+/// connections made with CPU 1, without it, and with it again, also by a tracer that was started
+/// meanwhile.
 fn cpu_that_goes_and_comes() -> anyhow::Result<()> {
     if !is_emulated()? {
         return skip("would take a CPU from this machine; only in a VM");
@@ -411,7 +421,7 @@ fn cpu_that_goes_and_comes() -> anyhow::Result<()> {
     meanwhile.finish_in_order(expected.len() + 1).map(drop)
 }
 
-/// CPU 1 is offline as long as this lives.
+/// Keeps CPU 1 offline until it is dropped.
 struct Offline;
 
 impl Offline {
@@ -429,14 +439,14 @@ impl Drop for Offline {
     }
 }
 
-/// Ten of each protocol: each tells everything, the same as the others, and all go.
+/// Ten tracers of each protocol: each reports everything, the same as the others, and all detach.
 fn twenty_tracers_at_once() -> anyhow::Result<()> {
     const EACH: usize = 10;
     let before = Before::new()?;
     let mut tcp = Vec::new();
     let mut udp = Vec::new();
     for _ in 0..EACH {
-        // Small, for the sake of the time that this takes.
+        // Small, to save time.
         tcp.push(Collector::start_with(|builder| {
             builder.max_sockets(1_024).ring_bytes(1 << 20)
         })?);
@@ -452,9 +462,9 @@ fn twenty_tracers_at_once() -> anyhow::Result<()> {
     pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
     pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
     let expected_udp = pair.close()?;
-    // One of them watches by itself.
+    // One of the tracers also compares the events.
     TcpPair::traced_by(tcp.pop().expect("ten"), loopback(false))?.check_transfer(1_000, 2_000)?;
-    // What one tells before the other, two CPUs decide at each.
+    // On two CPUs, each tracer may see another event first.
     let what = |event: &Event| {
         let Event {
             kind,

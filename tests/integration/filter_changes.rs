@@ -1,4 +1,4 @@
-//! A filter that is changed while events come, and what it spares.
+//! Changes of a filter while events come, and the room that a filter saves.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
@@ -31,7 +31,7 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// The error names the setting, and the filter of before stays.
+/// The error names the setting, and the previous filter stays.
 fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     let port = pair.listener.local.port();
@@ -69,7 +69,7 @@ fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
     pair.finish(&[client, server])
 }
 
-/// What user space has to say of a flow by itself, it does not say when the filter has changed meanwhile.
+/// User space applies the current filter to the reports that it makes itself.
 fn flows_that_no_longer_pass() -> anyhow::Result<()> {
     let builder = |builder: tcp_udp_trace::UdpTracerBuilder| {
         let builder = builder.interval(Duration::from_secs(3600));
@@ -80,7 +80,7 @@ fn flows_that_no_longer_pass() -> anyhow::Result<()> {
     let (sender, first, second) = (sender?, first?, second?);
     let to = [first.local_addr()?, second.local_addr()?];
     for to in to {
-        // The second one is told by user space only.
+        // Only user space reports the second datagram.
         for _ in 0..2 {
             sender.send_to(b"datagram", to)?;
         }
@@ -110,7 +110,7 @@ fn flows_that_no_longer_pass() -> anyhow::Result<()> {
     let handle = collector.handle().clone();
     collector.finish_all()?;
     let stats = handle.stats();
-    // The flow. The close of the socket, which has neither port, goes with the other flow.
+    // The flow is filtered. The socket's close, which has neither port, passes with the other flow.
     let filtered = [stats.kinds.flow, stats.kinds.close].map(|counts| counts.reader_filtered);
     ensure!(filtered == [1, 0], "{stats:?}");
     ensure!(
@@ -121,7 +121,8 @@ fn flows_that_no_longer_pass() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nobody empties the ring, which has room for twenty events; thousands that are not selected come before those that are.
+/// The reader does not run, and the ring has room for twenty events. Thousands of events that do
+/// not pass come before those that do.
 fn filtered_sockets_take_no_room() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
     const UNWANTED: u32 = 300;
@@ -150,7 +151,8 @@ fn filtered_sockets_take_no_room() -> anyhow::Result<()> {
         runtime.block_on(async { anyhow::Ok((tcp.start().await?, udp.start().await?)) })?;
     for _ in 0..UNWANTED {
         connect(&mut client, &other, &mut server)?;
-        // Its own port is the only one that is not selected: it has a peer, but no socket receives that.
+        // Only this sender's own port does not pass: it has a peer, but no socket receives its
+        // datagrams.
         let sender = UdpSocket::bind(loopback(false))?;
         for _ in 0..10 {
             sender.send_to(b"other", sender.local_addr()?)?;
@@ -188,7 +190,7 @@ fn filtered_sockets_take_no_room() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Filters follow each other as fast as they can; what each of them lets pass, none misses.
+/// Filters follow each other as fast as they can. None misses an event that it lets pass.
 fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
     const CONNECTIONS: u32 = 2_000;
     let collector = Collector::start_with(|builder| builder.sample_interval(None))?;

@@ -1,4 +1,4 @@
-//! Filters that name processes by the numbers of a pid namespace, and cgroups by their paths.
+//! Filters that name processes by the pids of a pid namespace, and cgroups by their paths.
 
 use std::{
     fs,
@@ -54,7 +54,7 @@ fn owner(event: &Event) -> Option<u32> {
     event.process.as_ref().map(|process| process.pid)
 }
 
-/// The first process of a pid namespace, which the initial one's knows by another number.
+/// The first process of a pid namespace, which has another pid in the initial namespace.
 fn each_filter_of_processes() -> anyhow::Result<()> {
     ensure!(process::id() == 1, "not in a pid namespace of its own");
     let mut server = Actor::spawn("server")?;
@@ -114,7 +114,7 @@ fn each_filter_of_processes() -> anyhow::Result<()> {
     })
 }
 
-/// The filter is refused, and the one of before stays.
+/// Checks that the filter is refused, and that the previous one stays.
 fn refused(collector: &Collector, filter: &Filter, message: &str) -> anyhow::Result<()> {
     let before = collector.handle().filter();
     let error = collector
@@ -131,8 +131,8 @@ fn refused(collector: &Collector, filter: &Filter, message: &str) -> anyhow::Res
     Ok(())
 }
 
-/// A process of the initial pid namespace and one of the tracer's have the same number, each in its
-/// own: the filter means the latter.
+/// A process of the initial pid namespace and one of the tracer's namespace have the same pid, each
+/// in its own. The filter means the latter.
 fn pid_of_a_stranger() -> anyhow::Result<()> {
     let mut stranger = Actor::spawn("stranger")?;
     let number = stranger.pid();
@@ -160,7 +160,7 @@ fn pid_of_a_stranger() -> anyhow::Result<()> {
     })
 }
 
-/// The totals that user space reports, it decides about as the programs do.
+/// User space applies the filter to the totals that it reports as the programs do.
 fn flows_in_a_pid_namespace() -> anyhow::Result<()> {
     pid_namespace::run_in_new(|| {
         let start = |filter: Filter| {
@@ -201,8 +201,8 @@ fn flows_in_a_pid_namespace() -> anyhow::Result<()> {
     })
 }
 
-/// Where a machine has both versions, the folders of v1 have inodes too, which are no ids of
-/// sockets' cgroups.
+/// On a machine with both versions, the directories of v1 have inodes too, but these are not the
+/// cgroup ids of sockets.
 fn cgroups_by_their_paths() -> anyhow::Result<()> {
     let _hybrid = Hybrid::mount()?;
     let group = Cgroup::new("by-path")?.context("it was mounted")?;
@@ -216,7 +216,7 @@ fn cgroups_by_their_paths() -> anyhow::Result<()> {
     let id = group.id()?;
     let collectors = [start()?, start()?];
 
-    // Of the same name and of another one, in the other hierarchy.
+    // Cgroups of the same name and of another one, in the other hierarchy.
     let v1 = [shown.file_name().unwrap().to_str().unwrap(), "only-v1"]
         .map(|name| PathBuf::from(cgroup::V1).join(name));
     for folder in &v1 {
@@ -276,7 +276,7 @@ fn cgroups_by_their_paths() -> anyhow::Result<()> {
     })
 }
 
-/// Where the whole hierarchy is mounted in a cgroup namespace, `/` could be the machine's root or the
+/// If the whole hierarchy is mounted in a cgroup namespace, `/` could be the machine's root or the
 /// namespace's.
 fn cgroup_in_a_cgroup_namespace() -> anyhow::Result<()> {
     let Some(group) = Cgroup::new("own")? else {

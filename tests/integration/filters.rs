@@ -1,4 +1,4 @@
-//! What a filter lets pass, and nothing else, is reported; what it does not costs no room.
+//! Filters: exactly the events that pass are reported, and the others take no room.
 
 use std::{
     ffi::OsStr,
@@ -33,11 +33,11 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Processes that differ in everything a filter can ask for.
+/// Processes that differ in everything that a filter can select.
 struct World {
     server: Actor,
     client: Actor,
-    /// Another user, in another namespace and, where there are any, in another cgroup.
+    /// A process of another user, in another namespace and, where cgroups exist, in another cgroup.
     other: Actor,
     other_cgroup: Option<Cgroup>,
     there: Netns,
@@ -71,7 +71,8 @@ impl World {
         Ok(collectors)
     }
 
-    /// A filter for each setting, and whether an event passes it by what the documentation says.
+    /// Returns a filter for each setting, with a function that applies its documentation to an
+    /// event.
     fn cases(&self) -> anyhow::Result<Vec<Case>> {
         let Self {
             server,
@@ -147,7 +148,7 @@ fn each_setting_of_tcp() -> anyhow::Result<()> {
     let port = v6.local.port();
     let state = |event: &Event, state| match event.kind {
         EventKind::StateChange { from, to, .. } => [from, to].contains(&state),
-        // Of a connection that was just made.
+        // An accept of a connection that was just made.
         _ => state == TcpState::Established,
     };
     cases.extend([
@@ -204,7 +205,8 @@ pub(crate) fn connect(
 
 fn each_setting_of_udp() -> anyhow::Result<()> {
     let mut world = World::new("filtered-udp")?;
-    // Flows are reported once an hour: each at its first datagram and at its end, and at no moment in between.
+    // Flows are reported once an hour, so each is reported at its first datagram and at its end,
+    // and at no moment in between.
     let start = || {
         Collector::start_udp_with(|builder| {
             let builder = builder.sample_interval(None).per_datagram(true);
@@ -227,19 +229,19 @@ fn each_setting_of_udp() -> anyhow::Result<()> {
             let ports = [e.socket.local, e.socket.remote].map(|a| a.port());
             matches!(e.kind, EventKind::Flow { .. }) && ports.contains(&PORT)
         }),
-        // Neither end of most of these sockets is at this port when they are closed.
+        // At their close, neither end of most of these sockets is at this port.
         Case::new(Filter::new().port(PORT), |e| {
             [e.socket.local, e.socket.remote]
                 .map(|a| a.port())
                 .contains(&PORT)
         }),
-        // TCP's business.
+        // Settings for TCP.
         Case::new(Filter::new().state(TcpState::Established), |_| true),
         Case::new(Filter::new().kind(Kind::Accept), |_| false),
     ]);
     let handle = collectors[0].handle().clone();
     compare(collectors, &cases, || world.talk())?;
-    // Closes that were made for the sake of flows.
+    // Closes that the kernel reported because of their flows.
     let stats = handle.stats();
     ensure!(stats.reader_filtered > 0, "{stats:?}");
     Ok(())
@@ -249,7 +251,8 @@ fn each_setting_of_udp() -> anyhow::Result<()> {
 const PORT: u16 = 4747;
 
 impl World {
-    /// The client sends to the server, the other one to itself, and we to the client. Says how many sockets were closed.
+    /// Sends datagrams: the client to the server, the other process to itself, and this process to
+    /// the client. Returns how many sockets were closed.
     fn talk(&mut self) -> anyhow::Result<usize> {
         let mut closed = 0;
         for v6 in [false, true] {
@@ -317,14 +320,15 @@ fn transfer(
     receiver.run(receive(to, sizes.len())).map(drop)
 }
 
-/// Descendants that were there before the filter, and those that come later; when their parents, and they themselves, have ended, too.
+/// Descendants from before the filter, and later ones, also after their parents or they themselves
+/// have ended.
 fn trees_of_processes() -> anyhow::Result<()> {
     let mut server = Actor::spawn("server")?;
     let [to_inside, to_outside] = [(); 2].map(|()| server.listen(loopback(false)));
     let (to_inside, to_outside) = (to_inside?, to_outside?);
     let mut inside = Actor::spawn_below_a_parent("inside")?;
     let mut outside = Actor::spawn("outside")?;
-    // It answers, so it is there.
+    // The process answers, so it has started.
     let socket = inside.open(loopback(false))?;
     inside.close(&socket)?;
 
@@ -343,7 +347,7 @@ fn trees_of_processes() -> anyhow::Result<()> {
             connect(client, listener, &mut server)?;
             client.run(Command::ConnectInChild(listener.local))?;
             let accepted = server.accept(listener)?;
-            // The process has ended when its socket does.
+            // The process ends together with its socket.
             ensure!(server.receive_all(&accepted)? == 0);
             server.close(&accepted)?;
         }
@@ -372,7 +376,8 @@ fn trees_of_processes() -> anyhow::Result<()> {
     let new = act(&mut inside, &mut outside)?;
     check(&client_of(&to_inside), new)?;
 
-    // Another tree, and then both: the orphan is nobody's descendant any more, but itself.
+    // Another tree, and then both: the orphan is no longer a descendant, but it is the root of its
+    // own tree.
     filtered.set_filter(Filter::new().pid_tree(outside.pid()))?;
     let new = act(&mut inside, &mut outside)?;
     check(&client_of(&to_outside), new)?;

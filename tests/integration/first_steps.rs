@@ -1,4 +1,4 @@
-//! What the first page promises to who begins: which events open and close a connection, which sockets are
+//! The promises of the first page: which events open and close a connection, which sockets are
 //! older than the tracer, and how to read a tracer without async.
 
 use std::{
@@ -30,8 +30,8 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Listeners, connections that are accepted, reset and never accepted, attempts that fail: how many sockets
-/// end, and how many of them were connections.
+/// Makes listeners, connections that are accepted, reset and never accepted, and attempts that
+/// fail. Returns how many sockets end, and how many of them were connections.
 fn all_sorts() -> anyhow::Result<(usize, usize)> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;
@@ -92,7 +92,7 @@ fn recipe_only_closed_connections() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each socket of this port has been seen, and is older or not.
+/// Checks that each socket of this port was reported, and whether it is older than the tracer.
 fn check_older(events: &[Event], port: u16, older: bool) -> anyhow::Result<()> {
     let of_it: Vec<_> = events
         .iter()
@@ -113,7 +113,7 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let old = TcpStream::connect(listener.local_addr()?)?;
     let (accepted, _) = listener.accept()?;
-    // Nobody has a descriptor of its other end: the accept is the first event of that.
+    // No process has a descriptor of the other end, so the accept is its first event.
     let waiting = TcpStream::connect(listener.local_addr()?)?;
     let collector = Collector::start_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
     let young = TcpStream::connect(listener.local_addr()?)?;
@@ -143,7 +143,7 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     for event in &events {
         if event.socket.local.port() == listens_at {
             let is_of_young = event.socket.remote.port() == youngs[0];
-            // Up to 6.12 a child shows no peer yet when it begins.
+            // Up to 6.12, a child shows no peer yet when it begins.
             let begins = matches!(
                 event.kind,
                 EventKind::StateChange {
@@ -167,7 +167,7 @@ fn udp_sockets_older_and_younger() -> anyhow::Result<()> {
         let sample = collector.wait_for_sample("a socket", |event| event.socket.local == at)?;
         ensure!(sample.socket.older == Some(older), "{sample}");
     }
-    // Sending gives a socket its cookie: it stays what it was.
+    // Sending gives a socket its cookie, which must not change whether it is older.
     old.send_to(b"to the young", young_is)?;
     young.recv_from(&mut [0; 16])?;
     young.send_to(b"to the old", old_is)?;
@@ -178,7 +178,7 @@ fn udp_sockets_older_and_younger() -> anyhow::Result<()> {
     check_older(&events, young_is.port(), false)
 }
 
-/// A connection shows in a tracer that is read by `next`.
+/// Checks that a tracer which is read by `next` reports a connection.
 fn reads_a_connection(
     tracer: TcpTracer,
     mut next: impl FnMut(&mut TcpTracer) -> Option<Event>,
@@ -214,7 +214,7 @@ fn blocking_beside_a_runtime_of_several_threads() -> anyhow::Result<()> {
         .build()?;
     let tracer = runtime.block_on(collector::tcp().start())?;
     let reader = thread::spawn(|| {
-        // It drives nothing but what it waits for, like any other executor.
+        // Like any other executor, it drives only the future that it waits for.
         let other = Builder::new_current_thread().build()?;
         reads_a_connection(tracer, |tracer| other.block_on(tracer.next()))
     });

@@ -1,4 +1,4 @@
-//! How a tracer begins and ends.
+//! The start and the end of a tracer.
 
 use std::{
     collections::BTreeSet,
@@ -57,7 +57,7 @@ fn every_signal_has_a_hook() -> anyhow::Result<()> {
     hooks_page::check(&hooks)
 }
 
-/// A kernel without ring buffers refuses a map that is one, whatever it is for.
+/// A kernel without ring buffers refuses to make one, whatever it is for.
 fn only_the_chosen_buffer_is_tried() -> anyhow::Result<()> {
     let runtime = runtime()?;
     for (chosen, expected) in [
@@ -89,7 +89,8 @@ fn only_the_chosen_buffer_is_tried() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What happened before `stop` is delivered, even if nobody had read anything; then the stream ends, and stays ended.
+/// Events before `stop` are delivered, even if the consumer had read none. Then the stream ends,
+/// and remains ended.
 fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     runtime()?.block_on(async {
@@ -110,15 +111,16 @@ fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
     })
 }
 
-/// By turns closed and dropped. Nothing is left: no descriptor here, no program, map or link in the kernel.
+/// Tracers are closed and dropped by turns. Nothing is left: no descriptor here, no program, map or
+/// link in the kernel.
 fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let files = open_files()?;
     let mut seen = BpfObjects::default();
     let runtime = runtime()?;
-    // In an emulated guest each takes a second.
+    // In an emulated guest, each turn takes a second.
     let turns = if is_emulated()? { 20 } else { 200 };
     for turn in 0..turns {
-        // Small, for the sake of the time that this takes.
+        // Small, to save time.
         let builder = collector::tcp().max_sockets(1_024);
         let tracer = runtime.block_on(builder.start())?;
         if turn % 10 < 2 {
@@ -149,12 +151,12 @@ fn dropped_outside_of_a_runtime() -> anyhow::Result<()> {
     let tracer = runtime.block_on(collector::tcp().start())?;
     let objects = BpfObjects::of_this_process()?;
     drop(tracer);
-    // The runtime does not run: whatever it still had to do would not be done.
+    // The runtime does not run, so any remaining work would not be done.
     ensure_nothing_held()?;
     objects.await_freed()
 }
 
-/// The stream ends instead of waiting for a reader that is gone, and the kernel is left clean.
+/// The stream ends instead of waiting for a reader that has ended, and the kernel side is detached.
 fn runtime_dropped_before_the_tracer() -> anyhow::Result<()> {
     let first = runtime()?;
     let mut tracer = first.block_on(collector::tcp().start())?;
@@ -171,7 +173,7 @@ fn runtime_dropped_before_the_tracer() -> anyhow::Result<()> {
     objects.await_freed()
 }
 
-/// A start that nobody waits for any more detaches what it has attached, whenever that was.
+/// A cancelled start detaches what it has attached, at whatever moment it is cancelled.
 fn start_cancelled_leaves_nothing() -> anyhow::Result<()> {
     let files = open_files()?;
     for milliseconds in [0, 1, 2, 5, 10, 20, 50, 100] {
@@ -189,7 +191,7 @@ fn start_cancelled_leaves_nothing() -> anyhow::Result<()> {
     ensure_nothing_held()
 }
 
-/// This process has no descriptor of a program, map or link.
+/// Checks that this process has no descriptor of a program, map or link.
 fn ensure_nothing_held() -> anyhow::Result<()> {
     let held = BpfObjects::of_this_process()?;
     ensure!(held.is_empty(), "{held:?} in {:#?}", open_files()?);

@@ -45,14 +45,14 @@ fn start(protocol: Protocol, filter: Filter, namespaces: &[u32]) -> anyhow::Resu
     Ok(collector)
 }
 
-/// Makes a socket in the calling thread's namespace, uses it, and closes it: returns its address.
+/// Makes a socket in the calling thread's namespace, uses it, and closes it. Returns its address.
 fn use_a_socket(protocol: Protocol) -> anyhow::Result<SocketAddr> {
     match protocol {
         Protocol::Tcp => Ok(TcpListener::bind(loopback(false))?.local_addr()?),
         _ => {
             let socket = UdpSocket::bind(loopback(false))?;
             let address = socket.local_addr()?;
-            // The second one is in the last report of the flow, which user space makes.
+            // Only the last report of the flow, which user space makes, counts the second datagram.
             for _ in 0..2 {
                 socket.send_to(b"datagram", address)?;
             }
@@ -65,8 +65,8 @@ fn is_end_of(address: SocketAddr) -> impl Fn(&Event) -> bool {
     move |event| event.is_end() && event.socket.local == address
 }
 
-/// As each socket says it itself (`SO_NETNS_COOKIE`), of the tracer's own namespace and of another
-/// one.
+/// Each event shows the cookie that the socket itself returns (`SO_NETNS_COOKIE`), in the tracer's
+/// own namespace and in another one.
 fn sockets_show_the_cookie_of_their_namespace() -> anyhow::Result<()> {
     let (here, there) = (Netns::current()?, Netns::new()?);
     for protocol in PROTOCOLS {
@@ -94,7 +94,8 @@ fn sockets_show_the_cookie_of_their_namespace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// More namespaces than the search looks at in one run. Nothing but a descriptor keeps them alive.
+/// There are more namespaces than the search checks in one run. Only a descriptor keeps each of
+/// them.
 fn one_of_many_namespaces() -> anyhow::Result<()> {
     const MANY: usize = 100;
     let make = || {
@@ -126,7 +127,7 @@ fn one_of_many_namespaces() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As `ip netns add` leaves it: no process is there.
+/// A namespace as `ip netns add` makes it, with no process in it.
 fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     let mounted = MountedNetns::new("filtered")?;
     let netns = mounted.open()?;
@@ -148,7 +149,7 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
 }
 
 /// A filter means the namespace that has the number when the filter is set, and not one that gets
-/// the number later. Both in the builder and set later.
+/// the number later, both for a filter of the builder and for a later one.
 fn namespace_with_the_number_of_an_earlier_one() -> anyhow::Result<()> {
     // Another program of the machine may be faster, and get the number.
     const ATTEMPTS: usize = 10;
@@ -159,8 +160,8 @@ fn namespace_with_the_number_of_an_earlier_one() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes two namespaces with the same number, one after the other. Returns false if that did not
-/// succeed.
+/// Makes two namespaces with the same number, one after the other. Returns false if the second did
+/// not get the number.
 fn filter_for_the_first_of_two(protocol: Protocol) -> anyhow::Result<bool> {
     let first = Netns::new()?;
     let (inode, cookie) = (first.inode()?, first.cookie()?);
@@ -173,7 +174,7 @@ fn filter_for_the_first_of_two(protocol: Protocol) -> anyhow::Result<bool> {
     for collector in [&built, &set] {
         collector.wait_for("end of a socket", is_end_of(in_first))?;
     }
-    // It is set while no namespace has the number.
+    // This filter is set while no namespace has the number.
     let late = start(protocol, nothing, &[inode])?;
     drop(first);
     let Some(second) = namespace_with_number(inode, || late.set_filter(filter.clone()))? else {
@@ -209,7 +210,7 @@ fn namespace_with_number(
     inode: u32,
     before: impl Fn() -> anyhow::Result<()>,
 ) -> anyhow::Result<Option<Netns>> {
-    // How long the kernel may take to end a namespace, and so to give its number away.
+    // How long the kernel may take to end a namespace, and to release its number.
     let deadline = Instant::now() + Duration::from_secs(10);
     let mut others = Vec::new();
     while Instant::now() < deadline {
@@ -219,7 +220,8 @@ fn namespace_with_number(
         if next.inode()? == inode {
             return Ok(Some(next));
         }
-        // It has another number that was free: while it lives, the next one does not get that.
+        // This namespace took another free number, which the next one cannot get while this one
+        // exists.
         others.push(next);
     }
     Ok(None)

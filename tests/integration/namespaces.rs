@@ -35,7 +35,8 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Two namespaces, one older than the tracer and one younger, with sockets of the same addresses: each is sampled as what it is.
+/// Two namespaces, one older than the tracer and one younger, have sockets of the same addresses.
+/// Each sample is of the right socket.
 fn same_addresses_in_two_namespaces() -> anyhow::Result<()> {
     let address: SocketAddr = "127.0.0.1:7777".parse()?;
     let pair = |netns: &Netns| {
@@ -84,7 +85,8 @@ fn same_addresses_in_two_namespaces() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As `ip netns add` leaves it: no process is there, but a socket that a process has taken elsewhere.
+/// A namespace as `ip netns add` makes it. No process is in it, but a process elsewhere has one of
+/// its sockets.
 fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     let mounted = MountedNetns::new("sampled")?;
     let netns = mounted.open()?;
@@ -106,8 +108,8 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Namespaces come and go all the time, with sockets in them. None stays because of us, none is a fault, and no sample is of a socket that
-/// was closed.
+/// Namespaces with sockets come and go all the time. The tracer keeps none of them alive, none
+/// counts as a fault, and no sample is of a closed socket.
 fn namespaces_that_go_while_they_are_sampled() -> anyhow::Result<()> {
     const TURNS: usize = 60;
     let collector =
@@ -192,7 +194,7 @@ fn is_between(event: &Event, ends: [SocketAddr; 2]) -> bool {
         && event.socket.device == NonZeroU32::new(local.scope_id())
 }
 
-/// Over two links, the same addresses and ports: each connection and each flow shows its own link.
+/// Two links have the same addresses and ports. Each connection and each flow shows its own link.
 fn link_local_addresses_of_two_links() -> anyhow::Result<()> {
     const SERVER: u16 = 5100;
     const CLIENT: u16 = 5200;
@@ -274,7 +276,8 @@ fn one_socket_and_the_same_peer_over_two_links() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Also without an address that needs it; and none of a socket that is bound to none.
+/// An event shows the device also if the address needs none. It shows none if the socket is bound
+/// to none.
 fn device_that_a_socket_is_bound_to() -> anyhow::Result<()> {
     let (tcp, udp) = (Collector::start()?, Collector::start_udp()?);
     let device = NonZeroU32::new(if_nametoindex("lo")?);
@@ -296,7 +299,7 @@ fn device_that_a_socket_is_bound_to() -> anyhow::Result<()> {
             collector.wait_for("end of a socket", is_its_end)?;
             let events = collector.events();
             let end = events.iter().find(|event| is_its_end(event));
-            let shown = end.expect("it was waited for").socket.device;
+            let shown = end.expect("an earlier wait found it").socket.device;
             ensure!(shown == expected, "{shown:?}: {}", show(&events));
         }
     }

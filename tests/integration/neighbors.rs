@@ -1,5 +1,5 @@
-//! One unprivileged user takes all the room that a tracer has. The sockets and flows of others are
-//! reported all the same. For a flood of events see `overflow::closes_outlive_a_flood_of_datagrams`.
+//! One unprivileged user takes all the room of a tracer, and the sockets and flows of others are
+//! still reported. For a flood of events see `overflow::closes_outlive_a_flood_of_datagrams`.
 
 use std::{
     ffi::OsStr,
@@ -29,9 +29,9 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// The sockets that the tracers of these tests remember. Other tests have sockets at the same time.
+/// How many sockets the tracers of these tests remember. Other tests have sockets at the same time.
 const ROOM: u32 = 1_024;
-/// Neither root nor [`UNPRIVILEGED`].
+/// A user other than root and [`UNPRIVILEGED`].
 const BYSTANDER: u32 = 4_242;
 
 fn spawn(name: &str, uid: u32) -> anyhow::Result<Actor> {
@@ -72,7 +72,7 @@ fn udp_sockets_of_one_user_leave_room_for_others() -> anyhow::Result<()> {
     collector.finish_udp(2)?.check_all(&expected)
 }
 
-/// A flow that is silent stays, though another user has more peers than flows are remembered.
+/// A silent flow is kept, though another user has more peers than the tracer remembers.
 fn flows_of_one_user_make_room_for_each_other() -> anyhow::Result<()> {
     const FLOWS: u16 = 200;
     let filter = Filter::new().netns(Netns::current()?.inode()?);

@@ -1,4 +1,4 @@
-//! What happens when the buffer or the queue is full.
+//! Overflow of the buffer or the queue.
 
 use std::{
     collections::HashSet,
@@ -44,11 +44,13 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// The reader is a task of a runtime that does not run while events are made: nobody empties the ring. What it had room for
-/// is delivered, then the gap is reported, and nothing is missing from the sum.
+/// The reader is a task of a runtime that does not run while events are made, so the ring fills up.
+/// The records that fitted are delivered, then the gap is reported, and nothing is missing from the
+/// sum.
 fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
-    /// At least so many fit: no record is longer, its header included, and the last eighth is not for all.
+    /// At least this many fit: no record is longer, header included, and the last eighth is
+    /// reserved.
     const ROOM: usize = RING_BYTES as usize / 8 * 7 / 256;
     let mut pair = TcpPair::new()?;
     let here = Netns::current()?.inode()?;
@@ -102,7 +104,8 @@ fn default_settings_lose_nothing() -> anyhow::Result<()> {
     let established = count(
         |event| matches!(event.kind, EventKind::StateChange { to, .. } if to == TcpState::Established),
     );
-    // Not those of a child that was never established, of which old kernels now and then make one more.
+    // Without the closes of children that were never established, of which old kernels now and then
+    // make one.
     let closes = count(|event| {
         matches!(event.kind, EventKind::StateChange { from, to: TcpState::Close, .. }
             if from != TcpState::SynRecv)
@@ -115,7 +118,7 @@ fn default_settings_lose_nothing() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The same with the load that a newcomer would try first.
+/// The same with the load generator that a newcomer would try first.
 fn default_settings_lose_nothing_of_ab() -> anyhow::Result<()> {
     const CONNECTIONS: usize = 5_000;
     let events = readme_program(crowd::apache_bench)?;
@@ -127,8 +130,8 @@ fn default_settings_lose_nothing_of_ab() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs README's program on the runtime of `#[tokio::main]` while `traffic` is made: the events of this
-/// namespace. None is lost.
+/// Runs README's program on the runtime of `#[tokio::main]` during `traffic`. Returns the events of
+/// this namespace, none of which is lost.
 fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Vec<Event>> {
     let netns = Netns::current()?.inode()?;
     let runtime = Runtime::new()?;
@@ -138,7 +141,7 @@ fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resul
         runtime.block_on(async {
             let mut events = Vec::new();
             while let Some(event) = tracer.next().await {
-                // What it costs to print it.
+                // Formats the event, which takes as long as printing it.
                 black_box(event.to_string());
                 events.push(event);
             }
@@ -146,7 +149,7 @@ fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resul
         })
     });
     let traffic = traffic();
-    // Whatever came of that, the tracer ends here.
+    // The tracer ends here, also if the traffic failed.
     handle.stop();
     let (events, stats) = consumer.join().unwrap()?;
     traffic?;
@@ -157,8 +160,8 @@ fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resul
     Ok(ours.filter(|event| event.socket.netns == netns).collect())
 }
 
-/// A consumer that does not come for a while finds everything, if the ring had room for it: also what had come before the tracer
-/// was stopped, which takes the consumer's time.
+/// A consumer that pauses finds all events for which the ring had room, also those from before the
+/// tracer was stopped.
 fn records_stay_in_the_ring_while_the_queue_is_full() -> anyhow::Result<()> {
     const QUEUE: usize = 8;
     const CONNECTIONS: usize = 50;
@@ -177,8 +180,8 @@ fn records_stay_in_the_ring_while_the_queue_is_full() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes connections, and reads the tracer only after it was stopped. Returns its events and counts, and
-/// the events that another tracer saw.
+/// Makes connections, and reads the tracer only after it was stopped. Returns its events and
+/// counts, and the events that another tracer saw.
 fn read_late(
     builder: TcpTracerBuilder,
     connections: usize,
@@ -200,12 +203,13 @@ fn read_late(
     Ok((events, stats, reference))
 }
 
-/// A consumer that does not come until ring and queue are full finds the newest lifecycle events.
+/// A consumer that comes only after ring and queue are full finds the newest lifecycle events.
 fn queue_overflow_sheds_the_oldest() -> anyhow::Result<()> {
     overflow(OverflowPolicy::ShedOldest, |gap| gap.before <= AT_ONCE)
 }
 
-/// With the other policy, it finds the oldest ones in the queue, and those that were still in the ring.
+/// With the other policy, it finds the oldest ones in the queue, and those that were still in the
+/// ring.
 fn queue_overflow_sheds_the_newest() -> anyhow::Result<()> {
     overflow(OverflowPolicy::ShedNewest, |gap| gap.before > AT_ONCE)
 }
@@ -216,26 +220,26 @@ fn what(event: &Event) -> What {
     (event.kind.clone(), event.socket.local, event.socket.remote)
 }
 
-/// By how many places two tracers may disagree about the order: two CPUs change the states of two sockets
-/// at once.
+/// By how many places two tracers may disagree about the order: two CPUs change the states of two
+/// sockets at once.
 const AT_ONCE: usize = 4;
 
-/// Which events are missing.
+/// The events that are missing.
 #[derive(Debug)]
 struct Gap {
-    /// How many there are before the first one that is missing.
+    /// How many events are there before the first missing one.
     before: usize,
-    /// How many there are after it, and before the last one that is missing.
+    /// How many events are there between the first and the last missing one.
     inside: usize,
-    /// How many there are after that.
+    /// How many events are there after the last missing one.
     after: usize,
-    /// The places of the missing ones.
+    /// The places of the missing events.
     #[expect(dead_code, reason = "for the message of a failure")]
     missing: Vec<Range<usize>>,
 }
 
 impl Gap {
-    /// Compares what is left of some events with all of them.
+    /// Compares the events that are left with all of them.
     fn between(kept: &[What], all: &[What]) -> anyhow::Result<Self> {
         let mut is_kept = vec![false; all.len()];
         for what in kept {
@@ -266,8 +270,8 @@ impl Gap {
     }
 }
 
-/// The events that outlive the others, but for those of sockets that have not both ports yet: they are
-/// all alike.
+/// Returns the lifecycle events, without those of sockets that do not have both ports yet, which
+/// are all alike.
 fn lifecycle<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
     use TcpState::{Close, Established, Listen};
     let is_lifecycle = |event: &&Event| match event.kind {
@@ -288,8 +292,8 @@ fn lifecycle<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
         .collect()
 }
 
-/// Lets a small ring and a queue of eight overflow. Lifecycle events are missing in one place, which is
-/// right according to `is_right`.
+/// Lets a small ring and a queue of eight overflow. Lifecycle events are missing in one place,
+/// which `is_right` checks.
 fn overflow(policy: OverflowPolicy, is_right: impl FnOnce(&Gap) -> bool) -> anyhow::Result<()> {
     const QUEUE: usize = 8;
     const RING_BYTES: u32 = 1 << 16;
@@ -327,7 +331,7 @@ fn overflow(policy: OverflowPolicy, is_right: impl FnOnce(&Gap) -> bool) -> anyh
     Ok(())
 }
 
-/// How many events of this stage's loss an event stands for.
+/// Returns how many events of this stage's loss an event stands for.
 fn lost(event: &Event, at: LossStage) -> u64 {
     match event.kind {
         EventKind::Lost { count, stage } if stage == at => count,
@@ -335,8 +339,8 @@ fn lost(event: &Event, at: LossStage) -> u64 {
     }
 }
 
-/// While the reader does not run, datagrams fill the ring, and then sockets close. When it runs, they
-/// fill the queue. Not one close is missing, and the events that are missing are counted in the stream.
+/// While the reader does not run, datagrams fill the ring, and then sockets close. When it runs,
+/// they fill the queue. No close is missing, and the missing events are counted in the stream.
 fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     const DATAGRAMS: u64 = 20_000;
     const SOCKETS: usize = 30;
@@ -367,8 +371,8 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
             Ok(())
         })
     };
-    // The reader takes what fits into the queue, and finds the ring full again when it goes on. Perf
-    // buffers it empties into its own memory.
+    // The reader moves as many records as fit into the queue, and finds the ring full again when it
+    // continues. It empties perf buffers into its own memory.
     flood()?;
     read_until(|stats| stats.emitted > stats.ring_lost)?;
     flood()?;
@@ -414,7 +418,8 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The ring has room for twenty events, and nobody takes any; what there is of ten connections is lost, but not how they ended.
+/// The ring has room for twenty events, and the reader does not run. Events of ten connections are
+/// lost, but not their ends.
 fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
     const CONNECTIONS: u64 = 10;
     let mut pair = TcpPair::new()?;

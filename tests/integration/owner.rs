@@ -1,4 +1,4 @@
-//! Whose a socket is: the right process, or none.
+//! The owner of a socket: the right process, or none.
 
 use std::{ffi::OsStr, fs, os::unix::ffi::OsStrExt as _};
 
@@ -42,7 +42,8 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// The parent listens, its children accept: the connection is the parent's until a child has it.
+/// The parent listens, its children accept. The connection is the parent's until a child accepts
+/// it.
 fn inherited_listener_prefork() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     let parent = pair.server.identity()?;
@@ -70,8 +71,8 @@ fn inherited_listener_prefork() -> anyhow::Result<()> {
     pair.finish(&expected)
 }
 
-/// A connection of Multipath TCP is one process's at each end, though a worker of the kernel makes
-/// the second subflow at the one end, and nobody accepts it at the other one.
+/// A connection of Multipath TCP belongs to one process at each end, though a kernel worker makes
+/// the second subflow at the one end, and no process accepts that subflow at the other end.
 fn mptcp_subflows() -> anyhow::Result<()> {
     const SERVER: &str = "10.9.0.1:0";
     const SECOND: &str = "10.9.1.1";
@@ -127,7 +128,7 @@ fn mptcp_subflows() -> anyhow::Result<()> {
     worker.close(&shared)?;
     parent.close(&listener)?;
 
-    // A listener, and two ends of two subflows.
+    // The ends of a listener, and two ends of two subflows.
     let observed = collector.finish(5)?.rest();
     let accepts = observed.concat().into_iter();
     let accepts: Vec<_> = accepts
@@ -154,8 +155,8 @@ fn mptcp_subflows() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Three processes listen at one address: a connection belongs to the one whose listener the kernel has chosen, before
-/// that one knows of it.
+/// Three processes listen at one address. A connection belongs to the process whose listener the
+/// kernel has chosen, even before that process knows of it.
 fn reuseport_three_processes() -> anyhow::Result<()> {
     const CONNECTIONS: usize = 30;
     let mut client = Actor::spawn("client")?;
@@ -224,7 +225,7 @@ fn reuseport_three_processes() -> anyhow::Result<()> {
     observed.nothing_else()
 }
 
-/// An accept that is no system call of its own.
+/// An accept without a system call of its own.
 fn io_uring_accept() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     pair.server
@@ -249,7 +250,7 @@ fn io_uring_accept() -> anyhow::Result<()> {
     let client = pair
         .expected_client(&connection, ACTIVE_CLIENT)?
         .bytes(100, 0);
-    // The kernel may do it on a worker thread.
+    // The kernel may accept on a worker thread.
     let server = pair
         .expected_server(&connection, PASSIVE_SERVER)?
         .bytes(0, 100)
@@ -314,7 +315,8 @@ fn killed_client() -> anyhow::Result<()> {
     pair.finish(&[client, server])
 }
 
-/// Its listener ends with it, and so does its connection, which its last moments must not give to anyone else.
+/// Its listener ends with it, and so does its connection, whose last events must not name another
+/// owner.
 fn killed_server() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     let connection = pair.connect()?;
@@ -370,7 +372,7 @@ fn another_cgroup() -> anyhow::Result<()> {
     exchange(pair)
 }
 
-/// One connection, with everything checked.
+/// Makes one connection, with everything checked.
 fn exchange(mut pair: TcpPair) -> anyhow::Result<()> {
     let connection = pair.connect()?;
     pair.upload(&connection, 42)?;
@@ -381,11 +383,11 @@ fn exchange(mut pair: TcpPair) -> anyhow::Result<()> {
     let server = pair
         .expected_server(&connection, PASSIVE_SERVER)?
         .bytes(0, 42);
-    // The actors live until the events are compared, and end before their cgroups do.
+    // The actors are kept until the events are compared, and end before their cgroups do.
     pair.finish(&[client, server])
 }
 
-/// The thread is named by its id; the name is the process's.
+/// The event has the thread's id, and the name of the process.
 fn thread_of_a_process() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     let on_thread = |command| Command::OnThread("worker".into(), Box::new(command));
@@ -411,7 +413,7 @@ fn thread_of_a_process() -> anyhow::Result<()> {
     pair.finish(&[client, server])
 }
 
-/// A name that would clear the screen of whoever prints it.
+/// A name that would clear the screen of a terminal.
 fn hostile_name() -> anyhow::Result<()> {
     let name = OsStr::from_bytes(b"\x1b[2J\nok\xff\x7f\\");
     let pair = TcpPair::between(
@@ -429,8 +431,8 @@ fn hostile_name() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The kernel uses the memory of a socket again at once. Two processes take turns, so an owner that outlives its socket
-/// would be the wrong one.
+/// The kernel uses the memory of a socket again at once. Two processes take turns, so an owner that
+/// outlives its socket would be the wrong one.
 fn address_reuse_by_two_thousand_sockets() -> anyhow::Result<()> {
     const SOCKETS: u32 = 2_000;
     let mut pair = TcpPair::new()?;
@@ -489,7 +491,8 @@ fn listener_older_than_the_tracer() -> anyhow::Result<()> {
     observed.nothing_else()
 }
 
-/// Only its end is seen: its bytes are exact all the same, and its owner had it open when the tracer started.
+/// Only the end is reported. Its bytes are exact all the same, and its owner is the process that
+/// had it open when the tracer started.
 fn connection_older_than_the_tracer() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;

@@ -1,4 +1,5 @@
-//! Which privileges a tracer needs, for what, and until when; and what it says where they are not enough.
+//! The privileges that a tracer needs, their purposes, the time until which it needs them, and the
+//! reports of missing ones.
 
 use std::{
     collections::BTreeMap,
@@ -92,7 +93,7 @@ fn on_thread<T: Send>(f: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::R
     thread::scope(|scope| scope.spawn(f).join().unwrap())
 }
 
-/// The error is one of permission and says all of this.
+/// Checks that the error is one of permission, and that its message names all of these.
 fn ensure_forbidden(started: Result<(), Error>, named: &[&str]) -> anyhow::Result<()> {
     let Err(error) = started else {
         bail!("started without {named:?}")
@@ -107,7 +108,7 @@ fn ensure_forbidden(started: Result<(), Error>, named: &[&str]) -> anyhow::Resul
     Ok(())
 }
 
-/// What the tracer says of this signal.
+/// Returns the tracer's hook of this signal.
 fn hook(collector: &Collector, signal: &str) -> anyhow::Result<Hook> {
     let mut hooks = collector.handle().hooks().into_iter();
     hooks
@@ -115,7 +116,7 @@ fn hook(collector: &Collector, signal: &str) -> anyhow::Result<Hook> {
         .context("no such signal")
 }
 
-/// The error names what is missing, and nothing that is there.
+/// The error names the missing capabilities, and no present one.
 fn missing_capabilities_are_named() -> anyhow::Result<()> {
     become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN])?;
     let missing = |protocol, has: &[Capability], names: &[&str]| {
@@ -132,19 +133,20 @@ fn missing_capabilities_are_named() -> anyhow::Result<()> {
     missing(Protocol::Tcp, &[CAP_BPF], &["CAP_PERFMON"])?;
     missing(Protocol::Tcp, &[CAP_PERFMON, CAP_NET_ADMIN], &["CAP_BPF"])?;
     missing(Protocol::Udp, LITTLE, &["CAP_NET_ADMIN", "cgroup", "udp"])?;
-    // Most kernels take this one for the others; Linux 5.10 does not take it for `CAP_NET_ADMIN`.
+    // Most kernels accept this one instead of the others. Linux 5.10 does not accept it for
+    // `CAP_NET_ADMIN`.
     start_with(Protocol::Tcp, &[CAP_SYS_ADMIN])??;
     match start_with(Protocol::Udp, &[CAP_SYS_ADMIN])? {
         Ok(()) => {}
         forbidden => ensure_forbidden(forbidden, &["CAP_NET_ADMIN"])?,
     }
-    // What failed before has no consequences.
+    // A failed start does not affect later ones.
     start_with(Protocol::Tcp, LITTLE)??;
     start_with(Protocol::Udp, &[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])??;
     Ok(())
 }
 
-/// Another user's process with these two, and nothing is missing of a connection.
+/// A process of another user with these two traces a connection without a loss.
 fn tcp_needs_bpf_and_perfmon() -> anyhow::Result<()> {
     become_unprivileged(LITTLE)?;
     let pair = TcpPair::new()?;
@@ -163,7 +165,8 @@ fn udp_needs_net_admin_too() -> anyhow::Result<()> {
     collector.finish_udp(expected.len())?.check_all(&expected)
 }
 
-/// The own namespace is sampled by everybody, and what is not, `hooks` says.
+/// Every process may sample its own namespace, and `hooks` reports the namespaces that are not
+/// sampled.
 fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
     let elsewhere = Netns::new()?;
     let mut stranger = elsewhere.run(|| Actor::spawn("stranger"))?;
@@ -188,7 +191,7 @@ fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
             if missing.is_none() {
                 collector.wait_for_sample("the stranger", |event| is(event, far.cookie))?;
             }
-            // The second one of it, so a round has been through everything.
+            // After the second sample of this socket, a round has visited all namespaces.
             collector.wait_for_sample("the neighbour", |event| is(event, near.cookie))?;
             let samples = collector.samples();
             let sees_far = samples.iter().any(|event| is(event, far.cookie));
@@ -200,7 +203,7 @@ fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The programs find the namespace that a filter names: the tracer need not enter it.
+/// The programs compare the namespace of a filter themselves, so the tracer need not enter it.
 fn filter_names_any_namespace() -> anyhow::Result<()> {
     let elsewhere = Netns::new()?;
     let inodes = [elsewhere.inode()?, Netns::current()?.inode()?];
@@ -232,8 +235,8 @@ fn filter_names_any_namespace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The programs read the executable of another user's process, which `/proc` shows only to the
-/// privileged. Where the kernel's verifier is too slow for that, only `/proc` is left.
+/// The programs read the executable of another user's process, which `/proc` shows only to
+/// privileged processes. Where the kernel's verifier is too slow for that, only `/proc` is left.
 fn details_of_other_users_need_no_sys_ptrace() -> anyhow::Result<()> {
     let mut roots = Actor::spawn("roots")?;
     let mut unprivileged = Actor::spawn_as("unprivileged".as_ref(), Some(UNPRIVILEGED))?;
@@ -260,7 +263,8 @@ fn details_of_other_users_need_no_sys_ptrace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// All of them, and root: but before 5.19 the kernel asks for `CAP_BPF` at each bpf(2). Events and samples go on, and it closes as ever.
+/// The process gives up all capabilities and root, except `CAP_BPF` before 5.19, where the kernel
+/// checks it at each bpf(2). Events and samples go on, and the tracer closes as usual.
 fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
     let kept = if is_at_least(5, 19)? {
         &[][..]
@@ -306,13 +310,14 @@ fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until no more than so many threads have a capability: one that is at its very end is not changed any more.
+/// Waits until at most this many threads have a capability: a thread that is about to end is not
+/// changed any more.
 fn await_unprivileged(threads: usize) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let mut privileged = Vec::new();
         for thread in fs::read_dir("/proc/self/task")? {
-            // It may be gone by now.
+            // The thread may have ended by now.
             let status = fs::read_to_string(thread?.path().join("status")).unwrap_or_default();
             let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
             if set.is_some_and(|set| set.trim() != "0000000000000000") {
@@ -331,7 +336,7 @@ fn is_sample(event: &Event) -> bool {
     matches!(event.kind, EventKind::Sample { .. })
 }
 
-/// Reads until an event of the socket at this address is like this.
+/// Reads until an event of the socket at this address matches.
 async fn until(
     tracer: &mut (impl Stream<Item = Event> + Unpin),
     local: SocketAddr,
@@ -348,7 +353,7 @@ async fn until(
     }
 }
 
-/// A mount namespace of this thread where tracefs is nowhere.
+/// Gives this thread a mount namespace without tracefs.
 fn hide_tracefs() -> anyhow::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -360,7 +365,8 @@ fn hide_tracefs() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The second program of `state` is a worse one then, and `hooks` says so; a connection is told as ever.
+/// Then the second program of `state` is a worse one, and `hooks` reports so. A connection is
+/// reported as usual.
 fn tracefs_that_cannot_be_mounted() -> anyhow::Result<()> {
     hide_tracefs()?;
     keep(LITTLE)?;
@@ -371,7 +377,7 @@ fn tracefs_that_cannot_be_mounted() -> anyhow::Result<()> {
     pair.check_transfer(1_000, 2_000)
 }
 
-/// To mount it, and to read what is root's.
+/// A process needs them to mount tracefs, and to read the files that belong to root.
 fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
     hide_tracefs()?;
     become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH])?;
@@ -390,7 +396,7 @@ fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A system call ends with this error on this thread from now on.
+/// Makes a system call fail with this error on this thread from now on.
 pub(crate) fn refuse(call: libc::c_long, errno: Errno) -> anyhow::Result<()> {
     let filter = SeccompFilter::new(
         [(call, vec![])].into(),
@@ -412,7 +418,7 @@ fn seccomp_filter_is_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Raw tracepoints are enough; those of system calls know them by number.
+/// Raw tracepoints are enough; those of system calls identify the calls by number.
 fn seccomp_filter_of_perf_events_costs_hooks() -> anyhow::Result<()> {
     refuse(libc::SYS_perf_event_open, Errno::EPERM)?;
     let pair = TcpPair::new()?;
@@ -430,7 +436,7 @@ fn seccomp_filter_of_perf_events_costs_hooks() -> anyhow::Result<()> {
     udp.finish_udp(expected.len())?.check_all(&expected)
 }
 
-/// Its root is no root.
+/// The root of a user namespace has no privileges outside it.
 fn user_namespace_is_named() -> anyhow::Result<()> {
     if unshare(CloneFlags::CLONE_NEWUSER).is_err() {
         return skip("no user namespaces");
@@ -439,7 +445,7 @@ fn user_namespace_is_named() -> anyhow::Result<()> {
     ensure_forbidden(start(Protocol::Tcp)?, &["user namespace"])
 }
 
-/// Before 5.11. It stays as it is.
+/// Before 5.11, the limit counts, and the tracer does not change it.
 fn limit_on_locked_memory_is_named() -> anyhow::Result<()> {
     if is_at_least(5, 11)? {
         return skip("the limit is none for eBPF since Linux 5.11");
@@ -452,7 +458,8 @@ fn limit_on_locked_memory_is_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Neither limits nor signals, privileges, namespaces, or settings of the kernel.
+/// The tracer changes neither limits nor signals, privileges, namespaces, or settings of the
+/// kernel.
 fn nothing_of_the_process_is_changed() -> anyhow::Result<()> {
     // The first thread makes the C library catch a signal.
     on_thread(|| Ok(()))?;

@@ -1,4 +1,4 @@
-//! Samples of live sockets: what they say, and of which sockets.
+//! Samples of open sockets: their values, and their choice.
 
 use std::{net::SocketAddr, os::fd::AsFd as _};
 
@@ -29,8 +29,8 @@ fn is_of(event: &Event, cookie: u64) -> bool {
     event.socket.cookie == Some(cookie)
 }
 
-/// Every field of `tcp_info` is what `getsockopt` gives of the same socket. Those that time changes lie between what it gave before and
-/// after.
+/// Each field of `tcp_info` equals the value of `getsockopt` for the same socket. A field that
+/// changes with time lies between the values before and after the sample.
 fn tcp_sample_equals_tcp_info() -> anyhow::Result<()> {
     for v6 in [false, true] {
         let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(v6))?;
@@ -50,7 +50,7 @@ fn tcp_sample_equals_tcp_info() -> anyhow::Result<()> {
             ),
         ];
         for (socket, endpoint, (sent, received)) in &ends {
-            // Delayed acknowledgments, and the like: what still changes is no truth to compare with.
+            // Delayed acknowledgments, and the like: a value that still changes cannot be compared.
             let (before, sample, after) = loop {
                 let before = tcp_info::of(socket)?;
                 let sample = pair
@@ -102,7 +102,8 @@ fn tcp_sample_equals_tcp_info() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Same id, owner, cookie and birth. (`Trace` compares each sample with the events before and after it; here, that there are such.)
+/// The samples have the same id, owner, cookie and birth as the events. (`Collector` compares each
+/// sample with the events before and after it. This test checks that such events exist.)
 fn tcp_sample_is_of_the_socket_of_the_state_changes() -> anyhow::Result<()> {
     let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(false))?;
     let connection = pair.connect()?;
@@ -151,7 +152,7 @@ fn tcp_sample_is_of_the_socket_of_the_state_changes() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A listener has no traffic, and says how many wait for it.
+/// A listener has no traffic, and its sample has the number of waiting connections.
 fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
     let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(false))?;
     let waiting: Vec<_> = (0..3)
@@ -176,7 +177,7 @@ fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
         sample.socket.remote.port() == 0 && sample.to_string().contains("LISTEN"),
         "{sample}"
     );
-    // Nobody has accepted them, so they are the listener's.
+    // No process has accepted them, so they are the listener's.
     for client in &waiting {
         let is_it = |event: &Event| event.socket.remote == client.local;
         let sample = pair
@@ -222,7 +223,7 @@ fn udp_sample_has_queues_buffers_and_drops() -> anyhow::Result<()> {
             rx_buffer as usize == buffer,
             "{info:?}, but SO_RCVBUF is {buffer}"
         );
-        // Each takes more memory than its payload.
+        // Each datagram takes more memory than its payload.
         ensure!(
             rx_queue > 100 && drops > 0 && (drops as usize) < SENT,
             "{info:?}"

@@ -1,4 +1,4 @@
-//! How sampling goes: never at the cost of events, whatever fails, however many sockets there are.
+//! Sampling never costs events, whatever fails, and however many sockets there are.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -41,8 +41,8 @@ fn is_of(event: &Event, cookie: u64) -> bool {
     event.socket.cookie == Some(cookie)
 }
 
-/// However many sockets there are to be sampled, and however long nobody reads: no event is shed, and when somebody reads,
-/// the samples come.
+/// However many sockets there are, and however long the consumer pauses, no event is dropped. The
+/// samples come as soon as the consumer reads.
 fn sampling_sheds_nothing() -> anyhow::Result<()> {
     const QUEUE: usize = 64;
     const SOCKETS: usize = 1_000;
@@ -62,7 +62,8 @@ fn sampling_sheds_nothing() -> anyhow::Result<()> {
             handle.stats().emitted >= QUEUE as u64 / 4
         })
         .await?;
-        // Nobody reads; there is room for these, however many samples there might be.
+        // The consumer does not read. There is room for these events, however many samples there
+        // might be.
         let client = TcpStream::connect(address)?;
         let local = client.local_addr()?;
         drop(client);
@@ -106,7 +107,8 @@ async fn wait_until(
     Ok(())
 }
 
-/// No descriptor is to be had, so no netlink socket: a fault, which is counted. The events go on, and so do the samples afterwards.
+/// No descriptor is free, so there is no netlink socket. That is a fault, which is counted. The
+/// events go on, and so do the samples afterwards.
 fn failing_netlink_is_counted_and_tried_again() -> anyhow::Result<()> {
     let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(false))?;
     let connection = pair.connect()?;
@@ -146,8 +148,8 @@ impl Drop for FewFiles {
     }
 }
 
-/// 100,000 TCP sockets and 20,000 of UDP, of eight processes: each is sampled once in a round, with the default queue, and belongs to whom
-/// it belongs; and meanwhile connections are reported as ever.
+/// 100,000 TCP sockets and 20,000 UDP sockets, of eight processes. Each is sampled once in a round,
+/// with the default queue and the right owner. Meanwhile connections are reported as usual.
 fn many_sockets() -> anyhow::Result<()> {
     const TCP: u32 = 100_000;
     const UDP: u32 = 20_000;
@@ -205,7 +207,8 @@ struct Crowd {
 }
 
 impl Crowd {
-    /// Reads the first round of samples: so many of this namespace, each once and with an owner. Connects once, in the middle of it.
+    /// Reads the first round of samples: this many of this namespace, each once and with an owner.
+    /// Connects once, in the middle of the round.
     async fn is_sampled(
         &self,
         tracer: &mut (impl futures_util::Stream<Item = Event> + Unpin),

@@ -1,4 +1,4 @@
-//! What is older than the tracer: known from the start, and exact from then on.
+//! Sockets that are older than the tracer: known from the start, and exact from then on.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -39,7 +39,7 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Known by its sample, with owner and traffic; and its end carries the same.
+/// The connection is known by its sample, with owner and traffic. Its end has the same.
 fn connection_in_another_namespace() -> anyhow::Result<()> {
     let netns = Netns::new()?;
     let (mut server, mut client) =
@@ -85,7 +85,8 @@ fn connection_in_another_namespace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nobody has it open yet, so nobody is known to own it; and it is the same socket when somebody accepts it.
+/// No process has the connection open yet, so it has no known owner. It is the same socket after
+/// the accept.
 fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;
@@ -129,7 +130,8 @@ fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// It is first known by its address, and by its cookie when something has given it one: the same socket all the time, and the same flow.
+/// The tracer first knows the socket by its address, and by its cookie as soon as it has one. It
+/// remains the same socket, with the same flow.
 fn udp_socket_that_has_no_cookie() -> anyhow::Result<()> {
     old_udp_socket(false)
 }
@@ -159,7 +161,7 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
         collector.wait_for_sample("the socket", |event| event.socket.local == old_is)?;
     }
     receive(2)?;
-    // Sending gives it a cookie, if nothing else has.
+    // Sending gives the socket a cookie, if it has none.
     old.send_to(b"hi", peer_is)?;
     receive(1)?;
     drop(old);
@@ -198,13 +200,14 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tracers start and stop while connections come and go as fast as they can. From the first connection whose beginning one has seen to the
-/// last, it has missed none and doubled none; each end is exact, and each owner right: absent only where the socket was made before the hooks were there, and
-/// was gone before the tracer was ready.
+/// Tracers start and stop while connections come and go as fast as they can. Between the first
+/// connection whose beginning a tracer has seen and the last one, it misses none and reports none
+/// twice. Each end is exact, and each owner is right. An owner may be absent only if the socket was
+/// made before the hooks were attached, and its process closed it before the tracer was ready.
 fn tracers_that_start_and_stop_during_churn() -> anyhow::Result<()> {
     const TRACERS: usize = 5;
-    // An emulator now and then makes a guest trip over code that is patched on one CPU while the other runs it, which is what attaching
-    // does: so there, the other one is not always there.
+    // In an emulated guest, a CPU now and then fails in code that another CPU patches at that
+    // moment, as attaching does. So there, the traffic pauses now and then.
     let (batch, pause) = if kernel::is_emulated()? {
         (20, Duration::from_millis(150))
     } else {
@@ -222,7 +225,7 @@ fn tracers_that_start_and_stop_during_churn() -> anyhow::Result<()> {
         while !enough.load(Ordering::Relaxed) {
             server.begin(&Command::Serve(listener.fd, batch))?;
             client.begin(&Command::Churn {
-                // Each time another one, or there would be no free ports some day.
+                // Each time another address, or there would be no free ports at some time.
                 to: SocketAddr::from(([127, 0, 0, 1 + (turn % 250) as u8], port)),
                 connections: batch,
                 seed: turn.into(),
@@ -279,23 +282,27 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
         observed.entry(event.socket.id).or_default().push(event);
     }
     let mut seen = BTreeMap::new();
-    // The first of which the beginning was seen. Of those before it, some may have put off their end until the tracer was there.
+    // The first connection whose beginning was seen. The ends of some before it may have come after
+    // the tracer's start.
     let mut first = usize::MAX;
-    for expected in observed.values() {
-        let last = expected[expected.len() - 1];
+    for of_socket in observed.values() {
+        let last = of_socket[of_socket.len() - 1];
         let Some(&[index]) = indices
             .get(&(last.socket.local, last.socket.remote))
             .map(Vec::as_slice)
         else {
-            // Of another process, or one of two of the same addresses.
+            // A socket of another process, or one of two with the same addresses.
             continue;
         };
-        if expected.iter().all(|event| event.kind == EventKind::Accept) {
+        if of_socket
+            .iter()
+            .all(|event| event.kind == EventKind::Accept)
+        {
             // Accepted when the tracer had begun to stop.
             continue;
         }
         let is_whole = matches!(
-            expected[0].kind,
+            of_socket[0].kind,
             EventKind::StateChange {
                 from: Close | Listen,
                 ..
@@ -306,25 +313,29 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
         }
         let doubled = seen.insert(index, last.is_end());
         ensure!(doubled.is_none(), "two sockets for one: {last}");
-        // Before it is established, the kernel may not have written them into the socket.
-        let known = expected
+        // Before the connection is established, the kernel may not have written the addresses into
+        // the socket.
+        let known = of_socket
             .iter()
             .filter(|event| event.socket.local.port() != 0 && event.socket.remote.port() != 0);
         let addresses: BTreeSet<_> = known
             .map(|event| (event.socket.local, event.socket.remote))
             .collect();
         ensure!(addresses.len() <= 1, "one id for {addresses:?}");
-        let is_born_here = matches!(expected[0].kind, EventKind::StateChange { from: Close, .. });
+        let is_born_here = matches!(
+            of_socket[0].kind,
+            EventKind::StateChange { from: Close, .. }
+        );
         // Its process had closed it, and so had no descriptor of it any more.
         let is_orphan = matches!(
-            expected[0].kind,
+            of_socket[0].kind,
             EventKind::StateChange {
                 from: FinWait1 | FinWait2 | Closing | LastAck,
                 ..
             }
         );
-        let may_be_absent = !is_born_here && (is_orphan || expected[0].time <= ready);
-        for event in expected {
+        let may_be_absent = !is_born_here && (is_orphan || of_socket[0].time <= ready);
+        for event in of_socket {
             match &event.process {
                 Some(process) => ensure!(process.pid == pid, "wrong owner: {event}"),
                 None => ensure!(may_be_absent, "no owner: {event}"),
@@ -339,13 +350,14 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
                 (tx_bytes, rx_bytes) == (end.sent, end.received),
                 "{end:?}: {last}"
             );
-            let closes = expected.iter().filter(|event| event.is_end()).count();
+            let closes = of_socket.iter().filter(|event| event.is_end()).count();
             ensure!(closes == 1, "{closes} closes: {last}");
         }
     }
     let last = seen.last_key_value().map_or(0, |(index, _)| *index);
-    ensure!(first < last, "{first} to {last} is nothing");
-    // When the tracer was stopped, the last ones were not over; nor some whose last packet a busy machine has put off.
+    ensure!(first < last, "{first} to {last} is no range of connections");
+    // When the tracer was stopped, the last connections were not over, nor some whose last packet a
+    // busy machine has delayed.
     const UNDER_WAY: usize = 5;
     let mut open = Vec::new();
     for (index, end) in ends.iter().enumerate().take(last + 1).skip(first) {

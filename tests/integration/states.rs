@@ -1,4 +1,5 @@
-//! The states of a socket, at both ends of a connection, and with them everything else that its events tell.
+//! The states of a socket, at both ends of a connection, and with them all other fields of its
+//! events.
 
 use std::{
     fs,
@@ -112,7 +113,7 @@ fn connect_accept_close(listen: SocketAddr, to: &str) -> anyhow::Result<()> {
     observed.nothing_else()
 }
 
-/// What a process does by itself happens while it does it.
+/// Checks that an event which a command causes happens during that command.
 fn check_time(event: &Event, Moment { began, ended, .. }: Moment) -> anyhow::Result<()> {
     let window: (SystemTime, SystemTime) = (began - CLOCK_ERROR, ended + CLOCK_ERROR);
     ensure!(
@@ -190,14 +191,14 @@ fn reset_in_close_wait_is_epipe() -> anyhow::Result<()> {
     pair.finish(&[client, server.error(Errno::EPIPE as i32)])
 }
 
-/// The connection still belongs to the owner of the listener; that the server gets a dead socket from `accept` later is
-/// no event of a life that has ended.
+/// The connection still belongs to the owner of the listener. Its socket has ended, so it has no
+/// event when the server later gets the dead socket from `accept`.
 fn reset_before_accept() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     let client = pair.client.connect(pair.listener.local)?;
     pair.client.send(&client, 9)?;
     pair.client.abort(&client)?;
-    // Some kernels give the dead socket, some say that the connection was aborted.
+    // Some kernels return the dead socket, some report that the connection was aborted.
     let _ = pair.server.accept(&pair.listener);
     let expected = ExpectedTcp::of(
         &pair.client.identity()?,
@@ -242,8 +243,8 @@ fn connect_refused() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Lets a client connect to where nobody is; gives its socket, and what that must have shown. The socket is bound,
-/// because otherwise nobody could tell its address afterwards.
+/// Lets a client connect to an address without a listener. Returns its socket, and its expected
+/// events. The socket is bound, because otherwise its address would be unknown afterwards.
 fn fail_to_connect(
     client: &mut Actor,
     from: SocketAddr,
@@ -285,8 +286,8 @@ fn reconnect_on_the_same_socket_is_a_new_life() -> anyhow::Result<()> {
     pair.finish(&[failed, client, server])
 }
 
-/// To a machine that does not answer: the packets leave by one end of a veth pair, and the other end drops them because
-/// they are for another hardware address.
+/// Connects to a machine that does not answer: the packets leave by one end of a veth pair, and the
+/// other end drops them because they are for another hardware address.
 fn connect_timed_out() -> anyhow::Result<()> {
     let _far = veth()?;
     misdirect(FAR, "near0")?;
@@ -304,7 +305,7 @@ fn connect_timed_out() -> anyhow::Result<()> {
     observed.nothing_else()
 }
 
-/// Sends what goes to `address` to a hardware address that nobody has.
+/// Sends packets for `address` to a hardware address that no device has.
 fn misdirect(address: &str, device: &str) -> anyhow::Result<()> {
     ip(&format!(
         "neigh replace {address} lladdr 02:00:00:00:00:99 dev {device} nud permanent"
@@ -316,9 +317,9 @@ fn redirect(address: &str, device: &str) -> anyhow::Result<()> {
     ip(&format!("neigh del {address} dev {device}"))
 }
 
-/// Both ends end while no packet passes, so neither has heard of the other's end when it says its own. Whether the
-/// acknowledgement or the end of the peer comes first is a matter of retransmissions, but one end at least must have
-/// heard the end first.
+/// Both ends close while no packet passes, so neither has received the other's FIN when it sends
+/// its own. Whether the acknowledgement or the FIN of the peer comes first is a matter of
+/// retransmissions, but at least one end must have received the FIN first.
 fn simultaneous_close() -> anyhow::Result<()> {
     let (mut pair, far) = TcpPair::over_veth()?;
     let connection = pair.connect()?;
@@ -382,7 +383,7 @@ fn simultaneous_close() -> anyhow::Result<()> {
     })
 }
 
-/// A socket that connects to its own address: the one simultaneous open that is easy to have.
+/// A socket that connects to its own address: the one simultaneous open that is easy to make.
 fn simultaneous_open_with_itself() -> anyhow::Result<()> {
     let mut actor = Actor::spawn("narcissus")?;
     let collector = Collector::start()?;
@@ -417,16 +418,16 @@ fn listen_and_its_end() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Its first event has the port that the kernel chose, and comes while it listens.
+/// The first event has the port that the kernel chose, and comes while the socket listens.
 fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
     for domain in [Domain::IPV4, Domain::IPV6] {
         let collector = Collector::start()?;
-        // Those of Multipath TCP have a socket of TCP below them.
+        // Sockets of Multipath TCP have a socket of TCP below them.
         for protocol in [None, Some(socket2::Protocol::MPTCP)] {
             let Ok(socket) = Socket::new(domain, Type::STREAM, protocol) else {
                 continue;
             };
-            // The second call changes nothing but the backlog.
+            // The second call changes only the backlog.
             socket.listen(1)?;
             socket.listen(2)?;
             let port = socket
@@ -435,7 +436,7 @@ fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
                 .context("no address")?
                 .port();
             collector.wait_for("listener", |event| event.socket.local.port() == port)?;
-            // With another port, of another life.
+            // The next `listen` begins again, with another port.
             socket.shutdown(Shutdown::Both)?;
             collector.wait_for("end", |e| e.is_end() && e.socket.local.port() == port)?;
             let events = collector.events();
@@ -468,7 +469,7 @@ fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The namespace has the one port that the filter names.
+/// The namespace has only the port that the filter names.
 fn listen_without_bind_passes_a_filter_of_its_port() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40123 40123")?;
     let collector = Collector::start_with(|builder| builder.filter(Filter::new().port(40123)))?;
@@ -491,7 +492,7 @@ fn listen_without_bind_passes_a_filter_of_its_port() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The states that an event is about.
+/// Returns the states that an event is about.
 fn state(event: &Event) -> Option<(TcpState, TcpState)> {
     match event.kind {
         EventKind::StateChange { from, to, .. } => Some((from, to)),
@@ -499,8 +500,8 @@ fn state(event: &Event) -> Option<(TcpState, TcpState)> {
     }
 }
 
-/// A Multipath TCP connection is two kinds of socket with the same addresses. Only its TCP subflows are reported, each
-/// once.
+/// A Multipath TCP connection is two kinds of socket with the same addresses. Only its TCP subflows
+/// are reported, each once.
 fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let collector = Collector::start()?;
@@ -540,7 +541,7 @@ fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
         );
         let last = events.last().unwrap();
         ensure!(last.is_end(), "not closed:{}", context());
-        // From here on, who it is can be told by the port.
+        // From here on, the port identifies the process.
         let (sent, received, pid) = match last.socket.local.port() {
             port if port == socket.local.port() => (1_000, 0, client.pid()),
             _ if last.socket.remote.port() == 0 => (0, 0, server.pid()),

@@ -1,4 +1,4 @@
-//! The reports of a flow: are their numbers those of the flow, and do they say so where they may not be?
+//! The reports of a flow: their numbers are exact, or marked as approximate.
 
 use std::{
     collections::BTreeMap,
@@ -28,7 +28,8 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Every report after the first receive says whether its numbers may be too small, though the flow began with a datagram sent.
+/// Each report after the first receive is marked if its numbers may be too small, though the flow
+/// began with a datagram sent.
 fn merged_receives_after_a_send_are_approximate() -> anyhow::Result<()> {
     const SENDS: usize = 10;
     const BYTES: usize = 5_000;
@@ -67,13 +68,13 @@ fn merged_receives_after_a_send_are_approximate() -> anyhow::Result<()> {
 
 const FLOWS: u32 = 200;
 
-/// An address of the loopback network.
+/// Returns an address of the loopback network.
 fn stranger(number: u32) -> SocketAddr {
     let [_, a, b, c] = number.to_be_bytes();
     SocketAddr::from(([127, 1 + a, b, c], 9))
 }
 
-/// Room for few flows, all of which are of this test.
+/// Starts a tracer with room for few flows, all of which are of this test.
 fn start(interval: Duration) -> anyhow::Result<Collector> {
     let filter = Filter::new().netns(Netns::current()?.inode()?);
     Collector::start_udp_with(move |builder| {
@@ -82,7 +83,8 @@ fn start(interval: Duration) -> anyhow::Result<Collector> {
     })
 }
 
-/// A flow that is used all the time stays, however many others come and fall silent; and each of these has reported all.
+/// A flow that is used all the time is kept, however many others come and fall silent. The reports
+/// of each of the others are complete.
 fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     const ROUNDS: u32 = 40;
     let collector = start(tcp_udp_trace::DEFAULT_INTERVAL)?;
@@ -92,7 +94,7 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     for number in 0..FLOWS * 2 {
         socket.send_to(b"stranger", stranger(number))?;
     }
-    // They fall silent before the next ones come.
+    // These flows fall silent before the next ones come.
     let deadline = Instant::now() + tcp_udp_trace::DEFAULT_INTERVAL * 2;
     while Instant::now() < deadline {
         socket.send_to(b"steady", steady)?;
@@ -134,9 +136,9 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// More peers than are remembered, each more than once, while the tracer looks: the reports add up
-/// to the datagrams sent. A datagram that meets the removal of its flow counts as unassigned, and
-/// may be in the flow's reports.
+/// There are more peers than the tracer remembers, each more than once, while the tracer looks. The
+/// reports add up to the datagrams sent. A datagram that meets the removal of its flow counts as
+/// unassigned, and may be in the flow's reports.
 fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
     const PEERS: u32 = 1_000;
     const SOCKETS: u32 = 3;

@@ -1,4 +1,5 @@
-//! How UDP sockets begin and end, whose they are, and how their tracer does.
+//! The beginning and the end of UDP sockets, their owners, and the start and the end of their
+//! tracer.
 
 use std::{
     ffi::OsStr,
@@ -53,7 +54,7 @@ fn runtime() -> anyhow::Result<Runtime> {
     Ok(Builder::new_current_thread().enable_all().build()?)
 }
 
-/// Its close is all there is to see.
+/// The close of such a socket is its only event.
 fn socket_that_never_sends() -> anyhow::Result<()> {
     let collectors = UdpCollectors::start()?;
     let mut expected = Vec::new();
@@ -82,7 +83,8 @@ fn killed_process() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// It stays the socket of the process that made it, and what the other one sends through it counts.
+/// The socket remains that of the process that made it. The datagrams that the other process sends
+/// through it count.
 fn socket_passed_to_another_process() -> anyhow::Result<()> {
     let collectors = UdpCollectors::start()?;
     let mut expected = Vec::new();
@@ -95,7 +97,7 @@ fn socket_passed_to_another_process() -> anyhow::Result<()> {
             heir.send(SendCall::SendTo, to, &[20, 30])?;
             let mut receiving_heir = pair.receiver.passed_to("other-heir")?;
             receiving_heir.receive(ReceiveCall::RecvFrom, 3)?;
-            // The makers close first: the sockets live on.
+            // The makers close first, but the sockets remain open.
             pair.sender.leave()?;
             pair.receiver.leave()?;
             heir.send(SendCall::SendMsg, to, &[40])?;
@@ -115,7 +117,7 @@ fn socket_inherited_by_a_child() -> anyhow::Result<()> {
     })
 }
 
-/// Of a process that is gone.
+/// The socket belongs to a process that has ended.
 fn socket_closed_by_its_maker_first() -> anyhow::Result<()> {
     let collectors = UdpCollectors::start()?;
     let mut pair = UdpPair::new(Family::V4, true)?;
@@ -138,7 +140,8 @@ fn another_user() -> anyhow::Result<()> {
     collectors.finish(&[sender.close()?, receiver.close()?])
 }
 
-/// The kernel uses the memory of a socket again at once; each is a life of its own all the same.
+/// The kernel uses the memory of a socket again at once. Each socket is reported as one of its own
+/// all the same.
 fn many_sockets_one_after_the_other() -> anyhow::Result<()> {
     let collectors = UdpCollectors::start()?;
     let address = Family::V4.loopback();
@@ -158,7 +161,8 @@ fn many_sockets_one_after_the_other() -> anyhow::Result<()> {
     collectors.finish(&sockets)
 }
 
-/// Only what happens from now on is seen, and nobody saw who made it; but it was seen who had it open.
+/// Only later traffic is reported. The creator is unknown, but the tracer knows the process that
+/// had the socket open.
 fn socket_older_than_the_tracer() -> anyhow::Result<()> {
     let mut pairs = Vec::new();
     for family in Family::ALL {
@@ -185,7 +189,7 @@ fn socket_older_than_the_tracer() -> anyhow::Result<()> {
     collectors.finish(&sockets)
 }
 
-/// It belongs to the older of the two processes, whoever uses it.
+/// The socket belongs to the older of the two processes, whichever uses it.
 fn socket_older_than_the_tracer_with_an_heir() -> anyhow::Result<()> {
     let mut pair = UdpPair::new(Family::V4, false)?;
     let mut heir = pair.sender.passed_to("heir")?;
@@ -200,7 +204,7 @@ fn socket_older_than_the_tracer_with_an_heir() -> anyhow::Result<()> {
     collectors.finish(&[heir.close()?, pair.receiver.close()?])
 }
 
-/// Two streams of the same event.
+/// The tracers are two streams of the same event type.
 fn tracers_of_both_protocols_merge() -> anyhow::Result<()> {
     runtime()?.block_on(async {
         let tcp = collector::tcp().start().await?;
@@ -243,7 +247,7 @@ fn every_signal_has_a_hook() -> anyhow::Result<()> {
     let hooks = collector.handle().hooks();
     for hook in &hooks {
         eprintln!("{hook}");
-        // Before 5.18, the kernel does not say why it drops a packet.
+        // Before 5.18, the kernel does not report why it drops a packet.
         let may_lack = hook.signal == "drop" && !is_at_least(5, 18)?;
         ensure!(may_lack || !hook.programs.is_empty(), "{hook}");
     }
@@ -251,24 +255,24 @@ fn every_signal_has_a_hook() -> anyhow::Result<()> {
         hooks.iter().any(|hook| hook.signal == "receive"),
         "{hooks:?}"
     );
-    // What it costs not to see it is told.
+    // A note reports the cost of the worse hook.
     let receive = hooks.iter().find(|hook| hook.signal == "receive");
     let has_note = receive.is_some_and(|hook| hook.note.is_some());
     ensure!(collector.names_every_peer() != has_note, "{hooks:?}");
     hooks_page::check(&hooks)
 }
 
-/// By turns closed and dropped, with a socket open all the time. Nothing is left.
+/// Tracers are closed and dropped by turns, with a socket open all the time. Nothing is left.
 fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let socket = UdpSocket::bind("127.0.0.1:0")?;
     let address = socket.local_addr()?;
     let files = open_files()?;
     let mut seen = BpfObjects::default();
     let runtime = runtime()?;
-    // In an emulated guest each takes a second.
+    // In an emulated guest, each turn takes a second.
     let turns = if is_emulated()? { 10 } else { 40 };
     for turn in 0..turns {
-        // Small, for the sake of the time that this takes.
+        // Small, to save time.
         let builder = collector::udp().max_sockets(1_024).max_flows(1_024);
         let mut tracer = runtime.block_on(builder.start())?;
         seen.extend(BpfObjects::of_this_process()?);
@@ -293,8 +297,8 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     seen.await_freed()
 }
 
-/// As in a container into which the machine's cgroups are mounted: sockets of other cgroups are seen, too. Without them only its own are, and
-/// the hooks say so.
+/// In a container with the machine's cgroups mounted, sockets of other cgroups are reported, too.
+/// Without that mount only the container's own are, and the hooks report so.
 fn in_a_cgroup_namespace() -> anyhow::Result<()> {
     let Some(cgroup) = Cgroup::new("namespace")? else {
         return skip("no cgroup v2");
@@ -311,7 +315,7 @@ fn in_a_cgroup_namespace() -> anyhow::Result<()> {
     actor.send(SendCall::SendTo, Some(actor.local()), &[100])?;
     actor.receive(ReceiveCall::RecvFrom, 1)?;
     actor.close()?;
-    collector.wait_for("what is outside", |event| {
+    collector.wait_for("a socket of another cgroup", |event| {
         let owner = event.process.as_ref().map(|process| process.pid);
         event.is_end() && owner == Some(pid) && event.traffic.rx_bytes == 100
     })?;
@@ -323,7 +327,7 @@ fn in_a_cgroup_namespace() -> anyhow::Result<()> {
         ensure!(is_partial(&collector), "{:?}", collector.handle().hooks());
         collector.finish_all().map(drop)
     };
-    // Only that thread, and those of its tracer, do not see the machine's any more.
+    // Only that thread, and the threads of its tracer, do not see the machine's cgroups any more.
     thread::scope(|scope| scope.spawn(partial).join().unwrap())?;
     drop(home);
     Ok(())

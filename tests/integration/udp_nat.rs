@@ -1,4 +1,5 @@
-//! Sockets whose packets netfilter gives other addresses: a flow has those that the socket knows.
+//! Sockets whose packets netfilter gives other addresses. A flow has the addresses that the socket
+//! knows.
 
 use std::net::SocketAddr;
 
@@ -24,7 +25,7 @@ pub(crate) fn trials() -> Vec<Test> {
 
 const TURNS: usize = 3;
 
-/// A client asks at `address`, and the server answers.
+/// Lets a client send to `address`, and the server answer.
 fn converse(
     client: &mut UdpActor,
     address: Option<SocketAddr>,
@@ -40,7 +41,8 @@ fn converse(
     Ok(())
 }
 
-/// A client for the address, connected to it or not, and what it gives with each datagram.
+/// Returns a client for the address, connected to it or not, and the destination that it gives with
+/// each datagram.
 fn client(address: SocketAddr, connected: bool) -> anyhow::Result<(UdpActor, Option<SocketAddr>)> {
     let mut client = UdpActor::open("client", address)?;
     if connected {
@@ -75,7 +77,7 @@ fn resolver_of_a_container() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// Whatever asks port 53 anywhere gets its answers from this host, as in a mesh of services.
+/// This host answers all queries to port 53 at any address, as in a service mesh.
 fn redirected_port() -> anyhow::Result<()> {
     nft("table inet mesh {
            chain output {
@@ -102,19 +104,19 @@ fn redirected_port() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// What leaves a host with another source address.
+/// Packets leave the host with another source address.
 fn masquerade() -> anyhow::Result<()> {
     translated_source("masquerade")
 }
 
-/// And with another source port.
+/// Packets leave the host with another source port, too.
 fn other_port_of_the_source() -> anyhow::Result<()> {
     translated_source("snat to 10.77.0.9:7001-7009")
 }
 
 fn translated_source(statement: &str) -> anyhow::Result<()> {
     let far = veth()?;
-    // Where the far end sends its answers.
+    // The address to which the far end sends its answers.
     ip("addr add 10.77.0.9/24 dev near0")?;
     ip("addr add 198.51.100.1/32 dev lo")?;
     nft(&format!(
@@ -138,7 +140,7 @@ fn translated_source(statement: &str) -> anyhow::Result<()> {
         converse(&mut client, to, &mut server)?;
         expected.push(client.close()?);
     }
-    // Not translated: this one has the address of the link.
+    // Not translated, because it has the address of the link.
     let mut plain = UdpActor::bind("plain", format!("{NEAR}:0").parse()?)?;
     let to = Some(server.local());
     converse(&mut plain, to, &mut server)?;
@@ -146,7 +148,8 @@ fn translated_source(statement: &str) -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// Two addresses that lead to the same one are two peers of a socket, and so is that one.
+/// Two addresses that lead to the same backend are two peers of a socket, and the backend's own
+/// address is a third.
 fn one_backend_of_two_services() -> anyhow::Result<()> {
     nft("table ip services {
            chain output {

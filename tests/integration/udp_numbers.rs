@@ -1,4 +1,5 @@
-//! Datagrams and their payload: exact, whatever call they went through; and what is no datagram is not counted.
+//! Counts of datagrams and their payload: exact, whatever call they went through. Anything else is
+//! not counted.
 
 use std::{
     fs,
@@ -59,7 +60,7 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Payloads of every sort: the empty one, and one that is cut into IP fragments.
+/// Payloads of every sort, also an empty one, and one that is cut into IP fragments.
 const SIZES: &[usize] = &[10, 0, 1, 1_400, 9_000, 30_000];
 
 fn sendto() -> anyhow::Result<()> {
@@ -82,7 +83,7 @@ fn write() -> anyhow::Result<()> {
     connected(|pair| exchange(pair, SendCall::Write, ReceiveCall::RecvFrom))
 }
 
-/// Which, unlike `write`, sends nothing when it is given nothing.
+/// Unlike `write`, `writev` sends nothing for an empty payload.
 fn writev() -> anyhow::Result<()> {
     connected(|pair| {
         pair.sender.send(SendCall::Writev, None, &[10, 1, 30_000])?;
@@ -137,7 +138,7 @@ pub(crate) fn skip_without_uring(error: anyhow::Error) -> anyhow::Result<()> {
     Err(error)
 }
 
-/// The sender sends all, then the receiver receives all.
+/// Lets the sender send all, then the receiver receive all.
 fn exchange(pair: &mut UdpPair, send: SendCall, receive: ReceiveCall) -> anyhow::Result<()> {
     pair.sender.send(send, pair.to(), SIZES)?;
     pair.receiver.receive(receive, SIZES.len())
@@ -156,7 +157,7 @@ fn both_directions() -> anyhow::Result<()> {
     })
 }
 
-/// Each is a datagram, through every call.
+/// Each empty payload is a datagram, through every call.
 fn empty_datagrams() -> anyhow::Result<()> {
     everywhere(|pair| {
         const RECEIVE: [ReceiveCall; 6] = [
@@ -180,7 +181,7 @@ fn empty_datagrams() -> anyhow::Result<()> {
     })
 }
 
-/// However often a datagram is looked at, it is received once.
+/// However often an application peeks at a datagram, it is received once.
 fn peek() -> anyhow::Result<()> {
     everywhere(|pair| peek_then_receive(pair, &[100, 1]))
 }
@@ -198,7 +199,7 @@ fn peek_then_receive(pair: &mut UdpPair, sizes: &[usize]) -> anyhow::Result<()> 
         }
         pair.receiver.receive(ReceiveCall::RecvFrom, 1)?;
     }
-    // One that is looked at and never received.
+    // A datagram that is peeked at and never received.
     pair.sender.send(SendCall::SendTo, pair.to(), &sizes[..1])?;
     let peek = Operation::Peek {
         with_address: true,
@@ -207,7 +208,7 @@ fn peek_then_receive(pair: &mut UdpPair, sizes: &[usize]) -> anyhow::Result<()> 
     pair.receiver.run(peek).map(drop)
 }
 
-/// What does not fit was not received, and the rest of the datagram is gone.
+/// Bytes that do not fit are not received, and the rest of the datagram is lost.
 fn buffer_too_small() -> anyhow::Result<()> {
     everywhere(|pair| {
         pair.sender
@@ -247,7 +248,7 @@ fn udp_cork() -> anyhow::Result<()> {
     pieces(Hold::Cork)
 }
 
-/// Several calls, one datagram.
+/// Sends one datagram by several calls.
 fn pieces(held_by: Hold) -> anyhow::Result<()> {
     everywhere(|pair| {
         for sizes in [&[10, 15][..], &[0, 0], &[1_000, 0, 2_000, 3], &[7]] {
@@ -276,7 +277,8 @@ fn udp_segment_by_control_message() -> anyhow::Result<()> {
     segments(Segmentation::ControlMessage)
 }
 
-/// One call, several datagrams; the last one may be shorter, and what is not larger than a segment is one datagram.
+/// Sends several datagrams by one call. The last one may be shorter, and a payload that is not
+/// larger than a segment is one datagram.
 fn segments(by: Segmentation) -> anyhow::Result<()> {
     everywhere(|pair| {
         for (bytes, segment, datagrams) in [
@@ -294,7 +296,7 @@ fn segments(by: Segmentation) -> anyhow::Result<()> {
     })
 }
 
-/// Received as one, if the kernel has merged it.
+/// Received as one message, if the kernel has merged them.
 fn udp_gro() -> anyhow::Result<()> {
     everywhere(|pair| {
         pair.receiver.set(SocketOption::Merge)?;
@@ -332,7 +334,7 @@ fn error_queue() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// Where nobody receives.
+/// Returns an address at which no socket receives.
 fn closed_port(family: Family) -> SocketAddr {
     SocketAddr::new(family.loopback().ip(), 1)
 }
@@ -387,7 +389,7 @@ fn refuse(sender: &mut UdpActor, by: SendCall) -> anyhow::Result<()> {
     anyhow::bail!("never refused")
 }
 
-/// What the application never got is not received, but dropped.
+/// Datagrams that the application never got are not received, but dropped.
 fn full_receive_buffer() -> anyhow::Result<()> {
     const SENT: u64 = 20;
     everywhere(|pair| {
@@ -423,7 +425,7 @@ fn unread_datagrams_are_not_received() -> anyhow::Result<()> {
     })
 }
 
-/// A VM without hardware support is slow.
+/// Returns a number of datagrams. A VM without hardware support is slow.
 fn many() -> anyhow::Result<u64> {
     let is_emulated = fs::read_to_string("/proc/cmdline")?.contains("tut_vm");
     Ok(if is_emulated { 100_000 } else { 1_000_000 })
@@ -434,8 +436,8 @@ fn a_million_datagrams_at_full_speed() -> anyhow::Result<()> {
     flood(1, many()?)
 }
 
-/// The same in both directions and on several sockets at once, while every CPU is busy: the programs of the tracer
-/// interrupt each other wherever that is possible.
+/// The same in both directions and on several sockets at once, while every CPU is busy. The
+/// programs of the tracer interrupt each other wherever that is possible.
 fn eight_sockets_at_full_speed_under_load() -> anyhow::Result<()> {
     let _load = CpuLoad::on_every_cpu();
     flood(4, many()? / 20)

@@ -1,4 +1,4 @@
-//! The other side of each datagram, also on sockets that are connected to nobody; and when a flow is reported.
+//! The peer of each datagram, also on unconnected sockets, and the times of a flow's reports.
 
 use std::{
     collections::BTreeMap,
@@ -60,12 +60,12 @@ const INTERVAL: Duration = tcp_udp_trace::DEFAULT_INTERVAL;
 /// How long datagrams may be under way.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The address of a talker as its peers see it.
+/// Returns the address of an actor's socket as its peers see it.
 fn seen(actor: &UdpActor, ip: IpAddr) -> SocketAddr {
     SocketAddr::new(ip, actor.local().port())
 }
 
-/// One unconnected socket, a flow for each client.
+/// One unconnected socket has a flow for each client.
 fn one_server_and_its_clients() -> anyhow::Result<()> {
     let collectors = UdpCollectors::start()?;
     let mut expected = Vec::new();
@@ -92,7 +92,7 @@ fn one_server_and_its_clients() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// A socket that is bound to no address has a flow for each of its addresses that a peer writes to.
+/// A socket that is bound to no address has a flow for each of its addresses that a peer sends to.
 fn one_server_with_two_addresses() -> anyhow::Result<()> {
     let collector = Collector::start_udp()?;
     let server = UdpSocket::bind("0.0.0.0:0")?;
@@ -118,7 +118,7 @@ fn one_server_with_two_addresses() -> anyhow::Result<()> {
     let at = server.local_addr()?;
     drop((server, client));
     if !collector.names_every_peer() {
-        // Both are one flow: of a receive, the hook does not tell the address of this side.
+        // Both are one flow: the hook of a receive does not report the local address.
         expected.retain(|(local, _), _| *local == peer);
         expected.insert((at, peer), (24, 32));
     }
@@ -156,7 +156,7 @@ fn answer_from(socket: &UdpSocket, ip: Ipv4Addr, to: SocketAddr) -> anyhow::Resu
     Ok(())
 }
 
-/// One socket of IPv6 with a peer of each family.
+/// One IPv6 socket with a peer of each family.
 fn dual_stack_server() -> anyhow::Result<()> {
     let collectors = UdpCollectors::start()?;
     let mut server = UdpActor::bind("server", "[::]:0".parse()?)?;
@@ -179,7 +179,7 @@ fn dual_stack_server() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// An address that is given with the datagram goes before that of the connect.
+/// An address that is given with the datagram takes precedence over that of the connect.
 fn connected_socket_that_sends_elsewhere() -> anyhow::Result<()> {
     let collectors = UdpCollectors::start()?;
     let mut expected = Vec::new();
@@ -217,10 +217,10 @@ fn connect_to_another_peer() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// By the thread that asks, and by a worker.
+/// Connects by the thread that submits the request, and by a worker.
 fn connect_by_io_uring() -> anyhow::Result<()> {
     if !is_at_least(5, 18)? {
-        return skip("this kernel does not tell which request of io_uring has ended");
+        return skip("this kernel does not report which request of io_uring has ended");
     }
     let collectors = UdpCollectors::start()?;
     let mut expected = Vec::new();
@@ -239,7 +239,8 @@ fn connect_by_io_uring() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// What waits to be received when a socket gets its peer came from anybody. It is never charged to the peer.
+/// Datagrams that wait in the queue when a socket gets its peer may come from any sender. They
+/// never count as the peer's.
 fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
     for returns_peer in [true, false] {
         for family in Family::ALL {
@@ -296,7 +297,7 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// By an address of no family: the socket has no peer again, and stays the same socket.
+/// Connecting to an address of no family removes the peer. The socket stays the same.
 fn disconnect() -> anyhow::Result<()> {
     let collectors = UdpCollectors::start()?;
     let mut expected = Vec::new();
@@ -359,7 +360,8 @@ fn multicast_v6() -> anyhow::Result<()> {
     multicast("fd77::1".parse()?, "ff05::123".parse()?)
 }
 
-/// A datagram to a group is one datagram for its sender and one for each receiver, of which one is on the same machine.
+/// A datagram to a group is one datagram for its sender and one for each receiver, of which one is
+/// on the same machine.
 fn multicast(source: IpAddr, group: IpAddr) -> anyhow::Result<()> {
     let far = veth()?;
     if source.is_ipv6() {
@@ -397,7 +399,7 @@ fn multicast(source: IpAddr, group: IpAddr) -> anyhow::Result<()> {
     ])
 }
 
-/// Counts as multicasts do; and it is not sent without permission.
+/// Broadcasts count as multicasts do, and are not sent without permission.
 fn broadcast() -> anyhow::Result<()> {
     let far = veth()?;
     let collectors = UdpCollectors::start()?;
@@ -437,10 +439,11 @@ fn ten_thousand_peers() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What does not fit is forgotten and counted; the totals of the socket stay exact.
+/// Flows beyond the limit are forgotten and counted. The totals of the socket stay exact.
 fn more_peers_than_flows_are_remembered() -> anyhow::Result<()> {
     let collector = Collector::start_udp_with(|builder| builder.max_flows(1_000))?;
-    // However late the reader is, all of them fit into the kernel's map, which has room for 16,384 more.
+    // However late the reader is, all of them fit into the kernel's map, which has room for 16,384
+    // more.
     let expected = crowd(4_000)?.map(ExpectedUdp::evicted);
     let handle = collector.handle().clone();
     collector.finish_udp(expected.len())?.check_all(&expected)?;
@@ -449,8 +452,8 @@ fn more_peers_than_flows_are_remembered() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One socket sends from each of many addresses of the loopback network to another one, which are all
-/// those of one other socket. It does so twice.
+/// Sends twice from each of many addresses of the loopback network to another one. One socket has
+/// all the sources, another all the destinations.
 fn crowd(addresses: u16) -> anyhow::Result<[ExpectedUdp; 2]> {
     let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
     let mut sender = UdpActor::bind("sender", any)?;
@@ -464,7 +467,7 @@ fn crowd(addresses: u16) -> anyhow::Result<[ExpectedUdp; 2]> {
     Ok([sender.close()?, receiver.close()?])
 }
 
-/// What came within the interval after a report is reported at its end, although nothing more comes.
+/// Datagrams within the interval after a report are reported at its end, although no more come.
 fn idle_flow_is_reported() -> anyhow::Result<()> {
     let collector = Collector::start_udp()?;
     let mut pair = UdpPair::new(Family::V4, false)?;
@@ -481,7 +484,7 @@ fn idle_flow_is_reported() -> anyhow::Result<()> {
     collector.wait_for("report of the first datagram", sent(1))?;
     pair.sender.send(SendCall::SendTo, to, &[1, 2, 3, 4])?;
     collector.wait_for("report of the other four", sent(5))?;
-    // The receiver has not received anything yet: it has no flow.
+    // The receiver has not received anything yet, so it has no flow.
     pair.receiver.receive(ReceiveCall::RecvFrom, 5)?;
     let expected = pair.close()?;
     collector.finish_udp(2)?.check_all(&expected)
@@ -504,7 +507,7 @@ fn one_report_per_interval() -> anyhow::Result<()> {
         reports.len(),
         show(&events)
     );
-    // The last one is for the end of the socket.
+    // The last report is for the end of the socket.
     let (_, regular) = reports.split_last().expect("there are three");
     for pair in regular.windows(2) {
         let between = pair[1].uptime - pair[0].uptime;

@@ -1,4 +1,4 @@
-//! What is sent, is what a send call says that it sent.
+//! Sent datagrams are those that a send call reports as sent.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -30,7 +30,7 @@ pub(crate) fn trials() -> Vec<Test> {
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The send fails after the hook that counts: neither the socket nor the flow has sent anything,
+/// The send fails after the hook that counts. Neither the socket nor the flow has sent anything,
 /// and there is no event of a send.
 fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
     if !is_at_least(5, 18)? {
@@ -63,7 +63,7 @@ fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
                 ensure!(failed == Errno::EPERM as i32, "{failed}");
             }
             drop(refusal);
-            // A process that another test has just forked may keep it for a moment.
+            // A process that another test has just forked may keep the descriptor for a moment.
             let deadline = Instant::now() + PATIENCE;
             while let Err(error) = sender.send(SendCall::SendTo, to, &[20]) {
                 let is_refused = errno(&error) == Some(Errno::EPERM as i32);
@@ -80,7 +80,7 @@ fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
-/// Datagrams to a group that may not leave the host, with a receiver there and without.
+/// Sends datagrams to a group that may not leave the host, with a receiver there and without.
 fn kept_on_this_host() -> anyhow::Result<()> {
     if !is_at_least(5, 18)? {
         return skip("this kernel does not say why it drops a packet");

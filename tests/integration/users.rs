@@ -1,4 +1,4 @@
-//! Which process uses a socket that another process owns, and which cgroup an owner is in.
+//! The process that uses a socket which another process owns, and the cgroup of an owner.
 
 use std::{
     fs,
@@ -33,7 +33,7 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// A process as the field `user` must name it.
+/// Returns the identity of a process as the field `user` must name it.
 fn identity(pid: u32) -> anyhow::Result<Identity> {
     let comm = fs::read(format!("/proc/{pid}/comm"))?;
     Ok(Identity {
@@ -68,7 +68,7 @@ fn names(event: &Event, owner: u32, user: Option<&Identity>) -> bool {
     is_owner && is_user
 }
 
-/// Whether all of these events do, and there are some.
+/// Checks that all of the selected events name them, and that there are some.
 fn all_name(
     events: &[Event],
     which: impl Fn(&Event) -> bool,
@@ -99,12 +99,12 @@ fn is_listener(event: &Event) -> bool {
     matches!((from, to), (Close, Listen) | (Listen, Close))
 }
 
-/// The events with every field.
+/// Formats the events with every field.
 fn details(events: &[Event]) -> String {
     events.iter().map(|event| format!("\n{event:?}")).collect()
 }
 
-/// A daemon that makes its socket, forks, and lets the parent end.
+/// A daemon makes its socket, forks, and lets the parent end.
 fn udp_daemon() -> anyhow::Result<()> {
     let collector = Collector::start_udp()?;
     let daemon = Heir::start(Inheritance::Daemon, Protocol::Udp)?;
@@ -125,7 +125,7 @@ fn udp_daemon() -> anyhow::Result<()> {
     all_name(&events, is_client, std::process::id(), None)
 }
 
-/// The same for TCP: the daemon is known by what it accepts.
+/// The same for TCP: the accepts name the daemon.
 fn tcp_daemon() -> anyhow::Result<()> {
     let collector = Collector::start()?;
     let daemon = Heir::start(Inheritance::Daemon, Protocol::Tcp)?;
@@ -146,7 +146,7 @@ fn tcp_daemon() -> anyhow::Result<()> {
     all_name(&events, is_end, daemon.maker, Some(&user))?;
     for (client, user) in [(first, None), (second, Some(&user))] {
         let is_child = |event: &Event| event.socket.remote == client;
-        // A connection is accepted at any time once it is established.
+        // A connection may be accepted at any time once it is established.
         let waits = |event: &Event| {
             is_child(event)
                 && matches!(
@@ -168,7 +168,7 @@ fn tcp_daemon() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The process stays the same whatever program it executes.
+/// The process stays the same, whatever program it executes.
 fn udp_exec() -> anyhow::Result<()> {
     let collector = Collector::start_udp()?;
     let heir = Heir::start(Inheritance::Exec, Protocol::Udp)?;
@@ -183,7 +183,7 @@ fn udp_exec() -> anyhow::Result<()> {
     all_name(&events, is_server, heir.pid, None)
 }
 
-/// A broker that passes its socket on and ends.
+/// A broker passes its socket on and ends.
 fn udp_socket_of_a_broker_that_ends() -> anyhow::Result<()> {
     let collector = Collector::start_udp()?;
     let mut peer = UdpActor::bind("peer", loopback(false))?;
@@ -211,7 +211,7 @@ fn udp_socket_of_a_broker_that_ends() -> anyhow::Result<()> {
     all_name(&events, rest, maker, Some(&user))
 }
 
-/// Each way to use a socket is seen, and back to the owner.
+/// Each way to use a socket is reported, also when the owner uses it again.
 fn udp_receiver_and_connector() -> anyhow::Result<()> {
     let collector = Collector::start_udp_with(|builder| builder.per_datagram(true))?;
     let mut peer = UdpActor::bind("peer", loopback(false))?;
@@ -257,7 +257,8 @@ fn udp_receiver_and_connector() -> anyhow::Result<()> {
     all_name(&events, of(EventKind::Send { bytes: 4 }), owner, None)
 }
 
-/// Three processes send at the same time: whoever an event names, all of its fields are that process's.
+/// Three processes send at the same time. All fields of the user in an event are of the same
+/// process.
 fn udp_users_by_turns_are_never_mixed() -> anyhow::Result<()> {
     const EACH: usize = 400;
     for per_datagram in [false, true] {
@@ -349,7 +350,7 @@ fn tcp_prefork() -> anyhow::Result<()> {
             )
     };
     all_name(&events, waits, owner, before)?;
-    // The last to accept was the parent itself.
+    // The last process to accept was the parent itself.
     all_name(&events, is_listener, owner, None)
 }
 
@@ -408,7 +409,7 @@ fn socket_activation() -> anyhow::Result<()> {
             "{event:?}"
         );
     }
-    // They end before their cgroups do.
+    // The processes end before their cgroups do.
     drop((manager, service));
     Ok(())
 }

@@ -170,8 +170,8 @@ impl MemoryCgroup {
         let groups = fs::read_to_string("/proc/self/cgroup")?;
         let mut paths = groups.lines().filter_map(|line| {
             let (controllers, path) = line.split_once(':')?.1.split_once(":/")?;
-            let wanted = if limit == "memory.max" { "" } else { "memory" };
-            (controllers == wanted).then_some(path)
+            let expected = if limit == "memory.max" { "" } else { "memory" };
+            (controllers == expected).then_some(path)
         });
         let home = root.join(paths.next().context("in no cgroup")?);
         let path = root.join(format!("tut-{}-memory", process::id()));

@@ -219,7 +219,7 @@ impl Collector {
         self.wait(&format!("sample of {what}"), |collected| {
             find(collected).is_some()
         })?;
-        Ok(find(&self.shared.lock()).expect("it was waited for"))
+        Ok(find(&self.shared.lock()).expect("an earlier wait found it"))
     }
 
     /// Returns the events so far, without the samples.
@@ -249,7 +249,7 @@ impl Collector {
                 .events
                 .iter()
                 .rfind(is_its_end)
-                .expect("it was waited for");
+                .expect("an earlier wait found it");
             let mut processes = end.process.iter();
             if processes.any(|process| process.details.is_some()) {
                 return Ok(end.clone());

@@ -67,7 +67,7 @@ impl ObservedUdp {
                 self.stats
             );
         }
-        Ok(self.observed.remove(&id).expect("it was just found"))
+        Ok(self.observed.remove(&id).expect("it was found above"))
     }
 
     /// Checks these sockets, and that there is no other event.
@@ -391,12 +391,15 @@ impl ExpectedUdp {
             let is_new = flows.entry(peer).or_default().insert(born);
             let local = event.socket.local;
             locals.entry(peer).or_default().insert(local);
-            ensure!(before.is_some() || is_new, "it had ended: {event}");
+            ensure!(
+                before.is_some() || is_new,
+                "a report after the end: {event}"
+            );
             if let Some(before) = before {
                 // The report at the end may have no new totals.
                 let is_right =
                     grows(before.traffic, event.traffic) || last && before.traffic == event.traffic;
-                ensure!(is_right, "a flow without news: {event}");
+                ensure!(is_right, "a report without new totals: {event}");
                 ensure!(before.uptime <= event.uptime, "time went back: {event}");
                 let was = before.socket.local.ip();
                 ensure!(

@@ -26,7 +26,7 @@ pub fn check(hooks: &[Hook]) -> anyhow::Result<()> {
         .skip(FIRST_KERNEL)
         .position(|name| *name == kernel)
     else {
-        eprintln!("{kernel} is no kernel of docs/kernels.md: nothing to compare with");
+        eprintln!("docs/kernels.md has no column for {kernel}: nothing is compared");
         return Ok(());
     };
     let column = FIRST_KERNEL + column;

@@ -155,7 +155,7 @@ pub fn is_at_least(major: u32, minor: u32) -> anyhow::Result<bool> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release.split(['.', '-']).map(str::parse);
     let (Some(Ok(is_major)), Some(Ok(is_minor))) = (numbers.next(), numbers.next()) else {
-        bail!("what release is {release}?");
+        bail!("cannot parse the release {release}");
     };
     Ok((is_major, is_minor) >= (major, minor))
 }

@@ -27,8 +27,8 @@
 //! The tracers of these tests also take samples: in each test, the samples of a socket must fit in
 //! with its other events.
 //!
-//! UDP has an [`expected_udp`] of its own. A [`udp_actor`] is an actor with one socket, which records
-//! what passes through that socket, and a [`udp_pair`] is two of them.
+//! UDP has an [`expected_udp`] of its own. A [`udp_actor`] is an actor with one socket, which
+//! records what passes through that socket, and a [`udp_pair`] is two of them.
 #![deny(unsafe_code)]
 #![allow(
     clippy::unwrap_used,

@@ -127,8 +127,8 @@ pub const NEAR: &str = "10.77.0.1";
 /// The far end of [`veth`].
 pub const FAR: &str = "10.77.0.2";
 
-/// Joins the calling thread's namespace ([`NEAR`], `near0`) and a new one ([`FAR`], `far0`) by a pair of virtual
-/// Ethernet devices.
+/// Joins the calling thread's namespace ([`NEAR`], `near0`) and a new one ([`FAR`], `far0`) by a
+/// pair of virtual Ethernet devices.
 pub fn veth() -> anyhow::Result<Netns> {
     let far = Netns::new()?;
     if ip("link add near0 type veth peer name far0").is_err() {

@@ -78,7 +78,7 @@ impl ObservedTcp {
             match expected.compare(&observed[at], self.window, self.missed) {
                 Ok(gaps) => {
                     self.missed -= gaps;
-                    let events = observed.remove(at).expect("it was just looked at");
+                    let events = observed.remove(at).expect("it was found above");
                     if observed.is_empty() {
                         self.observed.remove(&(expected.local, expected.remote));
                     }
@@ -124,7 +124,7 @@ impl ObservedTcp {
 
 /// Whether this is a child that was never established: it carried nothing, and belongs to the owner
 /// of the listener.
-fn is_stillborn(expected: &[Event]) -> bool {
+fn is_stillborn(events: &[Event]) -> bool {
     let step = |event: &Event, from, to| {
         let is_listeners = event
             .process
@@ -140,5 +140,5 @@ fn is_stillborn(expected: &[Event]) -> bool {
         };
         event.kind == kind && is_listeners && tx_bytes == 0 && rx_bytes == 0
     };
-    matches!(expected, [born, dead] if step(born, Listen, SynRecv) && step(dead, SynRecv, Close))
+    matches!(events, [born, dead] if step(born, Listen, SynRecv) && step(dead, SynRecv, Close))
 }

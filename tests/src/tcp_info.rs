@@ -20,7 +20,8 @@ sockopt_impl!(
     [u8; LEN]
 );
 
-/// The fields of `struct tcp_info` that are whole bytes: name, offset, size (`include/uapi/linux/tcp.h`).
+/// The fields of `struct tcp_info` that are whole bytes: name, offset, size
+/// (`include/uapi/linux/tcp.h`).
 #[rustfmt::skip]
 const FIELDS: &[(&str, usize, usize)] = &[
     ("state", 0, 1), ("ca_state", 1, 1), ("retransmits", 2, 1), ("probes", 3, 1), ("backoff", 4, 1), ("options", 5, 1),

@@ -207,14 +207,14 @@ impl Actor {
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
         let input = self.child.stdin.as_mut().unwrap();
-        input.write_all(&line).context("the actor is gone")
+        input.write_all(&line).context("the actor has ended")
     }
 
     /// Waits for the outcome of the command that was begun.
     pub fn finish(&mut self) -> anyhow::Result<Outcome> {
         let mut line = String::new();
         if self.output.read_line(&mut line)? == 0 {
-            bail!("the actor is gone");
+            bail!("the actor has ended");
         }
         let answer: protocol::Answer = serde_json::from_str(&line)?;
         self.moment = Some(answer.moment);
