@@ -405,17 +405,10 @@ fn cpu_that_goes_and_comes() -> anyhow::Result<()> {
     drop(offline);
     exchange(&mut pair)?;
     let mut expected = Vec::new();
-    for (index, connection) in connections.iter().enumerate() {
+    for connection in &connections {
         pair.close(connection)?;
-        let sent = if index < 2 { 0 } else { 100_000 };
-        expected.push(
-            pair.expected_client(connection, ACTIVE_CLIENT)?
-                .bytes(sent, 0),
-        );
-        expected.push(
-            pair.expected_server(connection, PASSIVE_SERVER)?
-                .bytes(0, sent),
-        );
+        expected.push(pair.expected_client(connection, ACTIVE_CLIENT)?);
+        expected.push(pair.expected_server(connection, PASSIVE_SERVER)?);
     }
     pair.finish(&expected)?;
     meanwhile.finish_in_order(expected.len() + 1).map(drop)

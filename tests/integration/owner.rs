@@ -247,13 +247,10 @@ fn io_uring_accept() -> anyhow::Result<()> {
     let connection = Connection { client, server };
     pair.upload(&connection, 100)?;
     pair.close(&connection)?;
-    let client = pair
-        .expected_client(&connection, ACTIVE_CLIENT)?
-        .bytes(100, 0);
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
     // The kernel may accept on a worker thread.
     let server = pair
         .expected_server(&connection, PASSIVE_SERVER)?
-        .bytes(0, 100)
         .thread(None);
     pair.finish(&[client, server])
 }
@@ -272,9 +269,7 @@ fn connection_passed_to_another_process_keeps_its_connector() -> anyhow::Result<
     let client = pair
         .expected_client(&connection, ACTIVE_CLIENT)?
         .bytes(500, 0);
-    let server = pair
-        .expected_server(&connection, PASSIVE_SERVER)?
-        .bytes(0, 500);
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
     pair.finish(&[client, server])
 }
 
@@ -289,9 +284,7 @@ fn connection_passed_to_another_process_keeps_its_acceptor() -> anyhow::Result<(
     pair.client.close(&connection.client)?;
     ensure!(heir.receive_all(&inherited)? == 0);
     heir.close(&inherited)?;
-    let client = pair
-        .expected_client(&connection, ACTIVE_CLIENT)?
-        .bytes(0, 500);
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
     let server = pair
         .expected_server(&connection, PASSIVE_SERVER)?
         .bytes(500, 0);
@@ -303,15 +296,11 @@ fn killed_client() -> anyhow::Result<()> {
     let connection = pair.connect()?;
     pair.upload(&connection, 200_000)?;
     pair.download(&connection, 300_000)?;
-    let client = pair
-        .expected_client(&connection, ACTIVE_CLIENT)?
-        .bytes(200_000, 300_000);
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
     std::mem::replace(&mut pair.client, Actor::spawn("another")?).kill()?;
     ensure!(pair.server.receive_all(&connection.server)? == 0);
     pair.server.close(&connection.server)?;
-    let server = pair
-        .expected_server(&connection, PASSIVE_SERVER)?
-        .bytes(300_000, 200_000);
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
     pair.finish(&[client, server])
 }
 
@@ -331,8 +320,7 @@ fn killed_server() -> anyhow::Result<()> {
     server.kill()?;
     ensure!(client.receive_all(&connection.client)? == 0);
     client.close(&connection.client)?;
-    let client =
-        ExpectedTcp::of(&client.identity()?, &connection.client, PASSIVE_CLIENT).bytes(1_000, 0);
+    let client = client.expected(&connection.client, PASSIVE_CLIENT)?;
     let server =
         ExpectedTcp::of_child(&identity, &connection.client, ACTIVE_SERVER).bytes(0, 1_000);
     let server = server.accepted(&identity, &connection.server);
@@ -377,12 +365,8 @@ fn exchange(mut pair: TcpPair) -> anyhow::Result<()> {
     let connection = pair.connect()?;
     pair.upload(&connection, 42)?;
     pair.close(&connection)?;
-    let client = pair
-        .expected_client(&connection, ACTIVE_CLIENT)?
-        .bytes(42, 0);
-    let server = pair
-        .expected_server(&connection, PASSIVE_SERVER)?
-        .bytes(0, 42);
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
     // The actors are kept until the events are compared, and end before their cgroups do.
     pair.finish(&[client, server])
 }
@@ -507,17 +491,9 @@ fn connection_older_than_the_tracer() -> anyhow::Result<()> {
     ensure!(server.receive_all(&accepted)? == 0);
     server.close(&accepted)?;
     let mut observed = collector.finish(2)?;
-    let client = ExpectedTcp::of(
-        &client.identity()?,
-        &connected,
-        &[Established, FinWait1, FinWait2, Close],
-    );
-    observed.check(&client.bytes(10_000, 20_000).older_than_the_tracer())?;
-    let server = ExpectedTcp::of(
-        &server.identity()?,
-        &accepted,
-        &[Established, CloseWait, LastAck, Close],
-    );
-    observed.check(&server.bytes(20_000, 10_000).older_than_the_tracer())?;
+    let client = client.expected(&connected, &[Established, FinWait1, FinWait2, Close])?;
+    observed.check(&client.older_than_the_tracer())?;
+    let server = server.expected(&accepted, &[Established, CloseWait, LastAck, Close])?;
+    observed.check(&server.older_than_the_tracer())?;
     observed.nothing_else()
 }

@@ -88,12 +88,8 @@ fn connect_accept_close(listen: SocketAddr, to: &str) -> anyhow::Result<()> {
     pair.server.close(&server)?;
     let answered = pair.server.moment();
 
-    let expected_client = pair
-        .expected_client(&connection, ACTIVE_CLIENT)?
-        .bytes(1_000, 3_000);
-    let expected_server = pair
-        .expected_server(&connection, PASSIVE_SERVER)?
-        .bytes(3_000, 1_000);
+    let expected_client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let expected_server = pair.expected_server(&connection, PASSIVE_SERVER)?;
     let expected_listener = ExpectedTcp::of(&pair.server.identity()?, &pair.listener, LISTENER);
     pair.server.close(&pair.listener)?;
     let mut observed = pair.collector.finish(3)?;
@@ -133,12 +129,8 @@ fn half_close_client_first() -> anyhow::Result<()> {
     pair.server.close(&connection.server)?;
     ensure!(pair.client.receive_all(&connection.client)? == 0);
     pair.client.close(&connection.client)?;
-    let client = pair
-        .expected_client(&connection, ACTIVE_CLIENT)?
-        .bytes(10, 100_000);
-    let server = pair
-        .expected_server(&connection, PASSIVE_SERVER)?
-        .bytes(100_000, 10);
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
     pair.finish(&[client, server])
 }
 
@@ -152,12 +144,8 @@ fn half_close_server_first() -> anyhow::Result<()> {
     pair.client.close(&connection.client)?;
     ensure!(pair.server.receive_all(&connection.server)? == 0);
     pair.server.close(&connection.server)?;
-    let client = pair
-        .expected_client(&connection, PASSIVE_CLIENT)?
-        .bytes(100_000, 10);
-    let server = pair
-        .expected_server(&connection, ACTIVE_SERVER)?
-        .bytes(10, 100_000);
+    let client = pair.expected_client(&connection, PASSIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, ACTIVE_SERVER)?;
     pair.finish(&[client, server])
 }
 
@@ -167,12 +155,8 @@ fn reset_by_linger() -> anyhow::Result<()> {
     let connection = pair.connect()?;
     pair.upload(&connection, 5)?;
     pair.client.abort(&connection.client)?;
-    let client = pair
-        .expected_client(&connection, &[Close, SynSent, Established, Close])?
-        .bytes(5, 0);
-    let server = pair
-        .expected_server(&connection, &[Listen, SynRecv, Established, Close])?
-        .bytes(0, 5);
+    let client = pair.expected_client(&connection, &[Close, SynSent, Established, Close])?;
+    let server = pair.expected_server(&connection, &[Listen, SynRecv, Established, Close])?;
     pair.finish(&[client, server.error(Errno::ECONNRESET as i32)])
 }
 
@@ -185,9 +169,9 @@ fn reset_in_close_wait_is_epipe() -> anyhow::Result<()> {
     pair.download(&connection, 7)?;
     pair.client.abort(&connection.client)?;
     let states = [Close, SynSent, Established, FinWait1, FinWait2, Close];
-    let client = pair.expected_client(&connection, &states)?.bytes(5, 7);
+    let client = pair.expected_client(&connection, &states)?;
     let states = [Listen, SynRecv, Established, CloseWait, Close];
-    let server = pair.expected_server(&connection, &states)?.bytes(7, 5);
+    let server = pair.expected_server(&connection, &states)?;
     pair.finish(&[client, server.error(Errno::EPIPE as i32)])
 }
 
@@ -200,12 +184,9 @@ fn reset_before_accept() -> anyhow::Result<()> {
     pair.client.abort(&client)?;
     // Some kernels return the dead socket, some report that the connection was aborted.
     let _ = pair.server.accept(&pair.listener);
-    let expected = ExpectedTcp::of(
-        &pair.client.identity()?,
-        &client,
-        &[Close, SynSent, Established, Close],
-    )
-    .bytes(9, 0);
+    let expected = pair
+        .client
+        .expected(&client, &[Close, SynSent, Established, Close])?;
     let child = ExpectedTcp::of_child(
         &pair.server.identity()?,
         &client,
@@ -277,12 +258,8 @@ fn reconnect_on_the_same_socket_is_a_new_life() -> anyhow::Result<()> {
     let connection = Connection { client, server };
     pair.upload(&connection, 77)?;
     pair.close(&connection)?;
-    let client = pair
-        .expected_client(&connection, ACTIVE_CLIENT)?
-        .bytes(77, 0);
-    let server = pair
-        .expected_server(&connection, PASSIVE_SERVER)?
-        .bytes(0, 77);
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
     pair.finish(&[failed, client, server])
 }
 
@@ -355,14 +332,8 @@ fn simultaneous_close() -> anyhow::Result<()> {
             ],
         )
     };
-    let clients = [
-        client(false)?.bytes(300, 200),
-        client(true)?.bytes(300, 200),
-    ];
-    let servers = [
-        server(false)?.bytes(200, 300),
-        server(true)?.bytes(200, 300),
-    ];
+    let clients = [client(false)?, client(true)?];
+    let servers = [server(false)?, server(true)?];
     pair.finish_with(2, |observed| {
         let rest = observed.rest();
         let closing = |socket: &Endpoint| {
@@ -402,7 +373,7 @@ fn simultaneous_open_with_itself() -> anyhow::Result<()> {
         Close,
     ];
     let mut observed = collector.finish(1)?;
-    observed.check(&ExpectedTcp::of(&actor.identity()?, &socket, &states).bytes(12_345, 12_345))?;
+    observed.check(&actor.expected(&socket, &states)?)?;
     observed.nothing_else()
 }
 

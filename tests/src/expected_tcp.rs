@@ -224,7 +224,8 @@ impl ExpectedTcp {
         }
     }
 
-    /// Sets the payload bytes that the socket sent and received in all.
+    /// Sets the payload bytes that the socket sent and received in all. An actor's
+    /// [`expected`](crate::actor::Actor::expected) has those that this actor sent and received.
     #[must_use]
     pub fn bytes(self, sent: u64, received: u64) -> Self {
         Self {

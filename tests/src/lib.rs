@@ -17,8 +17,8 @@
 //!     let connection = pair.connect()?;
 //!     pair.upload(&connection, 1_000)?;
 //!     pair.close(&connection)?; // The client closes first.
-//!     let client = pair.expected_client(&connection, ACTIVE_CLIENT)?.bytes(1_000, 0);
-//!     let server = pair.expected_server(&connection, PASSIVE_SERVER)?.bytes(0, 1_000);
+//!     let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+//!     let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
 //!     pair.finish(&[client, server]) // Compares, with the listener, and fails on any other event.
 //! }
 //! # let _ = upload;
@@ -27,8 +27,9 @@
 //! The tracers of these tests also take samples: in each test, the samples of a socket must fit in
 //! with its other events.
 //!
-//! UDP has an [`expected_udp`] of its own. A [`udp_actor`] is an actor with one socket, which
-//! records what passes through that socket, and a [`udp_pair`] is two of them.
+//! Each actor records the bytes of its TCP sockets. UDP has an [`expected_udp`] of its own. A
+//! [`udp_actor`] is an actor with one socket, which records each transfer, and a [`udp_pair`] is two
+//! of them.
 #![deny(unsafe_code)]
 #![allow(
     clippy::unwrap_used,

@@ -136,12 +136,8 @@ impl TcpPair {
         self.server.close(&connection.server)?;
         ensure!(self.client.receive_all(&connection.client)? == 0);
         self.client.close(&connection.client)?;
-        let client = self
-            .expected_client(&connection, ACTIVE_CLIENT)?
-            .bytes(up, down);
-        let server = self
-            .expected_server(&connection, PASSIVE_SERVER)?
-            .bytes(down, up);
+        let client = self.expected_client(&connection, ACTIVE_CLIENT)?;
+        let server = self.expected_server(&connection, PASSIVE_SERVER)?;
         self.finish(&[client, server])
     }
 
@@ -151,11 +147,7 @@ impl TcpPair {
         connection: &Connection,
         states: &[TcpState],
     ) -> anyhow::Result<ExpectedTcp> {
-        Ok(ExpectedTcp::of(
-            &self.client.identity()?,
-            &connection.client,
-            states,
-        ))
+        self.client.expected(&connection.client, states)
     }
 
     /// Returns the events that the server's end must have produced, if the server accepted it
@@ -167,7 +159,10 @@ impl TcpPair {
     ) -> anyhow::Result<ExpectedTcp> {
         let server = self.server.identity()?;
         let child = ExpectedTcp::of_child(&server, &connection.client, states);
-        Ok(child.accepted(&server, &connection.server))
+        let (sent, received) = self.server.carried(&connection.server);
+        Ok(child
+            .accepted(&server, &connection.server)
+            .bytes(sent, received))
     }
 
     /// Closes the listener, waits for as many other closes, and checks these sockets, and that

@@ -4,6 +4,7 @@
 //! inside a VM.
 
 mod batch;
+mod book;
 mod brief;
 mod datagram;
 mod flood;
@@ -28,6 +29,8 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
+use book::Book;
+
 pub use batch::Exchange;
 pub use brief::Brief;
 pub use datagram::{
@@ -37,7 +40,9 @@ pub use heir::{Heir, Inheritance};
 pub use protocol::{Command, Endpoint, Failure, Moment, Outcome, UringAccept};
 pub use udp::receive_queue;
 
-use crate::{cgroup, netns::Netns};
+use tcp_udp_trace::TcpState;
+
+use crate::{cgroup, expected_tcp::ExpectedTcp, netns::Netns};
 
 const FLAG: &str = "--actor";
 /// The part that the actor's parent uses.
@@ -85,6 +90,9 @@ pub struct Actor {
     netns: u32,
     netns_cookie: Option<u64>,
     moment: Option<Moment>,
+    /// The command that [`finish`](Self::finish) waits for.
+    begun: Option<Command>,
+    book: Book,
 }
 
 /// The identity of an actor.
@@ -140,6 +148,8 @@ impl Actor {
             netns,
             netns_cookie: Netns::current_cookie()?,
             moment: None,
+            begun: None,
+            book: Book::default(),
         })
     }
 
@@ -179,6 +189,19 @@ impl Actor {
         })
     }
 
+    /// Returns the bytes that the actor sent and received through a TCP socket.
+    #[must_use]
+    pub fn carried(&self, socket: &Endpoint) -> (u64, u64) {
+        self.book.carried(socket)
+    }
+
+    /// Returns the events that a TCP socket of the actor must have produced, if the actor connected
+    /// it or let it listen, and no other process used it.
+    pub fn expected(&self, socket: &Endpoint, states: &[TcpState]) -> anyhow::Result<ExpectedTcp> {
+        let (sent, received) = self.carried(socket);
+        Ok(ExpectedTcp::of(&self.identity()?, socket, states).bytes(sent, received))
+    }
+
     /// Returns when and where the actor did the last command.
     #[must_use]
     pub fn moment(&self) -> Moment {
@@ -207,7 +230,9 @@ impl Actor {
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
         let input = self.child.stdin.as_mut().unwrap();
-        input.write_all(&line).context("the actor has ended")
+        input.write_all(&line).context("the actor has ended")?;
+        self.begun = Some(command.clone());
+        Ok(())
     }
 
     /// Waits for the outcome of the command that was begun.
@@ -218,7 +243,12 @@ impl Actor {
         }
         let answer: protocol::Answer = serde_json::from_str(&line)?;
         self.moment = Some(answer.moment);
-        Ok(answer.outcome?)
+        let command = self.begun.take();
+        let outcome = answer.outcome?;
+        if let Some(command) = command {
+            self.book.record(&command, &outcome);
+        }
+        Ok(outcome)
     }
 
     /// Runs a command.
