@@ -7,10 +7,10 @@ use std::{fmt, time::Duration};
 pub(crate) struct Measured {
     /// Units a second.
     pub(crate) rate: f64,
-    /// In the kernel, of all its programs together.
+    /// Time of all its programs in the kernel together.
     pub(crate) ns_per_event: f64,
     pub(crate) runs_per_event: f64,
-    /// Of the tracer's process: user and system together, and user alone.
+    /// CPU time of the tracer's process: user and system together, and user alone.
     pub(crate) cpu_us_per_event: f64,
     pub(crate) user_us_per_event: f64,
     pub(crate) rss_kb: u64,

@@ -75,7 +75,7 @@ fn options() -> anyhow::Result<Options> {
     };
     let mut args = env::args().skip(1);
     while let Some(flag) = args.next() {
-        let mut value = || args.next().with_context(|| format!("{flag} what?"));
+        let mut value = || args.next().with_context(|| format!("{flag} needs a value"));
         match flag.as_str() {
             "--quick" => (options.quick, options.rounds) = (true, 1),
             "--gate" => options.gate = true,

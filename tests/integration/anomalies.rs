@@ -39,7 +39,7 @@ fn anomalies(events: &[Event], local: SocketAddr) -> Vec<EventKind> {
         .collect()
 }
 
-/// The far end loses its address for a while, so the kernel retransmits what was sent meanwhile.
+/// The far end loses its address for a while, so the kernel retransmits the segments.
 fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     const BYTES: u64 = 1_000;
     const AT_LEAST: u64 = 3;

@@ -149,7 +149,7 @@ fn take_over(from: Socket) -> anyhow::Result<Socket> {
     Ok(to)
 }
 
-/// Each socket counts what the connection carried while it belonged to that socket.
+/// Each socket counts the bytes of the connection while it belonged to that socket.
 fn connection_taken_over() -> anyhow::Result<()> {
     // Otherwise the new socket would need these options, too.
     for option in ["window_scaling", "timestamps", "sack"] {

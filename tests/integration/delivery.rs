@@ -30,7 +30,7 @@ pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             two_tracers_at_once_give_the_same_events,
-            what_moves_between_cpus_stays_in_order,
+            sockets_that_move_between_cpus_stay_in_order,
         ],
         Solitude: [
             first_event_after_a_pause_wakes_the_reader,
@@ -209,7 +209,7 @@ fn first_event_after_a_pause_wakes_the_reader() -> anyhow::Result<()> {
 }
 
 /// Each socket begins on one CPU and ends on another, while the reader looks as often as it can.
-fn what_moves_between_cpus_stays_in_order() -> anyhow::Result<()> {
+fn sockets_that_move_between_cpus_stay_in_order() -> anyhow::Result<()> {
     let thread = Pid::from_raw(0);
     let allowed = sched_getaffinity(thread)?;
     let mut cpus = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));

@@ -173,7 +173,7 @@ fn runtime_dropped_before_the_tracer() -> anyhow::Result<()> {
     objects.await_freed()
 }
 
-/// A cancelled start detaches what it has attached, at whatever moment it is cancelled.
+/// A cancelled start detaches all its programs, at whatever moment it is cancelled.
 fn start_cancelled_leaves_nothing() -> anyhow::Result<()> {
     let files = open_files()?;
     for milliseconds in [0, 1, 2, 5, 10, 20, 50, 100] {

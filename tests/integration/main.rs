@@ -68,7 +68,7 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "owner::connection_older_than_the_tracer",
     "delivery::two_tracers_at_once_give_the_same_events",
     "delivery::first_event_after_a_pause_wakes_the_reader",
-    "delivery::what_moves_between_cpus_stays_in_order",
+    "delivery::sockets_that_move_between_cpus_stay_in_order",
     "delivery::churn_across_namespaces_under_load",
     "overflow::closes_outlive_a_flood_of_datagrams",
     "overflow::ring_overflow_is_counted_where_it_happened",

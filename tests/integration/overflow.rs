@@ -87,8 +87,8 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     let ours = events[..before]
         .iter()
         .filter(|event| event.socket.netns == here);
-    let ours: Vec<_> = ours.map(what).collect();
-    let reference: Vec<_> = reference.iter().map(what).collect();
+    let ours: Vec<_> = ours.map(event_key).collect();
+    let reference: Vec<_> = reference.iter().map(event_key).collect();
     let gap = Gap::between(&ours, &reference)?;
     ensure!(gap.before + AT_ONCE >= ours.len(), "{gap:?}");
     Ok(())
@@ -173,8 +173,8 @@ fn records_stay_in_the_ring_while_the_queue_is_full() -> anyhow::Result<()> {
     );
     let netns = reference[0].socket.netns;
     let ours = events.iter().filter(|event| event.socket.netns == netns);
-    let ours: Vec<_> = ours.map(what).collect();
-    let reference: Vec<_> = reference.iter().map(what).collect();
+    let ours: Vec<_> = ours.map(event_key).collect();
+    let reference: Vec<_> = reference.iter().map(event_key).collect();
     let gap = Gap::between(&ours, &reference)?;
     ensure!(gap.before == reference.len(), "{gap:?}");
     Ok(())
@@ -214,9 +214,9 @@ fn queue_overflow_sheds_the_newest() -> anyhow::Result<()> {
     overflow(OverflowPolicy::ShedNewest, |gap| gap.before > AT_ONCE)
 }
 
-type What = (EventKind, SocketAddr, SocketAddr);
+type EventKey = (EventKind, SocketAddr, SocketAddr);
 
-fn what(event: &Event) -> What {
+fn event_key(event: &Event) -> EventKey {
     (event.kind.clone(), event.socket.local, event.socket.remote)
 }
 
@@ -240,12 +240,12 @@ struct Gap {
 
 impl Gap {
     /// Compares the events that are left with all of them.
-    fn between(kept: &[What], all: &[What]) -> anyhow::Result<Self> {
+    fn between(kept: &[EventKey], all: &[EventKey]) -> anyhow::Result<Self> {
         let mut is_kept = vec![false; all.len()];
-        for what in kept {
+        for event_key in kept {
             let mut same = all.iter().zip(&is_kept);
-            let at = same.position(|(is, is_kept)| is == what && !is_kept);
-            is_kept[at.with_context(|| format!("{what:?} did not happen"))?] = true;
+            let at = same.position(|(is, is_kept)| is == event_key && !is_kept);
+            is_kept[at.with_context(|| format!("{event_key:?} did not happen"))?] = true;
         }
         let before = is_kept.iter().take_while(|kept| **kept).count();
         let after = is_kept[before..]
@@ -272,7 +272,7 @@ impl Gap {
 
 /// Returns the lifecycle events, without those of sockets that do not have both ports yet, which
 /// are all alike.
-fn lifecycle<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
+fn lifecycle<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<EventKey> {
     use TcpState::{Close, Established, Listen};
     let is_lifecycle = |event: &&Event| match event.kind {
         EventKind::StateChange { from, to, .. } => [from, to]
@@ -288,7 +288,7 @@ fn lifecycle<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
     events
         .filter(is_lifecycle)
         .filter(has_ports)
-        .map(what)
+        .map(event_key)
         .collect()
 }
 
@@ -297,7 +297,7 @@ fn lifecycle<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
 fn overflow(policy: OverflowPolicy, is_right: impl FnOnce(&Gap) -> bool) -> anyhow::Result<()> {
     const QUEUE: usize = 8;
     const RING_BYTES: u32 = 1 << 16;
-    /// Their records are ten times what the ring holds.
+    /// Their records are ten times the size of the ring.
     const CONNECTIONS: usize = 400;
     let builder = collector::tcp()
         .ring_bytes(collector::bytes_for_a_cpu(RING_BYTES))

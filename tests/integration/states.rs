@@ -43,7 +43,7 @@ pub(crate) fn trials() -> Vec<Test> {
             reset_before_accept,
             listener_closed_before_accept,
             connect_refused,
-            reconnect_on_the_same_socket_is_a_new_life,
+            reconnect_on_the_same_socket_begins_anew,
             connect_timed_out,
             simultaneous_close,
             simultaneous_open_with_itself,
@@ -242,7 +242,7 @@ fn fail_to_connect(
     Ok((socket, expected.error(errno as i32)))
 }
 
-fn reconnect_on_the_same_socket_is_a_new_life() -> anyhow::Result<()> {
+fn reconnect_on_the_same_socket_begins_anew() -> anyhow::Result<()> {
     let mut pair = TcpPair::new()?;
     let closed = SocketAddr::new(loopback(false).ip(), 1);
     let (socket, failed) = fail_to_connect(

@@ -4,8 +4,8 @@
 //! A test runs in its own network namespace ([`suite`], [`netns`]). Real processes make the traffic
 //! ([`actor`]) and count what they do. A [`collector`] collects the events of the test's namespaces
 //! until as many sockets are closed as the test closed. It returns them grouped by socket
-//! ([`observed_tcp`]), and the test compares each socket with what it must have shown, from its
-//! first event to its last ([`expected_tcp`]). A [`tcp_pair`] is the usual set-up: a tracer, a
+//! ([`observed_tcp`]), and the test compares each socket with its expected events, from the
+//! first to the last ([`expected_tcp`]). A [`tcp_pair`] is the usual set-up: a tracer, a
 //! server that listens, a client.
 //!
 //! ```no_run
@@ -36,7 +36,7 @@
     clippy::print_stderr,
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
-    reason = "a test fails by panicking, and writes what it could not check to stderr"
+    reason = "a test fails by panicking, and writes to stderr if it could not check something"
 )]
 
 pub mod actor;
