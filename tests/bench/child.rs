@@ -1,4 +1,5 @@
-//! A subject, from inside: our tracer, or a program of the floor, in a process of its own that answers questions.
+//! The inside of a subject: our tracer, or a program of the floor, in a process of its own that
+//! answers queries.
 
 use std::{
     env,
@@ -37,7 +38,7 @@ use crate::subject::Protocol;
 pub(crate) const OURS: &str = "--ours";
 pub(crate) const FLOOR: &str = "--floor-program";
 pub(crate) const PEER: &str = "--peer";
-/// What it says when it is ready.
+/// The line that the process prints when it is ready.
 pub(crate) const READY: &str = "ready\n";
 
 const TCP: &str = "ours";
@@ -47,10 +48,10 @@ const TCP_EVERYTHING: &str = "ours: everything, samples each second";
 const TCP_QUEUE: &str = "ours, queue of 262,144";
 const UDP: &str = "ours: flows";
 const UDP_EVERYTHING: &str = "ours: each datagram, samples each second";
-/// Room for all that a stopped reader has missed.
+/// Room for all records that come while the reader is stopped.
 pub(crate) const DRAIN: &str = "ours, a large ring";
 
-/// How our tracer is set up for a comparison.
+/// Returns the settings of our tracer for a comparison.
 pub(crate) fn setups(protocol: Protocol) -> impl Iterator<Item = &'static str> {
     let setups: &[_] = match protocol {
         Protocol::Tcp => &[TCP, TCP_README, TCP_QUEUE, TCP_EVERYTHING],
@@ -59,12 +60,12 @@ pub(crate) fn setups(protocol: Protocol) -> impl Iterator<Item = &'static str> {
     setups.iter().copied()
 }
 
-/// What a subject says of itself.
+/// The counts that a subject reports.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Told {
-    /// All events, whatever they tell.
+pub(crate) struct Report {
+    /// All events, of any kind.
     pub(crate) events: u64,
-    /// Of the traffic here, in the unit in which the truth is counted.
+    /// The events of the benchmark's traffic, in the unit of its true count.
     pub(crate) seen: Option<u64>,
     pub(crate) lost: Option<u64>,
     /// How long `start` took.
@@ -73,8 +74,8 @@ pub(crate) struct Told {
     pub(crate) sleeps: Option<u64>,
 }
 
-/// Is a subject if this process was started as one.
-pub(crate) fn run_if_asked() -> Option<anyhow::Result<()>> {
+/// Runs as a subject if this process was started as one.
+pub(crate) fn run_if_requested() -> Option<anyhow::Result<()>> {
     let mut args = env::args().skip(1);
     let (what, which) = (args.next()?, args.next());
     match (what.as_str(), which) {
@@ -85,7 +86,7 @@ pub(crate) fn run_if_asked() -> Option<anyhow::Result<()>> {
     }
 }
 
-/// Becomes another tool. Most of them need tracefs, which may not be mounted here.
+/// Executes another tool. Most of them need tracefs, which may not be mounted here.
 fn be_peer(program: &str, args: impl Iterator<Item = String>) -> anyhow::Result<()> {
     const TRACEFS: &str = "/sys/kernel/tracing";
     if !std::fs::exists(format!("{TRACEFS}/events"))? {
@@ -115,7 +116,7 @@ fn ours(setup: &str) -> anyhow::Result<()> {
         _ => tokio::runtime::Builder::new_current_thread(),
     };
     let runtime = runtime.enable_all().build()?;
-    // As the standard output, it is written to at the end of each line.
+    // Like standard output, it is flushed at the end of each line.
     let mut output = LineWriter::new(File::options().write(true).open("/dev/null")?);
     let second = Duration::from_secs(1);
     runtime.block_on(async {
@@ -137,7 +138,7 @@ fn ours(setup: &str) -> anyhow::Result<()> {
                 let handle = tracer.handle();
                 read(tracer, handle, began.elapsed(), |event| {
                     if setup == TCP_README {
-                        // Like `println!`, which cannot fail but by a panic.
+                        // Like `println!`, which can fail only by a panic.
                         let _ = writeln!(output, "{event}");
                     }
                     u64::from(matches!(event.kind, EventKind::StateChange { .. }))
@@ -163,12 +164,12 @@ fn ours(setup: &str) -> anyhow::Result<()> {
                 let sent = |event: &Event| u64::from(matches!(event.kind, EventKind::Send { .. }));
                 read(tracer, handle, began.elapsed(), sent).await
             }
-            _ => bail!("{setup}?"),
+            _ => bail!("no settings named {setup}"),
         }
     })
 }
 
-/// Reads a tracer until nobody asks any more.
+/// Reads a tracer until standard input ends.
 async fn read(
     mut tracer: impl Stream<Item = Event> + Unpin,
     handle: TracerHandle,
@@ -177,12 +178,12 @@ async fn read(
 ) -> anyhow::Result<()> {
     let netns = Netns::current()?.inode()?;
     let count = Arc::new(Count::default());
-    let asked = (handle.clone(), Arc::clone(&count));
+    let shared = (handle.clone(), Arc::clone(&count));
     thread::spawn(move || {
-        let (handle, count) = asked;
-        let told = || {
+        let (handle, count) = shared;
+        let report = || {
             let stats = handle.stats();
-            Told {
+            Report {
                 events: count.events.load(Relaxed),
                 seen: Some(count.seen.load(Relaxed)),
                 lost: Some(stats.ring_lost + stats.queue_shed + stats.missed),
@@ -190,12 +191,12 @@ async fn read(
                 sleeps: sleeps().ok(),
             }
         };
-        let done = answer(told);
+        let done = answer(report);
         handle.stop();
         done
     });
     while let Some(event) = tracer.next().await {
-        // Nobody else writes them.
+        // This thread is the only writer.
         count.events.store(count.events.load(Relaxed) + 1, Relaxed);
         if event.socket.netns == netns {
             let seen = count.seen.load(Relaxed) + weigh(&event);
@@ -216,7 +217,7 @@ fn floor(name: &str, object: Option<&str>) -> anyhow::Result<()> {
     let lost = Array::<_, u64>::try_from(ebpf.take_map("LOST").context("no map")?)?;
     let records = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&records);
-    let is_told = name == "tcp_record";
+    let is_record = name == "tcp_record";
     thread::spawn(move || -> anyhow::Result<()> {
         loop {
             let timeout = Timespec {
@@ -229,12 +230,12 @@ fn floor(name: &str, object: Option<&str>) -> anyhow::Result<()> {
             }
         }
     });
-    answer(|| Told {
+    answer(|| Report {
         events: records.load(Relaxed),
-        seen: is_told.then(|| records.load(Relaxed)),
-        lost: is_told.then(|| lost.get(&0, 0).unwrap_or(0)),
+        seen: is_record.then(|| records.load(Relaxed)),
+        lost: is_record.then(|| lost.get(&0, 0).unwrap_or(0)),
         sleeps: sleeps().ok(),
-        ..Told::default()
+        ..Report::default()
     })
 }
 
@@ -251,20 +252,20 @@ fn attach_egress(program: &mut CgroupSkb) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Says that it is ready, then what it has to tell whenever it is asked.
-fn answer(told: impl Fn() -> Told) -> anyhow::Result<()> {
+/// Prints that it is ready, then a report for each line of standard input.
+fn answer(report: impl Fn() -> Report) -> anyhow::Result<()> {
     let mut output = io::stdout();
     output.write_all(READY.as_bytes())?;
-    for question in io::stdin().lock().lines() {
-        question?;
-        let mut line = serde_json::to_vec(&told())?;
+    for query in io::stdin().lock().lines() {
+        query?;
+        let mut line = serde_json::to_vec(&report())?;
         line.push(b'\n');
         output.write_all(&line)?;
     }
     Ok(())
 }
 
-/// How often this process has gone to sleep by itself, threads that have ended too.
+/// Returns how often this process has gone to sleep by itself, including threads that have ended.
 fn sleeps() -> anyhow::Result<u64> {
     let usage = getrusage(UsageWho::RUSAGE_SELF)?;
     Ok(usage.voluntary_context_switches().unsigned_abs())

@@ -1,26 +1,26 @@
-//! What is measured, and the middle of it.
+//! The figures of a run, and their medians.
 
 use std::{fmt, time::Duration};
 
-/// What one run of a workload under one subject gave.
+/// The results of one run of a workload under one subject.
 #[derive(Debug)]
 pub(crate) struct Measured {
     /// Units a second.
     pub(crate) rate: f64,
-    /// In the kernel, of all its programs together.
+    /// Time of all its programs in the kernel together.
     pub(crate) ns_per_event: f64,
     pub(crate) runs_per_event: f64,
-    /// Of the tracer's process: user and system together, and user alone.
+    /// CPU time of the tracer's process: user and system together, and user alone.
     pub(crate) cpu_us_per_event: f64,
     pub(crate) user_us_per_event: f64,
     pub(crate) rss_kb: u64,
-    /// From the start of the process to its first hook, or until it says that it is ready.
+    /// From the start of the process to its first hook, or until it reports that it is ready.
     pub(crate) ready: Duration,
     /// How long `start` took.
     pub(crate) start: Option<Duration>,
-    /// Events that were told, of one that happened.
+    /// The share of the real events that were reported.
     pub(crate) seen: Option<f64>,
-    /// Events that it says it has lost.
+    /// Events that the subject reports as lost.
     pub(crate) lost: Option<u64>,
 }
 
@@ -58,7 +58,8 @@ impl Figures {
     }
 }
 
-/// One figure, of each round. Shown as `median (least–most)` with as many decimals as the format says.
+/// One figure, of each round. Shown as `median (least–most)` with as many decimals as the format
+/// says.
 #[derive(Debug, Default)]
 pub(crate) struct Series(Vec<f64>);
 

@@ -1,9 +1,10 @@
-//! What tracing costs: the same traffic without a tracer, under ours, under other tools, and under programs that do nearly nothing.
-//! Run by `cargo xtask bench`, as root; prints tables in Markdown.
+//! Measures the cost of tracing: the same traffic without a tracer, under ours, under other tools,
+//! and under programs that do nearly nothing. Run by `cargo xtask bench`, as root; prints tables in
+//! Markdown.
 //!
-//! Each round measures every subject once, one after the other, so that whatever else the machine does falls on all of them; the tables
-//! have the medians over the rounds, and the least and the most. A subject is a process of its own, so its CPU time and its memory are
-//! the kernel's own figures.
+//! Each round measures every subject once, one after the other, so that other load on the machine
+//! affects all of them. The tables have the medians over the rounds, and the least and the most. A
+//! subject is a process of its own, so its CPU time and its memory are the kernel's own figures.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -37,7 +38,7 @@ use self::{
     workload::Workload,
 };
 
-/// What is asked for on the command line.
+/// The options of the command line.
 #[derive(Debug)]
 pub(crate) struct Options {
     pub(crate) quick: bool,
@@ -52,7 +53,7 @@ pub(crate) struct Options {
 fn main() -> ExitCode {
     let done = match actor::run_if_asked() {
         Some(code) => return code,
-        None => child::run_if_asked().unwrap_or_else(|| bench(&options()?)),
+        None => child::run_if_requested().unwrap_or_else(|| bench(&options()?)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -74,7 +75,7 @@ fn options() -> anyhow::Result<Options> {
     };
     let mut args = env::args().skip(1);
     while let Some(flag) = args.next() {
-        let mut value = || args.next().with_context(|| format!("{flag} what?"));
+        let mut value = || args.next().with_context(|| format!("{flag} needs a value"));
         match flag.as_str() {
             "--quick" => (options.quick, options.rounds) = (true, 1),
             "--gate" => options.gate = true,
@@ -92,16 +93,17 @@ fn options() -> anyhow::Result<Options> {
 
 fn bench(options: &Options) -> anyhow::Result<()> {
     Netns::enter_new()?;
-    // Of this namespace. Without it the ends of connections that linger for a minute keep the ports, and those that follow search long.
+    // A setting of this namespace. Otherwise the ends of connections keep the ports for a minute,
+    // and later connections search long for one.
     fs::write("/proc/sys/net/ipv4/tcp_max_tw_buckets", "1024")?;
     table::machine()?;
     if options.gate {
         return gate::run(options);
     }
-    let is_wanted = |name: &str| options.only.as_ref().is_none_or(|only| name.contains(only));
+    let is_selected = |name: &str| options.only.as_ref().is_none_or(|only| name.contains(only));
     let mut plotted = Vec::new();
     for workload in workload::all(options.quick) {
-        if !is_wanted(workload.name) {
+        if !is_selected(workload.name) {
             continue;
         }
         let subjects = subject::of(&workload, options);
@@ -130,19 +132,20 @@ fn bench(options: &Options) -> anyhow::Result<()> {
     if let Some(path) = &options.plot {
         fs::write(path, table::svg(&plotted)).with_context(|| path.display().to_string())?;
     }
-    if is_wanted("drain") {
+    if is_selected("drain") {
         rest::drain(options)?;
     }
-    if is_wanted("latency") {
+    if is_selected("latency") {
         rest::latency(options)?;
     }
-    if is_wanted("idle") {
+    if is_selected("idle") {
         rest::idle(options)?;
     }
     Ok(())
 }
 
-/// One run of a workload under one subject: first the rate, then, of less traffic, what the kernel's clock says of each program.
+/// Makes one run of a workload under one subject: first the rate, then, with less traffic, the
+/// times of each program by the kernel's clock.
 ///
 /// The two are apart because that clock costs about as much as an empty program.
 fn measure(subject: &Subject, workload: &Workload, options: &Options) -> anyhow::Result<Measured> {
@@ -166,7 +169,7 @@ fn measure(subject: &Subject, workload: &Workload, options: &Options) -> anyhow:
     let timed_events = (workload.timed_units() * workload.events_each.max(1)) as f64;
     let ready = running.ready;
     let rss_kb = running.peak_rss_kb()?;
-    let told = running.stop(field.port)?;
+    let report = running.stop(field.port)?;
     let truth = subject.truth(workload) * (workload.units + workload.timed_units());
     Ok(Measured {
         rate,
@@ -176,16 +179,16 @@ fn measure(subject: &Subject, workload: &Workload, options: &Options) -> anyhow:
         user_us_per_event: cpu.user.as_secs_f64() * 1e6 / events,
         rss_kb,
         ready,
-        start: told.start,
-        seen: told
+        start: report.start,
+        seen: report
             .seen
             .filter(|_| truth > 0)
             .map(|seen| seen as f64 / truth as f64),
-        lost: told.lost,
+        lost: report.lost,
     })
 }
 
-/// Waits until something no longer changes; at most for 10 s.
+/// Waits until a value no longer changes; at most for 10 s.
 pub(crate) fn until_still<T: PartialEq>(
     every: Duration,
     mut look: impl FnMut() -> anyhow::Result<T>,

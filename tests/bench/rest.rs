@@ -1,4 +1,5 @@
-//! What is not a rate: how fast a consumer drains what has gathered, and what a tracer does on an idle machine.
+//! The figures that are not rates: how fast a consumer drains gathered events, and the cost of a
+//! tracer on an idle machine.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
@@ -32,13 +33,13 @@ pub(crate) fn drain(options: &Options) -> anyhow::Result<()> {
     for _ in 0..options.rounds {
         let mut running = Running::start(&Subject::Ours(child::DRAIN), false, options)?;
         running.settle()?;
-        let before = (running.ask()?, running.cpu()?);
+        let before = (running.query()?, running.cpu()?);
         running.signal(Signal::SIGSTOP)?;
         let flooded = flood.run(DATAGRAMS);
         running.signal(Signal::SIGCONT)?;
         flooded?;
         running.settle()?;
-        let after = running.ask()?;
+        let after = running.query()?;
         let spent = running.cpu()?.since(&before.1);
         let events = (after.events - before.0.events) as f64;
         rate.add(events / spent.total.as_secs_f64() / 1e6);
@@ -56,7 +57,7 @@ pub(crate) fn drain(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How long it takes until the consumer has an event, where few come.
+/// Measures how long it takes until the consumer has an event, at a low rate.
 pub(crate) fn latency(options: &Options) -> anyhow::Result<()> {
     let connections = if options.quick { 20 } else { 200 };
     println!("\n### Latency, 40 connections a second\n");
@@ -81,7 +82,7 @@ pub(crate) fn latency(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// For each state change of so many connections, how late the consumer has it.
+/// Returns, for each state change of this many connections, how late the consumer has it.
 fn late(gather: Duration, connections: u32) -> anyhow::Result<Vec<Duration>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -95,7 +96,7 @@ fn late(gather: Duration, connections: u32) -> anyhow::Result<Vec<Duration>> {
             for _ in 0..connections {
                 let client = TcpStream::connect(listener.local_addr()?)?;
                 drop((listener.accept()?, client));
-                // It is the rate that is wanted here.
+                // This keeps to the rate.
                 thread::sleep(Duration::from_millis(25));
             }
             handle.stop();
@@ -113,7 +114,7 @@ fn late(gather: Duration, connections: u32) -> anyhow::Result<Vec<Duration>> {
     })
 }
 
-/// Nothing happens, without sockets and with many.
+/// Measures an idle machine, without sockets and with many.
 pub(crate) fn idle(options: &Options) -> anyhow::Result<()> {
     // Two rounds of samples.
     let time = Duration::from_secs(if options.quick { 1 } else { 13 });
@@ -131,7 +132,7 @@ pub(crate) fn idle(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Processes that have so many sockets open.
+/// Starts processes that have this many sockets open.
 fn hold(tcp: u32, udp: u32) -> anyhow::Result<Vec<Actor>> {
     const HOLDERS: u32 = 8;
     let mut holders = Vec::new();
@@ -159,7 +160,7 @@ fn idle_tracers(options: &Options, time: Duration) -> anyhow::Result<()> {
             continue;
         }
         for subject in subject::of(&workload, options) {
-            // What does nothing does not do it idly either.
+            // The floor's programs do nothing, also when idle.
             if matches!(subject, Subject::Nothing | Subject::Floor(..)) {
                 continue;
             }
@@ -169,7 +170,7 @@ fn idle_tracers(options: &Options, time: Duration) -> anyhow::Result<()> {
             let before = (running.sleeps()?, running.cpu()?);
             thread::sleep(time);
             let cpu = running.cpu()?.since(&before.1);
-            // The question wakes it, too.
+            // The query wakes the process, too.
             let sleeps = (running.sleeps()? - before.0).saturating_sub(1);
             println!(
                 "| {:?}: {} | {:.1} | {:.2} | {:.1} |",

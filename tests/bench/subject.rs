@@ -1,4 +1,4 @@
-//! What is measured: a process that traces, seen from outside.
+//! The subjects: processes that trace, measured from outside.
 
 use std::{
     fs::{self, File},
@@ -19,7 +19,7 @@ use nix::{
 
 use crate::{
     Options,
-    child::{self, Told},
+    child::{self, Report},
     until_still,
     workload::{Workload, keep_to, poke},
 };
@@ -34,7 +34,7 @@ pub(crate) enum Protocol {
 pub(crate) enum Subject {
     /// No tracer.
     Nothing,
-    /// Ours, set up as [`child`] knows.
+    /// Ours, with the settings of [`child`].
     Ours(&'static str),
     /// A program of the floor.
     Floor(Protocol, &'static str, &'static str),
@@ -42,16 +42,16 @@ pub(crate) enum Subject {
     Peer(&'static Peer),
 }
 
-/// A tool that others made.
+/// A tool of another project.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Peer {
     name: &'static str,
     protocol: Protocol,
     program: &'static str,
     args: &'static [&'static str],
-    /// How many lines it prints of a unit of traffic; 0 if it does not tell each.
+    /// How many lines it prints for a unit of traffic; 0 if it prints none for each.
     lines: u64,
-    /// What stands in each of these lines: the port, or our process id.
+    /// The number in each of these lines: the port, or our process id.
     has_port: bool,
 }
 
@@ -110,7 +110,8 @@ const PEERS: &[Peer] = &[
     },
 ];
 
-/// The subjects of a workload. What cannot be had here is left out, and that is said.
+/// Returns the subjects of a workload. Prints which ones are skipped, because they are not
+/// available here.
 pub(crate) fn of(workload: &Workload, options: &Options) -> Vec<Subject> {
     let protocol = workload.protocol;
     let mut subjects = vec![Subject::Nothing];
@@ -164,7 +165,7 @@ impl Subject {
         }
     }
 
-    /// How many events it must tell of each unit; 0 if it does not tell them one by one.
+    /// How many events it must report for each unit; 0 if it does not report them one by one.
     pub(crate) fn truth(&self, workload: &Workload) -> u64 {
         match self {
             Self::Peer(peer) => peer.lines,
@@ -173,7 +174,7 @@ impl Subject {
     }
 }
 
-/// A subject at work.
+/// A subject that runs.
 #[derive(Debug)]
 pub(crate) struct Running {
     process: Option<Process>,
@@ -188,17 +189,18 @@ struct Process {
     voice: Voice,
 }
 
-/// How a process says what it has seen.
+/// The way in which a process reports its events.
 #[derive(Debug)]
 enum Voice {
-    /// It answers questions.
+    /// It answers queries.
     Answers(ChildStdin, BufReader<ChildStdout>),
-    /// It prints lines to this file, of which those count that have the number of this kind in them.
+    /// It prints lines to this file. The lines with the number of this kind in them count.
     Prints(File, &'static Peer),
 }
 
 impl Running {
-    /// Starts it, and waits until it is ready: ours says so, of others a program must have run.
+    /// Starts a subject, and waits until it is ready: ours reports so, of others a program must
+    /// have run.
     pub(crate) fn start(
         subject: &Subject,
         is_pinned: bool,
@@ -213,9 +215,9 @@ impl Running {
         let mut command = Command::new("/proc/self/exe");
         let printed = match subject {
             Subject::Peer(peer) => {
-                let program = find(peer.program).context("it is gone")?;
+                let program = find(peer.program).context("the program is not there")?;
                 command.arg(child::PEER).arg(program).args(peer.args);
-                // It has no name, and is gone with us.
+                // The file has no name, and ends with this process.
                 let file = tempfile()?;
                 command
                     .stdin(Stdio::null())
@@ -266,7 +268,7 @@ impl Running {
             Voice::Answers(_, answers) => {
                 let mut line = String::new();
                 answers.read_line(&mut line)?;
-                ensure!(line == child::READY, "it did not start");
+                ensure!(line == child::READY, "the subject did not start");
             }
             Voice::Prints(_, peer) => {
                 let protocol = peer.protocol;
@@ -282,30 +284,30 @@ impl Running {
         Ok(())
     }
 
-    /// Waits until it has told all that it saw.
+    /// Waits until it has reported all its events.
     pub(crate) fn settle(&mut self) -> anyhow::Result<()> {
         let Some(process) = &mut self.process else {
             return Ok(());
         };
-        // Totals of UDP sockets come at their close; what is gathered comes within 20 ms.
+        // Totals of UDP sockets come at their close. Gathered records come within 20 ms.
         const QUIET: Duration = Duration::from_millis(60);
         match &mut process.voice {
-            Voice::Answers(questions, answers) => {
-                until_still(QUIET, || Ok(ask(questions, answers)?.events)).map(drop)
+            Voice::Answers(queries, answers) => {
+                until_still(QUIET, || Ok(query(queries, answers)?.events)).map(drop)
             }
             Voice::Prints(file, _) => until_still(QUIET, || Ok(file.metadata()?.len())).map(drop),
         }
     }
 
-    /// What it says, while it goes on.
-    pub(crate) fn ask(&mut self) -> anyhow::Result<Told> {
+    /// Returns the current report.
+    pub(crate) fn query(&mut self) -> anyhow::Result<Report> {
         match &mut self.process.as_mut().context("nothing runs")?.voice {
-            Voice::Answers(questions, answers) => ask(questions, answers),
-            Voice::Prints(..) => Ok(Told::default()),
+            Voice::Answers(queries, answers) => query(queries, answers),
+            Voice::Prints(..) => Ok(Report::default()),
         }
     }
 
-    /// What the kernel has measured of all its programs together.
+    /// Returns the times that the kernel has measured, of all its programs together.
     pub(crate) fn programs(&self) -> anyhow::Result<Programs> {
         let Some(Process { pid, .. }) = &self.process else {
             return Ok(Programs::default());
@@ -340,7 +342,8 @@ impl Running {
             return Ok(Cpu::default());
         };
         let total = Duration::from(clock_gettime(clock_getcpuclockid(*pid)?)?);
-        // Fields 14 and 15, in hundredths of a second; the second, in brackets, may contain anything.
+        // Fields 14 and 15, in hundredths of a second. The second field, in brackets, may contain
+        // any bytes.
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let rest = stat.rsplit_once(')').context("no name")?.1;
         let ticks: u32 = rest
@@ -352,9 +355,10 @@ impl Running {
         Ok(Cpu { total, user })
     }
 
-    /// How often it has gone to sleep by itself, all threads together; where it does not tell, those that live.
+    /// Returns how often it has gone to sleep by itself, all threads together. If it does not
+    /// report that, only the current threads count.
     pub(crate) fn sleeps(&mut self) -> anyhow::Result<u64> {
-        if let Some(sleeps) = self.ask()?.sleeps {
+        if let Some(sleeps) = self.query()?.sleeps {
             return Ok(sleeps);
         }
         let pid = self.process.as_ref().context("nothing runs")?.pid;
@@ -389,18 +393,18 @@ impl Running {
         Ok(kill(process.pid, signal)?)
     }
 
-    /// Ends it; what it has told in all.
-    pub(crate) fn stop(mut self, port: u16) -> anyhow::Result<Told> {
+    /// Ends it, and returns its last report.
+    pub(crate) fn stop(mut self, port: u16) -> anyhow::Result<Report> {
         let Some(process) = &mut self.process else {
-            return Ok(Told::default());
+            return Ok(Report::default());
         };
         match &mut process.voice {
-            Voice::Answers(questions, answers) => ask(questions, answers),
+            Voice::Answers(queries, answers) => query(queries, answers),
             Voice::Prints(file, peer) => {
-                // Some miss a signal now and then.
+                // Some tools miss a signal now and then.
                 let deadline = Instant::now() + Duration::from_secs(30);
                 while process.child.try_wait()?.is_none() {
-                    ensure!(Instant::now() < deadline, "it does not end");
+                    ensure!(Instant::now() < deadline, "the subject does not end");
                     kill(process.pid, Signal::SIGINT)?;
                     thread::sleep(Duration::from_millis(500));
                 }
@@ -416,9 +420,9 @@ impl Running {
                 let text = String::from_utf8_lossy(&text);
                 let is_ours = |line: &&str| line.split_whitespace().any(|word| word == number);
                 let seen = text.lines().filter(is_ours).count() as u64;
-                Ok(Told {
+                Ok(Report {
                     seen: (peer.lines > 0).then_some(seen),
-                    ..Told::default()
+                    ..Report::default()
                 })
             }
         }
@@ -433,8 +437,8 @@ impl Drop for Process {
     }
 }
 
-fn ask(questions: &mut ChildStdin, answers: &mut BufReader<ChildStdout>) -> anyhow::Result<Told> {
-    questions.write_all(b"?\n")?;
+fn query(queries: &mut ChildStdin, answers: &mut BufReader<ChildStdout>) -> anyhow::Result<Report> {
+    queries.write_all(b"?\n")?;
     let mut line = String::new();
     answers.read_line(&mut line)?;
     Ok(serde_json::from_str(&line)?)
@@ -452,7 +456,7 @@ fn tempfile() -> anyhow::Result<File> {
     Ok(file)
 }
 
-/// What the kernel's clock says of programs.
+/// The times and runs of programs, by the kernel's clock.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Programs {
     pub(crate) run_time: Duration,

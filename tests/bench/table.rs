@@ -1,10 +1,10 @@
-//! The figures, as Markdown and as a drawing.
+//! Shows the figures, as Markdown and as a drawing.
 
 use std::{fmt::Write as _, fs, thread};
 
 use crate::{figures::Figures, subject::Subject, workload::Workload};
 
-/// What ran it.
+/// Returns a description of the machine.
 pub(crate) fn machine() -> anyhow::Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let kernel = release.split('-').next().unwrap_or_default();
@@ -51,7 +51,7 @@ pub(crate) fn workload(workload: &Workload, subjects: &[Subject], figures: &[Fig
         } = figures;
         let thousands = rate.median().unwrap_or(0.0) / 1e3;
         print!("| {} | {thousands:.1} | {kept:.0} ", subject.name());
-        // The floor's process is no example of anything.
+        // The process of the floor is not a useful comparison.
         let own = match subject {
             Subject::Nothing | Subject::Floor(..) => "| | | |".to_owned(),
             _ => format!("| {rss_mb:.1} | {ready_ms:.1} | {start_ms:.1} |"),
@@ -68,7 +68,7 @@ pub(crate) fn workload(workload: &Workload, subjects: &[Subject], figures: &[Fig
     }
 }
 
-/// Bars: the rate kept under each tracer, with its least and its most.
+/// Draws bars: the rate kept under each tracer, with its least and its most.
 pub(crate) fn svg(plotted: &[(Workload, Vec<Subject>, Vec<Figures>)]) -> String {
     const LABEL: f64 = 310.0;
     const BAR: f64 = 380.0;
@@ -94,7 +94,7 @@ pub(crate) fn svg(plotted: &[(Workload, Vec<Subject>, Vec<Figures>)]) -> String 
                 Subject::Floor(..) => "#89c",
                 Subject::Peer(_) => "#c76",
             };
-            // 120 % is as far as noise goes.
+            // The noise reaches 120 % at most.
             let at = |percent: f64| BAR * percent.min(120.0) / 120.0;
             let middle = y - 4.5;
             let _ = writeln!(

@@ -16,21 +16,21 @@ use nix::{
 
 use crate::subject::Protocol;
 
-/// What a connection carries in each direction.
+/// The bytes of a connection in each direction.
 const ECHO: usize = 100;
 const DATAGRAM: usize = 64;
 /// How many state changes a connection makes whose client closes first: five at each end.
 const STATES: u64 = 10;
 
-/// A kind of traffic, and how much of it.
+/// A kind of traffic, and its amount.
 #[derive(Debug, Clone)]
 pub(crate) struct Workload {
     pub(crate) name: &'static str,
-    /// What is counted.
+    /// The name of its unit.
     pub(crate) unit: &'static str,
     pub(crate) protocol: Protocol,
     pub(crate) units: u64,
-    /// The events that each unit makes; 0 if costs are not told by events.
+    /// The events that each unit makes; 0 if costs are not given per event.
     pub(crate) events_each: u64,
     /// The traffic keeps to the first CPU, the tracer to the others.
     pub(crate) is_pinned: bool,
@@ -39,15 +39,15 @@ pub(crate) struct Workload {
 
 #[derive(Debug, Clone, Copy)]
 enum Traffic {
-    /// By so many pairs of a client and a server.
+    /// By this many pairs of a client and a server.
     Connections(usize),
-    /// By one socket to so many peers.
+    /// By one socket to this many peers.
     Datagrams(u16),
     /// In blocks of this many bytes.
     Stream(usize),
 }
 
-/// All of them; far less traffic if it must be quick.
+/// Returns all workloads, with far less traffic if `quick`.
 pub(crate) fn all(quick: bool) -> Vec<Workload> {
     let share = if quick { 10 } else { 1 };
     let cpus = cpus();
@@ -79,8 +79,8 @@ pub(crate) fn all(quick: bool) -> Vec<Workload> {
     ]
 }
 
-/// Returns the traffic of the gate. Its amount never changes. The socket that is not connected sends
-/// to two peers in turn.
+/// Returns the traffic of the gate. Its amount never changes. The socket that is not connected
+/// sends to two peers in turn.
 pub(crate) fn of_gate() -> [Workload; 3] {
     let tcp = Workload {
         name: "tcp",
@@ -127,7 +127,7 @@ fn cpus() -> usize {
 }
 
 impl Workload {
-    /// The less of it that suffices to read the kernel's clock.
+    /// Returns a smaller amount that suffices to read the kernel's clock.
     pub(crate) fn timed_units(&self) -> u64 {
         self.units / 4
     }
@@ -143,7 +143,7 @@ impl Workload {
     }
 }
 
-/// Where it happens.
+/// The surroundings of the traffic.
 #[derive(Debug)]
 pub(crate) struct Field {
     traffic: Traffic,
@@ -153,10 +153,11 @@ pub(crate) struct Field {
 }
 
 impl Field {
-    /// Runs so much of it, on threads of its own; says how long it took.
+    /// Makes this much traffic, on threads of its own. Returns how long that took.
     ///
-    /// On one CPU one of them always runs, and what the programs do is done in their time. So there it is the CPU time of this process that is
-    /// told, which is the same on a quiet machine, and better where others run too.
+    /// On one CPU one of the threads always runs, and the programs run in their time. So there it
+    /// returns the CPU time of this process, which is the same on a quiet machine, and better
+    /// beside other load.
     pub(crate) fn run(&self, units: u64) -> anyhow::Result<Duration> {
         let before = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?;
         let took = match self.traffic {
@@ -210,7 +211,7 @@ impl Field {
         })
     }
 
-    /// One thread sends and receives, so nothing can get lost.
+    /// One thread sends and receives, so no datagram can get lost.
     fn datagrams(&self, count: u64, peers: u16) -> anyhow::Result<Duration> {
         let run = || {
             self.keep_to_cpu()?;
@@ -267,7 +268,7 @@ impl Field {
     }
 }
 
-/// Keeps the calling thread, and what it starts from now on, to these CPUs.
+/// Limits the calling thread, and the threads that it starts later, to these CPUs.
 pub(crate) fn keep_to(cpus: impl Fn(usize) -> bool) -> anyhow::Result<()> {
     let mut set = CpuSet::new();
     let all =
@@ -281,7 +282,7 @@ pub(crate) fn keep_to(cpus: impl Fn(usize) -> bool) -> anyhow::Result<()> {
     Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
 }
 
-/// Traffic that every tracer of that protocol has a program for.
+/// Traffic for which every tracer of that protocol has a program.
 pub(crate) fn poke(protocol: Protocol) -> anyhow::Result<()> {
     match protocol {
         Protocol::Tcp => {

@@ -1,4 +1,4 @@
-//! Payload bytes: exact to the byte on every close, whatever the path did to the packets.
+//! Payload bytes: exact to the byte on every close, whatever the path does to the packets.
 
 use std::{
     fs,
@@ -9,10 +9,10 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use integration_tests::{
+    collector::{Collector, show},
     netns::tc,
-    scene::{Scene, loopback},
     suite::Test,
-    trace::{Trace, show},
+    tcp_pair::{TcpPair, loopback},
 };
 use nix::{
     errno::Errno,
@@ -46,53 +46,51 @@ const MIB: u64 = 1 << 20;
 
 fn nothing_and_one_byte() -> anyhow::Result<()> {
     for (up, down) in [(0, 0), (1, 0), (0, 1), (1, 1)] {
-        let scene = Scene::new()?;
-        scene.check_transfer(up, down)?;
+        let pair = TcpPair::new()?;
+        pair.check_transfer(up, down)?;
     }
     Ok(())
 }
 
-/// Nothing of the loopback's synchrony: transitions run in softirqs of other tasks.
+/// Without the synchrony of the loopback: transitions run in softirqs of other tasks.
 fn veth_between_namespaces() -> anyhow::Result<()> {
-    let (scene, _far) = Scene::over_veth()?;
-    scene.check_transfer(MIB, MIB)
+    let (pair, _far) = TcpPair::over_veth()?;
+    pair.check_transfer(MIB, MIB)
 }
 
 /// Retransmissions are not payload.
 fn veth_with_loss_and_delay() -> anyhow::Result<()> {
-    let (scene, far) = Scene::over_veth()?;
+    let (pair, far) = TcpPair::over_veth()?;
     tc("qdisc add dev near0 root netem loss 5% delay 5ms")?;
     far.run(|| tc("qdisc add dev far0 root netem loss 5% delay 5ms"))?;
-    scene.check_transfer(MIB, MIB)
+    pair.check_transfer(MIB, MIB)
 }
 
-/// Segments that never left this machine's queue are not payload sent twice.
+/// Segments that were dropped in this machine's queue do not count twice.
 fn veth_with_local_drops() -> anyhow::Result<()> {
-    let (scene, far) = Scene::over_veth()?;
+    let (pair, far) = TcpPair::over_veth()?;
     const QDISC: &str = "root tbf rate 20mbit burst 4kb limit 8kb";
     tc(&format!("qdisc add dev near0 {QDISC}"))?;
     far.run(|| tc(&format!("qdisc add dev far0 {QDISC}")))?;
-    scene.check_transfer(MIB, MIB)
+    pair.check_transfer(MIB, MIB)
 }
 
-/// Bytes that the peer's kernel acknowledged and its application never read: they were sent and received, and closing
-/// over them is a reset.
+/// The peer's kernel acknowledged these bytes, and its application never read them. They count as
+/// sent and as received, and a close over them is a reset.
 fn unread_bytes_count_as_received() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
-    scene.client.send(&connection.client, 5_000)?;
-    scene.server.receive(&connection.server, 1)?;
-    scene.server.close(&connection.server)?;
-    let client = scene
-        .client_life(&connection, &[Close, SynSent, Established, Close])?
-        .bytes(5_000, 0);
-    let server = scene
-        .server_life(&connection, &[Listen, SynRecv, Established, Close])?
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
+    pair.client.send(&connection.client, 5_000)?;
+    pair.server.receive(&connection.server, 1)?;
+    pair.server.close(&connection.server)?;
+    let client = pair.expected_client(&connection, &[Close, SynSent, Established, Close])?;
+    let server = pair
+        .expected_server(&connection, &[Listen, SynRecv, Established, Close])?
         .bytes(0, 5_000);
-    scene.finish(&[client.error(Errno::ECONNRESET as i32), server])
+    pair.finish(&[client.error(Errno::ECONNRESET as i32), server])
 }
 
-/// An option of a connection under repair.
+/// Defines an option of a connection under repair.
 macro_rules! repair_option {
     ($(#[$doc:meta])* $name:ident, $option:path, $type:ty) => {
         $(#[$doc])*
@@ -104,7 +102,7 @@ macro_rules! repair_option {
 }
 
 repair_option!(
-    /// Which queue the next option means.
+    /// Selects the queue that the next option refers to.
     RepairQueue,
     libc::TCP_REPAIR_QUEUE,
     u32
@@ -122,11 +120,11 @@ repair_option!(
     [u32; 5]
 );
 
-/// The queues to receive and to send.
+/// The receive queue and the send queue.
 const QUEUES: [u32; 2] = [1, 2];
 
-/// Gives one end of a connection to another socket, as CRIU does. The new one has the addresses and
-/// the sequence numbers, and no packet is sent.
+/// Moves one end of a connection to another socket, as CRIU does. The new socket has the addresses
+/// and the sequence numbers, and no packet is sent.
 fn take_over(from: Socket) -> anyhow::Result<Socket> {
     setsockopt(&from, TcpRepair, &1)?;
     let mut sequences = [0; 2];
@@ -136,7 +134,7 @@ fn take_over(from: Socket) -> anyhow::Result<Socket> {
     }
     let windows = getsockopt(&from, RepairWindow)?;
     let (local, remote) = (from.local_addr()?, from.peer_addr()?);
-    // Under repair, that sends nothing either.
+    // Under repair, closing sends nothing either.
     drop(from);
     let to = Socket::new(local.domain(), Type::STREAM, None)?;
     setsockopt(&to, TcpRepair, &1)?;
@@ -151,14 +149,14 @@ fn take_over(from: Socket) -> anyhow::Result<Socket> {
     Ok(to)
 }
 
-/// Each socket has what was carried while the connection was its own.
+/// Each socket counts the bytes of the connection while it belonged to that socket.
 fn connection_taken_over() -> anyhow::Result<()> {
-    // The new socket would have to be given these, too.
+    // Otherwise the new socket would need these options, too.
     for option in ["window_scaling", "timestamps", "sack"] {
         fs::write(format!("/proc/sys/net/ipv4/tcp_{option}"), "0")?;
     }
     // One tracer, because an emulated machine starts it slowly.
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let mut closes = 0;
     for v6 in [false, true] {
         for (up, down) in [(0, 0), (70_000, 3), (1, 50_000)] {
@@ -176,12 +174,12 @@ fn connection_taken_over() -> anyhow::Result<()> {
             drop(accepted);
             ensure!(client.read(&mut [0])? == 0);
             drop(client);
-            // Of both clients, the server's end, and the listener.
+            // The closes of both clients, the server's end, and the listener.
             let ends = [local, server.local_addr()?];
             drop(server);
             closes += 4;
-            trace.wait_closed(closes)?;
-            let events = trace.events();
+            collector.wait_closed(closes)?;
+            let events = collector.events();
             let bytes = |address: SocketAddr| {
                 let ends = events.iter().filter(|e| e.is_close());
                 let ends = ends.filter(|e| e.socket.local == address);
@@ -196,7 +194,7 @@ fn connection_taken_over() -> anyhow::Result<()> {
             ensure!(both == expected, "{up} {down}: {}", show(&events));
         }
     }
-    trace.finish_all().map(drop)
+    collector.finish_all().map(drop)
 }
 
 fn sent_and_received(event: &Event) -> (u64, u64) {
@@ -206,7 +204,7 @@ fn sent_and_received(event: &Event) -> (u64, u64) {
     (tx_bytes, rx_bytes)
 }
 
-/// Sends so many bytes each way, and receives them.
+/// Sends this many bytes each way, and receives them.
 fn exchange(client: &TcpStream, server: &TcpStream, up: usize, down: usize) -> anyhow::Result<()> {
     for (bytes, mut from, mut to) in [(up, client, server), (down, server, client)] {
         thread::scope(|scope| {

@@ -1,12 +1,12 @@
-//! A filter's events, compared with those of a tracer that has no filter.
+//! Compares the events that pass a filter with the events of a tracer without a filter.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, ensure};
-use integration_tests::trace::{Trace, show};
+use integration_tests::collector::{Collector, show};
 use tcp_udp_trace::{Event, EventKind, Filter};
 
-/// A filter, and whether an event passes it by what the documentation says.
+/// A filter, and a function that applies its documentation to an event.
 pub(crate) struct Case {
     filter: Filter,
     passes: Box<dyn Fn(&Event) -> bool>,
@@ -21,14 +21,15 @@ impl Case {
     }
 }
 
-/// Gives one tracer each filter in turn, lets something happen, and compares with what the other, which has none, reports: exactly the events
-/// that pass. `act` says how many sockets it has closed.
+/// Sets each filter in turn on one tracer, runs `act`, and compares the events with those of
+/// another tracer without a filter. Exactly the events that pass must come. `act` returns how many
+/// sockets it has closed.
 pub(crate) fn compare(
-    traces: [Trace; 2],
+    collectors: [Collector; 2],
     cases: &[Case],
     mut act: impl FnMut() -> anyhow::Result<usize>,
 ) -> anyhow::Result<()> {
-    let [filtered, reference] = traces;
+    let [filtered, reference] = collectors;
     let mut before = [0, 0];
     let mut sockets = 0;
     for Case { filter, passes } in cases {
@@ -37,18 +38,22 @@ pub(crate) fn compare(
         sockets += act()?;
         reference.wait_closed(sockets)?;
         let events = &reference.events()[before[1]..];
-        let is_wanted = |event: &&Event| passes(event) || ends_flows(event, events, passes);
-        let wanted: Vec<_> = events.iter().filter(is_wanted).cloned().collect();
-        let expected = before[0] + wanted.len();
+        let passes_or_ends = |event: &&Event| passes(event) || ends_flows(event, events, passes);
+        let should_come: Vec<_> = events.iter().filter(passes_or_ends).cloned().collect();
+        let expected = before[0] + should_come.len();
         let context = || format!("with the filter {:?}", filter.to_string());
         let came = filtered.wait_count(expected).with_context(context)?;
-        let [came, wanted] = [&came[before[0]..], &wanted].map(described);
-        ensure!(came == wanted, "{}: {came:#?}\nnot\n{wanted:#?}", context());
+        let [came, should_come] = [&came[before[0]..], &should_come].map(described);
+        ensure!(
+            came == should_come,
+            "{}: {came:#?}\nnot\n{should_come:#?}",
+            context()
+        );
         before = [expected, reference.events().len()];
     }
     let stats = filtered.handle().stats();
     ensure!(stats.kernel_filtered > 0, "{stats:?}");
-    // What came later than it should would be one too many now.
+    // Events that came too late are counted here.
     let came = filtered.finish_all()?;
     ensure!(
         came.len() == before[0],
@@ -58,7 +63,7 @@ pub(crate) fn compare(
     reference.finish_all().map(drop)
 }
 
-/// Whether this is the end of a UDP socket, and a flow of the socket passes. The kind still counts.
+/// Whether this is the end of a UDP socket of which a flow passes. The filter's kind still counts.
 fn ends_flows(event: &Event, events: &[Event], passes: &dyn Fn(&Event) -> bool) -> bool {
     let EventKind::Close { .. } = event.kind else {
         return false;
@@ -74,7 +79,8 @@ fn ends_flows(event: &Event, events: &[Event], passes: &dyn Fn(&Event) -> bool) 
     })
 }
 
-/// What two tracers must agree about, in no order: on two CPUs, each may see another event first.
+/// Returns the parts of events that two tracers must agree on, without their order: on two CPUs,
+/// each tracer may see another event first.
 pub(crate) fn described(events: &[Event]) -> BTreeMap<String, usize> {
     let mut described = BTreeMap::new();
     for event in events {
@@ -87,10 +93,11 @@ pub(crate) fn described(events: &[Event]) -> BTreeMap<String, usize> {
         } = event;
         let pid = process.as_ref().map(|process| process.pid);
         let (local, remote) = (socket.local, socket.remote);
-        // Where accepts are seen without the socket's lock, the socket goes on meanwhile.
+        // Where the hook of an accept does not hold the socket's lock, the socket may change
+        // meanwhile.
         let traffic = (*kind != EventKind::Accept).then_some(traffic);
         let kind = match &event.kind {
-            // Each tracer has seen it for another time.
+            // The two tracers have seen the socket for different times.
             EventKind::Flow { last, .. } => format!("flow, last: {last}"),
             kind => format!("{kind:?}"),
         };

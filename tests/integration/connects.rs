@@ -1,4 +1,4 @@
-//! What `connect` returned when it failed, and which event has it.
+//! The result of a `connect` that failed, and the event that has its errno.
 
 use std::{
     fs,
@@ -11,10 +11,10 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
+    collector::{Collector, show},
     netns::{FAR, Netns, ip, veth},
-    scene::loopback,
     suite::Test,
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::{errno::Errno, libc, unistd::gettid};
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -27,7 +27,7 @@ use crate::{
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
-        // The kernel skips the one hook while a program of another tracer is interrupted.
+        // The kernel skips the one hook while it interrupts a program of another tracer.
         Solitude: [
             that_fail_before_any_state_change,
             that_find_no_address_of_their_own,
@@ -40,16 +40,16 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// The next port for a socket. One that the kernel chose would be given back with the first
+/// The next port for a socket. The kernel would release a port that it chose with the first
 /// connection.
 static PORT: AtomicU16 = AtomicU16::new(20_000);
 
-/// Where nothing listens.
+/// An address at which no process listens.
 const REFUSED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
 const UNREACHABLE: &str = "10.9.1.1:81";
 
-/// Makes routes that refuse, in the namespace of the test. Returns addresses behind them, and what
-/// `connect` says there.
+/// Makes routes that refuse, in the namespace of the test. Returns addresses behind them, with the
+/// errno that `connect` returns there.
 fn refusals() -> anyhow::Result<Vec<(SocketAddr, Errno)>> {
     for (kind, number) in [("unreachable", 1), ("prohibit", 2), ("blackhole", 3)] {
         ip(&format!("route add {kind} 10.9.{number}.0/24"))?;
@@ -106,7 +106,7 @@ fn fail(
 
 /// Lets a socket fail to connect.
 ///
-/// One that is not bound to a port goes on to show that of its last connection.
+/// A socket that is not bound to a port continues to show the port of its last connection.
 fn fail_again(socket: &Socket, to: &SockAddr, errno: Errno) -> anyhow::Result<Failure> {
     let error = socket
         .connect(to)
@@ -120,7 +120,7 @@ fn fail_again(socket: &Socket, to: &SockAddr, errno: Errno) -> anyhow::Result<Fa
     let unspecified = SocketAddr::new(local.ip(), 0);
     let unspecified = SocketAddr::new(unspecified.ip().to_canonical(), 0);
     let remote = to.as_socket().map_or(unspecified, canonical);
-    // A socket of IPv6 that is bound to no address has one of the family that it talks to.
+    // An IPv6 socket that is bound to no address shows one of its peer's family.
     let ip = match (local.ip().is_unspecified(), remote.ip()) {
         (true, IpAddr::V4(_)) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         _ => local.ip().to_canonical(),
@@ -143,7 +143,7 @@ fn is_failure(event: &Event) -> bool {
     matches!(event.kind, EventKind::ConnectFailed { .. })
 }
 
-/// Compares an event with what the system call returned.
+/// Compares an event with the result of the system call.
 fn check(event: &Event, protocol: Protocol, failure: &Failure) -> anyhow::Result<()> {
     let error = failure.errno as i32;
     ensure!(
@@ -158,7 +158,7 @@ fn check(event: &Event, protocol: Protocol, failure: &Failure) -> anyhow::Result
     ensure!(socket.netns == Netns::current()?.inode()?, "{event}");
     let is_cookie = match protocol {
         Protocol::Udp => socket.cookie == Some(failure.cookie),
-        // Nobody had asked for it.
+        // No process had requested the socket's cookie.
         _ => socket.cookie.is_none_or(|cookie| cookie == failure.cookie),
     };
     ensure!(is_cookie, "{:?}: {event}", socket.cookie);
@@ -172,23 +172,23 @@ fn check(event: &Event, protocol: Protocol, failure: &Failure) -> anyhow::Result
     Ok(())
 }
 
-/// Each is one event, and the only one of TCP.
+/// Each failure is one event, and the only one of TCP.
 fn that_fail_before_any_state_change() -> anyhow::Result<()> {
     let refusals = refusals()?;
     // As long as an address of IPv6.
     let nowhere = SockAddr::unix("/nowhere/in/this/world/of/ours")?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let is_udp = protocol == Protocol::Udp;
-        let trace = if is_udp {
-            Trace::start_udp()?
+        let collector = if is_udp {
+            Collector::start_udp()?
         } else {
-            Trace::start()?
+            Collector::start()?
         };
         let mut failures = Vec::new();
         for &(to, errno) in &refusals {
             failures.push(fail(protocol, to.is_ipv6(), &to.into(), errno)?.1);
         }
-        // Of another family.
+        // Addresses of another family.
         let (v4, v6) = (refusals[0].0.into(), loopback(true).into());
         failures.push(fail(protocol, false, &v6, Errno::EAFNOSUPPORT)?.1);
         failures.push(fail(protocol, false, &nowhere, Errno::EAFNOSUPPORT)?.1);
@@ -200,10 +200,10 @@ fn that_fail_before_any_state_change() -> anyhow::Result<()> {
         };
         failures.push(fail(protocol, true, &v4, errno)?.1);
 
-        trace.wait_for("last failure", |event| {
+        collector.wait_for("last failure", |event| {
             is_failure(event) && event.socket.local == failures.last().unwrap().local
         })?;
-        let events = trace.finish_all()?;
+        let events = collector.finish_all()?;
         let failed: Vec<_> = events.iter().filter(|event| is_failure(event)).collect();
         ensure!(failed.len() == failures.len(), "{}", show(&events));
         for (event, failure) in failed.iter().zip(&failures) {
@@ -221,27 +221,27 @@ fn that_fail_before_any_state_change() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The errno is one that a `connect` which has begun may also return.
+/// A `connect` that has begun may also return this errno.
 fn that_find_no_address_of_their_own() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1")?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let to: SocketAddr = "[::1]:85".parse()?;
     let failure = fail(Protocol::Tcp, true, &to.into(), Errno::EADDRNOTAVAIL)?.1;
-    trace.wait_count(1)?;
-    let events = trace.finish_all()?;
+    collector.wait_count(1)?;
+    let events = collector.finish_all()?;
     check(&events[0], Protocol::Tcp, &failure)?;
     ensure!(events.len() == 1, "{}", show(&events));
     Ok(())
 }
 
-/// By a filter of system calls, so nothing in the kernel has looked at the address. With kprobes,
+/// A filter of system calls refuses them, so the kernel has not checked the address. With kprobes,
 /// the hook of TCP is in the system call, which is never entered.
 fn that_are_refused() -> anyhow::Result<()> {
     let to: SocketAddr = UNREACHABLE.parse()?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        let trace = match protocol {
-            Protocol::Udp => Trace::start_udp()?,
-            _ => Trace::start()?,
+        let collector = match protocol {
+            Protocol::Udp => Collector::start_udp()?,
+            _ => Collector::start()?,
         };
         let refused = thread::scope(|scope| {
             let refused = scope.spawn(|| {
@@ -251,24 +251,24 @@ fn that_are_refused() -> anyhow::Result<()> {
             refused.join().unwrap()
         });
         let mut failure = refused?;
-        let hooks = trace.handle().hooks();
+        let hooks = collector.handle().hooks();
         let is_kretprobe = |program: &String| program.starts_with("kretprobe:");
         if hooks
             .iter()
             .flat_map(|hook| &hook.programs)
             .any(is_kretprobe)
         {
-            // Another failure is the only one.
+            // This hook does not see the refusal, so another failure is the only event.
             failure = fail(protocol, false, &to.into(), Errno::ENETUNREACH)?.1;
         }
-        trace.wait_for("failure", is_failure)?;
-        let events = trace.finish_all()?;
+        collector.wait_for("failure", is_failure)?;
+        let events = collector.finish_all()?;
         check(&events[0], protocol, &failure)?;
     }
     Ok(())
 }
 
-/// Changes of TCP states, and the errno of each failure.
+/// Returns the changes of TCP states, and the errno of each failure.
 fn shape(events: &[Event]) -> Vec<(Option<TcpState>, Option<i32>)> {
     let shape = |event: &Event| match event.kind {
         EventKind::StateChange { to, error, .. } => Some((Some(to), error)),
@@ -278,7 +278,7 @@ fn shape(events: &[Event]) -> Vec<(Option<TcpState>, Option<i32>)> {
     events.iter().filter_map(shape).collect()
 }
 
-/// What [`shape`] shows of a `connect` that has begun and failed.
+/// Returns the [`shape`] of a `connect` that has begun and failed.
 fn begun(errno: Option<Errno>) -> [(Option<TcpState>, Option<i32>); 2] {
     let errno = errno.map(|errno| errno as i32);
     [
@@ -295,14 +295,14 @@ fn that_have_begun_are_state_changes() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv4/tcp_syn_retries", "1")?;
     let server = TcpListener::bind(loopback(false))?;
     let listens: SockAddr = server.local_addr()?.into();
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let mut expected = Vec::new();
 
     let socket = || Socket::new(Domain::IPV4, Type::STREAM, None);
     fail_again(&socket()?, &REFUSED.into(), Errno::ECONNREFUSED)?;
     expected.extend(begun(Some(Errno::ECONNREFUSED)));
 
-    // The second of these waits for the first.
+    // The second call waits for the result of the first.
     let one = socket()?;
     one.set_nonblocking(true)?;
     for _ in 0..2 {
@@ -310,7 +310,7 @@ fn that_have_begun_are_state_changes() -> anyhow::Result<()> {
         fail_again(&one, &REFUSED.into(), Errno::ECONNREFUSED)?;
         expected.extend(begun(Some(Errno::ECONNREFUSED)));
     }
-    // Somebody else has taken the errno.
+    // Another call has taken the errno.
     fail_again(&one, &REFUSED.into(), Errno::EINPROGRESS)?;
     ensure!(one.take_error()?.is_some());
     fail_again(&one, &REFUSED.into(), Errno::ECONNABORTED)?;
@@ -327,13 +327,13 @@ fn that_have_begun_are_state_changes() -> anyhow::Result<()> {
     second.bind(&first.local_addr()?)?;
     first.connect(&listens)?;
     expected.extend([TcpState::SynSent, TcpState::Established].map(|to| (Some(to), None)));
-    // The two ends of the connection are of one namespace.
+    // Both ends of the connection are in this namespace.
     expected.extend([TcpState::SynRecv, TcpState::Established].map(|to| (Some(to), None)));
     fail_again(&second, &listens, Errno::EADDRNOTAVAIL)?;
     expected.extend(begun(Some(Errno::EADDRNOTAVAIL)));
     fail_again(&first, &listens, Errno::EISCONN)?;
 
-    // Nobody answers; or not soon enough.
+    // The peer does not answer, or not before the timeout.
     let far: SockAddr = SocketAddr::new(FAR.parse()?, 80).into();
     let hasty = socket()?;
     hasty.set_write_timeout(Some(Duration::from_millis(50)))?;
@@ -344,23 +344,23 @@ fn that_have_begun_are_state_changes() -> anyhow::Result<()> {
     fail_again(&socket()?, &far, Errno::ETIMEDOUT)?;
     expected.extend(begun(Some(Errno::ETIMEDOUT)));
 
-    let events = trace.wait_count(expected.len())?;
+    let events = collector.wait_count(expected.len())?;
     let mut seen = shape(&events);
-    // The two ends of a connection take turns.
+    // The events of the two ends come in any order.
     seen.sort_unstable_by_key(|(to, error)| (to.map(|to| to as u8), *error));
     expected.sort_unstable_by_key(|(to, error)| (to.map(|to| to as u8), *error));
     ensure!(seen == expected, "{expected:?} expected: {}", show(&events));
-    let all = trace.finish_all()?;
+    let all = collector.finish_all()?;
     ensure!(!all.iter().any(is_failure), "{}", show(&all));
     Ok(())
 }
 
-/// Its failures are between its lives, and none of them belongs to one.
+/// The failures are between two connections of the socket, and belong to neither.
 fn of_a_socket_that_goes_on() -> anyhow::Result<()> {
     refusals()?;
     let unreachable: SockAddr = UNREACHABLE.parse::<SocketAddr>()?.into();
     let server = TcpListener::bind(loopback(false))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     for is_blocking in [true, false] {
         let (socket, first) = fail(Protocol::Tcp, false, &unreachable, Errno::EHOSTUNREACH)?;
         socket.set_nonblocking(!is_blocking)?;
@@ -377,8 +377,8 @@ fn of_a_socket_that_goes_on() -> anyhow::Result<()> {
         drop(server.accept()?);
         drop(socket);
         let is_its_end = |event: &Event| event.is_close() && event.socket.local == local;
-        trace.wait_for("end", is_its_end)?;
-        let events = trace.events();
+        collector.wait_for("end", is_its_end)?;
+        let events = collector.events();
         let of_it = events.iter().cloned();
         let of_it = of_it.filter(|event| event.socket.local.port() == local.port());
         let of_it: Vec<_> = of_it.collect();
@@ -397,7 +397,7 @@ fn of_a_socket_that_goes_on() -> anyhow::Result<()> {
         }
         ensure!(ids.len() == 4);
     }
-    trace.finish_all().map(drop)
+    collector.finish_all().map(drop)
 }
 
 /// The end of a connection is no failure to connect, and hides none.
@@ -405,7 +405,7 @@ fn of_a_socket_that_was_disconnected() -> anyhow::Result<()> {
     refusals()?;
     let unreachable: SockAddr = UNREACHABLE.parse::<SocketAddr>()?.into();
     let server = TcpListener::bind(loopback(false))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let (socket, first) = fail(Protocol::Tcp, false, &unreachable, Errno::EHOSTUNREACH)?;
     socket.connect(&server.local_addr()?.into())?;
     drop(server.accept()?);
@@ -417,21 +417,21 @@ fn of_a_socket_that_was_disconnected() -> anyhow::Result<()> {
     listener.shutdown(std::net::Shutdown::Both)?;
     let listener = fail_again(&listener, &unreachable, Errno::EHOSTUNREACH)?;
     for failure in [&first, &tcp, &listener] {
-        trace.wait_for("failure", |event| {
+        collector.wait_for("failure", |event| {
             check(event, Protocol::Tcp, failure).is_ok()
         })?;
     }
-    let events = trace.finish_all()?;
+    let events = collector.finish_all()?;
     let count = events.iter().filter(|event| is_failure(event)).count();
     ensure!(count == 4, "{}", show(&events));
 
-    // One of UDP keeps its peer.
-    let trace = Trace::start_udp()?;
+    // A UDP socket keeps its peer.
+    let collector = Collector::start_udp()?;
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
     socket.connect(&REFUSED.into())?;
     let failure = fail_again(&socket, &unreachable, Errno::EHOSTUNREACH)?;
     drop(socket);
-    let events = trace.finish_in_order(1)?;
+    let events = collector.finish_in_order(1)?;
     let [connected, failed, closed] = &events[..] else {
         bail!("{}", show(&events));
     };
@@ -471,9 +471,9 @@ fn pass_filters() -> anyhow::Result<()> {
         let is_udp = protocol == Protocol::Udp;
         let start = || {
             if is_udp {
-                Trace::start_udp_with(|builder| builder.sample_interval(None))
+                Collector::start_udp_with(|builder| builder.sample_interval(None))
             } else {
-                Trace::start_with(|builder| builder.sample_interval(None))
+                Collector::start_with(|builder| builder.sample_interval(None))
             }
         };
         if !is_udp {

@@ -1,4 +1,4 @@
-//! Every event reaches the consumer, in time and with the right time, or is counted.
+//! Each event reaches the consumer, in time and with the right time, or is counted.
 
 use std::{
     collections::HashMap,
@@ -10,14 +10,14 @@ use std::{
 use anyhow::ensure;
 use integration_tests::{
     actor::{Actor, Command},
+    collector::{Collector, show},
+    cpu_load::CpuLoad,
     crowd::remember_closed_connections,
+    expected_tcp::{CLOCK_ERROR, ExpectedTcp, LISTENER},
     kernel,
-    life::{CLOCK_ERROR, LISTENER, Life},
-    load::Load,
     netns::{FAR, Netns, veth},
-    scene::{Scene, loopback},
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::{TcpPair, loopback},
 };
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
@@ -30,7 +30,7 @@ pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             two_tracers_at_once_give_the_same_events,
-            what_moves_between_cpus_stays_in_order,
+            sockets_that_move_between_cpus_stay_in_order,
         ],
         Solitude: [
             first_event_after_a_pause_wakes_the_reader,
@@ -41,34 +41,35 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Not one wrong owner, not one missing close, not one wrong byte, while every CPU is busy.
+/// No wrong owner, no missing close and no wrong byte, while every CPU is busy.
 fn churn_of_ten_thousand_connections_under_load() -> anyhow::Result<()> {
     let here = Netns::current()?;
     churn(&here, &[loopback(false), loopback(true)], 2_500)
 }
 
-/// The same on a path where transitions run in softirqs, which interrupt whatever a CPU happens to do: the same program
-/// in the middle of another transition, for one.
+/// The same on a path where transitions run in softirqs. They interrupt a CPU at any moment, for
+/// example in the same program in the middle of another transition.
 fn churn_across_namespaces_under_load() -> anyhow::Result<()> {
     let far = veth()?;
     churn(&far, &[SocketAddr::new(FAR.parse()?, 0)], 1_000)
 }
 
-/// At each address of a namespace, a process listens, two others accept, and two clients make so many connections each.
-/// Those who listen accept nothing themselves, so every connection changes its owner.
-fn churn(servers: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow::Result<()> {
+/// At each address of a namespace, a process listens, two others accept, and two clients make this
+/// many connections each. The processes that listen accept nothing themselves, so every connection
+/// changes its owner.
+fn churn(netns: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow::Result<()> {
     const PAIRS: usize = 2;
     const MOST_MISSED: u64 = 3;
-    let trace = Trace::start()?;
-    trace.also(servers.inode()?);
+    let collector = Collector::start()?;
+    collector.also(netns.inode()?);
     remember_closed_connections()?;
-    servers.run(remember_closed_connections)?;
-    let load = Load::on_every_cpu();
+    netns.run(remember_closed_connections)?;
+    let load = CpuLoad::on_every_cpu();
     let began = Instant::now();
-    let mut sites = Vec::new();
+    let mut servers = Vec::new();
     let mut clients = Vec::new();
     for &address in addresses {
-        let (owner, listener, acceptors) = servers.run(|| {
+        let (owner, listener, acceptors) = netns.run(|| {
             let mut owner = Actor::spawn("owner")?;
             let listener = owner.listen(address)?;
             let mut acceptors = Vec::new();
@@ -90,60 +91,64 @@ fn churn(servers: &Netns, addresses: &[SocketAddr], connections: u32) -> anyhow:
             })?;
             clients.push(client);
         }
-        sites.push((owner, listener, acceptors));
+        servers.push((owner, listener, acceptors));
     }
 
     let mut expected = Vec::new();
     for client in &mut clients {
         let ends = client.finish_exchanges()?;
-        let who = client.who()?;
-        expected.extend(ends.iter().map(|end| Life::of_client_exchange(&who, end)));
+        let identity = client.identity()?;
+        expected.extend(
+            ends.iter()
+                .map(|end| ExpectedTcp::of_client_exchange(&identity, end)),
+        );
     }
-    for (owner, listener, acceptors) in &mut sites {
-        let owner_is = owner.who()?;
+    for (owner, listener, acceptors) in &mut servers {
+        let owner_is = owner.identity()?;
         for mut acceptor in acceptors.drain(..) {
             let ends = acceptor.finish_exchanges()?;
-            let who = acceptor.who()?;
+            let identity = acceptor.identity()?;
             expected.extend(
                 ends.iter()
-                    .map(|end| Life::of_server_exchange(&owner_is, &who, end)),
+                    .map(|end| ExpectedTcp::of_server_exchange(&owner_is, &identity, end)),
             );
         }
         owner.close(listener)?;
-        expected.push(Life::of(&owner_is, listener, LISTENER));
+        expected.push(ExpectedTcp::of(&owner_is, listener, LISTENER));
     }
     let traffic = began.elapsed();
     let made = addresses.len() * PAIRS * connections as usize;
     ensure!(expected.len() == 2 * made + addresses.len());
-    let handle = trace.handle().clone();
-    let lives = trace.finish(expected.len())?;
+    let handle = collector.handle().clone();
+    let observed = collector.finish(expected.len())?;
     let stats = handle.stats();
-    // On a preemptible kernel both programs of a transition may be kept from it now and then: rarely, and never unnoticed.
+    // On a preemptible kernel, both programs of a transition may be skipped now and then: rarely,
+    // and always counted.
     ensure!(stats.missed <= MOST_MISSED, "{stats:?}");
-    let mut lives = lives.forgive(stats.missed);
+    let mut observed = observed.forgive(stats.missed);
     drop(load);
-    for life in &expected {
-        lives.check(life)?;
+    for expected in &expected {
+        observed.check(expected)?;
     }
-    lives.nothing_else()?;
+    observed.nothing_else()?;
     ensure!(stats.untracked == 0, "{stats:?}");
     eprintln!("{made} connections in {traffic:.1?}; {stats:?}");
     Ok(())
 }
 
-/// Two tracers of one process see the same, each with ids of its own.
+/// Two tracers of one process report the same events, each with ids of its own.
 fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
     const CONNECTIONS: usize = 20;
-    // Samples would give a socket its cookie between the one's event and the other's.
-    let start = || Trace::start_with(|builder| builder.sample_interval(None));
+    // Samples would give a socket its cookie between the two tracers' events.
+    let start = || Collector::start_with(|builder| builder.sample_interval(None));
     let second = start()?;
-    let mut scene = Scene::traced_by(start()?, loopback(false))?;
+    let mut pair = TcpPair::traced_by(start()?, loopback(false))?;
     for _ in 0..CONNECTIONS {
-        let connection = scene.connect()?;
-        scene.upload(&connection, 1_000)?;
-        scene.close(&connection)?;
+        let connection = pair.connect()?;
+        pair.upload(&connection, 1_000)?;
+        pair.close(&connection)?;
     }
-    scene.server.close(&scene.listener)?;
+    pair.server.close(&pair.listener)?;
     let what = |event: &Event| {
         let socket = event.socket;
         let addresses = (socket.local, socket.remote);
@@ -159,7 +164,8 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
         )
     };
     let closes = 2 * CONNECTIONS + 1;
-    let [first, second] = [scene.trace, second].map(|trace| trace.finish_in_order(closes));
+    let [first, second] =
+        [pair.collector, second].map(|collector| collector.finish_in_order(closes));
     let [first, second]: [Vec<_>; 2] =
         [first?, second?].map(|events| events.iter().map(what).collect());
     ensure!(
@@ -178,19 +184,20 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A reader that nobody wakes looks once a second only, so half of the events would come half a second late.
+/// Without a wake-up, the reader looks once a second only, so half of the events would come half a
+/// second late.
 fn first_event_after_a_pause_wakes_the_reader() -> anyhow::Result<()> {
     const PAUSES: usize = 11;
-    /// Long enough for it to go to sleep.
+    /// Long enough for the reader to go to sleep.
     const PAUSE: Duration = Duration::from_millis(200);
-    let trace = Trace::start_with(|builder| builder.sample_interval(None))?;
+    let collector = Collector::start_with(|builder| builder.sample_interval(None))?;
     let mut delays = Vec::new();
     for _ in 0..PAUSES {
         sleep(PAUSE);
         let began = Instant::now();
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
-        trace.wait_for("a listener", |event| event.socket.local == address)?;
+        collector.wait_for("a listener", |event| event.socket.local == address)?;
         delays.push(began.elapsed());
     }
     delays.sort();
@@ -198,11 +205,11 @@ fn first_event_after_a_pause_wakes_the_reader() -> anyhow::Result<()> {
         delays[PAUSES / 2] < Duration::from_millis(300),
         "{delays:?}"
     );
-    trace.finish_in_order(PAUSES).map(drop)
+    collector.finish_in_order(PAUSES).map(drop)
 }
 
 /// Each socket begins on one CPU and ends on another, while the reader looks as often as it can.
-fn what_moves_between_cpus_stays_in_order() -> anyhow::Result<()> {
+fn sockets_that_move_between_cpus_stay_in_order() -> anyhow::Result<()> {
     let thread = Pid::from_raw(0);
     let allowed = sched_getaffinity(thread)?;
     let mut cpus = (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false));
@@ -210,7 +217,8 @@ fn what_moves_between_cpus_stays_in_order() -> anyhow::Result<()> {
         return skip("there is one CPU only");
     };
     let sockets = if kernel::is_emulated()? { 300 } else { 3_000 };
-    let trace = Trace::start_with(|builder| builder.latency(Duration::ZERO).sample_interval(None))?;
+    let collector =
+        Collector::start_with(|builder| builder.latency(Duration::ZERO).sample_interval(None))?;
     let go_to = |cpu| {
         let mut only = CpuSet::new();
         only.set(cpu)?;
@@ -226,23 +234,24 @@ fn what_moves_between_cpus_stays_in_order() -> anyhow::Result<()> {
         go_to(end)?;
         drop(listener);
     }
-    let mut lives = HashMap::<u64, Vec<Event>>::new();
-    for event in trace.finish_in_order(sockets)? {
-        lives.entry(event.socket.id).or_default().push(event);
+    let mut observed = HashMap::<u64, Vec<Event>>::new();
+    for event in collector.finish_in_order(sockets)? {
+        observed.entry(event.socket.id).or_default().push(event);
     }
-    ensure!(lives.len() == sockets, "{} sockets", lives.len());
-    for life in lives.values() {
-        let is_in_order = life.len() == 2 && !life[0].is_end() && life[1].is_end();
+    ensure!(observed.len() == sockets, "{} sockets", observed.len());
+    for expected in observed.values() {
+        let is_in_order = expected.len() == 2 && !expected[0].is_end() && expected[1].is_end();
         ensure!(
-            is_in_order && life[0].uptime < life[1].uptime,
+            is_in_order && expected[0].uptime < expected[1].uptime,
             "{}",
-            show(life)
+            show(expected)
         );
     }
     Ok(())
 }
 
-/// The clock of the machine jumps forward by an hour and back; each event carries the wall clock of its moment.
+/// The clock of the machine jumps forward by an hour and back. Each event carries the wall clock of
+/// its moment.
 fn clock_steps_do_no_harm() -> anyhow::Result<()> {
     if !kernel::is_emulated()? {
         return skip("would change the clock of this machine; only in a VM");
@@ -250,27 +259,30 @@ fn clock_steps_do_no_harm() -> anyhow::Result<()> {
     let mut client = Actor::spawn("client")?;
     let mut server = Actor::spawn("server")?;
     let listener = server.listen(loopback(false))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let mut moments = Vec::new();
-    let mut connect = |trace: &Trace| {
+    let mut connect = |collector: &Collector| {
         let socket = client.connect(listener.local)?;
         moments.push((socket.local, client.moment()));
         // The clock must not step before the tracer has read the event.
-        trace.wait_for("a connection", |event| {
+        collector.wait_for("a connection", |event| {
             event.is_open() && event.socket.local == socket.local
         })?;
         client.abort(&socket)
     };
-    connect(&trace)?;
+    connect(&collector)?;
     let step = ClockStep::forward(Duration::from_secs(3_600))?;
-    connect(&trace)?;
+    connect(&collector)?;
     drop(step);
-    connect(&trace)?;
-    let events = trace.finish_in_order(6)?;
+    connect(&collector)?;
+    let events = collector.finish_in_order(6)?;
     for (local, moment) in moments {
         let window = moment.began - CLOCK_ERROR..=moment.ended + CLOCK_ERROR;
         let is_connect = |event: &&Event| event.socket.local == local && event.is_open();
-        let event = events.iter().find(is_connect).expect("it was waited for");
+        let event = events
+            .iter()
+            .find(is_connect)
+            .expect("an earlier wait found it");
         ensure!(window.contains(&event.time), "not in {window:?}: {event}");
     }
     let uptimes_grow = events
@@ -294,7 +306,7 @@ fn clock_steps_do_no_harm() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The wall clock is wrong as long as this lives.
+/// Keeps the wall clock wrong until it is dropped.
 struct ClockStep(Duration);
 
 impl ClockStep {

@@ -1,14 +1,14 @@
-//! `process_details`: what the owner of a socket runs.
+//! `process_details`: the program of a socket's owner.
 
 use std::{collections::HashMap, ffi::OsString, io, net::SocketAddr, os::unix::ffi::OsStrExt as _};
 
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Brief},
+    collector::{Collector, show},
     kernel,
-    scene::loopback,
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use tcp_udp_trace::{Event, ProcessDetails};
 
@@ -35,11 +35,11 @@ fn is_captured() -> anyhow::Result<()> {
     }
 }
 
-fn with_details() -> anyhow::Result<Trace> {
-    Trace::start_with(|builder| builder.process_details(true))
+fn with_details() -> anyhow::Result<Collector> {
+    Collector::start_with(|builder| builder.process_details(true))
 }
 
-/// The command line of a process that [`Brief`] starts.
+/// Returns the command line of a process that [`Brief`] starts.
 fn cmdline(brief: Brief, to: SocketAddr, more: &[OsString]) -> Vec<OsString> {
     let mut cmdline = vec!["/proc/self/exe".into()];
     cmdline.extend(brief.args(to));
@@ -55,13 +55,13 @@ fn details(event: &Event) -> Option<&ProcessDetails> {
     event.process.as_ref()?.details.as_deref()
 }
 
-/// On request: what a process runs, also after its end if it was seen before.
+/// The details of a process that was seen before are also there after its end.
 fn of_a_process_that_ends_later() -> anyhow::Result<()> {
-    let trace = with_details()?;
+    let collector = with_details()?;
     let mut server = Actor::spawn("server")?;
     let mut client = Actor::spawn("client")?;
     for actor in [&mut server, &mut client] {
-        trace.details_of(actor)?;
+        collector.details_of(actor)?;
     }
     let listener = server.listen(loopback(false))?;
     let connected = client.connect(listener.local)?;
@@ -78,10 +78,10 @@ fn of_a_process_that_ends_later() -> anyhow::Result<()> {
         let is_its_end = |event: &Event| {
             event.is_end() && event.socket.local == end && event.socket.remote.port() != 0
         };
-        trace.wait_for("end of the connection", is_its_end)?;
-        let events = trace.events();
+        collector.wait_for("end of the connection", is_its_end)?;
+        let events = collector.events();
         let last = events.iter().find(|event| is_its_end(event));
-        let last = last.expect("it was waited for");
+        let last = last.expect("an earlier wait found it");
         let details = details(last).with_context(|| format!("no details: {last}"))?;
         ensure!(pid(last) == Some(its), "{last}");
         ensure!(details.exe.as_ref() == Some(&exe), "{details:?}");
@@ -90,17 +90,17 @@ fn of_a_process_that_ends_later() -> anyhow::Result<()> {
             "{details:?}"
         );
     }
-    trace.finish_all().map(drop)
+    collector.finish_all().map(drop)
 }
 
-/// One after the other, at the default latency.
+/// One process after the other, at the default latency.
 fn of_short_tcp_processes() -> anyhow::Result<()> {
     is_captured()?;
-    let trace = with_details()?;
+    let collector = with_details()?;
     let listener = std::net::TcpListener::bind(loopback(false))?;
     let to = listener.local_addr()?;
     let truth = run_briefly(Brief::Connect, to, || listener.accept().map(drop))?;
-    let events = trace.finish_in_order(truth.len())?;
+    let events = collector.finish_in_order(truth.len())?;
     nearly_all_have_details(&events, &truth)
 }
 
@@ -110,15 +110,15 @@ fn of_short_udp_processes() -> anyhow::Result<()> {
     if !kernel::is_at_least(6, 17)? {
         return skip("this kernel's verifier is too slow for it in UDP: details come from /proc");
     }
-    let trace = Trace::start_udp_with(|builder| builder.process_details(true))?;
+    let collector = Collector::start_udp_with(|builder| builder.process_details(true))?;
     let receiver = std::net::UdpSocket::bind(loopback(false))?;
     let to = receiver.local_addr()?;
     let truth = run_briefly(Brief::Send, to, || receiver.recv(&mut [0]).map(drop))?;
-    let events = trace.finish_in_order(truth.len())?;
+    let events = collector.finish_in_order(truth.len())?;
     nearly_all_have_details(&events, &truth)
 }
 
-/// Runs many processes, each with another argument; gives their command lines by pid.
+/// Runs many processes, each with another argument. Returns their command lines by pid.
 fn run_briefly(
     brief: Brief,
     to: SocketAddr,
@@ -137,7 +137,7 @@ fn run_briefly(
     Ok(truth)
 }
 
-/// At least 99 of 100 have their executable and their whole command line, and none has another one's.
+/// At least 99 of 100 have their executable and their whole command line, and none has another's.
 fn nearly_all_have_details(
     events: &[Event],
     truth: &HashMap<u32, Vec<OsString>>,
@@ -164,10 +164,11 @@ fn nearly_all_have_details(
     Ok(())
 }
 
-/// 100 KB, with bytes that are no text and arguments that are empty: the beginning is there, unchanged.
+/// 100 KB, with bytes that are no text and arguments that are empty: the beginning is there,
+/// unchanged.
 fn of_a_long_and_odd_command_line() -> anyhow::Result<()> {
     is_captured()?;
-    let trace = with_details()?;
+    let collector = with_details()?;
     let listener = std::net::TcpListener::bind(loopback(false))?;
     let to = listener.local_addr()?;
     let odd = std::ffi::OsStr::from_bytes(b"\xff\x1b[31m").to_owned();
@@ -180,7 +181,7 @@ fn of_a_long_and_odd_command_line() -> anyhow::Result<()> {
     let mut child = Brief::Connect.command(to).args(&more).spawn()?;
     ensure!(child.wait()?.success());
     drop(listener.accept()?);
-    let events = trace.finish_in_order(1)?;
+    let events = collector.finish_in_order(1)?;
     let event = events.iter().find(|event| pid(event) == Some(child.id()));
     let event = event.context("no event")?;
     let details = details(event).with_context(|| format!("no details: {event}"))?;
@@ -202,11 +203,11 @@ fn of_a_long_and_odd_command_line() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A process connects and executes another program, which connects too: each connection has the
+/// A process connects and executes another program, which connects too. Each connection has the
 /// command line of the program that made it.
 fn of_the_program_before_an_exec() -> anyhow::Result<()> {
     is_captured()?;
-    let trace = with_details()?;
+    let collector = with_details()?;
     let listener = std::net::TcpListener::bind(loopback(false))?;
     let to = listener.local_addr()?;
     let mut child = Brief::ConnectTwice.command(to).spawn()?;
@@ -216,7 +217,7 @@ fn of_the_program_before_an_exec() -> anyhow::Result<()> {
         let (_, client) = listener.accept()?;
         truth.insert(client, cmdline(brief, to, &[]));
     }
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let exe = std::env::current_exe()?;
     for event in events.iter().filter(|event| pid(event) == Some(child.id())) {
         let is_right = details(event).is_some_and(|details| details.exe.as_ref() == Some(&exe));

@@ -1,4 +1,5 @@
-//! The errno of a socket's end: that of the call that failed, also where the call keeps it for itself.
+//! The errno of a socket's end is that of the call that failed, also if the call does not set the
+//! socket's error.
 
 use std::{
     fs,
@@ -7,9 +8,9 @@ use std::{
 
 use anyhow::{bail, ensure};
 use integration_tests::{
-    scene::loopback,
+    collector::{Collector, show},
     suite::Test,
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::errno::Errno;
 use socket2::{Domain, Socket, Type};
@@ -30,7 +31,7 @@ pub(crate) fn trials() -> Vec<Test> {
 
 const BACKLOG: i32 = 8;
 
-/// A socket bound to this address, which others may share.
+/// Returns a socket bound to this address, which others may share.
 fn bound(address: SocketAddr) -> anyhow::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_reuse_address(true)?;
@@ -51,9 +52,10 @@ fn ensure_failed(result: std::io::Result<()>, errno: Errno) -> anyhow::Result<()
     Ok(())
 }
 
-/// Waits for so many ends of sockets. Gives what each was before, and its errno, in the order of their ends.
-fn ends(trace: Trace, count: usize) -> anyhow::Result<Vec<(TcpState, Option<i32>)>> {
-    let events = trace.finish_in_order(count)?;
+/// Waits for this many ends of sockets. Returns the state before each, and its errno, in the order
+/// of the ends.
+fn ends(collector: Collector, count: usize) -> anyhow::Result<Vec<(TcpState, Option<i32>)>> {
+    let events = collector.finish_in_order(count)?;
     let end = |event: &Event| match event.kind {
         EventKind::StateChange {
             from,
@@ -68,8 +70,8 @@ fn ends(trace: Trace, count: usize) -> anyhow::Result<Vec<(TcpState, Option<i32>
 }
 
 /// Waits for the one end of a socket, of a connect that found no address.
-fn ensure_no_address(trace: Trace) -> anyhow::Result<()> {
-    let ends = ends(trace, 1)?;
+fn ensure_no_address(collector: Collector) -> anyhow::Result<()> {
+    let ends = ends(collector, 1)?;
     let expected = (TcpState::SynSent, Some(Errno::EADDRNOTAVAIL as i32));
     ensure!(ends == [expected], "{ends:?}");
     Ok(())
@@ -79,7 +81,7 @@ fn ensure_no_address(trace: Trace) -> anyhow::Result<()> {
 fn connect_without_a_free_port() -> anyhow::Result<()> {
     let server = TcpListener::bind(loopback(false))?;
     fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40001")?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let mut clients = Vec::new();
     let failed = loop {
         match TcpStream::connect(server.local_addr()?) {
@@ -89,36 +91,37 @@ fn connect_without_a_free_port() -> anyhow::Result<()> {
         ensure!(clients.len() <= 2, "more connections than ports");
     };
     ensure_failed(Err(failed), Errno::EADDRNOTAVAIL)?;
-    ensure_no_address(trace)
+    ensure_no_address(collector)
 }
 
-/// There is a connection with just these addresses.
+/// Another connection has the same addresses.
 fn connect_with_addresses_in_use() -> anyhow::Result<()> {
     for v6 in [false, true] {
         let server = TcpListener::bind(loopback(v6))?;
         let to = server.local_addr()?.into();
         let first = bound(loopback(v6))?;
         let second = bound(local(&first)?)?;
-        let trace = Trace::start()?;
+        let collector = Collector::start()?;
         first.connect(&to)?;
         ensure_failed(second.connect(&to), Errno::EADDRNOTAVAIL)?;
-        ensure_no_address(trace)?;
+        ensure_no_address(collector)?;
     }
     Ok(())
 }
 
-/// Two sockets may share an address, but only one of them can listen. When it is gone, the other can.
+/// Two sockets may share an address, but only one of them can listen. After its close, the other
+/// can.
 fn listen_on_a_port_in_use() -> anyhow::Result<()> {
     for v6 in [false, true] {
         let first = bound(loopback(v6))?;
         let second = bound(local(&first)?)?;
-        let trace = Trace::start()?;
+        let collector = Collector::start()?;
         first.listen(BACKLOG)?;
         ensure_failed(second.listen(BACKLOG), Errno::EADDRINUSE)?;
         drop(first);
         second.listen(BACKLOG)?;
         drop(second);
-        let ends = ends(trace, 3)?;
+        let ends = ends(collector, 3)?;
         let errors = [Some(Errno::EADDRINUSE as i32), None, None];
         let expected = errors.map(|error| (TcpState::Listen, error));
         ensure!(ends == expected, "{ends:?}");
@@ -126,16 +129,16 @@ fn listen_on_a_port_in_use() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The one port of the range is taken, so the listener never has any.
+/// The only port of the range is taken, so the listener never has a port.
 fn listen_without_a_free_port() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40000 40000")?;
     for v6 in [false, true] {
         let _first = Socket::new(Domain::for_address(loopback(v6)), Type::STREAM, None)?;
         _first.listen(BACKLOG)?;
-        let trace = Trace::start()?;
+        let collector = Collector::start()?;
         let second = Socket::new(Domain::for_address(loopback(v6)), Type::STREAM, None)?;
         ensure_failed(second.listen(BACKLOG), Errno::EADDRINUSE)?;
-        let events = trace.finish_in_order(1)?;
+        let events = collector.finish_in_order(1)?;
         let changes: Vec<_> = events.iter().map(|event| &event.kind).collect();
         let change = |from, to, error| EventKind::StateChange { from, to, error };
         let expected = [
@@ -160,17 +163,17 @@ fn listen_without_a_free_port() -> anyhow::Result<()> {
 fn listener_that_was_a_connection() -> anyhow::Result<()> {
     let server = TcpListener::bind(loopback(false))?;
     let socket = bound(loopback(false))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     socket.connect(&server.local_addr()?.into())?;
     drop(server.accept()?);
     rustix::net::connect_unspec(&socket)?;
     socket.listen(BACKLOG)?;
     let local = local(&socket)?;
     drop(socket);
-    trace.wait_for("the end of the listener", |event| {
+    collector.wait_for("the end of the listener", |event| {
         event.is_end() && event.socket.local == local && is_of_listener(event)
     })?;
-    let events = trace.finish_all()?;
+    let events = collector.finish_all()?;
     let of_listener: Vec<_> = events
         .iter()
         .filter(|event| is_of_listener(event))
@@ -194,13 +197,13 @@ fn is_of_listener(event: &Event) -> bool {
         if [(Close, Listen), (Listen, Close)].contains(&(from, to)))
 }
 
-/// It ends, but no call has failed.
+/// The listener ends, but no call has failed.
 fn listener_that_is_shut_down() -> anyhow::Result<()> {
     let socket = bound(loopback(false))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     socket.listen(BACKLOG)?;
     socket.shutdown(std::net::Shutdown::Both)?;
-    let ends = ends(trace, 1)?;
+    let ends = ends(collector, 1)?;
     ensure!(ends == [(TcpState::Listen, None)], "{ends:?}");
     Ok(())
 }

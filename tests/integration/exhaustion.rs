@@ -1,4 +1,4 @@
-//! What there is not enough of: room for sockets, descriptors, threads, memory.
+//! Shortages: of room for sockets, descriptors, threads and memory.
 
 use std::{
     collections::HashSet,
@@ -12,11 +12,11 @@ use anyhow::{bail, ensure};
 use integration_tests::{
     actor::Actor,
     cgroup::MemoryCgroup,
+    collector::Collector,
     kernel::{is_at_least, is_emulated, open_files},
-    privileges::{Capability, become_nobody},
-    scene::loopback,
+    privileges::{Capability, become_unprivileged},
     suite::{Test, skip},
-    trace::Trace,
+    tcp_pair::loopback,
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tcp_udp_trace::{Error, ErrorKind, Event, Hook, Protocol, Stats, TcpTracer, UdpTracer};
@@ -42,11 +42,12 @@ fn runtime() -> anyhow::Result<Runtime> {
     Ok(Builder::new_current_thread().enable_all().build()?)
 }
 
-/// Each of their state changes is told, once. Only whom they belong to is forgotten after the first, and that is counted.
+/// Each state change is reported once. Only the owner is forgotten after the first, and that is
+/// counted.
 fn tcp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
     const ROOM: u32 = 4;
     const SOCKETS: u32 = 40;
-    let trace = Trace::start_with(|builder| builder.max_sockets(ROOM))?;
+    let collector = Collector::start_with(|builder| builder.max_sockets(ROOM))?;
     let mut server = Actor::spawn("server")?;
     let listeners = (0..SOCKETS)
         .map(|_| server.listen(loopback(false)))
@@ -54,8 +55,8 @@ fn tcp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
     for listener in &listeners {
         server.close(listener)?;
     }
-    let handle = trace.handle().clone();
-    let events = trace.finish_in_order(SOCKETS as usize)?;
+    let handle = collector.handle().clone();
+    let events = collector.finish_in_order(SOCKETS as usize)?;
     let (opens, closes): (Vec<_>, Vec<_>) = events.iter().partition(|event| !event.is_end());
     let of_all: HashSet<_> = listeners.iter().map(|listener| listener.local).collect();
     for events in [&opens, &closes] {
@@ -91,24 +92,24 @@ fn show_all(events: &[&Event]) -> String {
     events.iter().map(|event| format!("\n  {event}")).collect()
 }
 
-/// They are not seen while there is no room, and that is counted.
+/// The sockets are not reported while there is no room, and that is counted.
 fn udp_sockets_beyond_the_limit_are_counted() -> anyhow::Result<()> {
     const ROOM: u32 = 4;
     const SOCKETS: u32 = 40;
-    let trace = Trace::start_udp_with(|builder| builder.max_sockets(ROOM))?;
+    let collector = Collector::start_udp_with(|builder| builder.max_sockets(ROOM))?;
     let sockets = (0..SOCKETS)
         .map(|_| UdpSocket::bind("127.0.0.1:0"))
         .collect::<Result<Vec<_>, _>>()?;
-    let untracked = trace.handle().stats().untracked;
-    // There is room for one more on each CPU, which puts it together.
+    let untracked = collector.handle().stats().untracked;
+    // Each CPU has room for one more socket, in which its programs build the entry.
     let cpus = thread::available_parallelism()?.get() as u64;
     let least = u64::from(SOCKETS - ROOM) - cpus;
     ensure!(untracked >= least, "{untracked}");
     drop(sockets);
-    trace.finish_in_order(0).map(drop)
+    collector.finish_in_order(0).map(drop)
 }
 
-/// Of every signal, what it is attached to.
+/// Returns the hooks of each signal.
 fn hooks(protocol: Protocol) -> anyhow::Result<Result<Vec<Hook>, Error>> {
     runtime()?.block_on(async {
         Ok(match protocol {
@@ -124,7 +125,8 @@ fn hooks(protocol: Protocol) -> anyhow::Result<Result<Vec<Hook>, Error>> {
     })
 }
 
-/// The error is of this kind and says all of this; and nothing is left.
+/// Checks that the error is of this kind, that its message has all these parts, and that nothing is
+/// left in the kernel.
 fn ensure_refused<T>(
     started: Result<T, Error>,
     kind: ErrorKind,
@@ -143,22 +145,23 @@ fn ensure_refused<T>(
     Ok(())
 }
 
-/// The process may have so many files open as it has now, and so many more.
+/// Allows the process as many open files as it has now, and this many more.
 fn spare_descriptors(spare: usize) -> anyhow::Result<()> {
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let limit = (open_files()?.len() + spare) as u64;
     Ok(setrlimit(Resource::RLIMIT_NOFILE, limit, most)?)
 }
 
-/// All or nothing: no tracer that has to do with worse hooks, and with enough of them the best ones, though it failed before.
+/// With too few descriptors the start fails, instead of attaching worse hooks. With enough, it
+/// attaches the best ones, though it failed before.
 fn start_with_too_few_descriptors() -> anyhow::Result<()> {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        // The runtime has some of its own.
+        // The runtime has some descriptors of its own.
         for spare in [10, 40, 80] {
             spare_descriptors(spare)?;
             ensure_refused(hooks(protocol)?, ErrorKind::Load, "ulimit -n")?;
         }
-        // What it asks for, and those of the runtime.
+        // The number that the error message names, and those of the runtime.
         spare_descriptors(80 + 10)?;
         let with_few = hooks(protocol)??;
         spare_descriptors(1_000)?;
@@ -167,15 +170,15 @@ fn start_with_too_few_descriptors() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The events go on; what cannot be sampled is counted, until there are some again.
+/// Events go on. Samples that cannot be taken are counted, until there are descriptors again.
 fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
     let mut server = Actor::spawn("server")?;
-    let trace = Trace::start_sampling()?;
-    let handle = trace.handle().clone();
-    let mut listen = |trace: &Trace| {
+    let collector = Collector::start_sampling()?;
+    let handle = collector.handle().clone();
+    let mut listen = |collector: &Collector| {
         let listener = server.listen(loopback(false))?;
         server.close(&listener)?;
-        trace.wait_for("a close", |event| {
+        collector.wait_for("a close", |event| {
             event.is_end() && event.socket.local == listener.local
         })
     };
@@ -187,7 +190,7 @@ fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
         }
         Ok(())
     };
-    listen(&trace)?;
+    listen(&collector)?;
     until("round", &|stats| stats.sample_rounds > 0)?;
     spare_descriptors(2)?;
     let mut taken = Vec::new();
@@ -196,7 +199,7 @@ fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
     }
     let faults = handle.stats().sample_faults;
     until("fault", &|stats| stats.sample_faults > faults)?;
-    listen(&trace)?;
+    listen(&collector)?;
     drop(taken);
     spare_descriptors(100)?;
     let before = handle.stats();
@@ -204,18 +207,18 @@ fn descriptors_run_out_under_a_tracer() -> anyhow::Result<()> {
         stats.sample_rounds > before.sample_rounds + 1
     })?;
     let after = handle.stats();
-    listen(&trace)?;
+    listen(&collector)?;
     // One round may have been under way.
     ensure!(after.sample_faults <= before.sample_faults + 1, "{after:?}");
-    trace.finish_in_order(3).map(drop)
+    collector.finish_in_order(3).map(drop)
 }
 
-/// A process that may have no thread more gets an error, not a panic.
+/// A process at its limit of threads gets an error, not a panic.
 fn start_without_a_thread() -> anyhow::Result<()> {
-    // The limit is none for those who may exceed it.
-    become_nobody(&[Capability::CAP_BPF, Capability::CAP_PERFMON])?;
+    // A privileged process may exceed the limit.
+    become_unprivileged(&[Capability::CAP_BPF, Capability::CAP_PERFMON])?;
     let runtime = runtime()?;
-    // One that the start can have.
+    // A thread that the start may have.
     runtime.block_on(runtime.spawn_blocking(|| ()))?;
     let (_, most) = getrlimit(Resource::RLIMIT_NPROC)?;
     setrlimit(Resource::RLIMIT_NPROC, 1, most)?;
@@ -226,7 +229,7 @@ fn start_without_a_thread() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A cgroup that has not so much memory.
+/// The cgroup has a memory limit below the size of the maps.
 fn start_with_too_little_memory() -> anyhow::Result<()> {
     const MIB: u64 = 1 << 20;
     if !is_at_least(5, 11)? {
@@ -235,7 +238,7 @@ fn start_with_too_little_memory() -> anyhow::Result<()> {
     let runtime = runtime()?;
     let start = |sockets| runtime.block_on(TcpTracer::builder().max_sockets(sockets).start());
     let cgroup = MemoryCgroup::enter(64 * MIB)?;
-    // It takes 190 MiB.
+    // The maps take 190 MiB.
     ensure_refused(start(1 << 20), ErrorKind::Load, "no memory")?;
     drop(start(1_024)?);
     drop(cgroup);
@@ -243,7 +246,7 @@ fn start_with_too_little_memory() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Three gigabytes, where there are two.
+/// Three gigabytes, on a machine with two.
 fn maps_larger_than_the_machine() -> anyhow::Result<()> {
     if !is_emulated()? {
         return skip("might take the memory of this machine; only in a VM");

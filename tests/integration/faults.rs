@@ -1,4 +1,4 @@
-//! What goes wrong around a tracer: with its consumer, its runtime, its process, its clock, its CPUs.
+//! Faults around a tracer: of its consumer, its runtime, its process, its clock, its CPUs.
 
 use std::{
     collections::BTreeSet,
@@ -13,12 +13,12 @@ use fork::Fork;
 use futures_util::{StreamExt as _, stream::select};
 use integration_tests::{
     actor::{Actor, Command, ReceiveCall, SendCall},
+    collector::{Collector, SAMPLE_INTERVAL, check_conservation},
+    expected_tcp::{ACTIVE_CLIENT, CLOCK_ERROR, PASSIVE_SERVER},
     kernel::{BpfObjects, await_threads, is_at_least, is_emulated, open_files, open_files_of},
-    life::{ACTIVE_CLIENT, CLOCK_ERROR, PASSIVE_SERVER},
-    scene::{Scene, loopback},
     suite::{Test, skip},
-    trace::{SAMPLE_INTERVAL, Trace, check_conservation},
-    udp_scene::{Family, Site},
+    tcp_pair::{TcpPair, loopback},
+    udp_pair::{Family, UdpPair},
 };
 use nix::{
     libc,
@@ -57,16 +57,16 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Far longer than anything takes.
+/// Far longer than any step takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A runtime with threads of its own.
+/// Returns a runtime with threads of its own.
 fn runtime() -> anyhow::Result<Runtime> {
     let mut builder = Builder::new_multi_thread();
     Ok(builder.worker_threads(2).enable_all().build()?)
 }
 
-/// What a process had before, and must have after.
+/// The state of a process before a test, to which it must return.
 struct Before {
     files: BTreeSet<String>,
 }
@@ -78,9 +78,10 @@ impl Before {
         Ok(Self { files })
     }
 
-    /// No descriptor more, no thread, and nothing in the kernel.
+    /// Checks that there is no additional descriptor or thread, and that the kernel has freed the
+    /// objects.
     fn ensure_nothing_left(&self, objects: &BpfObjects) -> anyhow::Result<()> {
-        ensure!(!objects.is_empty(), "what did it trace with?");
+        ensure!(!objects.is_empty(), "the tracer has no BPF objects");
         let left: Vec<_> = open_files()?.difference(&self.files).cloned().collect();
         ensure!(left.is_empty(), "{left:?}");
         objects.await_freed()?;
@@ -88,7 +89,8 @@ impl Before {
     }
 }
 
-/// A connection within this process: the end that connected, the one that accepted.
+/// Makes a connection within this process. Returns the end that connected, and the one that
+/// accepted.
 fn connection() -> anyhow::Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let client = TcpStream::connect(listener.local_addr()?)?;
@@ -96,7 +98,8 @@ fn connection() -> anyhow::Result<(TcpStream, TcpStream)> {
     Ok((client, server))
 }
 
-/// A poll that is given up loses nothing. A task that is ended in one takes the tracer with it, which leaves nothing behind.
+/// A cancelled poll loses nothing. A task that is ended in a poll ends the tracer, which leaves
+/// nothing behind.
 fn consumer_dropped_in_the_middle_of_a_poll() -> anyhow::Result<()> {
     let before = Before::new()?;
     let runtime = runtime()?;
@@ -114,7 +117,7 @@ fn consumer_dropped_in_the_middle_of_a_poll() -> anyhow::Result<()> {
         }
         Ok(tracer)
     })?;
-    // Not polled meanwhile.
+    // The stream is not polled meanwhile.
     let (client, server) = connection()?;
     let local = client.local_addr()?;
     let (send, mut receive) = mpsc::unbounded_channel();
@@ -153,8 +156,8 @@ fn is_no_gap(event: &Event) -> u64 {
     u64::from(!matches!(event.kind, EventKind::Lost { .. }))
 }
 
-/// In the middle of everything: events come, samples are taken, processes are looked up, consumers wait. The streams end, closing says
-/// why, and nothing is left.
+/// The runtime ends while events come, samples are taken, processes are looked up and consumers
+/// wait. The streams end, `close` returns the reason, and nothing is left.
 fn runtime_shut_down_under_two_tracers() -> anyhow::Result<()> {
     let before = Before::new()?;
     let doomed = runtime()?;
@@ -199,7 +202,7 @@ fn runtime_shut_down_under_two_tracers() -> anyhow::Result<()> {
     before.ensure_nothing_left(&objects)
 }
 
-/// While the runtime goes on.
+/// The runtime goes on.
 fn dropped_on_a_thread_of_its_own() -> anyhow::Result<()> {
     let before = Before::new()?;
     let runtime = runtime()?;
@@ -213,7 +216,7 @@ fn dropped_on_a_thread_of_its_own() -> anyhow::Result<()> {
         let connections = thread::spawn(|| (0..100).try_for_each(|_| connection().map(drop)));
         let dropped = thread::spawn(move || {
             drop(tracers);
-            // At once.
+            // Without waiting.
             BpfObjects::of_this_process()
         });
         let held = dropped.join().unwrap()?;
@@ -224,7 +227,8 @@ fn dropped_on_a_thread_of_its_own() -> anyhow::Result<()> {
     before.ensure_nothing_left(&objects)
 }
 
-/// Neither programs, maps and hooks nor the sockets and files of samples, whenever they are started.
+/// They inherit neither programs, maps and hooks nor the sockets and files of samples, whenever
+/// they are started.
 fn started_programs_inherit_nothing() -> anyhow::Result<()> {
     let runtime = runtime()?;
     let (tcp, udp) = runtime.block_on(async {
@@ -240,7 +244,7 @@ fn started_programs_inherit_nothing() -> anyhow::Result<()> {
     while children < 20 || handle.stats().sample_rounds < 3 {
         ensure!(Instant::now() < deadline, "{:?}", handle.stats());
         let mut child = Actor::spawn("child")?;
-        // It is this program only when it has answered.
+        // Before its answer, the process may still be this program.
         child.listen(loopback(false))?;
         let files = open_files_of(child.pid())?;
         let is_ours = |file: &&String| file.contains("anon_inode") || file.contains("/proc/");
@@ -251,7 +255,8 @@ fn started_programs_inherit_nothing() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A fork that stays this program, and drops what it has: it comes to its end, and the tracer misses nothing.
+/// A fork that remains this program drops its copies. It ends as usual, and the tracer loses
+/// nothing.
 fn fork_that_drops_the_tracer() -> anyhow::Result<()> {
     let before = Before::new()?;
     let runtime = runtime()?;
@@ -261,7 +266,7 @@ fn fork_that_drops_the_tracer() -> anyhow::Result<()> {
             .start(),
     )?;
     let objects = BpfObjects::of_this_process()?;
-    // One that a round of samples has begun, whose thread the fork does not have.
+    // A socket of a round of samples, whose thread the fork does not have.
     runtime.block_on(async {
         let deadline = Instant::now() + PATIENCE;
         while tracer.handle().stats().sample_rounds == 0 {
@@ -309,7 +314,7 @@ fn fork_that_drops_the_tracer() -> anyhow::Result<()> {
     before.ensure_nothing_left(&objects)
 }
 
-/// `kill -9`, by which nothing of ours is run any more.
+/// After `kill -9`, no code of the tracer runs any more.
 fn killed_process_leaves_nothing() -> anyhow::Result<()> {
     for _ in 0..2 {
         let mut victim = Actor::spawn("victim")?;
@@ -319,10 +324,11 @@ fn killed_process_leaves_nothing() -> anyhow::Result<()> {
         victim.kill()?;
         objects.await_freed()?;
     }
-    Scene::new()?.check_transfer(1_000, 2_000)
+    TcpPair::new()?.check_transfer(1_000, 2_000)
 }
 
-/// A process's clock that has been set a day ahead of the kernel's own, as if it had slept for so long: of its time are the events.
+/// A clock of the process that is a day ahead of the kernel's own, as after a long sleep of the
+/// machine. The events have the time of that clock.
 fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     const DAY: u64 = 86_400;
     let uptime = || clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from);
@@ -338,28 +344,31 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     setns(File::open("/proc/self/ns/time_for_children")?, new_time)?;
     ensure!(uptime()? > own + Duration::from_secs(DAY));
 
-    // Flows have dates by that clock.
-    let flows = Trace::start_udp_with(|builder| builder.interval(Duration::from_millis(100)))?;
-    let trace = Trace::start_with(|builder| builder.process_details(true))?;
+    // The dates of flows are by that clock.
+    let flows = Collector::start_udp_with(|builder| builder.interval(Duration::from_millis(100)))?;
+    let collector = Collector::start_with(|builder| builder.process_details(true))?;
     let began = uptime()?;
-    let mut site = Site::new(Family::V4, true)?;
-    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
     let is_reported = |event: &Event| event.traffic.tx_packets == 3 && !event.is_end();
     flows.wait_for("totals of the flow", is_reported)?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let lives = site.close()?;
-    flows.finish_udp(lives.len())?.check_all(&lives)?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let expected = pair.close()?;
+    flows.finish_udp(expected.len())?.check_all(&expected)?;
 
     let mut server = Actor::spawn("server")?;
     let end = if is_at_least(5, 11)? {
-        // Only a process that began when it says it began has details.
-        trace.details_of(&mut server)?
+        // The details of a process depend on its start time.
+        collector.details_of(&mut server)?
     } else {
-        // /proc does not know of time namespaces yet.
+        // On these kernels, /proc does not know of time namespaces.
         let listener = server.listen(loopback(false))?;
         server.close(&listener)?;
-        trace.wait_for("the end of a listener", Event::is_end)?;
-        trace.events().pop().context("it was waited for")?
+        collector.wait_for("the end of a listener", Event::is_end)?;
+        collector
+            .events()
+            .pop()
+            .context("an earlier wait found it")?
     };
     let moment = server.moment();
     let window = moment.began - CLOCK_ERROR..=moment.ended + CLOCK_ERROR;
@@ -369,47 +378,43 @@ fn time_namespace_a_day_ahead() -> anyhow::Result<()> {
     let process = end.process.as_ref().context("no process")?;
     ensure!(window.contains(&process.started), "{process:?}");
     ensure!(end.socket.age < PATIENCE, "{end:?}");
-    drop(trace);
-    Scene::new()?.check_transfer(1_000, 2_000)
+    drop(collector);
+    TcpPair::new()?.check_transfer(1_000, 2_000)
 }
 
-/// CPU 1 goes while connections live, and comes back: of those made with it, without it, and with it again, nothing is missing; nor from a
-/// tracer that was started meanwhile.
+/// CPU 1 goes offline while connections are open, and comes back. No event is missing of the
+/// connections made with CPU 1, without it, and with it again, also by a tracer that was started
+/// meanwhile.
 fn cpu_that_goes_and_comes() -> anyhow::Result<()> {
     if !is_emulated()? {
         return skip("would take a CPU from this machine; only in a VM");
     }
-    let mut scene = Scene::new()?;
-    let mut connections = vec![scene.connect()?, scene.connect()?];
-    let mut exchange = |scene: &mut Scene| {
-        let connection = scene.connect()?;
-        scene.upload(&connection, 100_000)?;
+    let mut pair = TcpPair::new()?;
+    let mut connections = vec![pair.connect()?, pair.connect()?];
+    let mut exchange = |pair: &mut TcpPair| {
+        let connection = pair.connect()?;
+        pair.upload(&connection, 100_000)?;
         connections.push(connection);
         anyhow::Ok(())
     };
-    exchange(&mut scene)?;
+    exchange(&mut pair)?;
     let offline = Offline::new()?;
-    exchange(&mut scene)?;
-    let meanwhile = Trace::start()?;
-    exchange(&mut scene)?;
+    exchange(&mut pair)?;
+    let meanwhile = Collector::start()?;
+    exchange(&mut pair)?;
     drop(offline);
-    exchange(&mut scene)?;
-    let mut lives = Vec::new();
-    for (index, connection) in connections.iter().enumerate() {
-        scene.close(connection)?;
-        let sent = if index < 2 { 0 } else { 100_000 };
-        lives.push(scene.client_life(connection, ACTIVE_CLIENT)?.bytes(sent, 0));
-        lives.push(
-            scene
-                .server_life(connection, PASSIVE_SERVER)?
-                .bytes(0, sent),
-        );
+    exchange(&mut pair)?;
+    let mut expected = Vec::new();
+    for connection in &connections {
+        pair.close(connection)?;
+        expected.push(pair.expected_client(connection, ACTIVE_CLIENT)?);
+        expected.push(pair.expected_server(connection, PASSIVE_SERVER)?);
     }
-    scene.finish(&lives)?;
-    meanwhile.finish_in_order(lives.len() + 1).map(drop)
+    pair.finish(&expected)?;
+    meanwhile.finish_in_order(expected.len() + 1).map(drop)
 }
 
-/// CPU 1 is offline as long as this lives.
+/// Keeps CPU 1 offline until it is dropped.
 struct Offline;
 
 impl Offline {
@@ -427,18 +432,18 @@ impl Drop for Offline {
     }
 }
 
-/// Ten of each protocol: each tells everything, the same as the others, and all go.
+/// Ten tracers of each protocol: each reports everything, the same as the others, and all detach.
 fn twenty_tracers_at_once() -> anyhow::Result<()> {
     const EACH: usize = 10;
     let before = Before::new()?;
     let mut tcp = Vec::new();
     let mut udp = Vec::new();
     for _ in 0..EACH {
-        // Small, for the sake of the time that this takes.
-        tcp.push(Trace::start_with(|builder| {
+        // Small, to save time.
+        tcp.push(Collector::start_with(|builder| {
             builder.max_sockets(1_024).ring_bytes(1 << 20)
         })?);
-        udp.push(Trace::start_udp_with(|builder| {
+        udp.push(Collector::start_udp_with(|builder| {
             builder
                 .max_sockets(1_024)
                 .max_flows(1_024)
@@ -446,13 +451,13 @@ fn twenty_tracers_at_once() -> anyhow::Result<()> {
         })?);
     }
     let objects = BpfObjects::of_this_process()?;
-    let mut site = Site::new(Family::V4, true)?;
-    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let udp_lives = site.close()?;
-    // One of them watches by itself.
-    Scene::traced_by(tcp.pop().expect("ten"), loopback(false))?.check_transfer(1_000, 2_000)?;
-    // What one tells before the other, two CPUs decide at each.
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let expected_udp = pair.close()?;
+    // One of the tracers also compares the events.
+    TcpPair::traced_by(tcp.pop().expect("ten"), loopback(false))?.check_transfer(1_000, 2_000)?;
+    // On two CPUs, each tracer may see another event first.
     let what = |event: &Event| {
         let Event {
             kind,
@@ -464,16 +469,21 @@ fn twenty_tracers_at_once() -> anyhow::Result<()> {
         let addresses = (socket.local, socket.remote);
         format!("{addresses:?} {kind:?} {process:?} {traffic:?}")
     };
-    let mut told = Vec::new();
-    for trace in tcp {
-        let events = trace.finish_in_order(3)?;
-        told.push(events.iter().map(what).collect::<BTreeSet<_>>());
+    let mut reports = Vec::new();
+    for collector in tcp {
+        let events = collector.finish_in_order(3)?;
+        reports.push(events.iter().map(what).collect::<BTreeSet<_>>());
     }
     // Two ends of a connection, and the listener.
-    ensure!(told[0].len() == 5 + 6 + 2, "{:#?}", told[0]);
-    ensure!(told.iter().all(|events| *events == told[0]), "{told:#?}");
-    for trace in udp {
-        trace.finish_udp(udp_lives.len())?.check_all(&udp_lives)?;
+    ensure!(reports[0].len() == 5 + 6 + 2, "{:#?}", reports[0]);
+    ensure!(
+        reports.iter().all(|events| *events == reports[0]),
+        "{reports:#?}"
+    );
+    for collector in udp {
+        collector
+            .finish_udp(expected_udp.len())?
+            .check_all(&expected_udp)?;
     }
     before.ensure_nothing_left(&objects)
 }

@@ -1,4 +1,4 @@
-//! A filter that is changed while events come, and what it spares.
+//! Changes of a filter while events come, and the room that a filter saves.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, UdpSocket},
@@ -9,10 +9,10 @@ use anyhow::{Context as _, ensure};
 use futures_util::StreamExt as _;
 use integration_tests::{
     actor::{Actor, Command},
-    life::{ACTIVE_CLIENT, Life, PASSIVE_SERVER},
-    scene::{Scene, loopback},
+    collector::{Collector, check_conservation, show},
+    expected_tcp::{ACTIVE_CLIENT, ExpectedTcp, PASSIVE_SERVER},
     suite::Test,
-    trace::{Trace, check_conservation, show},
+    tcp_pair::{TcpPair, loopback},
 };
 use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter, Kind, TcpTracer, UdpTracer};
 
@@ -22,20 +22,20 @@ pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             filter_that_makes_no_sense_changes_nothing,
-            flows_that_are_not_wanted_any_more,
+            flows_that_no_longer_pass,
         ],
         Solitude: [
-            what_is_not_wanted_takes_no_room,
+            filtered_sockets_take_no_room,
             changes_under_load_miss_nothing,
         ],
     ]
 }
 
-/// The error names the setting, and the filter of before stays.
+/// The error names the setting, and the previous filter stays.
 fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let port = scene.listener.local.port();
-    scene.trace.set_filter(Filter::new().port(port))?;
+    let mut pair = TcpPair::new()?;
+    let port = pair.listener.local.port();
+    pair.collector.set_filter(Filter::new().port(port))?;
     let ended = {
         let actor = Actor::spawn("ended")?;
         let pid = actor.pid();
@@ -50,44 +50,48 @@ fn filter_that_makes_no_sense_changes_nothing() -> anyhow::Result<()> {
         ),
     ];
     for (filter, message) in nonsense {
-        let error = scene.trace.set_filter(filter).err().context("accepted")?;
+        let error = pair
+            .collector
+            .set_filter(filter)
+            .err()
+            .context("accepted")?;
         let error: &tcp_udp_trace::Error = error.downcast_ref().context("another error")?;
         ensure!(error.kind() == ErrorKind::InvalidFilter, "{error:?}");
         ensure!(error.to_string().starts_with(&message), "{error}");
     }
-    ensure!(scene.trace.handle().filter() == Some(Filter::new().port(port)));
-    let elsewhere = scene.server.listen(loopback(false))?;
-    connect(&mut scene.client, &elsewhere, &mut scene.server)?;
-    let connection = scene.connect()?;
-    scene.close(&connection)?;
-    let client = scene.client_life(&connection, ACTIVE_CLIENT)?;
-    let server = scene.server_life(&connection, PASSIVE_SERVER)?;
-    scene.finish(&[client, server])
+    ensure!(pair.collector.handle().filter() == Some(Filter::new().port(port)));
+    let elsewhere = pair.server.listen(loopback(false))?;
+    connect(&mut pair.client, &elsewhere, &mut pair.server)?;
+    let connection = pair.connect()?;
+    pair.close(&connection)?;
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+    pair.finish(&[client, server])
 }
 
-/// What user space has to say of a flow by itself, it does not say when the filter has changed meanwhile.
-fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
+/// User space applies the current filter to the reports that it makes itself.
+fn flows_that_no_longer_pass() -> anyhow::Result<()> {
     let builder = |builder: tcp_udp_trace::UdpTracerBuilder| {
         let builder = builder.interval(Duration::from_secs(3600));
         builder.sample_interval(None)
     };
-    let trace = Trace::start_udp_with(builder)?;
+    let collector = Collector::start_udp_with(builder)?;
     let [sender, first, second] = [(); 3].map(|()| UdpSocket::bind(loopback(false)));
     let (sender, first, second) = (sender?, first?, second?);
     let to = [first.local_addr()?, second.local_addr()?];
     for to in to {
-        // The second one is told by user space only.
+        // Only user space reports the second datagram.
         for _ in 0..2 {
             sender.send_to(b"datagram", to)?;
         }
     }
-    trace.wait_count(2)?;
-    trace.set_filter(Filter::new().port(to[1].port()))?;
+    collector.wait_count(2)?;
+    collector.set_filter(Filter::new().port(to[1].port()))?;
     drop(sender);
-    let events = trace.wait_count(4)?;
+    let events = collector.wait_count(4)?;
     let of = |peer: SocketAddr| {
         let flows = events.iter().filter(|event| event.socket.remote == peer);
-        let told = flows.map(|event| match event.kind {
+        let reported = flows.map(|event| match event.kind {
             EventKind::Flow {
                 approximate: false,
                 last,
@@ -95,7 +99,7 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
             } => (Some(last), event.traffic.tx_packets),
             _ => (None, event.traffic.tx_packets),
         });
-        told.collect::<Vec<_>>()
+        reported.collect::<Vec<_>>()
     };
     ensure!(of(to[0]) == [(Some(false), 1)], "{}", show(&events));
     ensure!(
@@ -103,10 +107,10 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
         "{}",
         show(&events)
     );
-    let handle = trace.handle().clone();
-    trace.finish_all()?;
+    let handle = collector.handle().clone();
+    collector.finish_all()?;
     let stats = handle.stats();
-    // The flow. The close of the socket, which has neither port, goes with the other flow.
+    // The flow is filtered. The socket's close, which has neither port, passes with the other flow.
     let filtered = [stats.kinds.flow, stats.kinds.close].map(|counts| counts.reader_filtered);
     ensure!(filtered == [1, 0], "{stats:?}");
     ensure!(
@@ -117,13 +121,14 @@ fn flows_that_are_not_wanted_any_more() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Nobody empties the ring, which has room for twenty events; thousands that are not wanted come before those that are.
-fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
+/// The reader does not run, and the ring has room for twenty events. Thousands of events that do
+/// not pass come before those that do.
+fn filtered_sockets_take_no_room() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
     const UNWANTED: u32 = 300;
     let mut server = Actor::spawn("server")?;
-    let [wanted, unwanted] = [(); 2].map(|()| server.listen(loopback(false)));
-    let (wanted, unwanted) = (wanted?, unwanted?);
+    let [selected, other] = [(); 2].map(|()| server.listen(loopback(false)));
+    let (selected, other) = (selected?, other?);
     let mut client = Actor::spawn("client")?;
     let receiver = UdpSocket::bind(loopback(false))?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -131,7 +136,7 @@ fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
         .build()?;
     let tcp = TcpTracer::builder()
         .ring_bytes(RING_BYTES)
-        .filter(Filter::new().port(wanted.local.port()))
+        .filter(Filter::new().port(selected.local.port()))
         .sample_interval(None);
     let udp = UdpTracer::builder()
         .ring_bytes(RING_BYTES)
@@ -145,15 +150,16 @@ fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
     let (mut tcp, mut udp) =
         runtime.block_on(async { anyhow::Ok((tcp.start().await?, udp.start().await?)) })?;
     for _ in 0..UNWANTED {
-        connect(&mut client, &unwanted, &mut server)?;
-        // Its own port is the only one that is not wanted: it has a peer, but no socket receives that.
+        connect(&mut client, &other, &mut server)?;
+        // Only this sender's own port does not pass: it has a peer, but no socket receives its
+        // datagrams.
         let sender = UdpSocket::bind(loopback(false))?;
         for _ in 0..10 {
-            sender.send_to(b"unwanted", sender.local_addr()?)?;
+            sender.send_to(b"other", sender.local_addr()?)?;
         }
     }
-    connect(&mut client, &wanted, &mut server)?;
-    UdpSocket::bind(loopback(false))?.send_to(b"wanted", receiver.local_addr()?)?;
+    connect(&mut client, &selected, &mut server)?;
+    UdpSocket::bind(loopback(false))?.send_to(b"selected", receiver.local_addr()?)?;
     let handles = [tcp.handle(), udp.handle()];
     for handle in &handles {
         handle.stop();
@@ -184,15 +190,15 @@ fn what_is_not_wanted_takes_no_room() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Filters follow each other as fast as they can; what each of them lets pass, none misses.
+/// Filters follow each other as fast as they can. None misses an event that it lets pass.
 fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
     const CONNECTIONS: u32 = 2_000;
-    let trace = Trace::start_with(|builder| builder.sample_interval(None))?;
+    let collector = Collector::start_with(|builder| builder.sample_interval(None))?;
     let mut server = Actor::spawn("server")?;
     let listener = server.listen(loopback(false))?;
     let mut client = Actor::spawn("client")?;
     let port = listener.local.port();
-    trace.set_filter(Filter::new().port(port))?;
+    collector.set_filter(Filter::new().port(port))?;
     server.begin(&Command::Serve(listener.fd, CONNECTIONS))?;
     client.begin(&Command::Churn {
         to: listener.local,
@@ -201,14 +207,14 @@ fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
     })?;
     let began = Instant::now();
     let mut changes = 0;
-    let is_over = |trace: &Trace| {
-        let closed = trace.events().iter().filter(|e| e.is_end()).count();
+    let is_over = |collector: &Collector| {
+        let closed = collector.events().iter().filter(|e| e.is_end()).count();
         closed >= 2 * CONNECTIONS as usize
     };
-    while !is_over(&trace) && began.elapsed() < Duration::from_secs(120) {
+    while !is_over(&collector) && began.elapsed() < Duration::from_secs(120) {
         for _ in 0..100 {
             let other = 1 + changes % 1000;
-            trace.set_filter(
+            collector.set_filter(
                 Filter::new()
                     .port(port)
                     .port(other)
@@ -218,16 +224,18 @@ fn changes_under_load_miss_nothing() -> anyhow::Result<()> {
         }
     }
     let mut expected = Vec::new();
-    let (client_is, server_is) = (client.who()?, server.who()?);
+    let (client_is, server_is) = (client.identity()?, server.identity()?);
     for end in client.finish_exchanges()? {
-        expected.push(Life::of_client_exchange(&client_is, &end));
+        expected.push(ExpectedTcp::of_client_exchange(&client_is, &end));
     }
     for end in server.finish_exchanges()? {
-        expected.push(Life::of_server_exchange(&server_is, &server_is, &end));
+        expected.push(ExpectedTcp::of_server_exchange(
+            &server_is, &server_is, &end,
+        ));
     }
-    let mut lives = trace.finish(expected.len())?;
-    for life in &expected {
-        lives.check(life)?;
+    let mut observed = collector.finish(expected.len())?;
+    for expected in &expected {
+        observed.check(expected)?;
     }
     eprintln!("{changes} changes of the filter during {CONNECTIONS} connections");
     Ok(())

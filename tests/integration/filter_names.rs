@@ -1,4 +1,4 @@
-//! Filters that name processes by the numbers of a pid namespace, and cgroups by their paths.
+//! Filters that name processes by the pids of a pid namespace, and cgroups by their paths.
 
 use std::{
     fs,
@@ -12,10 +12,10 @@ use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::Actor,
     cgroup::{self, Cgroup, Hybrid},
+    collector::{Collector, show},
     pid_namespace::{self, initial},
-    scene::loopback,
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::sched::{CloneFlags, unshare};
 use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter};
@@ -46,15 +46,15 @@ fn pids_of_a_nested_pid_namespace() -> anyhow::Result<()> {
     pid_namespace::run_in_new(|| pid_namespace::run_in_new(each_filter_of_processes))
 }
 
-fn start() -> anyhow::Result<Trace> {
-    Trace::start_with(|builder| builder.sample_interval(None))
+fn start() -> anyhow::Result<Collector> {
+    Collector::start_with(|builder| builder.sample_interval(None))
 }
 
 fn owner(event: &Event) -> Option<u32> {
     event.process.as_ref().map(|process| process.pid)
 }
 
-/// The first process of a pid namespace, which the initial one's knows by another number.
+/// The first process of a pid namespace, which has another pid in the initial namespace.
 fn each_filter_of_processes() -> anyhow::Result<()> {
     ensure!(process::id() == 1, "not in a pid namespace of its own");
     let mut server = Actor::spawn("server")?;
@@ -91,7 +91,7 @@ fn each_filter_of_processes() -> anyhow::Result<()> {
             is_below(event) || owner(event).is_some_and(|pid| known.contains(&pid))
         }),
     ];
-    let traces = [start()?, start()?];
+    let collectors = [start()?, start()?];
     let names_nothing = [
         (Filter::new().pid(own), format!("pid is {own}: no process")),
         (
@@ -100,9 +100,9 @@ fn each_filter_of_processes() -> anyhow::Result<()> {
         ),
     ];
     for (filter, message) in &names_nothing {
-        refused(&traces[0], filter, message)?;
+        refused(&collectors[0], filter, message)?;
     }
-    compare(traces, &cases, || {
+    compare(collectors, &cases, || {
         connect(&mut client, &listener, &mut server)?;
         let to_us = client.connect(ours.local_addr()?)?;
         drop(ours.accept()?);
@@ -114,22 +114,25 @@ fn each_filter_of_processes() -> anyhow::Result<()> {
     })
 }
 
-/// The filter is refused, and the one of before stays.
-fn refused(trace: &Trace, filter: &Filter, message: &str) -> anyhow::Result<()> {
-    let before = trace.handle().filter();
-    let error = trace.set_filter(filter.clone()).err().context("accepted")?;
+/// Checks that the filter is refused, and that the previous one stays.
+fn refused(collector: &Collector, filter: &Filter, message: &str) -> anyhow::Result<()> {
+    let before = collector.handle().filter();
+    let error = collector
+        .set_filter(filter.clone())
+        .err()
+        .context("accepted")?;
     let error: &tcp_udp_trace::Error = error.downcast_ref().context("another error")?;
     ensure!(error.kind() == ErrorKind::InvalidFilter, "{error:?}");
     ensure!(
         error.to_string().starts_with(message),
         "{error}\nnot\n{message}"
     );
-    ensure!(trace.handle().filter() == before);
+    ensure!(collector.handle().filter() == before);
     Ok(())
 }
 
-/// A process of the initial pid namespace and one of the tracer's have the same number, each in its
-/// own: the filter means the latter.
+/// A process of the initial pid namespace and one of the tracer's namespace have the same pid, each
+/// in its own. The filter means the latter.
 fn pid_of_a_stranger() -> anyhow::Result<()> {
     let mut stranger = Actor::spawn("stranger")?;
     let number = stranger.pid();
@@ -157,16 +160,16 @@ fn pid_of_a_stranger() -> anyhow::Result<()> {
     })
 }
 
-/// The totals that user space reports, it decides about as the programs do.
+/// User space applies the filter to the totals that it reports as the programs do.
 fn flows_in_a_pid_namespace() -> anyhow::Result<()> {
     pid_namespace::run_in_new(|| {
         let start = |filter: Filter| {
-            Trace::start_udp_with(|builder| {
+            Collector::start_udp_with(|builder| {
                 let builder = builder.interval(Duration::from_secs(3600)).filter(filter);
                 builder.sample_interval(None)
             })
         };
-        let traces = [
+        let collectors = [
             start(Filter::new().only_self())?,
             start(Filter::new().pid(1))?,
         ];
@@ -177,9 +180,9 @@ fn flows_in_a_pid_namespace() -> anyhow::Result<()> {
         }
         drop(from);
         let own = initial(1)?;
-        for trace in traces {
+        for collector in collectors {
             // The flow at its beginning and at its end, and the socket's end.
-            let events = trace.wait_count(3)?;
+            let events = collector.wait_count(3)?;
             let packets = events.iter().map(|event| event.traffic.tx_packets);
             ensure!(packets.eq([1, 3, 3]), "{}", show(&events));
             ensure!(
@@ -192,14 +195,14 @@ fn flows_in_a_pid_namespace() -> anyhow::Result<()> {
                 "{}",
                 show(&events)
             );
-            trace.finish_all()?;
+            collector.finish_all()?;
         }
         Ok(())
     })
 }
 
-/// Where a machine has both versions, the folders of v1 have inodes too, which are no ids of
-/// sockets' cgroups.
+/// On a machine with both versions, the directories of v1 have inodes too, but these are not the
+/// cgroup ids of sockets.
 fn cgroups_by_their_paths() -> anyhow::Result<()> {
     let _hybrid = Hybrid::mount()?;
     let group = Cgroup::new("by-path")?.context("it was mounted")?;
@@ -211,9 +214,9 @@ fn cgroups_by_their_paths() -> anyhow::Result<()> {
     let shown = PathBuf::from(shown.context("in no cgroup")?);
     ensure!(folder.starts_with(cgroup::UNIFIED) && folder.ends_with(shown.file_name().unwrap()));
     let id = group.id()?;
-    let traces = [start()?, start()?];
+    let collectors = [start()?, start()?];
 
-    // Of the same name and of another one, in the other hierarchy.
+    // Cgroups of the same name and of another one, in the other hierarchy.
     let v1 = [shown.file_name().unwrap().to_str().unwrap(), "only-v1"]
         .map(|name| PathBuf::from(cgroup::V1).join(name));
     for folder in &v1 {
@@ -246,7 +249,7 @@ fn cgroups_by_their_paths() -> anyhow::Result<()> {
         ),
     ] {
         let message = format!("cgroup is {}: {what}", path.display());
-        refused(&traces[0], &Filter::new().cgroup_path(path), &message)?;
+        refused(&collectors[0], &Filter::new().cgroup_path(path), &message)?;
     }
     for folder in &v1 {
         fs::remove_dir(folder)?;
@@ -264,7 +267,7 @@ fn cgroups_by_their_paths() -> anyhow::Result<()> {
             move |event: &Event| event.socket.cgroup == root
         }),
     ];
-    compare(traces, &cases, || {
+    compare(collectors, &cases, || {
         for actor in [&mut inside, &mut outside] {
             let listener = actor.listen(loopback(false))?;
             actor.close(&listener)?;
@@ -273,23 +276,23 @@ fn cgroups_by_their_paths() -> anyhow::Result<()> {
     })
 }
 
-/// Where the whole hierarchy is mounted in a cgroup namespace, `/` could be the machine's root or the
+/// If the whole hierarchy is mounted in a cgroup namespace, `/` could be the machine's root or the
 /// namespace's.
 fn cgroup_in_a_cgroup_namespace() -> anyhow::Result<()> {
     let Some(group) = Cgroup::new("own")? else {
         return skip("cgroup v2 is not mounted");
     };
     let folder = group.path().to_owned();
-    let trace = start()?;
+    let collector = start()?;
     let entered = group.enter()?;
     unshare(CloneFlags::CLONE_NEWCGROUP)?;
     refused(
-        &trace,
+        &collector,
         &Filter::new().cgroup_path("/"),
         "cgroup is /: cgroup v2 is not mounted, or not at the root of this cgroup namespace",
     )?;
-    trace.set_filter(Filter::new().cgroup_path(&folder))?;
-    trace.finish_all()?;
+    collector.set_filter(Filter::new().cgroup_path(&folder))?;
+    collector.finish_all()?;
     drop(entered);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What a filter lets pass, and nothing else, is reported; what it does not costs no room.
+//! Filters: exactly the events that pass are reported, and the others take no room.
 
 use std::{
     ffi::OsStr,
@@ -11,12 +11,12 @@ use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Operation, ReceiveCall, SendCall},
     cgroup::Cgroup,
-    life::{ACTIVE_CLIENT, Life},
+    collector::{Collector, SAMPLE_INTERVAL, show},
+    expected_tcp::{ACTIVE_CLIENT, ExpectedTcp},
     netns::Netns,
-    scene::loopback,
     suite::Test,
-    talker::ROOM,
-    trace::{SAMPLE_INTERVAL, Trace, show},
+    tcp_pair::loopback,
+    udp_actor::ROOM,
 };
 use tcp_udp_trace::{Comm, Event, EventKind, Family, Filter, Kind, TcpState};
 
@@ -33,11 +33,11 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Processes that differ in everything a filter can ask for.
+/// Processes that differ in everything that a filter can select.
 struct World {
     server: Actor,
     client: Actor,
-    /// Another user, in another namespace and, where there are any, in another cgroup.
+    /// A process of another user, in another namespace and, where cgroups exist, in another cgroup.
     other: Actor,
     other_cgroup: Option<Cgroup>,
     there: Netns,
@@ -60,15 +60,19 @@ impl World {
         })
     }
 
-    fn traces(&self, start: impl Fn() -> anyhow::Result<Trace>) -> anyhow::Result<[Trace; 2]> {
-        let traces = [start()?, start()?];
-        for trace in &traces {
-            trace.also(self.there.inode()?);
+    fn collectors(
+        &self,
+        start: impl Fn() -> anyhow::Result<Collector>,
+    ) -> anyhow::Result<[Collector; 2]> {
+        let collectors = [start()?, start()?];
+        for collector in &collectors {
+            collector.also(self.there.inode()?);
         }
-        Ok(traces)
+        Ok(collectors)
     }
 
-    /// A filter for each setting, and whether an event passes it by what the documentation says.
+    /// Returns a filter for each setting, with a function that applies its documentation to an
+    /// event.
     fn cases(&self) -> anyhow::Result<Vec<Case>> {
         let Self {
             server,
@@ -135,7 +139,8 @@ impl World {
 
 fn each_setting_of_tcp() -> anyhow::Result<()> {
     let mut world = World::new("filtered-tcp")?;
-    let traces = world.traces(|| Trace::start_with(|builder| builder.sample_interval(None)))?;
+    let collectors =
+        world.collectors(|| Collector::start_with(|builder| builder.sample_interval(None)))?;
     let [v4, v6] = [false, true].map(|v6| world.server.listen(loopback(v6)));
     let (v4, v6) = (v4?, v6?);
     let ours = TcpListener::bind(loopback(false))?;
@@ -143,7 +148,7 @@ fn each_setting_of_tcp() -> anyhow::Result<()> {
     let port = v6.local.port();
     let state = |event: &Event, state| match event.kind {
         EventKind::StateChange { from, to, .. } => [from, to].contains(&state),
-        // Of a connection that was just made.
+        // An accept of a connection that was just made.
         _ => state == TcpState::Established,
     };
     cases.extend([
@@ -167,7 +172,7 @@ fn each_setting_of_tcp() -> anyhow::Result<()> {
         Case::new(Filter::new().kind(Kind::Close), |_| false),
         Case::new(Filter::new(), |_| true),
     ]);
-    compare(traces, &cases, || {
+    compare(collectors, &cases, || {
         for listener in [&v4, &v6] {
             connect(&mut world.client, listener, &mut world.server)?;
         }
@@ -200,14 +205,15 @@ pub(crate) fn connect(
 
 fn each_setting_of_udp() -> anyhow::Result<()> {
     let mut world = World::new("filtered-udp")?;
-    // Flows are reported once an hour: each at its first datagram and at its end, and at no moment in between.
+    // Flows are reported once an hour, so each is reported at its first datagram and at its end,
+    // and at no moment in between.
     let start = || {
-        Trace::start_udp_with(|builder| {
+        Collector::start_udp_with(|builder| {
             let builder = builder.sample_interval(None).per_datagram(true);
             builder.interval(Duration::from_secs(3600))
         })
     };
-    let traces = world.traces(start)?;
+    let collectors = world.collectors(start)?;
     let mut cases = world.cases()?;
     cases.extend([
         Case::new(Filter::new().kind(Kind::Close), |e| {
@@ -223,19 +229,19 @@ fn each_setting_of_udp() -> anyhow::Result<()> {
             let ports = [e.socket.local, e.socket.remote].map(|a| a.port());
             matches!(e.kind, EventKind::Flow { .. }) && ports.contains(&PORT)
         }),
-        // Neither end of most of these sockets is at this port when they are closed.
+        // At their close, neither end of most of these sockets is at this port.
         Case::new(Filter::new().port(PORT), |e| {
             [e.socket.local, e.socket.remote]
                 .map(|a| a.port())
                 .contains(&PORT)
         }),
-        // TCP's business.
+        // Settings for TCP.
         Case::new(Filter::new().state(TcpState::Established), |_| true),
         Case::new(Filter::new().kind(Kind::Accept), |_| false),
     ]);
-    let handle = traces[0].handle().clone();
-    compare(traces, &cases, || world.talk())?;
-    // Closes that were made for the sake of flows.
+    let handle = collectors[0].handle().clone();
+    compare(collectors, &cases, || world.talk())?;
+    // Closes that the kernel reported because of their flows.
     let stats = handle.stats();
     ensure!(stats.reader_filtered > 0, "{stats:?}");
     Ok(())
@@ -245,7 +251,8 @@ fn each_setting_of_udp() -> anyhow::Result<()> {
 const PORT: u16 = 4747;
 
 impl World {
-    /// The client sends to the server, the other one to itself, and we to the client. Says how many sockets were closed.
+    /// Sends datagrams: the client to the server, the other process to itself, and this process to
+    /// the client. Returns how many sockets were closed.
     fn talk(&mut self) -> anyhow::Result<usize> {
         let mut closed = 0;
         for v6 in [false, true] {
@@ -313,23 +320,24 @@ fn transfer(
     receiver.run(receive(to, sizes.len())).map(drop)
 }
 
-/// Descendants that were there before the filter, and those that come later; when their parents, and they themselves, have ended, too.
+/// Descendants from before the filter, and later ones, also after their parents or they themselves
+/// have ended.
 fn trees_of_processes() -> anyhow::Result<()> {
     let mut server = Actor::spawn("server")?;
     let [to_inside, to_outside] = [(); 2].map(|()| server.listen(loopback(false)));
     let (to_inside, to_outside) = (to_inside?, to_outside?);
     let mut inside = Actor::spawn_below_a_parent("inside")?;
     let mut outside = Actor::spawn("outside")?;
-    // It answers, so it is there.
+    // The process answers, so it has started.
     let socket = inside.open(loopback(false))?;
     inside.close(&socket)?;
 
     let trees = Filter::new().pid_tree(inside.pid());
     let start = |filter: &Filter| {
         let filter = filter.clone();
-        Trace::start_with(|builder| builder.sample_interval(None).filter(filter))
+        Collector::start_with(|builder| builder.sample_interval(None).filter(filter))
     };
-    let traces = [start(&trees)?, start(&Filter::new())?];
+    let collectors = [start(&trees)?, start(&Filter::new())?];
     let client_of = |listener: &Endpoint| {
         let address = listener.local;
         move |event: &Event| event.socket.remote == address
@@ -339,25 +347,25 @@ fn trees_of_processes() -> anyhow::Result<()> {
             connect(client, listener, &mut server)?;
             client.run(Command::ConnectInChild(listener.local))?;
             let accepted = server.accept(listener)?;
-            // The process has ended when its socket does.
+            // The process ends together with its socket.
             ensure!(server.receive_all(&accepted)? == 0);
             server.close(&accepted)?;
         }
         Ok(8)
     };
-    let [filtered, reference] = &traces;
+    let [filtered, reference] = &collectors;
     let mut closed = 0;
-    let mut wanted = Vec::new();
+    let mut should_come = Vec::new();
     let mut seen = 0;
     let mut check = |passes: &dyn Fn(&Event) -> bool, new: usize| {
         closed += new;
         reference.wait_closed(closed)?;
         let events = reference.events();
-        wanted.extend(events[seen..].iter().filter(|e| passes(e)).cloned());
+        should_come.extend(events[seen..].iter().filter(|e| passes(e)).cloned());
         seen = events.len();
-        let came = filtered.wait_count(wanted.len())?;
-        let [came, wanted] = [&came, &wanted].map(|events| described(events));
-        ensure!(came == wanted, "{came:#?}\nnot\n{wanted:#?}");
+        let came = filtered.wait_count(should_come.len())?;
+        let [came, should_come] = [&came, &should_come].map(|events| described(events));
+        ensure!(came == should_come, "{came:#?}\nnot\n{should_come:#?}");
         Ok(())
     };
     let new = act(&mut inside, &mut outside)?;
@@ -368,7 +376,8 @@ fn trees_of_processes() -> anyhow::Result<()> {
     let new = act(&mut inside, &mut outside)?;
     check(&client_of(&to_inside), new)?;
 
-    // Another tree, and then both: the orphan is nobody's descendant any more, but itself.
+    // Another tree, and then both: the orphan is no longer a descendant, but it is the root of its
+    // own tree.
     filtered.set_filter(Filter::new().pid_tree(outside.pid()))?;
     let new = act(&mut inside, &mut outside)?;
     check(&client_of(&to_outside), new)?;
@@ -384,8 +393,8 @@ fn trees_of_processes() -> anyhow::Result<()> {
 
     let stats = filtered.handle().stats();
     ensure!(stats.untracked_processes == 0, "{stats:?}");
-    let [filtered, reference] = traces;
-    let expected = wanted.len();
+    let [filtered, reference] = collectors;
+    let expected = should_come.len();
     let came = filtered.finish_all()?;
     ensure!(came.len() == expected, "{}", show(&came[expected..]));
     reference.finish_all().map(drop)
@@ -396,25 +405,29 @@ fn samples_are_filtered() -> anyhow::Result<()> {
     let mut client = Actor::spawn("client")?;
     let listener = server.listen(loopback(false))?;
     let pid = client.pid();
-    let trace = Trace::start_with(move |builder| {
+    let collector = Collector::start_with(move |builder| {
         let builder = builder.filter(Filter::new().pid(pid));
         builder.sample_interval(SAMPLE_INTERVAL)
     })?;
     let connected = client.connect(listener.local)?;
     let accepted = server.accept(&listener)?;
     for _ in 0..2 {
-        trace.wait_for_sample("the client", |event| event.socket.local == connected.local)?;
+        collector.wait_for_sample("the client", |event| event.socket.local == connected.local)?;
     }
-    for event in trace.samples() {
+    for event in collector.samples() {
         let owner = event.process.as_ref().map(|process| process.pid);
         ensure!(owner == Some(pid), "{event}");
     }
-    let stats = trace.handle().stats();
+    let stats = collector.handle().stats();
     // The listener, and the server's end.
     ensure!(stats.kinds.sample.kernel_filtered >= 2, "{stats:?}");
     client.close(&connected)?;
     server.close(&accepted)?;
-    let mut lives = trace.finish(1)?;
-    lives.check(&Life::of(&client.who()?, &connected, ACTIVE_CLIENT))?;
-    lives.nothing_else()
+    let mut observed = collector.finish(1)?;
+    observed.check(&ExpectedTcp::of(
+        &client.identity()?,
+        &connected,
+        ACTIVE_CLIENT,
+    ))?;
+    observed.nothing_else()
 }

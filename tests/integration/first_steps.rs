@@ -1,4 +1,4 @@
-//! What the first page promises to who begins: which events open and close a connection, which sockets are
+//! The promises of the first page: which events open and close a connection, which sockets are
 //! older than the tracer, and how to read a tracer without async.
 
 use std::{
@@ -10,9 +10,9 @@ use anyhow::{Context as _, ensure};
 use futures_util::StreamExt as _;
 use integration_tests::{
     actor::{Actor, Command},
-    scene::loopback,
+    collector::{self, Collector, SAMPLE_INTERVAL, show},
     suite::Test,
-    trace::{self, SAMPLE_INTERVAL, Trace, show},
+    tcp_pair::loopback,
 };
 use tcp_udp_trace::{Event, EventKind, Filter, Kind, Protocol, TcpState, TcpTracer};
 use tokio::runtime::{Builder, Runtime};
@@ -30,8 +30,8 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Listeners, connections that are accepted, reset and never accepted, attempts that fail: how many sockets
-/// end, and how many of them were connections.
+/// Makes listeners, connections that are accepted, reset and never accepted, and attempts that
+/// fail. Returns how many sockets end, and how many of them were connections.
 fn all_sorts() -> anyhow::Result<(usize, usize)> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;
@@ -58,9 +58,9 @@ fn all_sorts() -> anyhow::Result<(usize, usize)> {
 }
 
 fn opens_and_closes_pair() -> anyhow::Result<()> {
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let (ends, connections) = all_sorts()?;
-    let events = trace.finish_in_order(ends)?;
+    let events = collector.finish_in_order(ends)?;
     let (mut open, mut opens) = (0_i64, 0);
     for event in &events {
         ensure!(event.socket.older == Some(false), "{event}");
@@ -79,9 +79,9 @@ fn opens_and_closes_pair() -> anyhow::Result<()> {
 
 fn recipe_only_closed_connections() -> anyhow::Result<()> {
     let closes = Filter::new().kind(Kind::StateChange).state(TcpState::Close);
-    let trace = Trace::start_with(|builder| builder.filter(closes).sample_interval(None))?;
+    let collector = Collector::start_with(|builder| builder.filter(closes).sample_interval(None))?;
     let (ends, connections) = all_sorts()?;
-    let events = trace.finish_in_order(ends)?;
+    let events = collector.finish_in_order(ends)?;
     let printed: Vec<_> = events.iter().filter(|event| event.is_close()).collect();
     ensure!(printed.len() == connections, "{}", show(&events));
     ensure!(
@@ -92,7 +92,7 @@ fn recipe_only_closed_connections() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each socket of this port has been seen, and is older or not.
+/// Checks that each socket of this port was reported, and whether it is older than the tracer.
 fn check_older(events: &[Event], port: u16, older: bool) -> anyhow::Result<()> {
     let of_it: Vec<_> = events
         .iter()
@@ -113,9 +113,9 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let old = TcpStream::connect(listener.local_addr()?)?;
     let (accepted, _) = listener.accept()?;
-    // Nobody has a descriptor of its other end: the accept is the first event of that.
+    // No process has a descriptor of the other end, so the accept is its first event.
     let waiting = TcpStream::connect(listener.local_addr()?)?;
-    let trace = Trace::start_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
+    let collector = Collector::start_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
     let young = TcpStream::connect(listener.local_addr()?)?;
     let (first, _) = listener.accept()?;
     let (second, _) = listener.accept()?;
@@ -125,7 +125,7 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     let each = [(olds[0], true), (olds[1], true), (youngs[0], false)];
     for (port, older) in each {
         for is_near in [true, false] {
-            let sample = trace.wait_for_sample("an end", |event| {
+            let sample = collector.wait_for_sample("an end", |event| {
                 let ports = [event.socket.local.port(), event.socket.remote.port()];
                 ports[usize::from(!is_near)] == port
             })?;
@@ -135,7 +135,7 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     drop((old, accepted, waiting, young, first, second));
     let listens_at = listener.local_addr()?.port();
     drop(listener);
-    let events = trace.finish_in_order(7)?;
+    let events = collector.finish_in_order(7)?;
     for port in olds {
         check_older(&events, port, true)?;
     }
@@ -143,7 +143,7 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
     for event in &events {
         if event.socket.local.port() == listens_at {
             let is_of_young = event.socket.remote.port() == youngs[0];
-            // Up to 6.12 a child shows no peer yet when it begins.
+            // Up to 6.12, a child shows no peer yet when it begins.
             let begins = matches!(
                 event.kind,
                 EventKind::StateChange {
@@ -160,25 +160,25 @@ fn tcp_sockets_older_and_younger() -> anyhow::Result<()> {
 
 fn udp_sockets_older_and_younger() -> anyhow::Result<()> {
     let old = UdpSocket::bind("127.0.0.1:0")?;
-    let trace = Trace::start_udp_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
+    let collector = Collector::start_udp_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
     let young = UdpSocket::bind("127.0.0.1:0")?;
     let (old_is, young_is) = (old.local_addr()?, young.local_addr()?);
     for (at, older) in [(old_is, true), (young_is, false)] {
-        let sample = trace.wait_for_sample("a socket", |event| event.socket.local == at)?;
+        let sample = collector.wait_for_sample("a socket", |event| event.socket.local == at)?;
         ensure!(sample.socket.older == Some(older), "{sample}");
     }
-    // Sending gives a socket its cookie: it stays what it was.
+    // Sending gives a socket its cookie, which must not change whether it is older.
     old.send_to(b"to the young", young_is)?;
     young.recv_from(&mut [0; 16])?;
     young.send_to(b"to the old", old_is)?;
     old.recv_from(&mut [0; 16])?;
     drop((old, young));
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     check_older(&events, old_is.port(), true)?;
     check_older(&events, young_is.port(), false)
 }
 
-/// A connection shows in a tracer that is read by `next`.
+/// Checks that a tracer which is read by `next` reports a connection.
 fn reads_a_connection(
     tracer: TcpTracer,
     mut next: impl FnMut(&mut TcpTracer) -> Option<Event>,
@@ -201,7 +201,7 @@ fn blocking_on_the_runtime() -> anyhow::Result<()> {
         Runtime::new()?,
         Builder::new_current_thread().enable_all().build()?,
     ] {
-        let tracer = runtime.block_on(trace::tcp().start())?;
+        let tracer = runtime.block_on(collector::tcp().start())?;
         reads_a_connection(tracer, |tracer| runtime.block_on(tracer.next()))?;
     }
     Ok(())
@@ -212,9 +212,9 @@ fn blocking_beside_a_runtime_of_several_threads() -> anyhow::Result<()> {
         .worker_threads(1)
         .enable_all()
         .build()?;
-    let tracer = runtime.block_on(trace::tcp().start())?;
+    let tracer = runtime.block_on(collector::tcp().start())?;
     let reader = thread::spawn(|| {
-        // It drives nothing but what it waits for, like any other executor.
+        // Like any other executor, it drives only the future that it waits for.
         let other = Builder::new_current_thread().build()?;
         reads_a_connection(tracer, |tracer| other.block_on(tracer.next()))
     });

@@ -1,4 +1,4 @@
-//! How a tracer begins and ends.
+//! The start and the end of a tracer.
 
 use std::{
     collections::BTreeSet,
@@ -10,10 +10,9 @@ use anyhow::{bail, ensure};
 use aya::maps::MapType;
 use futures_util::{FutureExt as _, StreamExt as _, stream::FusedStream as _};
 use integration_tests::{
+    collector, hooks_page,
     kernel::{BpfObjects, is_emulated, open_files},
-    page,
     suite::Test,
-    trace,
 };
 use tcp_udp_trace::{Buffer, ErrorKind, TcpTracer};
 use tokio::runtime::{Builder, Runtime};
@@ -26,7 +25,7 @@ pub(crate) fn trials() -> Vec<Test> {
             stop_ends_the_stream_after_the_last_event,
         ],
         Solitude: [
-            the_kernel_is_asked_for_the_chosen_buffer_only,
+            only_the_chosen_buffer_is_tried,
             start_and_stop_over_and_over,
             dropped_outside_of_a_runtime,
             runtime_dropped_before_the_tracer,
@@ -40,7 +39,7 @@ fn runtime() -> anyhow::Result<Runtime> {
 }
 
 fn start_needs_a_runtime() -> anyhow::Result<()> {
-    let Some(Err(error)) = trace::tcp().start().now_or_never() else {
+    let Some(Err(error)) = collector::tcp().start().now_or_never() else {
         bail!("started without a runtime")
     };
     ensure!(error.kind() == ErrorKind::NoRuntime, "{error:?}");
@@ -49,17 +48,17 @@ fn start_needs_a_runtime() -> anyhow::Result<()> {
 
 fn every_signal_has_a_hook() -> anyhow::Result<()> {
     let runtime = runtime()?;
-    let tracer = runtime.block_on(trace::tcp().retransmits(true).resets(true).start())?;
+    let tracer = runtime.block_on(collector::tcp().retransmits(true).resets(true).start())?;
     let hooks = tracer.handle().hooks();
     for hook in &hooks {
         eprintln!("{hook}");
         ensure!(!hook.programs.is_empty(), "{hook}");
     }
-    page::check(&hooks)
+    hooks_page::check(&hooks)
 }
 
-/// A kernel without ring buffers refuses a map that is one, whatever it is for.
-fn the_kernel_is_asked_for_the_chosen_buffer_only() -> anyhow::Result<()> {
+/// A kernel without ring buffers refuses to make one, whatever it is for.
+fn only_the_chosen_buffer_is_tried() -> anyhow::Result<()> {
     let runtime = runtime()?;
     for (chosen, expected) in [
         (None, "map:ringbuf"),
@@ -73,9 +72,12 @@ fn the_kernel_is_asked_for_the_chosen_buffer_only() -> anyhow::Result<()> {
         };
         let tracer = runtime.block_on(builder.start())?;
         let hooks = tracer.handle().hooks();
-        let told = hooks.iter().find(|hook| hook.signal == "buffer");
-        let told = told.map(|hook| hook.programs.join("+"));
-        ensure!(told.as_deref() == Some(expected), "{chosen:?}: {told:?}");
+        let reported = hooks.iter().find(|hook| hook.signal == "buffer");
+        let reported = reported.map(|hook| hook.programs.join("+"));
+        ensure!(
+            reported.as_deref() == Some(expected),
+            "{chosen:?}: {reported:?}"
+        );
         let types = BpfObjects::of_this_process()?.map_types()?;
         for (map, is_expected) in [
             (MapType::RingBuf, expected == "map:ringbuf"),
@@ -87,11 +89,12 @@ fn the_kernel_is_asked_for_the_chosen_buffer_only() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What happened before `stop` is delivered, even if nobody had read anything; then the stream ends, and stays ended.
+/// Events before `stop` are delivered, even if the consumer had read none. Then the stream ends,
+/// and remains ended.
 fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     runtime()?.block_on(async {
-        let mut tracer = trace::tcp().queue(1 << 20).start().await?;
+        let mut tracer = collector::tcp().queue(1 << 20).start().await?;
         let client = TcpStream::connect(listener.local_addr()?)?;
         let port = client.local_addr()?.port();
         tracer.handle().stop();
@@ -104,26 +107,27 @@ fn stop_ends_the_stream_after_the_last_event() -> anyhow::Result<()> {
         ensure!(opens == 2, "{opens} of 2 ends were opened");
         ensure!(tracer.is_terminated() && tracer.next().await.is_none());
         let stats = tracer.close().await?;
-        trace::check_conservation(&stats)
+        collector::check_conservation(&stats)
     })
 }
 
-/// By turns closed and dropped. Nothing is left: no descriptor here, no program, map or link in the kernel.
+/// Tracers are closed and dropped by turns. Nothing is left: no descriptor here, no program, map or
+/// link in the kernel.
 fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let files = open_files()?;
     let mut seen = BpfObjects::default();
     let runtime = runtime()?;
-    // In an emulated guest each takes a second.
+    // In an emulated guest, each turn takes a second.
     let turns = if is_emulated()? { 20 } else { 200 };
     for turn in 0..turns {
-        // Small, for the sake of the time that this takes.
-        let builder = trace::tcp().max_sockets(1_024);
+        // Small, to save time.
+        let builder = collector::tcp().max_sockets(1_024);
         let tracer = runtime.block_on(builder.start())?;
         if turn % 10 < 2 {
             let objects = BpfObjects::of_this_process()?;
             ensure!(
                 !objects.programs.is_empty() && !objects.maps.is_empty(),
-                "what does it trace with? {objects:?}"
+                "unexpected BPF objects of the tracer: {objects:?}"
             );
             seen.extend(objects);
         }
@@ -144,18 +148,18 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
 
 fn dropped_outside_of_a_runtime() -> anyhow::Result<()> {
     let runtime = runtime()?;
-    let tracer = runtime.block_on(trace::tcp().start())?;
+    let tracer = runtime.block_on(collector::tcp().start())?;
     let objects = BpfObjects::of_this_process()?;
     drop(tracer);
-    // The runtime does not run: whatever it still had to do would not be done.
+    // The runtime does not run, so any remaining work would not be done.
     ensure_nothing_held()?;
     objects.await_freed()
 }
 
-/// The stream ends instead of waiting for a reader that is gone, and the kernel is left clean.
+/// The stream ends instead of waiting for a reader that has ended, and the kernel side is detached.
 fn runtime_dropped_before_the_tracer() -> anyhow::Result<()> {
     let first = runtime()?;
-    let mut tracer = first.block_on(trace::tcp().start())?;
+    let mut tracer = first.block_on(collector::tcp().start())?;
     let objects = BpfObjects::of_this_process()?;
     drop(first);
     runtime()?.block_on(async {
@@ -169,13 +173,13 @@ fn runtime_dropped_before_the_tracer() -> anyhow::Result<()> {
     objects.await_freed()
 }
 
-/// A start that nobody waits for any more detaches what it has attached, whenever that was.
+/// A cancelled start detaches all its programs, at whatever moment it is cancelled.
 fn start_cancelled_leaves_nothing() -> anyhow::Result<()> {
     let files = open_files()?;
     for milliseconds in [0, 1, 2, 5, 10, 20, 50, 100] {
         let runtime = runtime()?;
         let limit = Duration::from_millis(milliseconds);
-        let start = async { tokio::time::timeout(limit, trace::tcp().start()).await };
+        let start = async { tokio::time::timeout(limit, collector::tcp().start()).await };
         if let Ok(started) = runtime.block_on(start) {
             drop(started?);
         }
@@ -187,7 +191,7 @@ fn start_cancelled_leaves_nothing() -> anyhow::Result<()> {
     ensure_nothing_held()
 }
 
-/// This process has no descriptor of a program, map or link.
+/// Checks that this process has no descriptor of a program, map or link.
 fn ensure_nothing_held() -> anyhow::Result<()> {
     let held = BpfObjects::of_this_process()?;
     ensure!(held.is_empty(), "{held:?} in {:#?}", open_files()?);

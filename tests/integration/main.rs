@@ -1,4 +1,5 @@
-//! What a tracer reports, compared with what really happened. Run as root; takes the arguments of `cargo test`.
+//! Compares the events of a tracer with the traffic that really happened. Run as root; takes the
+//! arguments of `cargo test`.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 use integration_tests::{actor, suite};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
-/// A list of tests, each with what it needs, named after their module.
+/// Makes a list of tests, each with the surroundings that it needs, named after their module.
 macro_rules! trials {
     ($($needs:ident: [$($name:ident,)+],)+) => {{
         use integration_tests::suite::{Needs, Test};
@@ -67,7 +68,7 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "owner::connection_older_than_the_tracer",
     "delivery::two_tracers_at_once_give_the_same_events",
     "delivery::first_event_after_a_pause_wakes_the_reader",
-    "delivery::what_moves_between_cpus_stays_in_order",
+    "delivery::sockets_that_move_between_cpus_stay_in_order",
     "delivery::churn_across_namespaces_under_load",
     "overflow::closes_outlive_a_flood_of_datagrams",
     "overflow::ring_overflow_is_counted_where_it_happened",
@@ -81,14 +82,15 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "udp_lifecycle::every_signal_has_a_hook",
 ];
 
-/// How many of the slowest tests are written after the verdicts.
+/// How many of the slowest tests are printed after the verdicts.
 const SLOWEST: usize = 10;
 
 fn main() -> ExitCode {
     if let Some(code) = actor::run_if_asked() {
         return code;
     }
-    // Before Linux 5.11, maps count against it. A library must not change it; a program may.
+    // Before Linux 5.11, maps count against this limit. A library must not change it, but a program
+    // may.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let arguments = libtest_mimic::Arguments::from_args();
     let tests = [
@@ -133,7 +135,7 @@ fn main() -> ExitCode {
         assert!(trials.len() > before, "there is no test {name}");
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
-    // A process that is one test has ended before this: only the parent writes it.
+    // A process that is one test has ended before this, so only the parent prints the list.
     let slowest = suite::slowest(SLOWEST);
     if !slowest.is_empty() {
         println!("the slowest tests:");

@@ -8,10 +8,10 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use integration_tests::{
+    collector::{Collector, show},
     netns::{MountedNetns, Netns},
-    scene::loopback,
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::sched::{CloneFlags, unshare};
 use tcp_udp_trace::{Event, Filter, Protocol};
@@ -32,27 +32,27 @@ pub(crate) fn trials() -> Vec<Test> {
 const PROTOCOLS: [Protocol; 2] = [Protocol::Tcp, Protocol::Udp];
 
 /// Starts a tracer of sockets in any of these namespaces, without samples.
-fn start(protocol: Protocol, filter: Filter, namespaces: &[u32]) -> anyhow::Result<Trace> {
-    let trace = match protocol {
+fn start(protocol: Protocol, filter: Filter, namespaces: &[u32]) -> anyhow::Result<Collector> {
+    let collector = match protocol {
         Protocol::Tcp => {
-            Trace::start_with(move |builder| builder.sample_interval(None).filter(filter))
+            Collector::start_with(move |builder| builder.sample_interval(None).filter(filter))
         }
-        _ => Trace::start_udp_with(move |builder| builder.sample_interval(None).filter(filter)),
+        _ => Collector::start_udp_with(move |builder| builder.sample_interval(None).filter(filter)),
     }?;
     for &netns in namespaces {
-        trace.also(netns);
+        collector.also(netns);
     }
-    Ok(trace)
+    Ok(collector)
 }
 
-/// Makes a socket in the calling thread's namespace, uses it, and closes it: returns its address.
+/// Makes a socket in the calling thread's namespace, uses it, and closes it. Returns its address.
 fn use_a_socket(protocol: Protocol) -> anyhow::Result<SocketAddr> {
     match protocol {
         Protocol::Tcp => Ok(TcpListener::bind(loopback(false))?.local_addr()?),
         _ => {
             let socket = UdpSocket::bind(loopback(false))?;
             let address = socket.local_addr()?;
-            // The second one is in the last report of the flow, which user space makes.
+            // Only the last report of the flow, which user space makes, counts the second datagram.
             for _ in 0..2 {
                 socket.send_to(b"datagram", address)?;
             }
@@ -65,27 +65,27 @@ fn is_end_of(address: SocketAddr) -> impl Fn(&Event) -> bool {
     move |event| event.is_end() && event.socket.local == address
 }
 
-/// As each socket says it itself (`SO_NETNS_COOKIE`), of the tracer's own namespace and of another
-/// one.
+/// Each event shows the cookie that the socket itself returns (`SO_NETNS_COOKIE`), in the tracer's
+/// own namespace and in another one.
 fn sockets_show_the_cookie_of_their_namespace() -> anyhow::Result<()> {
     let (here, there) = (Netns::current()?, Netns::new()?);
     for protocol in PROTOCOLS {
-        let trace = start(protocol, Filter::new(), &[there.inode()?])?;
+        let collector = start(protocol, Filter::new(), &[there.inode()?])?;
         let mut cookies = Vec::new();
         for netns in [&here, &there] {
             let address = netns.run(|| use_a_socket(protocol))?;
-            trace.wait_for("end of a socket", is_end_of(address))?;
+            collector.wait_for("end of a socket", is_end_of(address))?;
             let (inode, cookie) = (netns.inode()?, netns.cookie()?);
-            let events = trace.events();
+            let events = collector.events();
             let mut events = events.iter().filter(|event| event.socket.netns == inode);
             ensure!(
                 events.all(|event| event.socket.netns_cookie.map(u64::from) == cookie),
                 "not {cookie:?}: {}",
-                show(&trace.events())
+                show(&collector.events())
             );
             cookies.push(cookie);
         }
-        trace.finish_all()?;
+        collector.finish_all()?;
         if cookies[0].is_none() {
             return skip("the kernel has no cookies of namespaces: none are shown");
         }
@@ -94,7 +94,8 @@ fn sockets_show_the_cookie_of_their_namespace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// More namespaces than the search looks at in one run. Nothing but a descriptor keeps them alive.
+/// There are more namespaces than the search checks in one run. Only a descriptor keeps each of
+/// them.
 fn one_of_many_namespaces() -> anyhow::Result<()> {
     const MANY: usize = 100;
     let make = || {
@@ -109,36 +110,36 @@ fn one_of_many_namespaces() -> anyhow::Result<()> {
         .iter()
         .map(Netns::inode)
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let trace = start(Protocol::Udp, Filter::new().port(1), &inodes)?;
+    let collector = start(Protocol::Udp, Filter::new().port(1), &inodes)?;
     for meant in [0, 1, MANY / 2, MANY - 1, MANY] {
-        trace.set_filter(Filter::new().netns(inodes[meant]))?;
+        collector.set_filter(Filter::new().netns(inodes[meant]))?;
         for other in [meant, (meant + 1) % many.len()] {
             let socket = many[other].run(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
             let address = socket.local_addr()?;
             drop(socket);
             if other == meant {
-                trace.wait_for("end of a socket", is_end_of(address))?;
+                collector.wait_for("end of a socket", is_end_of(address))?;
             }
         }
     }
-    let events = trace.finish_all()?;
+    let events = collector.finish_all()?;
     ensure!(events.len() == 5, "{}", show(&events));
     Ok(())
 }
 
-/// As `ip netns add` leaves it: no process is there.
+/// A namespace as `ip netns add` makes it, with no process in it.
 fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     let mounted = MountedNetns::new("filtered")?;
     let netns = mounted.open()?;
     let inode = netns.inode()?;
     let socket = netns.run(|| Ok(UdpSocket::bind("0.0.0.0:0")?))?;
     drop(netns);
-    let trace = start(Protocol::Udp, Filter::new().netns(inode), &[inode])?;
+    let collector = start(Protocol::Udp, Filter::new().netns(inode), &[inode])?;
     let elsewhere = UdpSocket::bind(loopback(false))?;
     let address = socket.local_addr()?;
     drop((elsewhere, socket));
-    trace.wait_for("end of a socket", is_end_of(address))?;
-    let events = trace.finish_all()?;
+    collector.wait_for("end of a socket", is_end_of(address))?;
+    let events = collector.finish_all()?;
     ensure!(
         events.iter().all(|event| event.socket.netns == inode),
         "{}",
@@ -148,7 +149,7 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
 }
 
 /// A filter means the namespace that has the number when the filter is set, and not one that gets
-/// the number later. Both in the builder and set later.
+/// the number later, both for a filter of the builder and for a later one.
 fn namespace_with_the_number_of_an_earlier_one() -> anyhow::Result<()> {
     // Another program of the machine may be faster, and get the number.
     const ATTEMPTS: usize = 10;
@@ -159,8 +160,8 @@ fn namespace_with_the_number_of_an_earlier_one() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes two namespaces with the same number, one after the other. Returns false if that did not
-/// succeed.
+/// Makes two namespaces with the same number, one after the other. Returns false if the second did
+/// not get the number.
 fn filter_for_the_first_of_two(protocol: Protocol) -> anyhow::Result<bool> {
     let first = Netns::new()?;
     let (inode, cookie) = (first.inode()?, first.cookie()?);
@@ -170,10 +171,10 @@ fn filter_for_the_first_of_two(protocol: Protocol) -> anyhow::Result<bool> {
     let set = start(protocol, nothing.clone(), &[inode])?;
     set.set_filter(filter.clone())?;
     let in_first = first.run(|| use_a_socket(protocol))?;
-    for trace in [&built, &set] {
-        trace.wait_for("end of a socket", is_end_of(in_first))?;
+    for collector in [&built, &set] {
+        collector.wait_for("end of a socket", is_end_of(in_first))?;
     }
-    // It is set while no namespace has the number.
+    // This filter is set while no namespace has the number.
     let late = start(protocol, nothing, &[inode])?;
     drop(first);
     let Some(second) = namespace_with_number(inode, || late.set_filter(filter.clone()))? else {
@@ -186,11 +187,11 @@ fn filter_for_the_first_of_two(protocol: Protocol) -> anyhow::Result<bool> {
     reference.finish_all()?;
     // Where namespaces have no cookies, the number alone counts.
     let passes = cookie.is_none();
-    for trace in [built, set] {
+    for collector in [built, set] {
         if passes {
-            trace.wait_for("end of a socket", is_end_of(in_second))?;
+            collector.wait_for("end of a socket", is_end_of(in_second))?;
         }
-        let events = trace.finish_all()?;
+        let events = collector.finish_all()?;
         let mut locals = events.iter().map(|event| event.socket.local);
         ensure!(
             locals.any(|local| local == in_second) == passes,
@@ -209,7 +210,7 @@ fn namespace_with_number(
     inode: u32,
     before: impl Fn() -> anyhow::Result<()>,
 ) -> anyhow::Result<Option<Netns>> {
-    // How long the kernel may take to end a namespace, and so to give its number away.
+    // How long the kernel may take to end a namespace, and to release its number.
     let deadline = Instant::now() + Duration::from_secs(10);
     let mut others = Vec::new();
     while Instant::now() < deadline {
@@ -219,7 +220,8 @@ fn namespace_with_number(
         if next.inode()? == inode {
             return Ok(Some(next));
         }
-        // It has another number that was free: while it lives, the next one does not get that.
+        // This namespace took another free number, which the next one cannot get while this one
+        // exists.
         others.push(next);
     }
     Ok(None)

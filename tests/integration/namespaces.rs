@@ -10,11 +10,11 @@ use std::{
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command},
+    collector::{Collector, show},
     flow_sums::last_reports,
     netns::{MountedNetns, Netns, ip},
-    scene::loopback,
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::net::if_::if_nametoindex;
 use socket2::{Domain, Socket, Type};
@@ -35,10 +35,11 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Two namespaces, one older than the tracer and one younger, with sockets of the same addresses: each is sampled as what it is.
+/// Two namespaces, one older than the tracer and one younger, have sockets of the same addresses.
+/// Each sample is of the right socket.
 fn same_addresses_in_two_namespaces() -> anyhow::Result<()> {
     let address: SocketAddr = "127.0.0.1:7777".parse()?;
-    let site = |netns: &Netns| {
+    let pair = |netns: &Netns| {
         netns.run(|| {
             let mut server = Actor::spawn("server")?;
             let mut client = Actor::spawn("client")?;
@@ -53,19 +54,19 @@ fn same_addresses_in_two_namespaces() -> anyhow::Result<()> {
         })
     };
     let old = Netns::new()?;
-    let older = site(&old)?;
-    let trace = Trace::start_sampling()?;
-    trace.also(old.inode()?);
+    let older = pair(&old)?;
+    let collector = Collector::start_sampling()?;
+    collector.also(old.inode()?);
     let new = Netns::new()?;
-    trace.also(new.inode()?);
-    let newer = site(&new)?;
+    collector.also(new.inode()?);
+    let newer = pair(&new)?;
     let mut ids = HashSet::new();
     for (netns, (_, client, connected), origin) in [
         (&old, &older, Origin::Snapshot),
         (&new, &newer, Origin::Creator),
     ] {
         let inode = netns.inode()?;
-        let sample = trace.wait_for_sample("a client", |event| {
+        let sample = collector.wait_for_sample("a client", |event| {
             event.socket.netns == inode && event.socket.local == connected.local
         })?;
         let process = sample.process.as_ref().context("no owner")?;
@@ -84,7 +85,8 @@ fn same_addresses_in_two_namespaces() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// As `ip netns add` leaves it: no process is there, but a socket that a process has taken elsewhere.
+/// A namespace as `ip netns add` makes it. No process is in it, but a process elsewhere has one of
+/// its sockets.
 fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     let mounted = MountedNetns::new("sampled")?;
     let netns = mounted.open()?;
@@ -94,9 +96,10 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     })?;
     let (inode, address) = (netns.inode()?, listener.local_addr()?);
     drop(netns);
-    let trace = Trace::start_sampling()?;
-    trace.also(inode);
-    let sample = trace.wait_for_sample("the listener", |event| event.socket.local == address)?;
+    let collector = Collector::start_sampling()?;
+    collector.also(inode);
+    let sample =
+        collector.wait_for_sample("the listener", |event| event.socket.local == address)?;
     let process = sample.process.as_ref().context("no owner")?;
     ensure!(
         process.pid == std::process::id() && sample.socket.netns == inode,
@@ -105,14 +108,15 @@ fn namespace_that_is_only_mounted() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Namespaces come and go all the time, with sockets in them. None stays because of us, none is a fault, and no sample is of a socket that
-/// was closed.
+/// Namespaces with sockets come and go all the time. The tracer keeps none of them alive, none
+/// counts as a fault, and no sample is of a closed socket.
 fn namespaces_that_go_while_they_are_sampled() -> anyhow::Result<()> {
     const TURNS: usize = 60;
-    let trace = Trace::start_with(|builder| builder.sample_interval(Duration::from_millis(100)))?;
+    let collector =
+        Collector::start_with(|builder| builder.sample_interval(Duration::from_millis(100)))?;
     for _ in 0..TURNS {
         let netns = Netns::new()?;
-        trace.also(netns.inode()?);
+        collector.also(netns.inode()?);
         netns.run(|| {
             let listener = TcpListener::bind("127.0.0.1:0")?;
             let client = TcpStream::connect(listener.local_addr()?)?;
@@ -121,23 +125,23 @@ fn namespaces_that_go_while_they_are_sampled() -> anyhow::Result<()> {
             Ok(())
         })?;
     }
-    let rounds = trace.handle().stats().sample_rounds;
+    let rounds = collector.handle().stats().sample_rounds;
     let deadline = Instant::now() + Duration::from_secs(60);
-    while trace.handle().stats().sample_rounds < rounds + 2 {
+    while collector.handle().stats().sample_rounds < rounds + 2 {
         ensure!(
             Instant::now() < deadline,
             "no rounds any more: {:?}",
-            trace.handle().stats()
+            collector.handle().stats()
         );
         std::thread::sleep(Duration::from_millis(10));
     }
-    let stats = trace.handle().stats();
+    let stats = collector.handle().stats();
     ensure!(
         stats.sample_faults == 0 && stats.sample_malformed == 0,
         "{stats:?}"
     );
     // Listener, client and server of each.
-    trace.finish_in_order(3 * TURNS).map(drop)
+    collector.finish_in_order(3 * TURNS).map(drop)
 }
 
 /// A pair of devices with the same link-local addresses as every other pair.
@@ -190,16 +194,16 @@ fn is_between(event: &Event, ends: [SocketAddr; 2]) -> bool {
         && event.socket.device == NonZeroU32::new(local.scope_id())
 }
 
-/// Over two links, the same addresses and ports: each connection and each flow shows its own link.
+/// Two links have the same addresses and ports. Each connection and each flow shows its own link.
 fn link_local_addresses_of_two_links() -> anyhow::Result<()> {
     const SERVER: u16 = 5100;
     const CLIENT: u16 = 5200;
     let links = [Link::new("near1")?, Link::new("near2")?];
-    let (tcp, udp) = (Trace::start()?, Trace::start_udp()?);
+    let (tcp, udp) = (Collector::start()?, Collector::start_udp()?);
     let mut open = Vec::new();
     for link in &links {
-        for trace in [&tcp, &udp] {
-            trace.also(link.far.inode()?);
+        for collector in [&tcp, &udp] {
+            collector.also(link.far.inode()?);
         }
         let [server, _] = link.ends(1, [SERVER, CLIENT]);
         let [local, remote] = link.ends(0, [CLIENT, SERVER]);
@@ -242,7 +246,7 @@ fn link_local_addresses_of_two_links() -> anyhow::Result<()> {
 fn one_socket_and_the_same_peer_over_two_links() -> anyhow::Result<()> {
     const SERVER: u16 = 5100;
     let links = [Link::new("near1")?, Link::new("near2")?];
-    let udp = Trace::start_udp()?;
+    let udp = Collector::start_udp()?;
     let socket = UdpSocket::bind("[::]:0")?;
     let port = socket.local_addr()?.port();
     let mut expected = BTreeMap::new();
@@ -272,9 +276,10 @@ fn one_socket_and_the_same_peer_over_two_links() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Also without an address that needs it; and none of a socket that is bound to none.
+/// An event shows the device also if the address needs none. It shows none if the socket is bound
+/// to none.
 fn device_that_a_socket_is_bound_to() -> anyhow::Result<()> {
-    let (tcp, udp) = (Trace::start()?, Trace::start_udp()?);
+    let (tcp, udp) = (Collector::start()?, Collector::start_udp()?);
     let device = NonZeroU32::new(if_nametoindex("lo")?);
     for (bound, expected) in [(true, device), (false, None)] {
         let socket = |kind| {
@@ -287,14 +292,14 @@ fn device_that_a_socket_is_bound_to() -> anyhow::Result<()> {
         };
         let (listener, datagrams) = (socket(Type::STREAM)?, socket(Type::DGRAM)?);
         listener.listen(1)?;
-        for (trace, socket) in [(&tcp, listener), (&udp, datagrams)] {
+        for (collector, socket) in [(&tcp, listener), (&udp, datagrams)] {
             let at = socket.local_addr()?.as_socket();
             drop(socket);
             let is_its_end = |event: &Event| event.is_end() && Some(event.socket.local) == at;
-            trace.wait_for("end of a socket", is_its_end)?;
-            let events = trace.events();
+            collector.wait_for("end of a socket", is_its_end)?;
+            let events = collector.events();
             let end = events.iter().find(|event| is_its_end(event));
-            let shown = end.expect("it was waited for").socket.device;
+            let shown = end.expect("an earlier wait found it").socket.device;
             ensure!(shown == expected, "{shown:?}: {}", show(&events));
         }
     }

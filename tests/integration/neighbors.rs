@@ -1,5 +1,5 @@
-//! One unprivileged user takes all the room that a tracer has. The sockets and flows of others are
-//! reported all the same. For a flood of events see `overflow::closes_outlive_a_flood_of_datagrams`.
+//! One unprivileged user takes all the room of a tracer, and the sockets and flows of others are
+//! still reported. For a flood of events see `overflow::closes_outlive_a_flood_of_datagrams`.
 
 use std::{
     ffi::OsStr,
@@ -9,13 +9,13 @@ use std::{
 use anyhow::ensure;
 use integration_tests::{
     actor::{Actor, Command, SendCall},
+    collector::{Collector, show},
     netns::Netns,
-    privileges::NOBODY,
-    scene::{Scene, loopback},
+    privileges::UNPRIVILEGED,
     suite::Test,
-    talker::Talker,
-    trace::{Trace, show},
-    udp_scene::{Family, Site},
+    tcp_pair::{TcpPair, loopback},
+    udp_actor::UdpActor,
+    udp_pair::{Family, UdpPair},
 };
 use tcp_udp_trace::{Event, EventKind, Filter};
 
@@ -29,9 +29,9 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// The sockets that the tracers of these tests remember. Other tests have sockets at the same time.
+/// How many sockets the tracers of these tests remember. Other tests have sockets at the same time.
 const ROOM: u32 = 1_024;
-/// Neither root nor [`NOBODY`].
+/// A user other than root and [`UNPRIVILEGED`].
 const BYSTANDER: u32 = 4_242;
 
 fn spawn(name: &str, uid: u32) -> anyhow::Result<Actor> {
@@ -41,11 +41,11 @@ fn spawn(name: &str, uid: u32) -> anyhow::Result<Actor> {
 /// The user connects to a server of another user, so both of them have too many sockets.
 fn tcp_sockets_of_one_user_leave_room_for_others() -> anyhow::Result<()> {
     const CONNECTIONS: u32 = ROOM * 6 / 10;
-    let trace = Trace::start_with(|builder| builder.max_sockets(ROOM))?;
-    let handle = trace.handle().clone();
+    let collector = Collector::start_with(|builder| builder.max_sockets(ROOM))?;
+    let handle = collector.handle().clone();
     let (mut server, mut client) = Netns::new()?.run(|| {
         let server = Actor::spawn("crowded")?;
-        Ok((server, spawn("neighbor", NOBODY)?))
+        Ok((server, spawn("neighbor", UNPRIVILEGED)?))
     })?;
     let listener = server.listen(loopback(false))?;
     for _ in 0..CONNECTIONS {
@@ -54,40 +54,41 @@ fn tcp_sockets_of_one_user_leave_room_for_others() -> anyhow::Result<()> {
     }
     ensure!(handle.stats().untracked > 0, "{:?}", handle.stats());
     let (server, client) = (spawn("server", BYSTANDER)?, spawn("client", BYSTANDER)?);
-    Scene::traced_between(trace, server, loopback(false), client)?.check_transfer(3_000, 5_000)
+    TcpPair::traced_between(collector, server, loopback(false), client)?
+        .check_transfer(3_000, 5_000)
 }
 
 fn udp_sockets_of_one_user_leave_room_for_others() -> anyhow::Result<()> {
-    let trace = Trace::start_udp_with(|builder| builder.max_sockets(ROOM))?;
-    let handle = trace.handle().clone();
-    let mut neighbor = Netns::new()?.run(|| spawn("neighbor", NOBODY))?;
+    let collector = Collector::start_udp_with(|builder| builder.max_sockets(ROOM))?;
+    let handle = collector.handle().clone();
+    let mut neighbor = Netns::new()?.run(|| spawn("neighbor", UNPRIVILEGED))?;
     for _ in 0..ROOM * 11 / 10 {
         neighbor.socket(Command::OpenUdp { v6: false })?;
     }
     ensure!(handle.stats().untracked > 0, "{:?}", handle.stats());
-    let mut site = Site::new(Family::V4, true)?;
-    site.sender.send(SendCall::SendTo, None, &[100, 200])?;
-    let lives = site.close()?;
-    trace.finish_udp(2)?.check_all(&lives)
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[100, 200])?;
+    let expected = pair.close()?;
+    collector.finish_udp(2)?.check_all(&expected)
 }
 
-/// A flow that is silent stays, though another user has more peers than flows are remembered.
+/// A silent flow is kept, though another user has more peers than the tracer remembers.
 fn flows_of_one_user_make_room_for_each_other() -> anyhow::Result<()> {
     const FLOWS: u16 = 200;
     let filter = Filter::new().netns(Netns::current()?.inode()?);
-    let trace =
-        Trace::start_udp_with(move |builder| builder.filter(filter).max_flows(FLOWS.into()))?;
-    let handle = trace.handle().clone();
+    let collector =
+        Collector::start_udp_with(move |builder| builder.filter(filter).max_flows(FLOWS.into()))?;
+    let handle = collector.handle().clone();
     let silent = UdpSocket::bind(loopback(false))?;
     let local = silent.local_addr()?;
     silent.send_to(b"once", local)?;
-    let mut neighbor = Talker::with(spawn("neighbor", NOBODY)?, loopback(false))?;
+    let mut neighbor = UdpActor::with(spawn("neighbor", UNPRIVILEGED)?, loopback(false))?;
     for port in 1..=2 * FLOWS {
         let to = SocketAddr::new(local.ip(), port);
         neighbor.send(SendCall::SendTo, Some(to), &[8])?;
     }
     neighbor.close()?;
-    trace.wait_closed(1)?;
+    collector.wait_closed(1)?;
     ensure!(handle.stats().flows_evicted > 0, "{:?}", handle.stats());
     let lasts = |events: &[Event]| {
         let is_last = |event: &&Event| {
@@ -95,9 +96,9 @@ fn flows_of_one_user_make_room_for_each_other() -> anyhow::Result<()> {
         };
         events.iter().filter(is_last).count()
     };
-    let before = lasts(&trace.events());
+    let before = lasts(&collector.events());
     drop(silent);
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     ensure!(
         before == 0 && lasts(&events) == 1,
         "{before}:{}",

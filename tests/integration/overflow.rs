@@ -1,4 +1,4 @@
-//! What happens when the buffer or the queue is full.
+//! Overflow of the buffer or the queue.
 
 use std::{
     collections::HashSet,
@@ -13,12 +13,12 @@ use std::{
 use anyhow::{Context as _, ensure};
 use futures_util::StreamExt as _;
 use integration_tests::{
-    collect::rest,
+    any_tracer::rest,
+    collector::{self, Collector, check_conservation, show},
     crowd,
     netns::Netns,
-    scene::Scene,
     suite::{self, Test},
-    trace::{self, Trace, check_conservation, show},
+    tcp_pair::TcpPair,
 };
 use tcp_udp_trace::{
     Buffer, Error, Event, EventKind, Filter, LossStage, OverflowPolicy, Stats, TcpState, TcpTracer,
@@ -44,36 +44,38 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// The reader is a task of a runtime that does not run while events are made: nobody empties the ring. What it had room for
-/// is delivered, then the gap is told, and nothing is missing from the sum.
+/// The reader is a task of a runtime that does not run while events are made, so the ring fills up.
+/// The records that fitted are delivered, then the gap is reported, and nothing is missing from the
+/// sum.
 fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     const RING_BYTES: u32 = 4096;
-    /// At least so many fit: no record is longer, its header included, and the last eighth is not for all.
+    /// At least this many fit: no record is longer, header included, and the last eighth is
+    /// reserved.
     const ROOM: usize = RING_BYTES as usize / 8 * 7 / 256;
-    let mut scene = Scene::new()?;
+    let mut pair = TcpPair::new()?;
     let here = Netns::current()?.inode()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = trace::tcp()
-        .ring_bytes(trace::bytes_for_a_cpu(RING_BYTES))
+    let builder = collector::tcp()
+        .ring_bytes(collector::bytes_for_a_cpu(RING_BYTES))
         .queue(1 << 20)
         .sample_interval(None);
     let tracer = runtime.block_on(builder.start())?;
-    let reference = Trace::start()?;
+    let reference = Collector::start()?;
     for _ in 0..20 {
-        let connection = scene.connect()?;
-        scene.close(&connection)?;
+        let connection = pair.connect()?;
+        pair.close(&connection)?;
     }
     let reference = reference.finish_in_order(40)?;
     tracer.handle().stop();
     let (events, stats) = runtime.block_on(rest(tracer))?;
     check_conservation(&stats)?;
     let lost = |event: &Event| lost(event, LossStage::Ring);
-    let told: u64 = events.iter().map(lost).sum();
+    let reported: u64 = events.iter().map(lost).sum();
     ensure!(
-        told > 0 && told == stats.ring_lost,
-        "told {told}: {stats:?}"
+        reported > 0 && reported == stats.ring_lost,
+        "reported {reported}: {stats:?}"
     );
     ensure!(
         stats.emitted >= reference.len() as u64,
@@ -85,8 +87,8 @@ fn ring_overflow_is_counted_where_it_happened() -> anyhow::Result<()> {
     let ours = events[..before]
         .iter()
         .filter(|event| event.socket.netns == here);
-    let ours: Vec<_> = ours.map(what).collect();
-    let reference: Vec<_> = reference.iter().map(what).collect();
+    let ours: Vec<_> = ours.map(event_key).collect();
+    let reference: Vec<_> = reference.iter().map(event_key).collect();
     let gap = Gap::between(&ours, &reference)?;
     ensure!(gap.before + AT_ONCE >= ours.len(), "{gap:?}");
     Ok(())
@@ -102,7 +104,8 @@ fn default_settings_lose_nothing() -> anyhow::Result<()> {
     let established = count(
         |event| matches!(event.kind, EventKind::StateChange { to, .. } if to == TcpState::Established),
     );
-    // Not those of a child that was never established, of which old kernels now and then make one more.
+    // Without the closes of children that were never established, of which old kernels now and then
+    // make one.
     let closes = count(|event| {
         matches!(event.kind, EventKind::StateChange { from, to: TcpState::Close, .. }
             if from != TcpState::SynRecv)
@@ -115,7 +118,7 @@ fn default_settings_lose_nothing() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The same with the load that a newcomer would try first.
+/// The same with the load generator that a newcomer would try first.
 fn default_settings_lose_nothing_of_ab() -> anyhow::Result<()> {
     const CONNECTIONS: usize = 5_000;
     let events = readme_program(crowd::apache_bench)?;
@@ -127,18 +130,18 @@ fn default_settings_lose_nothing_of_ab() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Runs README's program on the runtime of `#[tokio::main]` while `traffic` is made: the events of this
-/// namespace. None is lost.
+/// Runs README's program on the runtime of `#[tokio::main]` during `traffic`. Returns the events of
+/// this namespace, none of which is lost.
 fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Vec<Event>> {
     let netns = Netns::current()?.inode()?;
     let runtime = Runtime::new()?;
-    let mut tracer = runtime.block_on(trace::tcp().start())?;
+    let mut tracer = runtime.block_on(collector::tcp().start())?;
     let handle = tracer.handle();
     let consumer = thread::spawn(move || {
         runtime.block_on(async {
             let mut events = Vec::new();
             while let Some(event) = tracer.next().await {
-                // What it costs to print it.
+                // Formats the event, which takes as long as printing it.
                 black_box(event.to_string());
                 events.push(event);
             }
@@ -146,7 +149,7 @@ fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resul
         })
     });
     let traffic = traffic();
-    // Whatever came of that, the tracer ends here.
+    // The tracer ends here, also if the traffic failed.
     handle.stop();
     let (events, stats) = consumer.join().unwrap()?;
     traffic?;
@@ -157,12 +160,12 @@ fn readme_program(traffic: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Resul
     Ok(ours.filter(|event| event.socket.netns == netns).collect())
 }
 
-/// A consumer that does not come for a while finds everything, if the ring had room for it: also what had come before the tracer
-/// was stopped, which takes the consumer's time.
+/// A consumer that pauses finds all events for which the ring had room, also those from before the
+/// tracer was stopped.
 fn records_stay_in_the_ring_while_the_queue_is_full() -> anyhow::Result<()> {
     const QUEUE: usize = 8;
     const CONNECTIONS: usize = 50;
-    let builder = trace::tcp().queue(QUEUE).sample_interval(None);
+    let builder = collector::tcp().queue(QUEUE).sample_interval(None);
     let (events, stats, reference) = read_late(builder, CONNECTIONS)?;
     ensure!(
         stats.delivered == stats.emitted && stats.delivered > QUEUE as u64,
@@ -170,28 +173,28 @@ fn records_stay_in_the_ring_while_the_queue_is_full() -> anyhow::Result<()> {
     );
     let netns = reference[0].socket.netns;
     let ours = events.iter().filter(|event| event.socket.netns == netns);
-    let ours: Vec<_> = ours.map(what).collect();
-    let reference: Vec<_> = reference.iter().map(what).collect();
+    let ours: Vec<_> = ours.map(event_key).collect();
+    let reference: Vec<_> = reference.iter().map(event_key).collect();
     let gap = Gap::between(&ours, &reference)?;
     ensure!(gap.before == reference.len(), "{gap:?}");
     Ok(())
 }
 
-/// Makes connections, and reads the tracer only after it was stopped. Returns its events and counts, and
-/// the events that another tracer saw.
+/// Makes connections, and reads the tracer only after it was stopped. Returns its events and
+/// counts, and the events that another tracer saw.
 fn read_late(
     builder: TcpTracerBuilder,
     connections: usize,
 ) -> anyhow::Result<(Vec<Event>, Stats, Vec<Event>)> {
-    let mut scene = Scene::new()?;
+    let mut pair = TcpPair::new()?;
     // No two connections have the same ports, however long that takes.
     fs::write("/proc/sys/net/ipv4/tcp_tw_reuse", "0")?;
     let runtime = Runtime::new()?;
     let tracer = runtime.block_on(builder.start())?;
-    let reference = Trace::start()?;
+    let reference = Collector::start()?;
     for _ in 0..connections {
-        let connection = scene.connect()?;
-        scene.close(&connection)?;
+        let connection = pair.connect()?;
+        pair.close(&connection)?;
     }
     let reference = reference.finish_in_order(2 * connections)?;
     tracer.handle().stop();
@@ -200,48 +203,49 @@ fn read_late(
     Ok((events, stats, reference))
 }
 
-/// A consumer that does not come until ring and queue are full finds the newest lifecycle events.
+/// A consumer that comes only after ring and queue are full finds the newest lifecycle events.
 fn queue_overflow_sheds_the_oldest() -> anyhow::Result<()> {
     overflow(OverflowPolicy::ShedOldest, |gap| gap.before <= AT_ONCE)
 }
 
-/// With the other policy, it finds the oldest ones in the queue, and those that were still in the ring.
+/// With the other policy, it finds the oldest ones in the queue, and those that were still in the
+/// ring.
 fn queue_overflow_sheds_the_newest() -> anyhow::Result<()> {
     overflow(OverflowPolicy::ShedNewest, |gap| gap.before > AT_ONCE)
 }
 
-type What = (EventKind, SocketAddr, SocketAddr);
+type EventKey = (EventKind, SocketAddr, SocketAddr);
 
-fn what(event: &Event) -> What {
+fn event_key(event: &Event) -> EventKey {
     (event.kind.clone(), event.socket.local, event.socket.remote)
 }
 
-/// By how many places two tracers may disagree about the order: two CPUs change the states of two sockets
-/// at once.
+/// By how many places two tracers may disagree about the order: two CPUs change the states of two
+/// sockets at once.
 const AT_ONCE: usize = 4;
 
-/// Which events are missing.
+/// The events that are missing.
 #[derive(Debug)]
 struct Gap {
-    /// How many there are before the first one that is missing.
+    /// How many events are there before the first missing one.
     before: usize,
-    /// How many there are after it, and before the last one that is missing.
+    /// How many events are there between the first and the last missing one.
     inside: usize,
-    /// How many there are after that.
+    /// How many events are there after the last missing one.
     after: usize,
-    /// The places of the missing ones.
+    /// The places of the missing events.
     #[expect(dead_code, reason = "for the message of a failure")]
     missing: Vec<Range<usize>>,
 }
 
 impl Gap {
-    /// Compares what is left of some events with all of them.
-    fn between(kept: &[What], all: &[What]) -> anyhow::Result<Self> {
+    /// Compares the events that are left with all of them.
+    fn between(kept: &[EventKey], all: &[EventKey]) -> anyhow::Result<Self> {
         let mut is_kept = vec![false; all.len()];
-        for what in kept {
+        for event_key in kept {
             let mut same = all.iter().zip(&is_kept);
-            let at = same.position(|(is, is_kept)| is == what && !is_kept);
-            is_kept[at.with_context(|| format!("{what:?} did not happen"))?] = true;
+            let at = same.position(|(is, is_kept)| is == event_key && !is_kept);
+            is_kept[at.with_context(|| format!("{event_key:?} did not happen"))?] = true;
         }
         let before = is_kept.iter().take_while(|kept| **kept).count();
         let after = is_kept[before..]
@@ -266,11 +270,11 @@ impl Gap {
     }
 }
 
-/// The events that outlive the others, but for those of sockets that have not both ports yet: they are
-/// all alike.
-fn vital<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
+/// Returns the lifecycle events, without those of sockets that do not have both ports yet, which
+/// are all alike.
+fn lifecycle<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<EventKey> {
     use TcpState::{Close, Established, Listen};
-    let is_vital = |event: &&Event| match event.kind {
+    let is_lifecycle = |event: &&Event| match event.kind {
         EventKind::StateChange { from, to, .. } => [from, to]
             .into_iter()
             .any(|state| matches!(state, Close | Established | Listen)),
@@ -282,21 +286,21 @@ fn vital<'a>(events: impl Iterator<Item = &'a Event>) -> Vec<What> {
         !ports.contains(&0)
     };
     events
-        .filter(is_vital)
+        .filter(is_lifecycle)
         .filter(has_ports)
-        .map(what)
+        .map(event_key)
         .collect()
 }
 
-/// Lets a small ring and a queue of eight overflow. Lifecycle events are missing in one place, which is
-/// right according to `is_right`.
+/// Lets a small ring and a queue of eight overflow. Lifecycle events are missing in one place,
+/// which `is_right` checks.
 fn overflow(policy: OverflowPolicy, is_right: impl FnOnce(&Gap) -> bool) -> anyhow::Result<()> {
     const QUEUE: usize = 8;
     const RING_BYTES: u32 = 1 << 16;
-    /// Their records are ten times what the ring holds.
+    /// Their records are ten times the size of the ring.
     const CONNECTIONS: usize = 400;
-    let builder = trace::tcp()
-        .ring_bytes(trace::bytes_for_a_cpu(RING_BYTES))
+    let builder = collector::tcp()
+        .ring_bytes(collector::bytes_for_a_cpu(RING_BYTES))
         .queue(QUEUE)
         .overflow(policy)
         .filter(Filter::new().netns(Netns::current()?.inode()?))
@@ -306,15 +310,18 @@ fn overflow(policy: OverflowPolicy, is_right: impl FnOnce(&Gap) -> bool) -> anyh
         (LossStage::Ring, stats.ring_lost),
         (LossStage::Queue, stats.queue_shed),
     ] {
-        let told: u64 = events.iter().map(|event| lost(event, stage)).sum();
-        ensure!(told == count, "{told} told of {stage:?}: {stats:?}");
+        let reported: u64 = events.iter().map(|event| lost(event, stage)).sum();
+        ensure!(
+            reported == count,
+            "{reported} reported at {stage:?}: {stats:?}"
+        );
     }
     ensure!(
         stats.queue_shed > 0 && stats.delivered > QUEUE as u64,
         "{stats:?}"
     );
-    let kept = vital(events.iter());
-    let reference = vital(reference.iter());
+    let kept = lifecycle(events.iter());
+    let reference = lifecycle(reference.iter());
     let gap = Gap::between(&kept, &reference)?;
     ensure!(
         is_right(&gap) && gap.inside <= AT_ONCE && gap.after > 0,
@@ -324,7 +331,7 @@ fn overflow(policy: OverflowPolicy, is_right: impl FnOnce(&Gap) -> bool) -> anyh
     Ok(())
 }
 
-/// How many events of this stage's loss an event stands for.
+/// Returns how many events of this stage's loss an event stands for.
 fn lost(event: &Event, at: LossStage) -> u64 {
     match event.kind {
         EventKind::Lost { count, stage } if stage == at => count,
@@ -332,8 +339,8 @@ fn lost(event: &Event, at: LossStage) -> u64 {
     }
 }
 
-/// While the reader does not run, datagrams fill the ring, and then sockets close. When it runs, they
-/// fill the queue. Not one close is missing, and the events that are missing are counted in the stream.
+/// While the reader does not run, datagrams fill the ring, and then sockets close. When it runs,
+/// they fill the queue. No close is missing, and the missing events are counted in the stream.
 fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     const DATAGRAMS: u64 = 20_000;
     const SOCKETS: usize = 30;
@@ -341,10 +348,10 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let builder = trace::udp().per_datagram(true).sample_interval(None);
+    let builder = collector::udp().per_datagram(true).sample_interval(None);
     let tracer = runtime.block_on(
         builder
-            .ring_bytes(trace::bytes_for_a_cpu(1 << 18))
+            .ring_bytes(collector::bytes_for_a_cpu(1 << 18))
             .queue(64)
             .start(),
     )?;
@@ -364,8 +371,8 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
             Ok(())
         })
     };
-    // The reader takes what fits into the queue, and finds the ring full again when it goes on. Perf
-    // buffers it empties into its own memory.
+    // The reader moves as many records as fit into the queue, and finds the ring full again when it
+    // continues. It empties perf buffers into its own memory.
     flood()?;
     read_until(|stats| stats.emitted > stats.ring_lost)?;
     flood()?;
@@ -395,10 +402,10 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
         (LossStage::Ring, stats.ring_lost, true),
         (LossStage::Queue, stats.queue_shed, sheds),
     ] {
-        let told: u64 = events.iter().map(|event| lost(event, stage)).sum();
+        let reported: u64 = events.iter().map(|event| lost(event, stage)).sum();
         ensure!(
-            told == count && (told > 0 || !is_lossy),
-            "{told} told of {stage:?}: {stats:?}"
+            reported == count && (reported > 0 || !is_lossy),
+            "{reported} reported at {stage:?}: {stats:?}"
         );
     }
     let of_sender = |event: &&Event| event.is_end() && event.traffic.tx_packets > 0;
@@ -411,10 +418,11 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The ring has room for twenty events, and nobody takes any; what there is of ten connections is lost, but not how they ended.
+/// The ring has room for twenty events, and the reader does not run. Events of ten connections are
+/// lost, but not their ends.
 fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
     const CONNECTIONS: u64 = 10;
-    let mut scene = Scene::new()?;
+    let mut pair = TcpPair::new()?;
     let netns = Netns::current()?.inode()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -425,9 +433,9 @@ fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
         .sample_interval(None);
     let tracer = runtime.block_on(builder.start())?;
     for connection in 1..=CONNECTIONS {
-        let ends = scene.connect()?;
-        scene.upload(&ends, connection)?;
-        scene.close(&ends)?;
+        let ends = pair.connect()?;
+        pair.upload(&ends, connection)?;
+        pair.close(&ends)?;
     }
     tracer.handle().stop();
     let (events, stats) = runtime.block_on(rest(tracer))?;
@@ -449,11 +457,14 @@ fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
         "{}",
         show(&events)
     );
-    let told: u64 = events
+    let reported: u64 = events
         .iter()
         .map(|event| lost(event, LossStage::Ring))
         .sum();
-    ensure!(told == stats.ring_lost, "{told} told: {stats:?}");
+    ensure!(
+        reported == stats.ring_lost,
+        "{reported} reported: {stats:?}"
+    );
     ensure!(
         events.is_sorted_by_key(|event| event.uptime),
         "not in order: {}",

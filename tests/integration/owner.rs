@@ -1,4 +1,4 @@
-//! Whose a socket is: the right process, or none.
+//! The owner of a socket: the right process, or none.
 
 use std::{ffi::OsStr, fs, os::unix::ffi::OsStrExt as _};
 
@@ -6,11 +6,13 @@ use anyhow::{bail, ensure};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Outcome, errno},
     cgroup::Cgroup,
-    life::{ACTIVE_CLIENT, ACTIVE_SERVER, LISTENER, Life, PASSIVE_CLIENT, PASSIVE_SERVER},
+    collector::{Collector, show},
+    expected_tcp::{
+        ACTIVE_CLIENT, ACTIVE_SERVER, ExpectedTcp, LISTENER, PASSIVE_CLIENT, PASSIVE_SERVER,
+    },
     netns::ip,
-    scene::{Connection, Scene, loopback},
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::{Connection, TcpPair, loopback},
 };
 use nix::errno::Errno;
 use tcp_udp_trace::{
@@ -40,31 +42,37 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// The parent listens, its children accept: the connection is the parent's until a child has it.
+/// The parent listens, its children accept. The connection is the parent's until a child accepts
+/// it.
 fn inherited_listener_prefork() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let parent = scene.server.who()?;
-    let mut lives = Vec::new();
+    let mut pair = TcpPair::new()?;
+    let parent = pair.server.identity()?;
+    let mut expected = Vec::new();
     for name in ["child-1", "child-2", "child-3"] {
         let mut child = Actor::spawn(name)?;
-        let listener = child.take(&scene.server, scene.listener.fd)?;
-        let client = scene.client.connect(scene.listener.local)?;
+        let listener = child.take(&pair.server, pair.listener.fd)?;
+        let client = pair.client.connect(pair.listener.local)?;
         let server = child.accept(&listener)?;
-        scene.client.close(&client)?;
+        pair.client.close(&client)?;
         ensure!(child.receive_all(&server)? == 0);
         child.close(&server)?;
-        lives.push(Life::of(&scene.client.who()?, &client, ACTIVE_CLIENT));
-        lives.push(
-            Life::of_child(&parent, &client, PASSIVE_SERVER).accepted(&child.who()?, &server),
+        expected.push(ExpectedTcp::of(
+            &pair.client.identity()?,
+            &client,
+            ACTIVE_CLIENT,
+        ));
+        expected.push(
+            ExpectedTcp::of_child(&parent, &client, PASSIVE_SERVER)
+                .accepted(&child.identity()?, &server),
         );
         // The listener closes with its last descriptor.
         child.close(&listener)?;
     }
-    scene.finish(&lives)
+    pair.finish(&expected)
 }
 
-/// A connection of Multipath TCP is one process's at each end, though a worker of the kernel makes
-/// the second subflow at the one end, and nobody accepts it at the other one.
+/// A connection of Multipath TCP belongs to one process at each end, though a kernel worker makes
+/// the second subflow at the one end, and no process accepts that subflow at the other end.
 fn mptcp_subflows() -> anyhow::Result<()> {
     const SERVER: &str = "10.9.0.1:0";
     const SECOND: &str = "10.9.1.1";
@@ -81,7 +89,7 @@ fn mptcp_subflows() -> anyhow::Result<()> {
     }
     ip("mptcp limits set subflow 2 add_addr_accepted 2")?;
     ip(&format!("mptcp endpoint add {SECOND} dev lo subflow"))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     parent.run(Command::Bind(listener.fd, SERVER.parse()?))?;
     let listener = parent.socket(Command::Listen(listener.fd))?;
     let mut worker = Actor::spawn("worker")?;
@@ -112,7 +120,7 @@ fn mptcp_subflows() -> anyhow::Result<()> {
                     }
                 )
         };
-        trace.wait_for("second subflow", is_there)?;
+        collector.wait_for("second subflow", is_there)?;
     }
     client.close(&socket)?;
     ensure!(worker.receive_all(&accepted)? == 0);
@@ -120,9 +128,9 @@ fn mptcp_subflows() -> anyhow::Result<()> {
     worker.close(&shared)?;
     parent.close(&listener)?;
 
-    // A listener, and two ends of two subflows.
-    let lives = trace.finish(5)?.rest();
-    let accepts = lives.concat().into_iter();
+    // The ends of a listener, and two ends of two subflows.
+    let observed = collector.finish(5)?.rest();
+    let accepts = observed.concat().into_iter();
     let accepts: Vec<_> = accepts
         .filter(|event| event.kind == EventKind::Accept)
         .collect();
@@ -131,7 +139,7 @@ fn mptcp_subflows() -> anyhow::Result<()> {
         "{}",
         show(&accepts)
     );
-    for events in &lives {
+    for events in &observed {
         let last = events.last().unwrap();
         let pid = match last.socket.local.port() {
             _ if last.socket.remote.port() == 0 => parent.pid(),
@@ -147,13 +155,13 @@ fn mptcp_subflows() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Three processes listen at one address: a connection belongs to the one whose listener the kernel has chosen, before
-/// that one knows of it.
+/// Three processes listen at one address. A connection belongs to the process whose listener the
+/// kernel has chosen, even before that process knows of it.
 fn reuseport_three_processes() -> anyhow::Result<()> {
     const CONNECTIONS: usize = 30;
     let mut client = Actor::spawn("client")?;
     let mut servers = ["server-1", "server-2", "server-3"].map(|name| Actor::spawn(name).unwrap());
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let mut address = loopback(false);
     let mut listeners = Vec::new();
     for server in &mut servers {
@@ -189,7 +197,7 @@ fn reuseport_three_processes() -> anyhow::Result<()> {
     }
     let mut expected = Vec::new();
     for ((server, listener), accepted) in servers.iter_mut().zip(&listeners).zip(&accepted) {
-        let who = server.who()?;
+        let identity = server.identity()?;
         for socket in accepted {
             ensure!(server.receive_all(socket)? == 0);
             server.close(socket)?;
@@ -197,27 +205,33 @@ fn reuseport_three_processes() -> anyhow::Result<()> {
                 .iter()
                 .find(|client| Some(client.local) == socket.remote)
                 .unwrap();
-            expected.push(Life::of(&client.who()?, client_end, ACTIVE_CLIENT));
-            expected.push(Life::of_child(&who, client_end, PASSIVE_SERVER).accepted(&who, socket));
+            expected.push(ExpectedTcp::of(
+                &client.identity()?,
+                client_end,
+                ACTIVE_CLIENT,
+            ));
+            expected.push(
+                ExpectedTcp::of_child(&identity, client_end, PASSIVE_SERVER)
+                    .accepted(&identity, socket),
+            );
         }
         server.close(listener)?;
-        expected.push(Life::of(&who, listener, LISTENER));
+        expected.push(ExpectedTcp::of(&identity, listener, LISTENER));
     }
-    let mut lives = trace.finish(expected.len())?;
-    for life in &expected {
-        lives.check(life)?;
+    let mut observed = collector.finish(expected.len())?;
+    for expected in &expected {
+        observed.check(expected)?;
     }
-    lives.nothing_else()
+    observed.nothing_else()
 }
 
-/// An accept that is no system call of its own.
+/// An accept without a system call of its own.
 fn io_uring_accept() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    scene
-        .server
-        .begin(&Command::AcceptByUring(scene.listener.fd))?;
-    let client = scene.client.connect(scene.listener.local)?;
-    let server = match scene.server.finish_socket() {
+    let mut pair = TcpPair::new()?;
+    pair.server
+        .begin(&Command::AcceptByUring(pair.listener.fd))?;
+    let client = pair.client.connect(pair.listener.local)?;
+    let server = match pair.server.finish_socket() {
         Ok(socket) => socket,
         Err(error) => {
             let refused = [Errno::ENOSYS, Errno::EPERM]
@@ -231,101 +245,102 @@ fn io_uring_accept() -> anyhow::Result<()> {
         }
     };
     let connection = Connection { client, server };
-    scene.upload(&connection, 100)?;
-    scene.close(&connection)?;
-    let client = scene.client_life(&connection, ACTIVE_CLIENT)?.bytes(100, 0);
-    // The kernel may do it on a worker thread.
-    let server = scene
-        .server_life(&connection, PASSIVE_SERVER)?
-        .bytes(0, 100)
+    pair.upload(&connection, 100)?;
+    pair.close(&connection)?;
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    // The kernel may accept on a worker thread.
+    let server = pair
+        .expected_server(&connection, PASSIVE_SERVER)?
         .thread(None);
-    scene.finish(&[client, server])
+    pair.finish(&[client, server])
 }
 
 fn connection_passed_to_another_process_keeps_its_connector() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
     let mut heir = Actor::spawn("heir")?;
-    let inherited = heir.take(&scene.client, connection.client.fd)?;
-    scene.client.close(&connection.client)?;
+    let inherited = heir.take(&pair.client, connection.client.fd)?;
+    pair.client.close(&connection.client)?;
     heir.send(&inherited, 500)?;
-    scene.server.receive(&connection.server, 500)?;
+    pair.server.receive(&connection.server, 500)?;
     heir.close(&inherited)?;
-    ensure!(scene.server.receive_all(&connection.server)? == 0);
-    scene.server.close(&connection.server)?;
-    let client = scene.client_life(&connection, ACTIVE_CLIENT)?.bytes(500, 0);
-    let server = scene
-        .server_life(&connection, PASSIVE_SERVER)?
-        .bytes(0, 500);
-    scene.finish(&[client, server])
+    ensure!(pair.server.receive_all(&connection.server)? == 0);
+    pair.server.close(&connection.server)?;
+    let client = pair
+        .expected_client(&connection, ACTIVE_CLIENT)?
+        .bytes(500, 0);
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+    pair.finish(&[client, server])
 }
 
 fn connection_passed_to_another_process_keeps_its_acceptor() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
     let mut heir = Actor::spawn("heir")?;
-    let inherited = heir.take(&scene.server, connection.server.fd)?;
-    scene.server.close(&connection.server)?;
+    let inherited = heir.take(&pair.server, connection.server.fd)?;
+    pair.server.close(&connection.server)?;
     heir.send(&inherited, 500)?;
-    scene.client.receive(&connection.client, 500)?;
-    scene.client.close(&connection.client)?;
+    pair.client.receive(&connection.client, 500)?;
+    pair.client.close(&connection.client)?;
     ensure!(heir.receive_all(&inherited)? == 0);
     heir.close(&inherited)?;
-    let client = scene.client_life(&connection, ACTIVE_CLIENT)?.bytes(0, 500);
-    let server = scene
-        .server_life(&connection, PASSIVE_SERVER)?
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair
+        .expected_server(&connection, PASSIVE_SERVER)?
         .bytes(500, 0);
-    scene.finish(&[client, server])
+    pair.finish(&[client, server])
 }
 
 fn killed_client() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
-    scene.upload(&connection, 200_000)?;
-    scene.download(&connection, 300_000)?;
-    let client = scene
-        .client_life(&connection, ACTIVE_CLIENT)?
-        .bytes(200_000, 300_000);
-    std::mem::replace(&mut scene.client, Actor::spawn("another")?).kill()?;
-    ensure!(scene.server.receive_all(&connection.server)? == 0);
-    scene.server.close(&connection.server)?;
-    let server = scene
-        .server_life(&connection, PASSIVE_SERVER)?
-        .bytes(300_000, 200_000);
-    scene.finish(&[client, server])
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
+    pair.upload(&connection, 200_000)?;
+    pair.download(&connection, 300_000)?;
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    std::mem::replace(&mut pair.client, Actor::spawn("another")?).kill()?;
+    ensure!(pair.server.receive_all(&connection.server)? == 0);
+    pair.server.close(&connection.server)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+    pair.finish(&[client, server])
 }
 
-/// Its listener ends with it, and so does its connection, which its last moments must not give to anyone else.
+/// Its listener ends with it, and so does its connection, whose last events must not name another
+/// owner.
 fn killed_server() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
-    scene.upload(&connection, 1_000)?;
-    let Scene {
-        trace,
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
+    pair.upload(&connection, 1_000)?;
+    let TcpPair {
+        collector,
         server,
         listener,
         mut client,
-    } = scene;
-    let who = server.who()?;
+    } = pair;
+    let identity = server.identity()?;
     server.kill()?;
     ensure!(client.receive_all(&connection.client)? == 0);
     client.close(&connection.client)?;
-    let client = Life::of(&client.who()?, &connection.client, PASSIVE_CLIENT).bytes(1_000, 0);
-    let server = Life::of_child(&who, &connection.client, ACTIVE_SERVER).bytes(0, 1_000);
-    let server = server.accepted(&who, &connection.server);
-    let mut lives = trace.finish(3)?;
-    for life in [client, server, Life::of(&who, &listener, LISTENER)] {
-        lives.check(&life)?;
+    let client = client.expected(&connection.client, PASSIVE_CLIENT)?;
+    let server =
+        ExpectedTcp::of_child(&identity, &connection.client, ACTIVE_SERVER).bytes(0, 1_000);
+    let server = server.accepted(&identity, &connection.server);
+    let mut observed = collector.finish(3)?;
+    for expected in [
+        client,
+        server,
+        ExpectedTcp::of(&identity, &listener, LISTENER),
+    ] {
+        observed.check(&expected)?;
     }
-    lives.nothing_else()
+    observed.nothing_else()
 }
 
 fn another_user() -> anyhow::Result<()> {
     let [server, client] = [("server", 1234), ("client", 4321)]
         .map(|(name, uid)| Actor::spawn_as(OsStr::new(name), Some(uid)));
-    let scene = Scene::between(server?, loopback(false), client?)?;
-    ensure!((scene.server.who()?.uid, scene.client.who()?.uid) == (1234, 4321));
-    exchange(scene)
+    let pair = TcpPair::between(server?, loopback(false), client?)?;
+    ensure!((pair.server.identity()?.uid, pair.client.identity()?.uid) == (1234, 4321));
+    exchange(pair)
 }
 
 fn another_cgroup() -> anyhow::Result<()> {
@@ -335,62 +350,64 @@ fn another_cgroup() -> anyhow::Result<()> {
     let (server, client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     one.adopt(server.pid())?;
     other.adopt(client.pid())?;
-    let scene = Scene::between(server, loopback(false), client)?;
+    let pair = TcpPair::between(server, loopback(false), client)?;
     ensure!(
-        (scene.server.who()?.cgroup, scene.client.who()?.cgroup)
-            == (Some(one.id()?), Some(other.id()?))
+        (
+            pair.server.identity()?.cgroup,
+            pair.client.identity()?.cgroup
+        ) == (Some(one.id()?), Some(other.id()?))
     );
-    exchange(scene)
+    exchange(pair)
 }
 
-/// One connection, with everything checked.
-fn exchange(mut scene: Scene) -> anyhow::Result<()> {
-    let connection = scene.connect()?;
-    scene.upload(&connection, 42)?;
-    scene.close(&connection)?;
-    let client = scene.client_life(&connection, ACTIVE_CLIENT)?.bytes(42, 0);
-    let server = scene.server_life(&connection, PASSIVE_SERVER)?.bytes(0, 42);
-    // The actors live until the events are compared, and end before their cgroups do.
-    scene.finish(&[client, server])
+/// Makes one connection, with everything checked.
+fn exchange(mut pair: TcpPair) -> anyhow::Result<()> {
+    let connection = pair.connect()?;
+    pair.upload(&connection, 42)?;
+    pair.close(&connection)?;
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+    // The actors are kept until the events are compared, and end before their cgroups do.
+    pair.finish(&[client, server])
 }
 
-/// The thread is named by its id; the name is the process's.
+/// The event has the thread's id, and the name of the process.
 fn thread_of_a_process() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
+    let mut pair = TcpPair::new()?;
     let on_thread = |command| Command::OnThread("worker".into(), Box::new(command));
-    let fd = scene.client.open(scene.listener.local)?.fd;
-    let client = scene
+    let fd = pair.client.open(pair.listener.local)?.fd;
+    let client = pair
         .client
-        .socket(on_thread(Command::Connect(fd, scene.listener.local)))?;
-    let client_tid = scene.client.moment().tid;
-    let server = scene
+        .socket(on_thread(Command::Connect(fd, pair.listener.local)))?;
+    let client_tid = pair.client.moment().tid;
+    let server = pair
         .server
-        .socket(on_thread(Command::Accept(scene.listener.fd)))?;
-    let server_tid = scene.server.moment().tid;
-    ensure!(client_tid != scene.client.pid() && server_tid != scene.server.pid());
+        .socket(on_thread(Command::Accept(pair.listener.fd)))?;
+    let server_tid = pair.server.moment().tid;
+    ensure!(client_tid != pair.client.pid() && server_tid != pair.server.pid());
     let connection = Connection { client, server };
-    scene.close(&connection)?;
-    let client = scene
-        .client_life(&connection, ACTIVE_CLIENT)?
+    pair.close(&connection)?;
+    let client = pair
+        .expected_client(&connection, ACTIVE_CLIENT)?
         .thread(Some(client_tid));
-    let server = scene
-        .server_life(&connection, PASSIVE_SERVER)?
+    let server = pair
+        .expected_server(&connection, PASSIVE_SERVER)?
         .thread(Some(server_tid));
-    ensure!(scene.client.who()?.comm == b"client");
-    scene.finish(&[client, server])
+    ensure!(pair.client.identity()?.comm == b"client");
+    pair.finish(&[client, server])
 }
 
-/// A name that would clear the screen of whoever prints it.
+/// A name that would clear the screen of a terminal.
 fn hostile_name() -> anyhow::Result<()> {
     let name = OsStr::from_bytes(b"\x1b[2J\nok\xff\x7f\\");
-    let scene = Scene::between(
+    let pair = TcpPair::between(
         Actor::spawn_as(name, None)?,
         loopback(false),
         Actor::spawn_as(name, None)?,
     )?;
-    ensure!(scene.server.who()?.comm == name.as_bytes());
-    let second = Trace::start()?;
-    exchange(scene)?;
+    ensure!(pair.server.identity()?.comm == name.as_bytes());
+    let second = Collector::start()?;
+    exchange(pair)?;
     for event in second.finish_in_order(2)? {
         let line = event.to_string();
         ensure!(!line.contains(char::is_control), "{line:?}");
@@ -398,16 +415,15 @@ fn hostile_name() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The kernel uses the memory of a socket again at once. Two processes take turns, so an owner that outlives its socket
-/// would be the wrong one.
+/// The kernel uses the memory of a socket again at once. Two processes take turns, so an owner that
+/// outlives its socket would be the wrong one.
 fn address_reuse_by_two_thousand_sockets() -> anyhow::Result<()> {
     const SOCKETS: u32 = 2_000;
-    let mut scene = Scene::new()?;
-    let to = scene.listener.local;
+    let mut pair = TcpPair::new()?;
+    let to = pair.listener.local;
     let mut clients = [Actor::spawn("left")?, Actor::spawn("right")?];
-    scene
-        .server
-        .begin(&Command::Serve(scene.listener.fd, SOCKETS))?;
+    pair.server
+        .begin(&Command::Serve(pair.listener.fd, SOCKETS))?;
     let mut ends = Vec::new();
     for turn in 0..SOCKETS {
         let client = &mut clients[turn as usize % 2];
@@ -423,39 +439,44 @@ fn address_reuse_by_two_thousand_sockets() -> anyhow::Result<()> {
                 .map(|end| (turn as usize % 2, end)),
         );
     }
-    let server_ends = scene.server.finish_exchanges()?;
-    let server = scene.server.who()?;
-    let clients = [clients[0].who()?, clients[1].who()?];
+    let server_ends = pair.server.finish_exchanges()?;
+    let server = pair.server.identity()?;
+    let clients = [clients[0].identity()?, clients[1].identity()?];
     let client_lives = ends
         .iter()
-        .map(|(turn, end)| Life::of_client_exchange(&clients[*turn], end));
+        .map(|(turn, end)| ExpectedTcp::of_client_exchange(&clients[*turn], end));
     let server_lives = server_ends
         .iter()
-        .map(|end| Life::of_server_exchange(&server, &server, end));
-    scene.finish(&client_lives.chain(server_lives).collect::<Vec<_>>())
+        .map(|end| ExpectedTcp::of_server_exchange(&server, &server, end));
+    pair.finish(&client_lives.chain(server_lives).collect::<Vec<_>>())
 }
 
 fn listener_older_than_the_tracer() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let connected = client.connect(listener.local)?;
     let accepted = server.accept(&listener)?;
     client.close(&connected)?;
     ensure!(server.receive_all(&accepted)? == 0);
     server.close(&accepted)?;
-    let who = server.who()?;
-    let mut lives = trace.finish(2)?;
-    lives.check(&Life::of(&client.who()?, &connected, ACTIVE_CLIENT))?;
-    lives.check(
-        &Life::of_child(&who, &connected, PASSIVE_SERVER)
-            .accepted(&who, &accepted)
+    let identity = server.identity()?;
+    let mut observed = collector.finish(2)?;
+    observed.check(&ExpectedTcp::of(
+        &client.identity()?,
+        &connected,
+        ACTIVE_CLIENT,
+    ))?;
+    observed.check(
+        &ExpectedTcp::of_child(&identity, &connected, PASSIVE_SERVER)
+            .accepted(&identity, &accepted)
             .older_than_the_tracer(),
     )?;
-    lives.nothing_else()
+    observed.nothing_else()
 }
 
-/// Only its end is seen: its bytes are exact all the same, and its owner had it open when the tracer started.
+/// Only the end is reported. Its bytes are exact all the same, and its owner is the process that
+/// had it open when the tracer started.
 fn connection_older_than_the_tracer() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;
@@ -463,24 +484,16 @@ fn connection_older_than_the_tracer() -> anyhow::Result<()> {
     let accepted = server.accept(&listener)?;
     client.send(&connected, 10_000)?;
     server.receive(&accepted, 10_000)?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     server.send(&accepted, 20_000)?;
     client.receive(&connected, 20_000)?;
     client.close(&connected)?;
     ensure!(server.receive_all(&accepted)? == 0);
     server.close(&accepted)?;
-    let mut lives = trace.finish(2)?;
-    let client = Life::of(
-        &client.who()?,
-        &connected,
-        &[Established, FinWait1, FinWait2, Close],
-    );
-    lives.check(&client.bytes(10_000, 20_000).older_than_the_tracer())?;
-    let server = Life::of(
-        &server.who()?,
-        &accepted,
-        &[Established, CloseWait, LastAck, Close],
-    );
-    lives.check(&server.bytes(20_000, 10_000).older_than_the_tracer())?;
-    lives.nothing_else()
+    let mut observed = collector.finish(2)?;
+    let client = client.expected(&connected, &[Established, FinWait1, FinWait2, Close])?;
+    observed.check(&client.older_than_the_tracer())?;
+    let server = server.expected(&accepted, &[Established, CloseWait, LastAck, Close])?;
+    observed.check(&server.older_than_the_tracer())?;
+    observed.nothing_else()
 }

@@ -1,4 +1,5 @@
-//! Which privileges a tracer needs, for what, and until when; and what it says where they are not enough.
+//! The privileges that a tracer needs, their purposes, the time until which it needs them, and the
+//! reports of missing ones.
 
 use std::{
     collections::BTreeMap,
@@ -13,13 +14,13 @@ use anyhow::{Context as _, bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use integration_tests::{
     actor::{Actor, ReceiveCall, SendCall},
+    collector::{Collector, SAMPLE_INTERVAL, check_conservation},
     kernel::{captures_images, is_at_least, open_files},
     netns::Netns,
-    privileges::{Capability, NOBODY, become_nobody, keep},
-    scene::{Scene, loopback},
+    privileges::{Capability, UNPRIVILEGED, become_unprivileged, keep},
     suite::{Test, skip},
-    trace::{SAMPLE_INTERVAL, Trace, check_conservation},
-    udp_scene::{Family, Site},
+    tcp_pair::{TcpPair, loopback},
+    udp_pair::{Family, UdpPair},
 };
 use nix::{
     errno::Errno,
@@ -92,7 +93,7 @@ fn on_thread<T: Send>(f: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::R
     thread::scope(|scope| scope.spawn(f).join().unwrap())
 }
 
-/// The error is one of permission and says all of this.
+/// Checks that the error is one of permission, and that its message names all of these.
 fn ensure_forbidden(started: Result<(), Error>, named: &[&str]) -> anyhow::Result<()> {
     let Err(error) = started else {
         bail!("started without {named:?}")
@@ -107,17 +108,17 @@ fn ensure_forbidden(started: Result<(), Error>, named: &[&str]) -> anyhow::Resul
     Ok(())
 }
 
-/// What the tracer says of this signal.
-fn hook(trace: &Trace, signal: &str) -> anyhow::Result<Hook> {
-    let mut hooks = trace.handle().hooks().into_iter();
+/// Returns the tracer's hook of this signal.
+fn hook(collector: &Collector, signal: &str) -> anyhow::Result<Hook> {
+    let mut hooks = collector.handle().hooks().into_iter();
     hooks
         .find(|hook| hook.signal == signal)
         .context("no such signal")
 }
 
-/// The error names what is missing, and nothing that is there.
+/// The error names the missing capabilities, and no present one.
 fn missing_capabilities_are_named() -> anyhow::Result<()> {
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN])?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_ADMIN])?;
     let missing = |protocol, has: &[Capability], names: &[&str]| {
         let started = start_with(protocol, has)?;
         if let Err(error) = &started {
@@ -132,45 +133,47 @@ fn missing_capabilities_are_named() -> anyhow::Result<()> {
     missing(Protocol::Tcp, &[CAP_BPF], &["CAP_PERFMON"])?;
     missing(Protocol::Tcp, &[CAP_PERFMON, CAP_NET_ADMIN], &["CAP_BPF"])?;
     missing(Protocol::Udp, LITTLE, &["CAP_NET_ADMIN", "cgroup", "udp"])?;
-    // Most kernels take this one for the others; Linux 5.10 does not take it for `CAP_NET_ADMIN`.
+    // Most kernels accept this one instead of the others. Linux 5.10 does not accept it for
+    // `CAP_NET_ADMIN`.
     start_with(Protocol::Tcp, &[CAP_SYS_ADMIN])??;
     match start_with(Protocol::Udp, &[CAP_SYS_ADMIN])? {
         Ok(()) => {}
         forbidden => ensure_forbidden(forbidden, &["CAP_NET_ADMIN"])?,
     }
-    // What failed before has no consequences.
+    // A failed start does not affect later ones.
     start_with(Protocol::Tcp, LITTLE)??;
     start_with(Protocol::Udp, &[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])??;
     Ok(())
 }
 
-/// Another user's process with these two, and nothing is missing of a connection.
+/// A process of another user with these two traces a connection without a loss.
 fn tcp_needs_bpf_and_perfmon() -> anyhow::Result<()> {
-    become_nobody(LITTLE)?;
-    let scene = Scene::new()?;
-    eprintln!("{:#?}", scene.trace.handle().hooks());
-    scene.check_transfer(1_000, 2_000)
+    become_unprivileged(LITTLE)?;
+    let pair = TcpPair::new()?;
+    eprintln!("{:#?}", pair.collector.handle().hooks());
+    pair.check_transfer(1_000, 2_000)
 }
 
 fn udp_needs_net_admin_too() -> anyhow::Result<()> {
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
-    let trace = Trace::start_udp()?;
-    eprintln!("{:#?}", trace.handle().hooks());
-    let mut site = Site::new(Family::V4, true)?;
-    site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let lives = site.close()?;
-    trace.finish_udp(lives.len())?.check_all(&lives)
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
+    let collector = Collector::start_udp()?;
+    eprintln!("{:#?}", collector.handle().hooks());
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let expected = pair.close()?;
+    collector.finish_udp(expected.len())?.check_all(&expected)
 }
 
-/// The own namespace is sampled by everybody, and what is not, `hooks` says.
+/// Every process may sample its own namespace, and `hooks` reports the namespaces that are not
+/// sampled.
 fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
     let elsewhere = Netns::new()?;
     let mut stranger = elsewhere.run(|| Actor::spawn("stranger"))?;
     let far = stranger.listen(loopback(false))?;
     let mut neighbour = Actor::spawn("neighbour")?;
     let near = neighbour.listen(loopback(false))?;
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_PTRACE])?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_SYS_PTRACE])?;
     for (more, missing) in [
         (&[][..], Some("CAP_SYS_ADMIN")),
         (&[CAP_SYS_ADMIN], Some("CAP_SYS_PTRACE")),
@@ -178,39 +181,40 @@ fn other_namespaces_need_sys_admin_and_sys_ptrace() -> anyhow::Result<()> {
     ] {
         on_thread(|| {
             keep(&[LITTLE, more].concat())?;
-            let trace = Trace::start_sampling()?;
-            trace.also(elsewhere.inode()?);
-            let hook = hook(&trace, "sample")?;
+            let collector = Collector::start_sampling()?;
+            collector.also(elsewhere.inode()?);
+            let hook = hook(&collector, "sample")?;
             let note = hook.note.clone().unwrap_or_default();
             ensure!(note.contains(missing.unwrap_or_default()), "{hook}");
             ensure!(hook.note.is_some() == missing.is_some(), "{hook}");
             let is = |event: &Event, cookie| event.socket.cookie == Some(cookie);
             if missing.is_none() {
-                trace.wait_for_sample("the stranger", |event| is(event, far.cookie))?;
+                collector.wait_for_sample("the stranger", |event| is(event, far.cookie))?;
             }
-            // The second one of it, so a round has been through everything.
-            trace.wait_for_sample("the neighbour", |event| is(event, near.cookie))?;
-            let samples = trace.samples();
+            // After the second sample of this socket, a round has visited all namespaces.
+            collector.wait_for_sample("the neighbour", |event| is(event, near.cookie))?;
+            let samples = collector.samples();
             let sees_far = samples.iter().any(|event| is(event, far.cookie));
             ensure!(sees_far == missing.is_none(), "{samples:#?}");
-            ensure!(trace.handle().stats().sample_faults == 0);
+            ensure!(collector.handle().stats().sample_faults == 0);
             Ok(())
         })?;
     }
     Ok(())
 }
 
-/// The programs find the namespace that a filter names: the tracer need not enter it.
+/// The programs compare the namespace of a filter themselves, so the tracer need not enter it.
 fn filter_names_any_namespace() -> anyhow::Result<()> {
     let elsewhere = Netns::new()?;
     let inodes = [elsewhere.inode()?, Netns::current()?.inode()?];
     let mut stranger = elsewhere.run(|| Actor::spawn("stranger"))?;
     let mut neighbour = Actor::spawn("neighbour")?;
-    become_nobody(LITTLE)?;
-    let trace = Trace::start_with(move |builder| builder.filter(Filter::new().netns(inodes[0])))?;
-    trace.also(inodes[0]);
+    become_unprivileged(LITTLE)?;
+    let collector =
+        Collector::start_with(move |builder| builder.filter(Filter::new().netns(inodes[0])))?;
+    collector.also(inodes[0]);
     for inode in inodes {
-        trace.set_filter(Filter::new().netns(inode))?;
+        collector.set_filter(Filter::new().netns(inode))?;
         let mut meant = None;
         for actor in [&mut stranger, &mut neighbour] {
             let listener = actor.listen(loopback(false))?;
@@ -220,9 +224,9 @@ fn filter_names_any_namespace() -> anyhow::Result<()> {
             }
         }
         let is_it = |event: &Event| event.is_end() && event.socket.cookie == meant;
-        trace.wait_for("end of a listener", is_it)?;
+        collector.wait_for("end of a listener", is_it)?;
     }
-    let events = trace.finish_all()?;
+    let events = collector.finish_all()?;
     let namespaces = events.iter().map(|event| event.socket.netns);
     ensure!(
         namespaces.eq([inodes[0], inodes[0], inodes[1], inodes[1]]),
@@ -231,23 +235,23 @@ fn filter_names_any_namespace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The programs read the executable of another user's process, which `/proc` shows only to the
-/// privileged. Where the kernel's verifier is too slow for that, only `/proc` is left.
+/// The programs read the executable of another user's process, which `/proc` shows only to
+/// privileged processes. Where the kernel's verifier is too slow for that, only `/proc` is left.
 fn details_of_other_users_need_no_sys_ptrace() -> anyhow::Result<()> {
     let mut roots = Actor::spawn("roots")?;
-    let mut nobodys = Actor::spawn_as("nobodys".as_ref(), Some(NOBODY))?;
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE])?;
+    let mut unprivileged = Actor::spawn_as("unprivileged".as_ref(), Some(UNPRIVILEGED))?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE])?;
     for privileged in [false, true] {
         on_thread(|| {
             let capabilities = [LITTLE, &[CAP_SYS_PTRACE][..usize::from(privileged)]].concat();
             keep(&capabilities)?;
-            let trace = Trace::start_with(|builder| builder.process_details(true))?;
-            for (actor, is_ours) in [(&mut roots, false), (&mut nobodys, true)] {
+            let collector = Collector::start_with(|builder| builder.process_details(true))?;
+            for (actor, is_ours) in [(&mut roots, false), (&mut unprivileged, true)] {
                 // Without the executable there are no details at all.
                 if !(captures_images()? || is_ours || privileged) {
                     continue;
                 }
-                let event = trace.details_of(actor)?;
+                let event = collector.details_of(actor)?;
                 let process = event.process.context("no owner")?;
                 let details = process.details.context("no details")?;
                 ensure!(details.exe.is_some(), "{details:?}");
@@ -259,7 +263,8 @@ fn details_of_other_users_need_no_sys_ptrace() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// All of them, and root: but before 5.19 the kernel asks for `CAP_BPF` at each bpf(2). Events and samples go on, and it closes as ever.
+/// The process gives up all capabilities and root, except `CAP_BPF` before 5.19, where the kernel
+/// checks it at each bpf(2). Events and samples go on, and the tracer closes as usual.
 fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
     let kept = if is_at_least(5, 19)? {
         &[][..]
@@ -273,7 +278,7 @@ fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
         let mut tcp = tcp.start().await?;
         let udp = UdpTracer::builder().sample_interval(SAMPLE_INTERVAL);
         let mut udp = udp.start().await?;
-        become_nobody(kept)?;
+        become_unprivileged(kept)?;
         await_unprivileged(kept.len())?;
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let mut client = TcpStream::connect(listener.local_addr()?)?;
@@ -305,13 +310,14 @@ fn privileges_given_up_after_the_start() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Waits until no more than so many threads have a capability: one that is at its very end is not changed any more.
+/// Waits until at most this many threads have a capability: a thread that is about to end is not
+/// changed any more.
 fn await_unprivileged(threads: usize) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let mut privileged = Vec::new();
         for thread in fs::read_dir("/proc/self/task")? {
-            // It may be gone by now.
+            // The thread may have ended by now.
             let status = fs::read_to_string(thread?.path().join("status")).unwrap_or_default();
             let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
             if set.is_some_and(|set| set.trim() != "0000000000000000") {
@@ -330,7 +336,7 @@ fn is_sample(event: &Event) -> bool {
     matches!(event.kind, EventKind::Sample { .. })
 }
 
-/// Reads until an event of the socket at this address is like this.
+/// Reads until an event of the socket at this address matches.
 async fn until(
     tracer: &mut (impl Stream<Item = Event> + Unpin),
     local: SocketAddr,
@@ -347,7 +353,7 @@ async fn until(
     }
 }
 
-/// A mount namespace of this thread where tracefs is nowhere.
+/// Gives this thread a mount namespace without tracefs.
 fn hide_tracefs() -> anyhow::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -359,21 +365,22 @@ fn hide_tracefs() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The second program of `state` is a worse one then, and `hooks` says so; a connection is told as ever.
+/// Then the second program of `state` is a worse one, and `hooks` reports so. A connection is
+/// reported as usual.
 fn tracefs_that_cannot_be_mounted() -> anyhow::Result<()> {
     hide_tracefs()?;
     keep(LITTLE)?;
-    let scene = Scene::new()?;
-    let hook = hook(&scene.trace, "state")?;
+    let pair = TcpPair::new()?;
+    let hook = hook(&pair.collector, "state")?;
     ensure!(hook.to_string().contains("without tracefs"), "{hook}");
     ensure!(hook.programs.len() == 2, "{hook}");
-    scene.check_transfer(1_000, 2_000)
+    pair.check_transfer(1_000, 2_000)
 }
 
-/// To mount it, and to read what is root's.
+/// A process needs them to mount tracefs, and to read the files that belong to root.
 fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
     hide_tracefs()?;
-    become_nobody(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH])?;
+    become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN, CAP_DAC_READ_SEARCH])?;
     for (more, is_enough) in [
         (&[CAP_DAC_READ_SEARCH][..], false),
         (&[CAP_SYS_ADMIN], false),
@@ -381,7 +388,7 @@ fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
     ] {
         on_thread(|| {
             keep(&[LITTLE, more].concat())?;
-            let hook = hook(&Trace::start()?, "state")?;
+            let hook = hook(&Collector::start()?, "state")?;
             ensure!(hook.note.is_none() == is_enough, "{more:?}: {hook}");
             Ok(())
         })?;
@@ -389,7 +396,7 @@ fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A system call ends with this error on this thread from now on.
+/// Makes a system call fail with this error on this thread from now on.
 pub(crate) fn refuse(call: libc::c_long, errno: Errno) -> anyhow::Result<()> {
     let filter = SeccompFilter::new(
         [(call, vec![])].into(),
@@ -411,25 +418,25 @@ fn seccomp_filter_is_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Raw tracepoints are enough; those of system calls know them by number.
+/// Raw tracepoints are enough; those of system calls identify the calls by number.
 fn seccomp_filter_of_perf_events_costs_hooks() -> anyhow::Result<()> {
     refuse(libc::SYS_perf_event_open, Errno::EPERM)?;
-    let scene = Scene::new()?;
-    let udp = Trace::start_udp()?;
-    for trace in [&scene.trace, &udp] {
-        let hooks = trace.handle().hooks();
+    let pair = TcpPair::new()?;
+    let udp = Collector::start_udp()?;
+    for collector in [&pair.collector, &udp] {
+        let hooks = collector.handle().hooks();
         let programs = hooks.iter().flat_map(|hook| &hook.programs);
         for program in programs {
             let is_perf = program.starts_with("kprobe:") || program.starts_with("tracepoint:");
             ensure!(!is_perf, "{program}");
         }
     }
-    scene.check_transfer(1_000, 2_000)?;
-    let lives = Site::new(Family::V4, true)?.close()?;
-    udp.finish_udp(lives.len())?.check_all(&lives)
+    pair.check_transfer(1_000, 2_000)?;
+    let expected = UdpPair::new(Family::V4, true)?.close()?;
+    udp.finish_udp(expected.len())?.check_all(&expected)
 }
 
-/// Its root is no root.
+/// The root of a user namespace has no privileges outside it.
 fn user_namespace_is_named() -> anyhow::Result<()> {
     if unshare(CloneFlags::CLONE_NEWUSER).is_err() {
         return skip("no user namespaces");
@@ -438,7 +445,7 @@ fn user_namespace_is_named() -> anyhow::Result<()> {
     ensure_forbidden(start(Protocol::Tcp)?, &["user namespace"])
 }
 
-/// Before 5.11. It stays as it is.
+/// Before 5.11, the limit counts, and the tracer does not change it.
 fn limit_on_locked_memory_is_named() -> anyhow::Result<()> {
     if is_at_least(5, 11)? {
         return skip("the limit is none for eBPF since Linux 5.11");
@@ -451,7 +458,8 @@ fn limit_on_locked_memory_is_named() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Neither limits nor signals, privileges, namespaces, or settings of the kernel.
+/// The tracer changes neither limits nor signals, privileges, namespaces, or settings of the
+/// kernel.
 fn nothing_of_the_process_is_changed() -> anyhow::Result<()> {
     // The first thread makes the C library catch a signal.
     on_thread(|| Ok(()))?;

@@ -1,22 +1,22 @@
-//! Samples of live sockets: what they say, and of which sockets.
+//! Samples of open sockets: their values, and their choice.
 
 use std::{net::SocketAddr, os::fd::AsFd as _};
 
 use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{ReceiveCall, SendCall, SocketOption},
-    scene::{Scene, loopback},
+    collector::{Collector, SAMPLE_INTERVAL},
     suite::Test,
-    talker::Talker,
     tcp_info,
-    trace::{SAMPLE_INTERVAL, Trace},
+    tcp_pair::{TcpPair, loopback},
+    udp_actor::UdpActor,
 };
 use tcp_udp_trace::{Event, EventKind, Origin, SampleInfo, Traffic, UdpInfo};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
-            tcp_sample_is_what_the_socket_itself_is_told,
+            tcp_sample_equals_tcp_info,
             tcp_sample_is_of_the_socket_of_the_state_changes,
             listener_is_sampled_with_its_backlog,
             udp_sample_has_queues_buffers_and_drops,
@@ -29,32 +29,32 @@ fn is_of(event: &Event, cookie: u64) -> bool {
     event.socket.cookie == Some(cookie)
 }
 
-/// Every field of `tcp_info` is what `getsockopt` gives of the same socket. Those that time changes lie between what it gave before and
-/// after.
-fn tcp_sample_is_what_the_socket_itself_is_told() -> anyhow::Result<()> {
+/// Each field of `tcp_info` equals the value of `getsockopt` for the same socket. A field that
+/// changes with time lies between the values before and after the sample.
+fn tcp_sample_equals_tcp_info() -> anyhow::Result<()> {
     for v6 in [false, true] {
-        let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(v6))?;
-        let connection = scene.connect()?;
-        scene.upload(&connection, 1_000_000)?;
-        scene.download(&connection, 300_000)?;
+        let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(v6))?;
+        let connection = pair.connect()?;
+        pair.upload(&connection, 1_000_000)?;
+        pair.download(&connection, 300_000)?;
         let ends = [
             (
-                scene.client.lend(&connection.client)?,
+                pair.client.lend(&connection.client)?,
                 connection.client,
                 (1_000_000, 300_000),
             ),
             (
-                scene.server.lend(&connection.server)?,
+                pair.server.lend(&connection.server)?,
                 connection.server,
                 (300_000, 1_000_000),
             ),
         ];
         for (socket, endpoint, (sent, received)) in &ends {
-            // Delayed acknowledgments, and the like: what still changes is no truth to compare with.
+            // Delayed acknowledgments, and the like: a value that still changes cannot be compared.
             let (before, sample, after) = loop {
                 let before = tcp_info::of(socket)?;
-                let sample = scene
-                    .trace
+                let sample = pair
+                    .collector
                     .wait_for_sample("a connection", |event| is_of(event, endpoint.cookie))?;
                 let after = tcp_info::of(socket)?;
                 let segments = |info: &[(&str, u64)]| {
@@ -95,33 +95,33 @@ fn tcp_sample_is_what_the_socket_itself_is_told() -> anyhow::Result<()> {
             );
         }
         drop(ends);
-        scene.close(&connection)?;
-        scene.server.close(&scene.listener)?;
-        scene.trace.finish_in_order(3)?;
+        pair.close(&connection)?;
+        pair.server.close(&pair.listener)?;
+        pair.collector.finish_in_order(3)?;
     }
     Ok(())
 }
 
-/// Same id, owner, cookie and birth. (`Trace` compares each sample with the events before and after it; here, that there are such.)
+/// The samples have the same id, owner, cookie and birth as the events. (`Collector` compares each
+/// sample with the events before and after it. This test checks that such events exist.)
 fn tcp_sample_is_of_the_socket_of_the_state_changes() -> anyhow::Result<()> {
-    let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(false))?;
-    let connection = scene.connect()?;
+    let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(false))?;
+    let connection = pair.connect()?;
     let mut samples = Vec::new();
     for cookie in [
-        scene.listener.cookie,
+        pair.listener.cookie,
         connection.client.cookie,
         connection.server.cookie,
     ] {
         samples.push(
-            scene
-                .trace
+            pair.collector
                 .wait_for_sample("a socket", |event| is_of(event, cookie))?,
         );
     }
-    scene.close(&connection)?;
-    scene.server.close(&scene.listener)?;
-    let (server, client) = (scene.server.pid(), scene.client.pid());
-    let events = scene.trace.finish_in_order(3)?;
+    pair.close(&connection)?;
+    pair.server.close(&pair.listener)?;
+    let (server, client) = (pair.server.pid(), pair.client.pid());
+    let events = pair.collector.finish_in_order(3)?;
     let owners = [
         (server, Origin::Creator),
         (client, Origin::Creator),
@@ -152,15 +152,15 @@ fn tcp_sample_is_of_the_socket_of_the_state_changes() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A listener has no traffic, and says how many wait for it.
+/// A listener has no traffic, and its sample has the number of waiting connections.
 fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
-    let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(false))?;
+    let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(false))?;
     let waiting: Vec<_> = (0..3)
-        .map(|_| scene.client.connect(scene.listener.local))
+        .map(|_| pair.client.connect(pair.listener.local))
         .collect::<anyhow::Result<_>>()?;
-    let listener = scene.listener.cookie;
-    let sample = scene
-        .trace
+    let listener = pair.listener.cookie;
+    let sample = pair
+        .collector
         .wait_for_sample("the listener", |event| is_of(event, listener))?;
     let EventKind::Sample {
         info: SampleInfo::Tcp(info),
@@ -177,15 +177,15 @@ fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
         sample.socket.remote.port() == 0 && sample.to_string().contains("LISTEN"),
         "{sample}"
     );
-    // Nobody has accepted them, so they are the listener's.
+    // No process has accepted them, so they are the listener's.
     for client in &waiting {
         let is_it = |event: &Event| event.socket.remote == client.local;
-        let sample = scene
-            .trace
+        let sample = pair
+            .collector
             .wait_for_sample("a connection that waits", is_it)?;
         let process = sample.process.as_ref().context("no owner")?;
         ensure!(
-            process.pid == scene.server.pid() && process.origin == Origin::Creator,
+            process.pid == pair.server.pid() && process.origin == Origin::Creator,
             "{sample}"
         );
     }
@@ -194,16 +194,16 @@ fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
 
 fn udp_sample_has_queues_buffers_and_drops() -> anyhow::Result<()> {
     const SENT: usize = 100;
-    let trace = Trace::start_udp_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
+    let collector = Collector::start_udp_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))?;
     for v6 in [false, true] {
-        let mut receiver = Talker::bind("receiver", loopback(v6))?;
-        let mut sender = Talker::open("sender", loopback(v6))?;
+        let mut receiver = UdpActor::bind("receiver", loopback(v6))?;
+        let mut sender = UdpActor::open("sender", loopback(v6))?;
         receiver.set(SocketOption::ReceiveBuffer(4_000))?;
         sender.send(SendCall::SendTo, Some(receiver.local()), &[100; SENT])?;
         let buffer = socket2::SockRef::from(&receiver.actor.lend(&receiver.socket)?.as_fd())
             .recv_buffer_size()?;
-        let sample = |trace: &Trace| {
-            let sample = trace
+        let sample = |collector: &Collector| {
+            let sample = collector
                 .wait_for_sample("the receiver", |event| is_of(event, receiver.socket.cookie))?;
             match &sample.kind {
                 EventKind::Sample {
@@ -212,7 +212,7 @@ fn udp_sample_has_queues_buffers_and_drops() -> anyhow::Result<()> {
                 _ => bail!("{sample:?}"),
             }
         };
-        let (full, info) = sample(&trace)?;
+        let (full, info) = sample(&collector)?;
         let UdpInfo {
             rx_queue,
             rx_buffer,
@@ -223,7 +223,7 @@ fn udp_sample_has_queues_buffers_and_drops() -> anyhow::Result<()> {
             rx_buffer as usize == buffer,
             "{info:?}, but SO_RCVBUF is {buffer}"
         );
-        // Each takes more memory than its payload.
+        // Each datagram takes more memory than its payload.
         ensure!(
             rx_queue > 100 && drops > 0 && (drops as usize) < SENT,
             "{info:?}"
@@ -235,7 +235,7 @@ fn udp_sample_has_queues_buffers_and_drops() -> anyhow::Result<()> {
         let kept = SENT - drops as usize;
         receiver.receive(ReceiveCall::RecvFrom, kept)?;
         let cookie = receiver.socket.cookie;
-        let empty = trace.wait_for_sample("the receiver", |event| {
+        let empty = collector.wait_for_sample("the receiver", |event| {
             is_of(event, cookie) && event.traffic.rx_packets == kept as u64
         })?;
         let EventKind::Sample {
@@ -253,28 +253,27 @@ fn udp_sample_has_queues_buffers_and_drops() -> anyhow::Result<()> {
             "{empty}"
         );
         let from = SocketAddr::new(loopback(v6).ip(), sender.local().port());
-        receiver.life.hears(from);
+        receiver.expected.hears(from);
         sender.close()?;
         receiver.close()?;
     }
-    trace.finish_in_order(4).map(drop)
+    collector.finish_in_order(4).map(drop)
 }
 
 fn samples_can_be_switched_off() -> anyhow::Result<()> {
-    let trace = Trace::start_with(|builder| builder.sample_interval(None))?;
-    let hooks = trace.handle().hooks();
+    let collector = Collector::start_with(|builder| builder.sample_interval(None))?;
+    let hooks = collector.handle().hooks();
     ensure!(
         hooks.iter().all(|hook| hook.signal != "sample"),
         "{hooks:?}"
     );
-    let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(false))?;
-    let connection = scene.connect()?;
+    let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(false))?;
+    let connection = pair.connect()?;
     // The other tracer has sampled it, twice.
     for _ in 0..2 {
-        scene
-            .trace
+        pair.collector
             .wait_for_sample("the client", |event| is_of(event, connection.client.cookie))?;
     }
-    ensure!(trace.samples().is_empty() && trace.handle().stats().sample_rounds == 0);
+    ensure!(collector.samples().is_empty() && collector.handle().stats().sample_rounds == 0);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! How sampling goes: never at the cost of events, whatever fails, however many sockets there are.
+//! Sampling never costs events, whatever fails, and however many sockets there are.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -10,10 +10,10 @@ use anyhow::{Context as _, ensure};
 use futures_util::StreamExt as _;
 use integration_tests::{
     actor::{Actor, Command},
+    collector::{self, Collector, check_conservation},
     netns::Netns,
-    scene::{Scene, loopback},
     suite::Test,
-    trace::{self, Trace, check_conservation},
+    tcp_pair::{TcpPair, loopback},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tcp_udp_trace::{
@@ -41,8 +41,8 @@ fn is_of(event: &Event, cookie: u64) -> bool {
     event.socket.cookie == Some(cookie)
 }
 
-/// However many sockets there are to be sampled, and however long nobody reads: no event is shed, and when somebody reads,
-/// the samples come.
+/// However many sockets there are, and however long the consumer pauses, no event is dropped. The
+/// samples come as soon as the consumer reads.
 fn sampling_sheds_nothing() -> anyhow::Result<()> {
     const QUEUE: usize = 64;
     const SOCKETS: usize = 1_000;
@@ -51,7 +51,7 @@ fn sampling_sheds_nothing() -> anyhow::Result<()> {
         .map(|_| TcpListener::bind("127.0.0.1:0"))
         .collect::<Result<Vec<_>, _>>()?;
     runtime()?.block_on(async {
-        let builder = trace::tcp().queue(QUEUE).ring_bytes(1 << 16);
+        let builder = collector::tcp().queue(QUEUE).ring_bytes(1 << 16);
         let mut tracer = builder
             .sample_interval(Duration::from_millis(100))
             .start()
@@ -62,7 +62,8 @@ fn sampling_sheds_nothing() -> anyhow::Result<()> {
             handle.stats().emitted >= QUEUE as u64 / 4
         })
         .await?;
-        // Nobody reads; there is room for these, however many samples there might be.
+        // The consumer does not read. There is room for these events, however many samples there
+        // might be.
         let client = TcpStream::connect(address)?;
         let local = client.local_addr()?;
         drop(client);
@@ -106,33 +107,31 @@ async fn wait_until(
     Ok(())
 }
 
-/// No descriptor is to be had, so no netlink socket: a fault, which is counted. The events go on, and so do the samples afterwards.
+/// No descriptor is free, so there is no netlink socket. That is a fault, which is counted. The
+/// events go on, and so do the samples afterwards.
 fn failing_netlink_is_counted_and_tried_again() -> anyhow::Result<()> {
-    let mut scene = Scene::traced_by(Trace::start_sampling()?, loopback(false))?;
-    let connection = scene.connect()?;
+    let mut pair = TcpPair::traced_by(Collector::start_sampling()?, loopback(false))?;
+    let connection = pair.connect()?;
     let client = connection.client.cookie;
-    scene
-        .trace
+    pair.collector
         .wait_for_sample("the client", |event| is_of(event, client))?;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let limit = FewFiles { soft, hard };
     setrlimit(Resource::RLIMIT_NOFILE, 3, hard)?;
-    let handle = scene.trace.handle().clone();
+    let handle = pair.collector.handle().clone();
     let before = handle.stats();
     let deadline = Instant::now() + Duration::from_secs(60);
     while handle.stats().sample_faults < before.sample_faults + 3 {
         ensure!(Instant::now() < deadline, "no faults: {:?}", handle.stats());
         std::thread::sleep(Duration::from_millis(10));
     }
-    let second = scene.client.connect(scene.listener.local)?;
-    scene
-        .trace
+    let second = pair.client.connect(pair.listener.local)?;
+    pair.collector
         .wait_for("a connection while netlink fails", |event| {
             event.is_open() && event.socket.local == second.local
         })?;
     drop(limit);
-    scene
-        .trace
+    pair.collector
         .wait_for_sample("the client", |event| is_of(event, client))?;
     ensure!(handle.stats().sample_rounds > before.sample_rounds);
     Ok(())
@@ -149,8 +148,8 @@ impl Drop for FewFiles {
     }
 }
 
-/// 100,000 TCP sockets and 20,000 of UDP, of eight processes: each is sampled once in a round, with the default queue, and belongs to whom
-/// it belongs; and meanwhile connections are reported as ever.
+/// 100,000 TCP sockets and 20,000 UDP sockets, of eight processes. Each is sampled once in a round,
+/// with the default queue and the right owner. Meanwhile connections are reported as usual.
 fn many_sockets() -> anyhow::Result<()> {
     const TCP: u32 = 100_000;
     const UDP: u32 = 20_000;
@@ -176,13 +175,13 @@ fn many_sockets() -> anyhow::Result<()> {
     };
     runtime()?.block_on(async {
         const ONCE: Duration = Duration::from_secs(3_600);
-        let builder = trace::tcp().max_sockets(1 << 18).sample_interval(ONCE);
+        let builder = collector::tcp().max_sockets(1 << 18).sample_interval(ONCE);
         let mut tcp = builder.start().await?;
         crowd.is_sampled(&mut tcp, TCP, Some(&listener)).await?;
         let has_ended = |handle: &TracerHandle| handle.stats().sample_rounds > 0;
         wait_until(&tcp.handle(), "a whole round", has_ended).await?;
         let tcp = tcp.close().await?;
-        let mut udp = trace::udp().sample_interval(ONCE).start().await?;
+        let mut udp = collector::udp().sample_interval(ONCE).start().await?;
         crowd.is_sampled(&mut udp, UDP, None).await?;
         wait_until(&udp.handle(), "a whole round", has_ended).await?;
         let udp = udp.close().await?;
@@ -208,7 +207,8 @@ struct Crowd {
 }
 
 impl Crowd {
-    /// Reads the first round of samples: so many of this namespace, each once and with an owner. Connects once, in the middle of it.
+    /// Reads the first round of samples: this many of this namespace, each once and with an owner.
+    /// Connects once, in the middle of the round.
     async fn is_sampled(
         &self,
         tracer: &mut (impl futures_util::Stream<Item = Event> + Unpin),

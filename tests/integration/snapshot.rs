@@ -1,4 +1,4 @@
-//! What is older than the tracer: known from the start, and exact from then on.
+//! Sockets that are older than the tracer: known from the start, and exact from then on.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,13 +11,13 @@ use std::{
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Actor, Command, Exchange},
+    collector::{Collector, SAMPLE_INTERVAL, show},
+    expected_tcp::ExpectedTcp,
     kernel,
-    life::Life,
-    lives::Lives,
     netns::Netns,
-    scene::loopback,
+    observed_tcp::ObservedTcp,
     suite::Test,
-    trace::{SAMPLE_INTERVAL, Trace, show},
+    tcp_pair::loopback,
 };
 use tcp_udp_trace::{
     Event, EventKind, Origin,
@@ -39,7 +39,7 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Known by its sample, with owner and traffic; and its end carries the same.
+/// The connection is known by its sample, with owner and traffic. Its end has the same.
 fn connection_in_another_namespace() -> anyhow::Result<()> {
     let netns = Netns::new()?;
     let (mut server, mut client) =
@@ -49,10 +49,10 @@ fn connection_in_another_namespace() -> anyhow::Result<()> {
     let accepted = server.accept(&listener)?;
     client.send(&connected, 5_000)?;
     server.receive(&accepted, 5_000)?;
-    let trace = Trace::start_sampling()?;
-    trace.also(netns.inode()?);
+    let collector = Collector::start_sampling()?;
+    collector.also(netns.inode()?);
     let is_client = |event: &Event| event.socket.cookie == Some(connected.cookie);
-    let sample = trace.wait_for_sample("the client", is_client)?;
+    let sample = collector.wait_for_sample("the client", is_client)?;
     let process = sample.process.as_ref().context("no owner")?;
     ensure!(
         (process.pid, process.origin) == (client.pid(), Origin::Snapshot),
@@ -68,39 +68,42 @@ fn connection_in_another_namespace() -> anyhow::Result<()> {
     ensure!(client.receive_all(&connected)? == 0);
     client.close(&connected)?;
     server.close(&listener)?;
-    let events = trace.finish_in_order(3)?;
+    let events = collector.finish_in_order(3)?;
     let of_client: Vec<_> = events.iter().filter(|event| is_client(event)).collect();
     ensure!(
         of_client
             .iter()
             .all(|event| event.socket.id == sample.socket.id)
     );
-    let mut lives = Lives::new(events.clone(), sample.time - sample.socket.age);
+    let mut observed = ObservedTcp::new(events.clone(), sample.time - sample.socket.age);
     let states = [Established, CloseWait, LastAck, Close];
-    let client_is = Life::of(&client.who()?, &connected, &states);
-    lives.check(&client_is.bytes(5_000, 70).older_than_the_tracer())?;
-    lives.check(&Life::of(&server.who()?, &listener, &[Listen, Close]).older_than_the_tracer())?;
+    let client_is = client.expected(&connected, &states)?;
+    observed.check(&client_is.older_than_the_tracer())?;
+    observed.check(
+        &ExpectedTcp::of(&server.identity()?, &listener, &[Listen, Close]).older_than_the_tracer(),
+    )?;
     Ok(())
 }
 
-/// Nobody has it open yet, so nobody is known to own it; and it is the same socket when somebody accepts it.
+/// No process has the connection open yet, so it has no known owner. It is the same socket after
+/// the accept.
 fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;
     let connected = client.connect(listener.local)?;
     client.send(&connected, 300)?;
-    let trace = Trace::start_sampling()?;
+    let collector = Collector::start_sampling()?;
     let is_it = |event: &Event| event.socket.remote == connected.local;
-    let sample = trace.wait_for_sample("the connection", is_it)?;
+    let sample = collector.wait_for_sample("the connection", is_it)?;
     ensure!(
         sample.process.is_none() && sample.traffic.rx_bytes == 300,
         "{sample}"
     );
     let accepted = server.accept(&listener)?;
-    trace.wait_for("the accept", |event| {
+    collector.wait_for("the accept", |event| {
         is_it(event) && event.kind == EventKind::Accept
     })?;
-    let sample_of_accepted = trace.wait_for_sample("the connection", is_it)?;
+    let sample_of_accepted = collector.wait_for_sample("the connection", is_it)?;
     let process = sample_of_accepted.process.as_ref().context("no owner")?;
     ensure!((process.pid, process.origin) == (server.pid(), Origin::Acceptor));
     ensure!(sample_of_accepted.socket.cookie == Some(accepted.cookie));
@@ -110,7 +113,7 @@ fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     client.close(&connected)?;
     ensure!(server.receive_all(&accepted)? == 0);
     server.close(&accepted)?;
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let of_child: Vec<_> = events.iter().filter(|event| is_it(event)).collect();
     for event in &of_child {
         ensure!(
@@ -127,7 +130,8 @@ fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// It is first known by its address, and by its cookie when something has given it one: the same socket all the time, and the same flow.
+/// The tracer first knows the socket by its address, and by its cookie as soon as it has one. It
+/// remains the same socket, with the same flow.
 fn udp_socket_that_has_no_cookie() -> anyhow::Result<()> {
     old_udp_socket(false)
 }
@@ -142,7 +146,7 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
         UdpSocket::bind("127.0.0.1:0")?,
     );
     let (old_is, peer_is) = (old.local_addr()?, peer.local_addr()?);
-    let trace = Trace::start_udp_with(move |builder| {
+    let collector = Collector::start_udp_with(move |builder| {
         builder.sample_interval(sampled.then_some(SAMPLE_INTERVAL))
     })?;
     let receive = |count: usize| {
@@ -154,15 +158,15 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
     };
     receive(3)?;
     if sampled {
-        trace.wait_for_sample("the socket", |event| event.socket.local == old_is)?;
+        collector.wait_for_sample("the socket", |event| event.socket.local == old_is)?;
     }
     receive(2)?;
-    // Sending gives it a cookie, if nothing else has.
+    // Sending gives the socket a cookie, if it has none.
     old.send_to(b"hi", peer_is)?;
     receive(1)?;
     drop(old);
     drop(peer);
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let of_old: Vec<_> = events
         .iter()
         .filter(|event| event.socket.local.port() == old_is.port())
@@ -196,13 +200,14 @@ fn old_udp_socket(sampled: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Tracers start and stop while connections come and go as fast as they can. From the first connection whose beginning one has seen to the
-/// last, it has missed none and doubled none; each end is exact, and each owner right: absent only where the socket was made before the hooks were there, and
-/// was gone before the tracer was ready.
+/// Tracers start and stop while connections come and go as fast as they can. Between the first
+/// connection whose beginning a tracer has seen and the last one, it misses none and reports none
+/// twice. Each end is exact, and each owner is right. An owner may be absent only if the socket was
+/// made before the hooks were attached, and its process closed it before the tracer was ready.
 fn tracers_that_start_and_stop_during_churn() -> anyhow::Result<()> {
     const TRACERS: usize = 5;
-    // An emulator now and then makes a guest trip over code that is patched on one CPU while the other runs it, which is what attaching
-    // does: so there, the other one is not always there.
+    // In an emulated guest, a CPU now and then fails in code that another CPU patches at that
+    // moment, as attaching does. So there, the traffic pauses now and then.
     let (batch, pause) = if kernel::is_emulated()? {
         (20, Duration::from_millis(150))
     } else {
@@ -220,7 +225,7 @@ fn tracers_that_start_and_stop_during_churn() -> anyhow::Result<()> {
         while !enough.load(Ordering::Relaxed) {
             server.begin(&Command::Serve(listener.fd, batch))?;
             client.begin(&Command::Churn {
-                // Each time another one, or there would be no free ports some day.
+                // Each time another address, or there would be no free ports at some time.
                 to: SocketAddr::from(([127, 0, 0, 1 + (turn % 250) as u8], port)),
                 connections: batch,
                 seed: turn.into(),
@@ -237,8 +242,11 @@ fn tracers_that_start_and_stop_during_churn() -> anyhow::Result<()> {
         let churn = scope.spawn(churn);
         let traced = (0..TRACERS)
             .map(|_| {
-                let trace = Trace::start()?;
-                Ok((trace.ready(), trace.finish_in_order(2 * batch as usize)?))
+                let collector = Collector::start()?;
+                Ok((
+                    collector.ready(),
+                    collector.finish_in_order(2 * batch as usize)?,
+                ))
             })
             .collect::<anyhow::Result<Vec<_>>>();
         enough.store(true, Ordering::Relaxed);
@@ -269,28 +277,32 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
             .or_insert_with(Vec::new)
             .push(index);
     }
-    let mut lives = BTreeMap::<u64, Vec<&Event>>::new();
+    let mut observed = BTreeMap::<u64, Vec<&Event>>::new();
     for event in events {
-        lives.entry(event.socket.id).or_default().push(event);
+        observed.entry(event.socket.id).or_default().push(event);
     }
     let mut seen = BTreeMap::new();
-    // The first of which the beginning was seen. Of those before it, some may have put off their end until the tracer was there.
+    // The first connection whose beginning was seen. The ends of some before it may have come after
+    // the tracer's start.
     let mut first = usize::MAX;
-    for life in lives.values() {
-        let last = life[life.len() - 1];
+    for of_socket in observed.values() {
+        let last = of_socket[of_socket.len() - 1];
         let Some(&[index]) = indices
             .get(&(last.socket.local, last.socket.remote))
             .map(Vec::as_slice)
         else {
-            // Of another process, or one of two of the same addresses.
+            // A socket of another process, or one of two with the same addresses.
             continue;
         };
-        if life.iter().all(|event| event.kind == EventKind::Accept) {
+        if of_socket
+            .iter()
+            .all(|event| event.kind == EventKind::Accept)
+        {
             // Accepted when the tracer had begun to stop.
             continue;
         }
         let is_whole = matches!(
-            life[0].kind,
+            of_socket[0].kind,
             EventKind::StateChange {
                 from: Close | Listen,
                 ..
@@ -301,25 +313,29 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
         }
         let doubled = seen.insert(index, last.is_end());
         ensure!(doubled.is_none(), "two sockets for one: {last}");
-        // Before it is established, the kernel may not have written them into the socket.
-        let known = life
+        // Before the connection is established, the kernel may not have written the addresses into
+        // the socket.
+        let known = of_socket
             .iter()
             .filter(|event| event.socket.local.port() != 0 && event.socket.remote.port() != 0);
         let addresses: BTreeSet<_> = known
             .map(|event| (event.socket.local, event.socket.remote))
             .collect();
         ensure!(addresses.len() <= 1, "one id for {addresses:?}");
-        let is_born_here = matches!(life[0].kind, EventKind::StateChange { from: Close, .. });
+        let is_born_here = matches!(
+            of_socket[0].kind,
+            EventKind::StateChange { from: Close, .. }
+        );
         // Its process had closed it, and so had no descriptor of it any more.
         let is_orphan = matches!(
-            life[0].kind,
+            of_socket[0].kind,
             EventKind::StateChange {
                 from: FinWait1 | FinWait2 | Closing | LastAck,
                 ..
             }
         );
-        let may_be_absent = !is_born_here && (is_orphan || life[0].time <= ready);
-        for event in life {
+        let may_be_absent = !is_born_here && (is_orphan || of_socket[0].time <= ready);
+        for event in of_socket {
             match &event.process {
                 Some(process) => ensure!(process.pid == pid, "wrong owner: {event}"),
                 None => ensure!(may_be_absent, "no owner: {event}"),
@@ -334,13 +350,14 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
                 (tx_bytes, rx_bytes) == (end.sent, end.received),
                 "{end:?}: {last}"
             );
-            let closes = life.iter().filter(|event| event.is_end()).count();
+            let closes = of_socket.iter().filter(|event| event.is_end()).count();
             ensure!(closes == 1, "{closes} closes: {last}");
         }
     }
     let last = seen.last_key_value().map_or(0, |(index, _)| *index);
-    ensure!(first < last, "{first} to {last} is nothing");
-    // When the tracer was stopped, the last ones were not over; nor some whose last packet a busy machine has put off.
+    ensure!(first < last, "{first} to {last} is no range of connections");
+    // When the tracer was stopped, the last connections were not over, nor some whose last packet a
+    // busy machine has delayed.
     const UNDER_WAY: usize = 5;
     let mut open = Vec::new();
     for (index, end) in ends.iter().enumerate().take(last + 1).skip(first) {

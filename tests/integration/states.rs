@@ -1,4 +1,5 @@
-//! The states of a socket, at both ends of a connection, and with them everything else that its events tell.
+//! The states of a socket, at both ends of a connection, and with them all other fields of its
+//! events.
 
 use std::{
     fs,
@@ -10,13 +11,14 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Moment},
-    life::{
-        ACTIVE_CLIENT, ACTIVE_SERVER, CLOCK_ERROR, LISTENER, Life, PASSIVE_CLIENT, PASSIVE_SERVER,
+    collector::{Collector, show},
+    expected_tcp::{
+        ACTIVE_CLIENT, ACTIVE_SERVER, CLOCK_ERROR, ExpectedTcp, LISTENER, PASSIVE_CLIENT,
+        PASSIVE_SERVER,
     },
     netns::{FAR, NEAR, ip, veth},
-    scene::{Connection, Scene, loopback},
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::{Connection, TcpPair, loopback},
 };
 use nix::{errno::Errno, unistd::gettid};
 use socket2::{Domain, Socket, Type};
@@ -41,7 +43,7 @@ pub(crate) fn trials() -> Vec<Test> {
             reset_before_accept,
             listener_closed_before_accept,
             connect_refused,
-            reconnect_on_the_same_socket_is_a_new_life,
+            reconnect_on_the_same_socket_begins_anew,
             connect_timed_out,
             simultaneous_close,
             simultaneous_open_with_itself,
@@ -70,35 +72,31 @@ fn connect_accept_close_v4_mapped_at_both_ends() -> anyhow::Result<()> {
 }
 
 fn connect_accept_close(listen: SocketAddr, to: &str) -> anyhow::Result<()> {
-    let mut scene = Scene::at(listen)?;
-    let listened = scene.server.moment();
-    let to = SocketAddr::new(to.parse()?, scene.listener.local.port());
-    let client = scene.client.connect(to)?;
-    let connected = scene.client.moment();
-    let server = scene.server.accept(&scene.listener)?;
-    let accepted = scene.server.moment();
+    let mut pair = TcpPair::at(listen)?;
+    let listened = pair.server.moment();
+    let to = SocketAddr::new(to.parse()?, pair.listener.local.port());
+    let client = pair.client.connect(to)?;
+    let connected = pair.client.moment();
+    let server = pair.server.accept(&pair.listener)?;
+    let accepted = pair.server.moment();
     let connection = Connection { client, server };
-    scene.upload(&connection, 1_000)?;
-    scene.download(&connection, 3_000)?;
-    scene.client.close(&client)?;
-    let closed = scene.client.moment();
-    ensure!(scene.server.receive_all(&server)? == 0);
-    scene.server.close(&server)?;
-    let answered = scene.server.moment();
+    pair.upload(&connection, 1_000)?;
+    pair.download(&connection, 3_000)?;
+    pair.client.close(&client)?;
+    let closed = pair.client.moment();
+    ensure!(pair.server.receive_all(&server)? == 0);
+    pair.server.close(&server)?;
+    let answered = pair.server.moment();
 
-    let client_life = scene
-        .client_life(&connection, ACTIVE_CLIENT)?
-        .bytes(1_000, 3_000);
-    let server_life = scene
-        .server_life(&connection, PASSIVE_SERVER)?
-        .bytes(3_000, 1_000);
-    let listener_life = Life::of(&scene.server.who()?, &scene.listener, LISTENER);
-    scene.server.close(&scene.listener)?;
-    let mut lives = scene.trace.finish(3)?;
-    let events = lives.check(&client_life)?;
+    let expected_client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let expected_server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+    let expected_listener = ExpectedTcp::of(&pair.server.identity()?, &pair.listener, LISTENER);
+    pair.server.close(&pair.listener)?;
+    let mut observed = pair.collector.finish(3)?;
+    let events = observed.check(&expected_client)?;
     check_time(&events[0], connected)?;
     check_time(&events[2], closed)?;
-    let events = lives.check(&server_life)?;
+    let events = observed.check(&expected_server)?;
     ensure!(
         events[2].kind == EventKind::Accept,
         "accepted at once, but {}",
@@ -106,12 +104,12 @@ fn connect_accept_close(listen: SocketAddr, to: &str) -> anyhow::Result<()> {
     );
     check_time(&events[2], accepted)?;
     check_time(&events[4], answered)?;
-    let events = lives.check(&listener_life)?;
+    let events = observed.check(&expected_listener)?;
     check_time(&events[0], listened)?;
-    lives.nothing_else()
+    observed.nothing_else()
 }
 
-/// What a process does by itself happens while it does it.
+/// Checks that an event which a command causes happens during that command.
 fn check_time(event: &Event, Moment { began, ended, .. }: Moment) -> anyhow::Result<()> {
     let window: (SystemTime, SystemTime) = (began - CLOCK_ERROR, ended + CLOCK_ERROR);
     ensure!(
@@ -122,184 +120,169 @@ fn check_time(event: &Event, Moment { began, ended, .. }: Moment) -> anyhow::Res
 }
 
 fn half_close_client_first() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
-    scene.upload(&connection, 10)?;
-    scene.client.shutdown(&connection.client)?;
-    ensure!(scene.server.receive_all(&connection.server)? == 0);
-    scene.download(&connection, 100_000)?;
-    scene.server.close(&connection.server)?;
-    ensure!(scene.client.receive_all(&connection.client)? == 0);
-    scene.client.close(&connection.client)?;
-    let client = scene
-        .client_life(&connection, ACTIVE_CLIENT)?
-        .bytes(10, 100_000);
-    let server = scene
-        .server_life(&connection, PASSIVE_SERVER)?
-        .bytes(100_000, 10);
-    scene.finish(&[client, server])
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
+    pair.upload(&connection, 10)?;
+    pair.client.shutdown(&connection.client)?;
+    ensure!(pair.server.receive_all(&connection.server)? == 0);
+    pair.download(&connection, 100_000)?;
+    pair.server.close(&connection.server)?;
+    ensure!(pair.client.receive_all(&connection.client)? == 0);
+    pair.client.close(&connection.client)?;
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+    pair.finish(&[client, server])
 }
 
 fn half_close_server_first() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
-    scene.download(&connection, 10)?;
-    scene.server.shutdown(&connection.server)?;
-    ensure!(scene.client.receive_all(&connection.client)? == 0);
-    scene.upload(&connection, 100_000)?;
-    scene.client.close(&connection.client)?;
-    ensure!(scene.server.receive_all(&connection.server)? == 0);
-    scene.server.close(&connection.server)?;
-    let client = scene
-        .client_life(&connection, PASSIVE_CLIENT)?
-        .bytes(100_000, 10);
-    let server = scene
-        .server_life(&connection, ACTIVE_SERVER)?
-        .bytes(10, 100_000);
-    scene.finish(&[client, server])
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
+    pair.download(&connection, 10)?;
+    pair.server.shutdown(&connection.server)?;
+    ensure!(pair.client.receive_all(&connection.client)? == 0);
+    pair.upload(&connection, 100_000)?;
+    pair.client.close(&connection.client)?;
+    ensure!(pair.server.receive_all(&connection.server)? == 0);
+    pair.server.close(&connection.server)?;
+    let client = pair.expected_client(&connection, PASSIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, ACTIVE_SERVER)?;
+    pair.finish(&[client, server])
 }
 
 /// Only the end that is reset has an error.
 fn reset_by_linger() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
-    scene.upload(&connection, 5)?;
-    scene.client.abort(&connection.client)?;
-    let client = scene
-        .client_life(&connection, &[Close, SynSent, Established, Close])?
-        .bytes(5, 0);
-    let server = scene
-        .server_life(&connection, &[Listen, SynRecv, Established, Close])?
-        .bytes(0, 5);
-    scene.finish(&[client, server.error(Errno::ECONNRESET as i32)])
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
+    pair.upload(&connection, 5)?;
+    pair.client.abort(&connection.client)?;
+    let client = pair.expected_client(&connection, &[Close, SynSent, Established, Close])?;
+    let server = pair.expected_server(&connection, &[Listen, SynRecv, Established, Close])?;
+    pair.finish(&[client, server.error(Errno::ECONNRESET as i32)])
 }
 
 fn reset_in_close_wait_is_epipe() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let connection = scene.connect()?;
-    scene.upload(&connection, 5)?;
-    scene.client.shutdown(&connection.client)?;
-    ensure!(scene.server.receive_all(&connection.server)? == 0);
-    scene.download(&connection, 7)?;
-    scene.client.abort(&connection.client)?;
+    let mut pair = TcpPair::new()?;
+    let connection = pair.connect()?;
+    pair.upload(&connection, 5)?;
+    pair.client.shutdown(&connection.client)?;
+    ensure!(pair.server.receive_all(&connection.server)? == 0);
+    pair.download(&connection, 7)?;
+    pair.client.abort(&connection.client)?;
     let states = [Close, SynSent, Established, FinWait1, FinWait2, Close];
-    let client = scene.client_life(&connection, &states)?.bytes(5, 7);
+    let client = pair.expected_client(&connection, &states)?;
     let states = [Listen, SynRecv, Established, CloseWait, Close];
-    let server = scene.server_life(&connection, &states)?.bytes(7, 5);
-    scene.finish(&[client, server.error(Errno::EPIPE as i32)])
+    let server = pair.expected_server(&connection, &states)?;
+    pair.finish(&[client, server.error(Errno::EPIPE as i32)])
 }
 
-/// The connection still belongs to the owner of the listener; that the server gets a dead socket from `accept` later is
-/// no event of a life that has ended.
+/// The connection still belongs to the owner of the listener. Its socket has ended, so it has no
+/// event when the server later gets the dead socket from `accept`.
 fn reset_before_accept() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let client = scene.client.connect(scene.listener.local)?;
-    scene.client.send(&client, 9)?;
-    scene.client.abort(&client)?;
-    // Some kernels give the dead socket, some say that the connection was aborted.
-    let _ = scene.server.accept(&scene.listener);
-    let life = Life::of(
-        &scene.client.who()?,
-        &client,
-        &[Close, SynSent, Established, Close],
-    )
-    .bytes(9, 0);
-    let child = Life::of_child(
-        &scene.server.who()?,
+    let mut pair = TcpPair::new()?;
+    let client = pair.client.connect(pair.listener.local)?;
+    pair.client.send(&client, 9)?;
+    pair.client.abort(&client)?;
+    // Some kernels return the dead socket, some report that the connection was aborted.
+    let _ = pair.server.accept(&pair.listener);
+    let expected = pair
+        .client
+        .expected(&client, &[Close, SynSent, Established, Close])?;
+    let child = ExpectedTcp::of_child(
+        &pair.server.identity()?,
         &client,
         &[Listen, SynRecv, Established, Close],
     );
-    scene.finish(&[life, child.bytes(0, 9).error(Errno::ECONNRESET as i32)])
+    pair.finish(&[expected, child.bytes(0, 9).error(Errno::ECONNRESET as i32)])
 }
 
 fn listener_closed_before_accept() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let client = scene.client.connect(scene.listener.local)?;
-    let life = Life::of(
-        &scene.client.who()?,
+    let mut pair = TcpPair::new()?;
+    let client = pair.client.connect(pair.listener.local)?;
+    let expected = ExpectedTcp::of(
+        &pair.client.identity()?,
         &client,
         &[Close, SynSent, Established, Close],
     );
-    let child = Life::of_child(
-        &scene.server.who()?,
+    let child = ExpectedTcp::of_child(
+        &pair.server.identity()?,
         &client,
         &[Listen, SynRecv, Established, Close],
     );
-    scene.finish(&[life.error(Errno::ECONNRESET as i32), child])
+    pair.finish(&[expected.error(Errno::ECONNRESET as i32), child])
 }
 
 fn connect_refused() -> anyhow::Result<()> {
     for v6 in [false, true] {
         let mut client = Actor::spawn("client")?;
-        let trace = Trace::start()?;
-        let nobody = SocketAddr::new(loopback(v6).ip(), 1);
-        let failed = fail_to_connect(&mut client, loopback(v6), nobody, Errno::ECONNREFUSED)?.1;
-        let mut lives = trace.finish(1)?;
-        lives.check(&failed)?;
-        lives.nothing_else()?;
+        let collector = Collector::start()?;
+        let closed = SocketAddr::new(loopback(v6).ip(), 1);
+        let failed = fail_to_connect(&mut client, loopback(v6), closed, Errno::ECONNREFUSED)?.1;
+        let mut observed = collector.finish(1)?;
+        observed.check(&failed)?;
+        observed.nothing_else()?;
     }
     Ok(())
 }
 
-/// Lets a client connect to where nobody is; gives its socket, and what that must have shown. The socket is bound,
-/// because otherwise nobody could tell its address afterwards.
+/// Lets a client connect to an address without a listener. Returns its socket, and its expected
+/// events. The socket is bound, because otherwise its address would be unknown afterwards.
 fn fail_to_connect(
     client: &mut Actor,
     from: SocketAddr,
     to: SocketAddr,
     errno: Errno,
-) -> anyhow::Result<(Endpoint, Life)> {
+) -> anyhow::Result<(Endpoint, ExpectedTcp)> {
     let bound = client.bind(from)?;
     ensure!(client.fail(Command::Connect(bound.fd, to))? == errno as i32);
     let socket = Endpoint {
         remote: Some(to),
         ..bound
     };
-    let life = Life::of(&client.who()?, &socket, &[Close, SynSent, Close]);
-    Ok((socket, life.error(errno as i32)))
+    let expected = ExpectedTcp::of(&client.identity()?, &socket, &[Close, SynSent, Close]);
+    Ok((socket, expected.error(errno as i32)))
 }
 
-fn reconnect_on_the_same_socket_is_a_new_life() -> anyhow::Result<()> {
-    let mut scene = Scene::new()?;
-    let nobody = SocketAddr::new(loopback(false).ip(), 1);
+fn reconnect_on_the_same_socket_begins_anew() -> anyhow::Result<()> {
+    let mut pair = TcpPair::new()?;
+    let closed = SocketAddr::new(loopback(false).ip(), 1);
     let (socket, failed) = fail_to_connect(
-        &mut scene.client,
+        &mut pair.client,
         loopback(false),
-        nobody,
+        closed,
         Errno::ECONNREFUSED,
     )?;
-    let client = scene
+    let client = pair
         .client
-        .socket(Command::Connect(socket.fd, scene.listener.local))?;
-    let server = scene.server.accept(&scene.listener)?;
+        .socket(Command::Connect(socket.fd, pair.listener.local))?;
+    let server = pair.server.accept(&pair.listener)?;
     let connection = Connection { client, server };
-    scene.upload(&connection, 77)?;
-    scene.close(&connection)?;
-    let client = scene.client_life(&connection, ACTIVE_CLIENT)?.bytes(77, 0);
-    let server = scene.server_life(&connection, PASSIVE_SERVER)?.bytes(0, 77);
-    scene.finish(&[failed, client, server])
+    pair.upload(&connection, 77)?;
+    pair.close(&connection)?;
+    let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+    let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+    pair.finish(&[failed, client, server])
 }
 
-/// To a machine that does not answer: the packets leave by one end of a veth pair, and the other end drops them because
-/// they are for another hardware address.
+/// Connects to a machine that does not answer: the packets leave by one end of a veth pair, and the
+/// other end drops them because they are for another hardware address.
 fn connect_timed_out() -> anyhow::Result<()> {
     let _far = veth()?;
     misdirect(FAR, "near0")?;
     // One retransmission: 1 s + 2 s.
     fs::write("/proc/sys/net/ipv4/tcp_syn_retries", "1")?;
     let mut client = Actor::spawn("client")?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let (from, to) = (
         SocketAddr::new(NEAR.parse()?, 0),
         SocketAddr::new(FAR.parse()?, 80),
     );
     let failed = fail_to_connect(&mut client, from, to, Errno::ETIMEDOUT)?.1;
-    let mut lives = trace.finish(1)?;
-    lives.check(&failed)?;
-    lives.nothing_else()
+    let mut observed = collector.finish(1)?;
+    observed.check(&failed)?;
+    observed.nothing_else()
 }
 
-/// Sends what goes to `address` to a hardware address that nobody has.
+/// Sends packets for `address` to a hardware address that no device has.
 fn misdirect(address: &str, device: &str) -> anyhow::Result<()> {
     ip(&format!(
         "neigh replace {address} lladdr 02:00:00:00:00:99 dev {device} nud permanent"
@@ -311,33 +294,33 @@ fn redirect(address: &str, device: &str) -> anyhow::Result<()> {
     ip(&format!("neigh del {address} dev {device}"))
 }
 
-/// Both ends end while no packet passes, so neither has heard of the other's end when it says its own. Whether the
-/// acknowledgement or the end of the peer comes first is a matter of retransmissions, but one end at least must have
-/// heard the end first.
+/// Both ends close while no packet passes, so neither has received the other's FIN when it sends
+/// its own. Whether the acknowledgement or the FIN of the peer comes first is a matter of
+/// retransmissions, but at least one end must have received the FIN first.
 fn simultaneous_close() -> anyhow::Result<()> {
-    let (mut scene, far) = Scene::over_veth()?;
-    let connection = scene.connect()?;
-    scene.upload(&connection, 300)?;
-    scene.download(&connection, 200)?;
+    let (mut pair, far) = TcpPair::over_veth()?;
+    let connection = pair.connect()?;
+    pair.upload(&connection, 300)?;
+    pair.download(&connection, 200)?;
     misdirect(FAR, "near0")?;
     far.run(|| misdirect(NEAR, "far0"))?;
-    scene.client.shutdown(&connection.client)?;
-    scene.server.shutdown(&connection.server)?;
+    pair.client.shutdown(&connection.client)?;
+    pair.server.shutdown(&connection.server)?;
     redirect(FAR, "near0")?;
     far.run(|| redirect(NEAR, "far0"))?;
-    ensure!(scene.client.receive_all(&connection.client)? == 0);
-    ensure!(scene.server.receive_all(&connection.server)? == 0);
+    ensure!(pair.client.receive_all(&connection.client)? == 0);
+    ensure!(pair.server.receive_all(&connection.server)? == 0);
 
     let is_closing = |kind: &_| matches!(kind, EventKind::StateChange { to: Closing, .. });
     let third = |is_closing| if is_closing { Closing } else { FinWait2 };
     let client = |closing| {
-        scene.client_life(
+        pair.expected_client(
             &connection,
             &[Close, SynSent, Established, FinWait1, third(closing), Close],
         )
     };
     let server = |closing| {
-        scene.server_life(
+        pair.expected_server(
             &connection,
             &[
                 Listen,
@@ -349,16 +332,10 @@ fn simultaneous_close() -> anyhow::Result<()> {
             ],
         )
     };
-    let clients = [
-        client(false)?.bytes(300, 200),
-        client(true)?.bytes(300, 200),
-    ];
-    let servers = [
-        server(false)?.bytes(200, 300),
-        server(true)?.bytes(200, 300),
-    ];
-    scene.finish_with(2, |lives| {
-        let rest = lives.rest();
+    let clients = [client(false)?, client(true)?];
+    let servers = [server(false)?, server(true)?];
+    pair.finish_with(2, |observed| {
+        let rest = observed.rest();
         let closing = |socket: &Endpoint| {
             let mut events = rest
                 .iter()
@@ -372,15 +349,15 @@ fn simultaneous_close() -> anyhow::Result<()> {
             "no end was simultaneous:{}",
             show(&rest.concat())
         );
-        lives.check(&clients[usize::from(client)])?;
-        lives.check(&servers[usize::from(server)]).map(drop)
+        observed.check(&clients[usize::from(client)])?;
+        observed.check(&servers[usize::from(server)]).map(drop)
     })
 }
 
-/// A socket that connects to its own address: the one simultaneous open that is easy to have.
+/// A socket that connects to its own address: the one simultaneous open that is easy to make.
 fn simultaneous_open_with_itself() -> anyhow::Result<()> {
     let mut actor = Actor::spawn("narcissus")?;
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let bound = actor.bind(loopback(false))?;
     let socket = actor.socket(Command::Connect(bound.fd, bound.local))?;
     actor.send(&socket, 12_345)?;
@@ -395,9 +372,9 @@ fn simultaneous_open_with_itself() -> anyhow::Result<()> {
         Closing,
         Close,
     ];
-    let mut lives = trace.finish(1)?;
-    lives.check(&Life::of(&actor.who()?, &socket, &states).bytes(12_345, 12_345))?;
-    lives.nothing_else()
+    let mut observed = collector.finish(1)?;
+    observed.check(&actor.expected(&socket, &states)?)?;
+    observed.nothing_else()
 }
 
 fn listen_and_its_end() -> anyhow::Result<()> {
@@ -407,21 +384,21 @@ fn listen_and_its_end() -> anyhow::Result<()> {
         "0.0.0.0:0".parse()?,
         "[::]:0".parse()?,
     ] {
-        Scene::at(address)?.finish(&[])?;
+        TcpPair::at(address)?.finish(&[])?;
     }
     Ok(())
 }
 
-/// Its first event has the port that the kernel chose, and comes while it listens.
+/// The first event has the port that the kernel chose, and comes while the socket listens.
 fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
     for domain in [Domain::IPV4, Domain::IPV6] {
-        let trace = Trace::start()?;
-        // Those of Multipath TCP have a socket of TCP below them.
+        let collector = Collector::start()?;
+        // Sockets of Multipath TCP have a socket of TCP below them.
         for protocol in [None, Some(socket2::Protocol::MPTCP)] {
             let Ok(socket) = Socket::new(domain, Type::STREAM, protocol) else {
                 continue;
             };
-            // The second call changes nothing but the backlog.
+            // The second call changes only the backlog.
             socket.listen(1)?;
             socket.listen(2)?;
             let port = socket
@@ -429,11 +406,11 @@ fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
                 .as_socket()
                 .context("no address")?
                 .port();
-            trace.wait_for("listener", |event| event.socket.local.port() == port)?;
-            // With another port, of another life.
+            collector.wait_for("listener", |event| event.socket.local.port() == port)?;
+            // The next `listen` begins again, with another port.
             socket.shutdown(Shutdown::Both)?;
-            trace.wait_for("end", |e| e.is_end() && e.socket.local.port() == port)?;
-            let events = trace.events();
+            collector.wait_for("end", |e| e.is_end() && e.socket.local.port() == port)?;
+            let events = collector.events();
             let of_it = |event: &&Event| event.socket.local.port() == port;
             let changes: Vec<_> = events.iter().filter(of_it).collect();
             let [listens, ended] = changes[..] else {
@@ -453,7 +430,7 @@ fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
             );
             ensure!(listens.socket.id == ended.socket.id, "{ended:?}");
         }
-        let events = trace.finish_all()?;
+        let events = collector.finish_all()?;
         ensure!(
             events.iter().all(|event| event.socket.local.port() != 0),
             "{}",
@@ -463,16 +440,16 @@ fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The namespace has the one port that the filter names.
+/// The namespace has only the port that the filter names.
 fn listen_without_bind_passes_a_filter_of_its_port() -> anyhow::Result<()> {
     fs::write("/proc/sys/net/ipv4/ip_local_port_range", "40123 40123")?;
-    let trace = Trace::start_with(|builder| builder.filter(Filter::new().port(40123)))?;
+    let collector = Collector::start_with(|builder| builder.filter(Filter::new().port(40123)))?;
     for domain in [Domain::IPV4, Domain::IPV6] {
         for _ in 0..2 {
             Socket::new(domain, Type::STREAM, None)?.listen(1)?;
         }
     }
-    let events = trace.finish_in_order(4)?;
+    let events = collector.finish_in_order(4)?;
     let changes: Vec<_> = events.iter().filter_map(state).collect();
     let expected = [(Close, Listen), (Listen, Close)].repeat(4);
     ensure!(changes == expected, "{}", show(&events));
@@ -486,7 +463,7 @@ fn listen_without_bind_passes_a_filter_of_its_port() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The states that an event is about.
+/// Returns the states that an event is about.
 fn state(event: &Event) -> Option<(TcpState, TcpState)> {
     match event.kind {
         EventKind::StateChange { from, to, .. } => Some((from, to)),
@@ -494,11 +471,11 @@ fn state(event: &Event) -> Option<(TcpState, TcpState)> {
     }
 }
 
-/// A Multipath TCP connection is two kinds of socket with the same addresses. Only its TCP subflows are reported, each
-/// once.
+/// A Multipath TCP connection is two kinds of socket with the same addresses. Only its TCP subflows
+/// are reported, each once.
 fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let open = Command::Open {
         v6: false,
         mptcp: true,
@@ -518,13 +495,13 @@ fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
     server.close(&accepted)?;
     server.close(&listener)?;
 
-    let lives = trace.finish(3)?.rest();
+    let observed = collector.finish(3)?.rest();
     ensure!(
-        lives.len() == 3,
+        observed.len() == 3,
         "a listener and two ends expected:{}",
-        show(&lives.concat())
+        show(&observed.concat())
     );
-    for events in &lives {
+    for events in &observed {
         let context = || show(events);
         let changes: Vec<(TcpState, TcpState)> = events.iter().filter_map(state).collect();
         let is_continuous = changes.windows(2).all(|pair| pair[0].1 == pair[1].0);
@@ -535,7 +512,7 @@ fn mptcp_sockets_are_kept_out() -> anyhow::Result<()> {
         );
         let last = events.last().unwrap();
         ensure!(last.is_end(), "not closed:{}", context());
-        // From here on, who it is can be told by the port.
+        // From here on, the port identifies the process.
         let (sent, received, pid) = match last.socket.local.port() {
             port if port == socket.local.port() => (1_000, 0, client.pid()),
             _ if last.socket.remote.port() == 0 => (0, 0, server.pid()),

@@ -1,4 +1,4 @@
-//! The reports of a flow: are their numbers those of the flow, and do they say so where they may not be?
+//! The reports of a flow: their numbers are exact, or marked as approximate.
 
 use std::{
     collections::BTreeMap,
@@ -9,12 +9,12 @@ use std::{
 use anyhow::{Context as _, ensure};
 use integration_tests::{
     actor::{Operation, ReceiveCall, Segmentation, SendCall, SocketOption},
+    collector::{Collector, show},
     flow_sums::FlowSums,
     netns::Netns,
-    scene::loopback,
     suite::Test,
-    trace::{Trace, show},
-    udp_scene::{Family, Site},
+    tcp_pair::loopback,
+    udp_pair::{Family, UdpPair},
 };
 use tcp_udp_trace::{Event, EventKind, Filter};
 
@@ -28,77 +28,79 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Every report after the first receive says whether its numbers may be too small, though the flow began with a datagram sent.
+/// Each report after the first receive is marked if its numbers may be too small, though the flow
+/// began with a datagram sent.
 fn merged_receives_after_a_send_are_approximate() -> anyhow::Result<()> {
     const SENDS: usize = 10;
     const BYTES: usize = 5_000;
     for family in Family::ALL {
-        let trace = Trace::start_udp()?;
-        let mut site = Site::new(family, true)?;
-        site.sender.set(SocketOption::Merge)?;
-        site.sender.send(SendCall::SendTo, None, &[5])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+        let collector = Collector::start_udp()?;
+        let mut pair = UdpPair::new(family, true)?;
+        pair.sender.set(SocketOption::Merge)?;
+        pair.sender.send(SendCall::SendTo, None, &[5])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 1)?;
         for _ in 0..SENDS {
             let by = Segmentation::ControlMessage;
-            site.receiver.send_segments(by, None, BYTES, 500)?;
+            pair.receiver.send_segments(by, None, BYTES, 500)?;
             let bytes = BYTES as u64;
-            site.sender.run(Operation::ReceiveMerged { bytes })?;
+            pair.sender.run(Operation::ReceiveMerged { bytes })?;
         }
-        let cookie = site.sender.socket.cookie;
+        let cookie = pair.sender.socket.cookie;
         let is_received = |event: &Event| {
             matches!(event.kind, EventKind::Flow { .. })
                 && event.socket.cookie == Some(cookie)
                 && event.traffic.rx_bytes > 0
         };
-        trace.wait_for("a report before the end", is_received)?;
-        let approximate = !trace.names_every_peer();
-        let lives = site.close()?;
-        let mut seen = trace.finish_udp(2)?;
-        let events = seen.check(&lives[0])?;
+        collector.wait_for("a report before the end", is_received)?;
+        let approximate = !collector.names_every_peer();
+        let expected = pair.close()?;
+        let mut seen = collector.finish_udp(2)?;
+        let events = seen.check(&expected[0])?;
         for event in events.iter().filter(|event| is_received(event)) {
             let is_right =
                 matches!(event.kind, EventKind::Flow { approximate: is, .. } if is == approximate);
             ensure!(is_right, "approximate: {approximate} expected: {event}");
         }
-        seen.check_all(&lives[1..])?;
+        seen.check_all(&expected[1..])?;
     }
     Ok(())
 }
 
 const FLOWS: u32 = 200;
 
-/// An address of the loopback network.
+/// Returns an address of the loopback network.
 fn stranger(number: u32) -> SocketAddr {
     let [_, a, b, c] = number.to_be_bytes();
     SocketAddr::from(([127, 1 + a, b, c], 9))
 }
 
-/// Room for few flows, all of which are of this test.
-fn start(interval: Duration) -> anyhow::Result<Trace> {
+/// Starts a tracer with room for few flows, all of which are of this test.
+fn start(interval: Duration) -> anyhow::Result<Collector> {
     let filter = Filter::new().netns(Netns::current()?.inode()?);
-    Trace::start_udp_with(move |builder| {
+    Collector::start_udp_with(move |builder| {
         let builder = builder.filter(filter).interval(interval);
         builder.max_flows(FLOWS)
     })
 }
 
-/// A flow that is used all the time stays, however many others come and fall silent; and each of these has told all.
+/// A flow that is used all the time is kept, however many others come and fall silent. The reports
+/// of each of the others are complete.
 fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     const ROUNDS: u32 = 40;
-    let trace = start(tcp_udp_trace::DEFAULT_INTERVAL)?;
+    let collector = start(tcp_udp_trace::DEFAULT_INTERVAL)?;
     let socket = UdpSocket::bind(loopback(false))?;
     let silent = UdpSocket::bind(loopback(false))?;
     let steady = silent.local_addr()?;
     for number in 0..FLOWS * 2 {
         socket.send_to(b"stranger", stranger(number))?;
     }
-    // They fall silent before the next ones come.
+    // These flows fall silent before the next ones come.
     let deadline = Instant::now() + tcp_udp_trace::DEFAULT_INTERVAL * 2;
     while Instant::now() < deadline {
         socket.send_to(b"steady", steady)?;
         std::thread::sleep(Duration::from_millis(100));
     }
-    let before = trace
+    let before = collector
         .events()
         .iter()
         .filter(|event| event.socket.remote == steady)
@@ -112,9 +114,9 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     }
     drop(socket);
     drop(silent);
-    trace.wait_closed(2)?;
-    let handle = trace.handle().clone();
-    let events = trace.finish_all()?;
+    collector.wait_closed(2)?;
+    let handle = collector.handle().clone();
+    let events = collector.finish_all()?;
     let stats = handle.stats();
     let evicted = u64::from(FLOWS * 2 + ROUNDS * 10 + 1 - FLOWS);
     ensure!(
@@ -134,13 +136,13 @@ fn the_least_recently_used_makes_room() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// More peers than are remembered, each more than once, while the tracer looks: the reports add up
-/// to the datagrams sent. A datagram that meets the removal of its flow counts as unassigned, and
-/// may be in the flow's reports.
+/// There are more peers than the tracer remembers, each more than once, while the tracer looks. The
+/// reports add up to the datagrams sent. A datagram that meets the removal of its flow counts as
+/// unassigned, and may be in the flow's reports.
 fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
     const PEERS: u32 = 1_000;
     const SOCKETS: u32 = 3;
-    let trace = start(Duration::from_millis(10))?;
+    let collector = start(Duration::from_millis(10))?;
     let mut truth = BTreeMap::<SocketAddr, u64>::new();
     for _ in 0..SOCKETS {
         let socket = UdpSocket::bind(loopback(false))?;
@@ -151,9 +153,9 @@ fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
             *truth.entry(to).or_default() += 1;
         }
     }
-    trace.wait_closed(SOCKETS as usize)?;
-    let handle = trace.handle().clone();
-    let events = trace.finish_all()?;
+    collector.wait_closed(SOCKETS as usize)?;
+    let handle = collector.handle().clone();
+    let events = collector.finish_all()?;
     let stats = handle.stats();
     ensure!(stats.flows_evicted > u64::from(FLOWS), "{stats:?}");
     let mut sums = FlowSums::default();
@@ -164,11 +166,11 @@ fn sums_are_exact_whatever_makes_room() -> anyhow::Result<()> {
     }
     let mut lacking = 0;
     for (peer, packets) in &truth {
-        let told = sent.remove(peer).unwrap_or_default();
-        let lacks = packets.checked_sub(told);
-        lacking += lacks.with_context(|| format!("{peer}: {told} of {packets}"))?;
+        let reported = sent.remove(peer).unwrap_or_default();
+        let lacks = packets.checked_sub(reported);
+        lacking += lacks.with_context(|| format!("{peer}: {reported} of {packets}"))?;
     }
-    ensure!(sent.is_empty(), "nobody sent to {sent:?}");
+    ensure!(sent.is_empty(), "no datagrams counted to {sent:?}");
     ensure!(
         lacking <= stats.unassigned && stats.unassigned < u64::from(PEERS),
         "{lacking} are lacking: {stats:?}"

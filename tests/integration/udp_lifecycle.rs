@@ -1,4 +1,5 @@
-//! How UDP sockets begin and end, whose they are, and how their tracer does.
+//! The beginning and the end of UDP sockets, their owners, and the start and the end of their
+//! tracer.
 
 use std::{
     ffi::OsStr,
@@ -12,13 +13,13 @@ use futures_util::{StreamExt as _, stream};
 use integration_tests::{
     actor::{Actor, Operation, ReceiveCall, SendCall},
     cgroup::{self, Cgroup},
+    collector::{self, Collector, check_conservation},
+    hooks_page,
     kernel::{BpfObjects, is_at_least, is_emulated, open_files},
-    page,
-    scene::loopback,
     suite::{Test, skip},
-    talker::Talker,
-    trace::{self, Trace, check_conservation},
-    udp_scene::{Family, Site, UdpTraces, connected},
+    tcp_pair::loopback,
+    udp_actor::UdpActor,
+    udp_pair::{Family, UdpCollectors, UdpPair, connected},
 };
 use nix::sched::{CloneFlags, unshare};
 use tcp_udp_trace::{EventKind, Protocol};
@@ -53,15 +54,15 @@ fn runtime() -> anyhow::Result<Runtime> {
     Ok(Builder::new_current_thread().enable_all().build()?)
 }
 
-/// Its close is all there is to see.
+/// The close of such a socket is its only event.
 fn socket_that_never_sends() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
-        lives.push(Talker::open("silent", family.loopback())?.close()?);
-        lives.push(Talker::bind("bound", family.loopback())?.close()?);
+        expected.push(UdpActor::open("silent", family.loopback())?.close()?);
+        expected.push(UdpActor::bind("bound", family.loopback())?.close()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
 fn socket_that_is_only_connected() -> anyhow::Result<()> {
@@ -69,141 +70,145 @@ fn socket_that_is_only_connected() -> anyhow::Result<()> {
 }
 
 fn killed_process() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
-        let mut site = Site::new(family, true)?;
-        site.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 2)?;
-        lives.push(site.receiver.kill()?);
-        lives.push(site.sender.kill()?);
-        lives.push(Talker::open("silent", family.loopback())?.kill()?);
+        let mut pair = UdpPair::new(family, true)?;
+        pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 2)?;
+        expected.push(pair.receiver.kill()?);
+        expected.push(pair.sender.kill()?);
+        expected.push(UdpActor::open("silent", family.loopback())?.kill()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
-/// It stays the socket of the process that made it, and what the other one sends through it counts.
+/// The socket remains that of the process that made it. The datagrams that the other process sends
+/// through it count.
 fn socket_passed_to_another_process() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
         for is_connected in [false, true] {
-            let mut site = Site::new(family, is_connected)?;
-            let to = site.to();
-            site.sender.send(SendCall::SendTo, to, &[10])?;
-            let mut heir = site.sender.passed_to("heir")?;
+            let mut pair = UdpPair::new(family, is_connected)?;
+            let to = pair.to();
+            pair.sender.send(SendCall::SendTo, to, &[10])?;
+            let mut heir = pair.sender.passed_to("heir")?;
             heir.send(SendCall::SendTo, to, &[20, 30])?;
-            let mut receiving_heir = site.receiver.passed_to("other-heir")?;
+            let mut receiving_heir = pair.receiver.passed_to("other-heir")?;
             receiving_heir.receive(ReceiveCall::RecvFrom, 3)?;
-            // The makers close first: the sockets live on.
-            site.sender.leave()?;
-            site.receiver.leave()?;
+            // The makers close first, but the sockets remain open.
+            pair.sender.leave()?;
+            pair.receiver.leave()?;
             heir.send(SendCall::SendMsg, to, &[40])?;
             receiving_heir.receive(ReceiveCall::RecvMsg, 1)?;
-            lives.extend([heir.close()?, receiving_heir.close()?]);
+            expected.extend([heir.close()?, receiving_heir.close()?]);
         }
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
 fn socket_inherited_by_a_child() -> anyhow::Result<()> {
-    connected(|site| {
-        site.sender.send(SendCall::SendTo, None, &[10])?;
-        site.sender.run(Operation::SendByChild { size: 200 })?;
-        site.sender.send(SendCall::SendTo, None, &[30])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 3)
+    connected(|pair| {
+        pair.sender.send(SendCall::SendTo, None, &[10])?;
+        pair.sender.run(Operation::SendByChild { size: 200 })?;
+        pair.sender.send(SendCall::SendTo, None, &[30])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 3)
     })
 }
 
-/// Of a process that is gone.
+/// The socket belongs to a process that has ended.
 fn socket_closed_by_its_maker_first() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut site = Site::new(Family::V4, true)?;
-    let mut heir = site.sender.passed_to("heir")?;
-    site.sender.kill()?;
+    let collectors = UdpCollectors::start()?;
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    let mut heir = pair.sender.passed_to("heir")?;
+    pair.sender.kill()?;
     heir.send(SendCall::SendTo, None, &[10])?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
-    traces.finish(&[heir.kill()?, site.receiver.close()?])
+    pair.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+    collectors.finish(&[heir.kill()?, pair.receiver.close()?])
 }
 
 fn another_user() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
+    let collectors = UdpCollectors::start()?;
     let address = Family::V4.loopback();
-    let mut receiver = Talker::bind("receiver", address)?;
+    let mut receiver = UdpActor::bind("receiver", address)?;
     let user = Actor::spawn_as(OsStr::new("user"), Some(1234))?;
-    let mut sender = Talker::with(user, address)?;
-    ensure!(sender.who()?.uid == 1234);
+    let mut sender = UdpActor::with(user, address)?;
+    ensure!(sender.identity()?.uid == 1234);
     sender.send(SendCall::SendTo, Some(receiver.local()), &[10])?;
     receiver.receive(ReceiveCall::RecvFrom, 1)?;
-    traces.finish(&[sender.close()?, receiver.close()?])
+    collectors.finish(&[sender.close()?, receiver.close()?])
 }
 
-/// The kernel uses the memory of a socket again at once; each is a life of its own all the same.
+/// The kernel uses the memory of a socket again at once. Each socket is reported as one of its own
+/// all the same.
 fn many_sockets_one_after_the_other() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
+    let collectors = UdpCollectors::start()?;
     let address = Family::V4.loopback();
-    let mut receiver = Talker::bind("receiver", address)?;
+    let mut receiver = UdpActor::bind("receiver", address)?;
     let (mut left, mut right) = (Actor::spawn("left")?, Actor::spawn("right")?);
-    let mut lives = Vec::new();
+    let mut sockets = Vec::new();
     for turn in 0..200 {
-        let mut sender = Talker::with(left, address)?;
+        let mut sender = UdpActor::with(left, address)?;
         sender.send(SendCall::SendTo, Some(receiver.local()), &[turn])?;
         receiver.receive(ReceiveCall::RecvFrom, 1)?;
-        let (life, actor) = sender.close_socket()?;
-        lives.push(life);
+        let (expected, actor) = sender.close_socket()?;
+        sockets.push(expected);
         (left, right) = (right, actor);
     }
     drop((left, right));
-    lives.push(receiver.close()?);
-    traces.finish(&lives)
+    sockets.push(receiver.close()?);
+    collectors.finish(&sockets)
 }
 
-/// Only what happens from now on is seen, and nobody saw who made it; but it was seen who had it open.
+/// Only later traffic is reported. The creator is unknown, but the tracer knows the process that
+/// had the socket open.
 fn socket_older_than_the_tracer() -> anyhow::Result<()> {
-    let mut sites = Vec::new();
+    let mut pairs = Vec::new();
     for family in Family::ALL {
         for is_connected in [false, true] {
-            let mut site = Site::new(family, is_connected)?;
-            site.sender.send(SendCall::SendTo, site.to(), &[10])?;
-            site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+            let mut pair = UdpPair::new(family, is_connected)?;
+            pair.sender.send(SendCall::SendTo, pair.to(), &[10])?;
+            pair.receiver.receive(ReceiveCall::RecvFrom, 1)?;
             // Older, and never used again.
-            sites.push((site, Talker::bind("silent", family.loopback())?));
+            pairs.push((pair, UdpActor::bind("silent", family.loopback())?));
         }
     }
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
-    for (mut site, mut silent) in sites {
-        for talker in [&mut site.sender, &mut site.receiver, &mut silent] {
-            let who = talker.who()?;
-            talker.life.older_than_the_tracer(&who);
+    let collectors = UdpCollectors::start()?;
+    let mut sockets = Vec::new();
+    for (mut pair, mut silent) in pairs {
+        for actor in [&mut pair.sender, &mut pair.receiver, &mut silent] {
+            let identity = actor.identity()?;
+            actor.expected.older_than_the_tracer(&identity);
         }
-        site.sender.send(SendCall::SendTo, site.to(), &[20, 0])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 2)?;
-        lives.extend(site.close()?);
-        lives.push(silent.close()?);
+        pair.sender.send(SendCall::SendTo, pair.to(), &[20, 0])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 2)?;
+        sockets.extend(pair.close()?);
+        sockets.push(silent.close()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&sockets)
 }
 
-/// It belongs to the older of the two processes, whoever uses it.
+/// The socket belongs to the older of the two processes, whichever uses it.
 fn socket_older_than_the_tracer_with_an_heir() -> anyhow::Result<()> {
-    let mut site = Site::new(Family::V4, false)?;
-    let mut heir = site.sender.passed_to("heir")?;
-    let traces = UdpTraces::start()?;
-    heir.life.older_than_the_tracer(&site.sender.who()?);
-    let receiver_is = site.receiver.who()?;
-    site.receiver.life.older_than_the_tracer(&receiver_is);
-    heir.send(SendCall::SendTo, Some(site.receiver.local()), &[20, 0])?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 2)?;
-    site.sender.leave()?;
-    traces.finish(&[heir.close()?, site.receiver.close()?])
+    let mut pair = UdpPair::new(Family::V4, false)?;
+    let mut heir = pair.sender.passed_to("heir")?;
+    let collectors = UdpCollectors::start()?;
+    heir.expected
+        .older_than_the_tracer(&pair.sender.identity()?);
+    let receiver_is = pair.receiver.identity()?;
+    pair.receiver.expected.older_than_the_tracer(&receiver_is);
+    heir.send(SendCall::SendTo, Some(pair.receiver.local()), &[20, 0])?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 2)?;
+    pair.sender.leave()?;
+    collectors.finish(&[heir.close()?, pair.receiver.close()?])
 }
 
-/// Two streams of the same event.
+/// The tracers are two streams of the same event type.
 fn tracers_of_both_protocols_merge() -> anyhow::Result<()> {
     runtime()?.block_on(async {
-        let tcp = trace::tcp().start().await?;
-        let udp = trace::udp().start().await?;
+        let tcp = collector::tcp().start().await?;
+        let udp = collector::udp().start().await?;
         let handles = [tcp.handle(), udp.handle()];
 
         let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -238,11 +243,11 @@ fn tracers_of_both_protocols_merge() -> anyhow::Result<()> {
 }
 
 fn every_signal_has_a_hook() -> anyhow::Result<()> {
-    let trace = Trace::start_udp()?;
-    let hooks = trace.handle().hooks();
+    let collector = Collector::start_udp()?;
+    let hooks = collector.handle().hooks();
     for hook in &hooks {
         eprintln!("{hook}");
-        // Before 5.18, the kernel does not say why it drops a packet.
+        // Before 5.18, the kernel does not report why it drops a packet.
         let may_lack = hook.signal == "drop" && !is_at_least(5, 18)?;
         ensure!(may_lack || !hook.programs.is_empty(), "{hook}");
     }
@@ -250,25 +255,25 @@ fn every_signal_has_a_hook() -> anyhow::Result<()> {
         hooks.iter().any(|hook| hook.signal == "receive"),
         "{hooks:?}"
     );
-    // What it costs not to see it is told.
+    // A note reports the cost of the worse hook.
     let receive = hooks.iter().find(|hook| hook.signal == "receive");
     let has_note = receive.is_some_and(|hook| hook.note.is_some());
-    ensure!(trace.names_every_peer() != has_note, "{hooks:?}");
-    page::check(&hooks)
+    ensure!(collector.names_every_peer() != has_note, "{hooks:?}");
+    hooks_page::check(&hooks)
 }
 
-/// By turns closed and dropped, with a socket open all the time. Nothing is left.
+/// Tracers are closed and dropped by turns, with a socket open all the time. Nothing is left.
 fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let socket = UdpSocket::bind("127.0.0.1:0")?;
     let address = socket.local_addr()?;
     let files = open_files()?;
     let mut seen = BpfObjects::default();
     let runtime = runtime()?;
-    // In an emulated guest each takes a second.
+    // In an emulated guest, each turn takes a second.
     let turns = if is_emulated()? { 10 } else { 40 };
     for turn in 0..turns {
-        // Small, for the sake of the time that this takes.
-        let builder = trace::udp().max_sockets(1_024).max_flows(1_024);
+        // Small, to save time.
+        let builder = collector::udp().max_sockets(1_024).max_flows(1_024);
         let mut tracer = runtime.block_on(builder.start())?;
         seen.extend(BpfObjects::of_this_process()?);
         ensure!(!seen.is_empty());
@@ -292,8 +297,8 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     seen.await_freed()
 }
 
-/// As in a container into which the machine's cgroups are mounted: sockets of other cgroups are seen, too. Without them only its own are, and
-/// the hooks say so.
+/// In a container with the machine's cgroups mounted, sockets of other cgroups are reported, too.
+/// Without that mount only the container's own are, and the hooks report so.
 fn in_a_cgroup_namespace() -> anyhow::Result<()> {
     let Some(cgroup) = Cgroup::new("namespace")? else {
         return skip("no cgroup v2");
@@ -302,34 +307,34 @@ fn in_a_cgroup_namespace() -> anyhow::Result<()> {
     outside.open(loopback(false))?;
     let home = cgroup.enter()?;
     unshare(CloneFlags::CLONE_NEWCGROUP)?;
-    let trace = Trace::start_udp()?;
-    ensure!(!is_partial(&trace), "{:?}", trace.handle().hooks());
+    let collector = Collector::start_udp()?;
+    ensure!(!is_partial(&collector), "{:?}", collector.handle().hooks());
     let pid = outside.pid();
-    let mut talker = Talker::with(outside, loopback(false))?;
-    talker.bind_to(loopback(false))?;
-    talker.send(SendCall::SendTo, Some(talker.local()), &[100])?;
-    talker.receive(ReceiveCall::RecvFrom, 1)?;
-    talker.close()?;
-    trace.wait_for("what is outside", |event| {
+    let mut actor = UdpActor::with(outside, loopback(false))?;
+    actor.bind_to(loopback(false))?;
+    actor.send(SendCall::SendTo, Some(actor.local()), &[100])?;
+    actor.receive(ReceiveCall::RecvFrom, 1)?;
+    actor.close()?;
+    collector.wait_for("a socket of another cgroup", |event| {
         let owner = event.process.as_ref().map(|process| process.pid);
         event.is_end() && owner == Some(pid) && event.traffic.rx_bytes == 100
     })?;
-    trace.finish_all()?;
+    collector.finish_all()?;
 
     let partial = || {
         cgroup::mount_own()?;
-        let trace = Trace::start_udp()?;
-        ensure!(is_partial(&trace), "{:?}", trace.handle().hooks());
-        trace.finish_all().map(drop)
+        let collector = Collector::start_udp()?;
+        ensure!(is_partial(&collector), "{:?}", collector.handle().hooks());
+        collector.finish_all().map(drop)
     };
-    // Only that thread, and those of its tracer, do not see the machine's any more.
+    // Only that thread, and the threads of its tracer, do not see the machine's cgroups any more.
     thread::scope(|scope| scope.spawn(partial).join().unwrap())?;
     drop(home);
     Ok(())
 }
 
-fn is_partial(trace: &Trace) -> bool {
-    let hooks = trace.handle().hooks();
+fn is_partial(collector: &Collector) -> bool {
+    let hooks = collector.handle().hooks();
     let mut notes = hooks.iter().filter_map(|hook| hook.note.as_deref());
     notes.any(|note| note.contains("cgroup namespace"))
 }

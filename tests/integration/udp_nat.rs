@@ -1,4 +1,5 @@
-//! Sockets whose packets netfilter gives other addresses: a flow has those that the socket knows.
+//! Sockets whose packets netfilter gives other addresses. A flow has the addresses that the socket
+//! knows.
 
 use std::net::SocketAddr;
 
@@ -6,8 +7,8 @@ use integration_tests::{
     actor::{Operation, ReceiveCall, SendCall},
     netns::{FAR, NEAR, ip, nft, veth},
     suite::Test,
-    talker::{ROOM, Talker},
-    udp_scene::UdpTraces,
+    udp_actor::{ROOM, UdpActor},
+    udp_pair::UdpCollectors,
 };
 
 pub(crate) fn trials() -> Vec<Test> {
@@ -24,11 +25,11 @@ pub(crate) fn trials() -> Vec<Test> {
 
 const TURNS: usize = 3;
 
-/// A client asks at `address`, and the server answers.
+/// Lets a client send to `address`, and the server answer.
 fn converse(
-    client: &mut Talker,
+    client: &mut UdpActor,
     address: Option<SocketAddr>,
-    server: &mut Talker,
+    server: &mut UdpActor,
 ) -> anyhow::Result<()> {
     for turn in 1..=TURNS {
         client.send(SendCall::SendTo, address, &[40 * turn])?;
@@ -40,9 +41,10 @@ fn converse(
     Ok(())
 }
 
-/// A client for the address, connected to it or not, and what it gives with each datagram.
-fn client(address: SocketAddr, connected: bool) -> anyhow::Result<(Talker, Option<SocketAddr>)> {
-    let mut client = Talker::open("client", address)?;
+/// Returns a client for the address, connected to it or not, and the destination that it gives with
+/// each datagram.
+fn client(address: SocketAddr, connected: bool) -> anyhow::Result<(UdpActor, Option<SocketAddr>)> {
+    let mut client = UdpActor::open("client", address)?;
     if connected {
         client.connect(address)?;
     }
@@ -51,7 +53,7 @@ fn client(address: SocketAddr, connected: bool) -> anyhow::Result<(Talker, Optio
 
 /// Both ends are on this host: 127.0.0.11:53 is a server at another port, as Docker has it.
 fn resolver_of_a_container() -> anyhow::Result<()> {
-    let (asked, answers): (SocketAddr, SocketAddr) =
+    let (queried, answers): (SocketAddr, SocketAddr) =
         ("127.0.0.11:53".parse()?, "127.0.0.11:35971".parse()?);
     nft("table ip docker {
            chain output {
@@ -63,19 +65,19 @@ fn resolver_of_a_container() -> anyhow::Result<()> {
              ip saddr 127.0.0.11 udp sport 35971 snat to 127.0.0.11:53
            }
          }")?;
-    let traces = UdpTraces::start()?;
-    let mut server = Talker::bind("resolver", answers)?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut server = UdpActor::bind("resolver", answers)?;
+    let mut expected = Vec::new();
     for connected in [false, true] {
-        let (mut client, to) = client(asked, connected)?;
+        let (mut client, to) = client(queried, connected)?;
         converse(&mut client, to, &mut server)?;
-        lives.push(client.close()?);
+        expected.push(client.close()?);
     }
-    lives.push(server.close()?);
-    traces.finish(&lives)
+    expected.push(server.close()?);
+    collectors.finish(&expected)
 }
 
-/// Whatever asks port 53 anywhere gets its answers from this host, as in a mesh of services.
+/// This host answers all queries to port 53 at any address, as in a service mesh.
 fn redirected_port() -> anyhow::Result<()> {
     nft("table inet mesh {
            chain output {
@@ -85,36 +87,36 @@ fn redirected_port() -> anyhow::Result<()> {
          }")?;
     ip("addr add 192.0.2.1/32 dev lo")?;
     ip("addr add 2001:db8::1/128 dev lo nodad")?;
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
-    for (asked, answers) in [
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
+    for (queried, answers) in [
         ("192.0.2.1:53", "127.0.0.1:15053"),
         ("[2001:db8::1]:53", "[::1]:15053"),
     ] {
-        let mut server = Talker::bind("proxy", answers.parse()?)?;
+        let mut server = UdpActor::bind("proxy", answers.parse()?)?;
         for connected in [false, true] {
-            let (mut client, to) = client(asked.parse()?, connected)?;
+            let (mut client, to) = client(queried.parse()?, connected)?;
             converse(&mut client, to, &mut server)?;
-            lives.push(client.close()?);
+            expected.push(client.close()?);
         }
-        lives.push(server.close()?);
+        expected.push(server.close()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
-/// What leaves a host with another source address.
+/// Packets leave the host with another source address.
 fn masquerade() -> anyhow::Result<()> {
     translated_source("masquerade")
 }
 
-/// And with another source port.
+/// Packets leave the host with another source port, too.
 fn other_port_of_the_source() -> anyhow::Result<()> {
     translated_source("snat to 10.77.0.9:7001-7009")
 }
 
 fn translated_source(statement: &str) -> anyhow::Result<()> {
     let far = veth()?;
-    // Where the far end sends its answers.
+    // The address to which the far end sends its answers.
     ip("addr add 10.77.0.9/24 dev near0")?;
     ip("addr add 198.51.100.1/32 dev lo")?;
     nft(&format!(
@@ -125,28 +127,29 @@ fn translated_source(statement: &str) -> anyhow::Result<()> {
            }}
          }}"
     ))?;
-    let traces = UdpTraces::start()?;
-    traces.also(&far)?;
-    let mut server = far.run(|| Talker::bind("server", format!("{FAR}:5000").parse()?))?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    collectors.also(&far)?;
+    let mut server = far.run(|| UdpActor::bind("server", format!("{FAR}:5000").parse()?))?;
+    let mut expected = Vec::new();
     for connected in [false, true] {
-        let mut client = Talker::bind("client", "198.51.100.1:0".parse()?)?;
+        let mut client = UdpActor::bind("client", "198.51.100.1:0".parse()?)?;
         if connected {
             client.connect(server.local())?;
         }
         let to = (!connected).then_some(server.local());
         converse(&mut client, to, &mut server)?;
-        lives.push(client.close()?);
+        expected.push(client.close()?);
     }
-    // Not translated: this one has the address of the link.
-    let mut plain = Talker::bind("plain", format!("{NEAR}:0").parse()?)?;
+    // Not translated, because it has the address of the link.
+    let mut plain = UdpActor::bind("plain", format!("{NEAR}:0").parse()?)?;
     let to = Some(server.local());
     converse(&mut plain, to, &mut server)?;
-    lives.extend([plain.close()?, server.close()?]);
-    traces.finish(&lives)
+    expected.extend([plain.close()?, server.close()?]);
+    collectors.finish(&expected)
 }
 
-/// Two addresses that lead to the same one are two peers of a socket, and so is that one.
+/// Two addresses that lead to the same backend are two peers of a socket, and the backend's own
+/// address is a third.
 fn one_backend_of_two_services() -> anyhow::Result<()> {
     nft("table ip services {
            chain output {
@@ -155,13 +158,13 @@ fn one_backend_of_two_services() -> anyhow::Result<()> {
              ip daddr 127.0.1.2 udp dport 80 dnat to 127.0.0.1:8080
            }
          }")?;
-    let traces = UdpTraces::start()?;
-    let mut server = Talker::bind("backend", "127.0.0.1:8080".parse()?)?;
-    let mut client = Talker::bind("client", "127.0.0.1:0".parse()?)?;
+    let collectors = UdpCollectors::start()?;
+    let mut server = UdpActor::bind("backend", "127.0.0.1:8080".parse()?)?;
+    let mut client = UdpActor::bind("client", "127.0.0.1:0".parse()?)?;
     for _ in 0..2 {
-        for asked in ["127.0.1.1:80", "127.0.0.1:8080", "127.0.1.2:80"] {
-            converse(&mut client, Some(asked.parse()?), &mut server)?;
+        for queried in ["127.0.1.1:80", "127.0.0.1:8080", "127.0.1.2:80"] {
+            converse(&mut client, Some(queried.parse()?), &mut server)?;
         }
     }
-    traces.finish(&[client.close()?, server.close()?])
+    collectors.finish(&[client.close()?, server.close()?])
 }

@@ -1,4 +1,5 @@
-//! Datagrams and their payload: exact, whatever call they went through; and what is no datagram is not counted.
+//! Counts of datagrams and their payload: exact, whatever call they went through. Anything else is
+//! not counted.
 
 use std::{
     fs,
@@ -9,11 +10,11 @@ use std::{
 use anyhow::ensure;
 use integration_tests::{
     actor::{Hold, Operation, ReceiveCall, Segmentation, SendCall, SocketOption, errno},
-    load::Load,
+    collector::Collector,
+    cpu_load::CpuLoad,
     suite::{Test, skip},
-    talker::Talker,
-    trace::Trace,
-    udp_scene::{Family, Site, UdpTraces, connected, everywhere},
+    udp_actor::UdpActor,
+    udp_pair::{Family, UdpCollectors, UdpPair, connected, everywhere},
 };
 use nix::errno::Errno;
 
@@ -59,70 +60,70 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// Payloads of every sort: the empty one, and one that is cut into IP fragments.
+/// Payloads of every sort, also an empty one, and one that is cut into IP fragments.
 const SIZES: &[usize] = &[10, 0, 1, 1_400, 9_000, 30_000];
 
 fn sendto() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom))
+    everywhere(|pair| exchange(pair, SendCall::SendTo, ReceiveCall::RecvFrom))
 }
 
 fn sendmsg() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendMsg, ReceiveCall::RecvFrom))
+    everywhere(|pair| exchange(pair, SendCall::SendMsg, ReceiveCall::RecvFrom))
 }
 
 fn sendmmsg() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendMmsg, ReceiveCall::RecvFrom))
+    everywhere(|pair| exchange(pair, SendCall::SendMmsg, ReceiveCall::RecvFrom))
 }
 
 fn send() -> anyhow::Result<()> {
-    connected(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom))
+    connected(|pair| exchange(pair, SendCall::SendTo, ReceiveCall::RecvFrom))
 }
 
 fn write() -> anyhow::Result<()> {
-    connected(|site| exchange(site, SendCall::Write, ReceiveCall::RecvFrom))
+    connected(|pair| exchange(pair, SendCall::Write, ReceiveCall::RecvFrom))
 }
 
-/// Which, unlike `write`, sends nothing when it is given nothing.
+/// Unlike `write`, `writev` sends nothing for an empty payload.
 fn writev() -> anyhow::Result<()> {
-    connected(|site| {
-        site.sender.send(SendCall::Writev, None, &[10, 1, 30_000])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 3)
+    connected(|pair| {
+        pair.sender.send(SendCall::Writev, None, &[10, 1, 30_000])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 3)
     })
 }
 
 fn recvfrom() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom))
+    everywhere(|pair| exchange(pair, SendCall::SendTo, ReceiveCall::RecvFrom))
 }
 
 fn recvmsg() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvMsg))
+    everywhere(|pair| exchange(pair, SendCall::SendTo, ReceiveCall::RecvMsg))
 }
 
 fn recvmmsg() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::RecvMmsg))
+    everywhere(|pair| exchange(pair, SendCall::SendTo, ReceiveCall::RecvMmsg))
 }
 
 fn recv() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::Recv))
+    everywhere(|pair| exchange(pair, SendCall::SendTo, ReceiveCall::Recv))
 }
 
 fn read() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::Read))
+    everywhere(|pair| exchange(pair, SendCall::SendTo, ReceiveCall::Read))
 }
 
 fn readv() -> anyhow::Result<()> {
-    everywhere(|site| exchange(site, SendCall::SendTo, ReceiveCall::Readv))
+    everywhere(|pair| exchange(pair, SendCall::SendTo, ReceiveCall::Readv))
 }
 
 fn io_uring_sendmsg_and_recvmsg() -> anyhow::Result<()> {
-    everywhere(|site| {
-        exchange(site, SendCall::Uring, ReceiveCall::Uring).or_else(skip_without_uring)
+    everywhere(|pair| {
+        exchange(pair, SendCall::Uring, ReceiveCall::Uring).or_else(skip_without_uring)
     })
 }
 
 fn io_uring_write_and_read() -> anyhow::Result<()> {
-    connected(|site| {
-        exchange(site, SendCall::UringWrite, ReceiveCall::UringRead).or_else(skip_without_uring)
+    connected(|pair| {
+        exchange(pair, SendCall::UringWrite, ReceiveCall::UringRead).or_else(skip_without_uring)
     })
 }
 
@@ -137,28 +138,28 @@ pub(crate) fn skip_without_uring(error: anyhow::Error) -> anyhow::Result<()> {
     Err(error)
 }
 
-/// The sender sends all, then the receiver receives all.
-fn exchange(site: &mut Site, send: SendCall, receive: ReceiveCall) -> anyhow::Result<()> {
-    site.sender.send(send, site.to(), SIZES)?;
-    site.receiver.receive(receive, SIZES.len())
+/// Lets the sender send all, then the receiver receive all.
+fn exchange(pair: &mut UdpPair, send: SendCall, receive: ReceiveCall) -> anyhow::Result<()> {
+    pair.sender.send(send, pair.to(), SIZES)?;
+    pair.receiver.receive(receive, SIZES.len())
 }
 
 fn both_directions() -> anyhow::Result<()> {
-    everywhere(|site| {
+    everywhere(|pair| {
         for _ in 0..3 {
-            exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom)?;
-            let sender = SocketAddr::new(site.family.loopback().ip(), site.sender.local().port());
-            let back = (!site.connected).then_some(sender);
-            site.receiver.send(SendCall::SendMsg, back, &[5, 50])?;
-            site.sender.receive(ReceiveCall::RecvMsg, 2)?;
+            exchange(pair, SendCall::SendTo, ReceiveCall::RecvFrom)?;
+            let sender = SocketAddr::new(pair.family.loopback().ip(), pair.sender.local().port());
+            let back = (!pair.connected).then_some(sender);
+            pair.receiver.send(SendCall::SendMsg, back, &[5, 50])?;
+            pair.sender.receive(ReceiveCall::RecvMsg, 2)?;
         }
         Ok(())
     })
 }
 
-/// Each is a datagram, through every call.
+/// Each empty payload is a datagram, through every call.
 fn empty_datagrams() -> anyhow::Result<()> {
-    everywhere(|site| {
+    everywhere(|pair| {
         const RECEIVE: [ReceiveCall; 6] = [
             ReceiveCall::RecvFrom,
             ReceiveCall::RecvMsg,
@@ -168,57 +169,57 @@ fn empty_datagrams() -> anyhow::Result<()> {
             ReceiveCall::Readv,
         ];
         let mut send = vec![SendCall::SendTo, SendCall::SendMsg, SendCall::SendMmsg];
-        if site.connected {
+        if pair.connected {
             send.push(SendCall::Write);
         }
         for (at, receive) in RECEIVE.into_iter().enumerate() {
-            site.sender
-                .send(send[at % send.len()], site.to(), &[0, 0])?;
-            site.receiver.receive(receive, 2)?;
+            pair.sender
+                .send(send[at % send.len()], pair.to(), &[0, 0])?;
+            pair.receiver.receive(receive, 2)?;
         }
         Ok(())
     })
 }
 
-/// However often a datagram is looked at, it is received once.
+/// However often an application peeks at a datagram, it is received once.
 fn peek() -> anyhow::Result<()> {
-    everywhere(|site| peek_then_receive(site, &[100, 1]))
+    everywhere(|pair| peek_then_receive(pair, &[100, 1]))
 }
 
 /// To the kernel, this looks like receiving one.
 fn peek_of_an_empty_datagram() -> anyhow::Result<()> {
-    everywhere(|site| peek_then_receive(site, &[0, 0]))
+    everywhere(|pair| peek_then_receive(pair, &[0, 0]))
 }
 
-fn peek_then_receive(site: &mut Site, sizes: &[usize]) -> anyhow::Result<()> {
-    site.sender.send(SendCall::SendTo, site.to(), sizes)?;
+fn peek_then_receive(pair: &mut UdpPair, sizes: &[usize]) -> anyhow::Result<()> {
+    pair.sender.send(SendCall::SendTo, pair.to(), sizes)?;
     for _ in sizes {
         for (with_address, room) in [(true, 200), (false, 200), (true, 10)] {
-            site.receiver.run(Operation::Peek { with_address, room })?;
+            pair.receiver.run(Operation::Peek { with_address, room })?;
         }
-        site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 1)?;
     }
-    // One that is looked at and never received.
-    site.sender.send(SendCall::SendTo, site.to(), &sizes[..1])?;
+    // A datagram that is peeked at and never received.
+    pair.sender.send(SendCall::SendTo, pair.to(), &sizes[..1])?;
     let peek = Operation::Peek {
         with_address: true,
         room: 200,
     };
-    site.receiver.run(peek).map(drop)
+    pair.receiver.run(peek).map(drop)
 }
 
-/// What does not fit was not received, and the rest of the datagram is gone.
+/// Bytes that do not fit are not received, and the rest of the datagram is lost.
 fn buffer_too_small() -> anyhow::Result<()> {
-    everywhere(|site| {
-        site.sender
-            .send(SendCall::SendTo, site.to(), &[100, 100, 100, 100])?;
+    everywhere(|pair| {
+        pair.sender
+            .send(SendCall::SendTo, pair.to(), &[100, 100, 100, 100])?;
         for (by, room) in [
             (ReceiveCall::RecvFrom, 40),
             (ReceiveCall::RecvMsg, 0),
             (ReceiveCall::RecvMmsg, 99),
             (ReceiveCall::Recv, 1),
         ] {
-            site.receiver
+            pair.receiver
                 .run(Operation::Receive { by, count: 1, room })?;
         }
         Ok(())
@@ -227,10 +228,10 @@ fn buffer_too_small() -> anyhow::Result<()> {
 
 /// The call returns the size of the datagram, and that counts.
 fn msg_trunc() -> anyhow::Result<()> {
-    everywhere(|site| {
-        site.sender.send(SendCall::SendTo, site.to(), &[100, 30])?;
+    everywhere(|pair| {
+        pair.sender.send(SendCall::SendTo, pair.to(), &[100, 30])?;
         for bytes in [100, 30] {
-            let transfers = site
+            let transfers = pair
                 .receiver
                 .run(Operation::ReceiveTruncated { room: 40 })?;
             ensure!(transfers[0].bytes == bytes, "{transfers:?}");
@@ -247,22 +248,22 @@ fn udp_cork() -> anyhow::Result<()> {
     pieces(Hold::Cork)
 }
 
-/// Several calls, one datagram.
+/// Sends one datagram by several calls.
 fn pieces(held_by: Hold) -> anyhow::Result<()> {
-    everywhere(|site| {
+    everywhere(|pair| {
         for sizes in [&[10, 15][..], &[0, 0], &[1_000, 0, 2_000, 3], &[7]] {
-            site.sender.send_pieces(held_by, site.to(), sizes)?;
-            site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+            pair.sender.send_pieces(held_by, pair.to(), sizes)?;
+            pair.receiver.receive(ReceiveCall::RecvFrom, 1)?;
         }
-        exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom)
+        exchange(pair, SendCall::SendTo, ReceiveCall::RecvFrom)
     })
 }
 
 fn unfinished_datagram_is_not_sent() -> anyhow::Result<()> {
-    everywhere(|site| {
-        exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom)?;
-        let to = site.to();
-        site.sender
+    everywhere(|pair| {
+        exchange(pair, SendCall::SendTo, ReceiveCall::RecvFrom)?;
+        let to = pair.to();
+        pair.sender
             .run(Operation::SendUnfinished { to, size: 10 })
             .map(drop)
     })
@@ -276,9 +277,10 @@ fn udp_segment_by_control_message() -> anyhow::Result<()> {
     segments(Segmentation::ControlMessage)
 }
 
-/// One call, several datagrams; the last one may be shorter, and what is not larger than a segment is one datagram.
+/// Sends several datagrams by one call. The last one may be shorter, and a payload that is not
+/// larger than a segment is one datagram.
 fn segments(by: Segmentation) -> anyhow::Result<()> {
-    everywhere(|site| {
+    everywhere(|pair| {
         for (bytes, segment, datagrams) in [
             (2_200, 500, 5),
             (1_000, 300, 4),
@@ -287,21 +289,21 @@ fn segments(by: Segmentation) -> anyhow::Result<()> {
             (500, 500, 1),
             (501, 500, 2),
         ] {
-            site.sender.send_segments(by, site.to(), bytes, segment)?;
-            site.receiver.receive(ReceiveCall::RecvFrom, datagrams)?;
+            pair.sender.send_segments(by, pair.to(), bytes, segment)?;
+            pair.receiver.receive(ReceiveCall::RecvFrom, datagrams)?;
         }
         Ok(())
     })
 }
 
-/// Received as one, if the kernel has merged it.
+/// Received as one message, if the kernel has merged them.
 fn udp_gro() -> anyhow::Result<()> {
-    everywhere(|site| {
-        site.receiver.set(SocketOption::Merge)?;
+    everywhere(|pair| {
+        pair.receiver.set(SocketOption::Merge)?;
         for (bytes, segment) in [(2_200, 500), (60_000, 1_000), (100, 500)] {
-            site.sender
-                .send_segments(Segmentation::ControlMessage, site.to(), bytes, segment)?;
-            site.receiver.run(Operation::ReceiveMerged {
+            pair.sender
+                .send_segments(Segmentation::ControlMessage, pair.to(), bytes, segment)?;
+            pair.receiver.run(Operation::ReceiveMerged {
                 bytes: bytes as u64,
             })?;
         }
@@ -311,13 +313,13 @@ fn udp_gro() -> anyhow::Result<()> {
 
 /// A datagram that comes back with an error was not received.
 fn error_queue() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
         for connected in [false, true] {
-            let mut sender = Talker::open("sender", family.loopback())?;
+            let mut sender = UdpActor::open("sender", family.loopback())?;
             sender.set(SocketOption::ErrorQueue)?;
-            let to = nobody(family);
+            let to = closed_port(family);
             if connected {
                 sender.connect(to)?;
             }
@@ -326,38 +328,38 @@ fn error_queue() -> anyhow::Result<()> {
                 sender.send(SendCall::SendTo, to, &[10])?;
                 sender.run(Operation::TakeError)?;
             }
-            lives.push(sender.close()?);
+            expected.push(sender.close()?);
         }
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
-/// Where nobody receives.
-fn nobody(family: Family) -> SocketAddr {
+/// Returns an address at which no socket receives.
+fn closed_port(family: Family) -> SocketAddr {
     SocketAddr::new(family.loopback().ip(), 1)
 }
 
 fn too_large_is_not_sent() -> anyhow::Result<()> {
-    everywhere(|site| {
+    everywhere(|pair| {
         for by in [SendCall::SendTo, SendCall::SendMsg, SendCall::SendMmsg] {
             let send = Operation::Send {
                 by,
-                to: site.to(),
+                to: pair.to(),
                 sizes: vec![70_000],
             };
-            ensure!(site.sender.fail(send)? == Errno::EMSGSIZE as i32);
+            ensure!(pair.sender.fail(send)? == Errno::EMSGSIZE as i32);
         }
-        exchange(site, SendCall::SendTo, ReceiveCall::RecvFrom)
+        exchange(pair, SendCall::SendTo, ReceiveCall::RecvFrom)
     })
 }
 
 /// The error of a datagram that was sent makes the next call fail, which sends or receives nothing.
 fn refused_is_not_sent() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
-        let mut sender = Talker::open("sender", family.loopback())?;
-        sender.connect(nobody(family))?;
+        let mut sender = UdpActor::open("sender", family.loopback())?;
+        sender.connect(closed_port(family))?;
         for by in [SendCall::SendTo, SendCall::SendMsg, SendCall::Write] {
             sender.send(by, None, &[10])?;
             refuse(&mut sender, by)?;
@@ -369,13 +371,13 @@ fn refused_is_not_sent() -> anyhow::Result<()> {
             room: 100,
         };
         ensure!(sender.fail(receive)? == Errno::ECONNREFUSED as i32);
-        lives.push(sender.close()?);
+        expected.push(sender.close()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
 /// Sends until it fails: a busy machine may take its time to refuse.
-fn refuse(sender: &mut Talker, by: SendCall) -> anyhow::Result<()> {
+fn refuse(sender: &mut UdpActor, by: SendCall) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(10);
     while Instant::now() < deadline {
         match sender.send(by, None, &[20]) {
@@ -387,20 +389,20 @@ fn refuse(sender: &mut Talker, by: SendCall) -> anyhow::Result<()> {
     anyhow::bail!("never refused")
 }
 
-/// What the application never got is not received, but dropped.
+/// Datagrams that the application never got are not received, but dropped.
 fn full_receive_buffer() -> anyhow::Result<()> {
     const SENT: u64 = 20;
-    everywhere(|site| {
-        site.receiver.set(SocketOption::ReceiveBuffer(1))?;
+    everywhere(|pair| {
+        pair.receiver.set(SocketOption::ReceiveBuffer(1))?;
         for round in 1..=2 {
-            site.sender
-                .send(SendCall::SendTo, site.to(), &[1_000; SENT as usize])?;
+            pair.sender
+                .send(SendCall::SendTo, pair.to(), &[1_000; SENT as usize])?;
             // A busy machine may take its time to deliver.
             let deadline = Instant::now() + Duration::from_secs(10);
             loop {
-                site.receiver.run(Operation::Drain)?;
-                let drops = site.receiver.drops()?;
-                let received = site.receiver.life.totals().rx_packets;
+                pair.receiver.run(Operation::Drain)?;
+                let drops = pair.receiver.drops()?;
+                let received = pair.receiver.expected.totals().rx_packets;
                 if received + drops == round * SENT {
                     ensure!(received > 0 && drops > 0, "{received} and {drops} drops");
                     break;
@@ -416,14 +418,14 @@ fn full_receive_buffer() -> anyhow::Result<()> {
 }
 
 fn unread_datagrams_are_not_received() -> anyhow::Result<()> {
-    everywhere(|site| {
-        site.sender
-            .send(SendCall::SendTo, site.to(), &[10, 20, 30])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 1)
+    everywhere(|pair| {
+        pair.sender
+            .send(SendCall::SendTo, pair.to(), &[10, 20, 30])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 1)
     })
 }
 
-/// A VM without hardware support is slow.
+/// Returns a number of datagrams. A VM without hardware support is slow.
 fn many() -> anyhow::Result<u64> {
     let is_emulated = fs::read_to_string("/proc/cmdline")?.contains("tut_vm");
     Ok(if is_emulated { 100_000 } else { 1_000_000 })
@@ -434,35 +436,35 @@ fn a_million_datagrams_at_full_speed() -> anyhow::Result<()> {
     flood(1, many()?)
 }
 
-/// The same in both directions and on several sockets at once, while every CPU is busy: the programs of the tracer
-/// interrupt each other wherever that is possible.
+/// The same in both directions and on several sockets at once, while every CPU is busy. The
+/// programs of the tracer interrupt each other wherever that is possible.
 fn eight_sockets_at_full_speed_under_load() -> anyhow::Result<()> {
-    let _load = Load::on_every_cpu();
+    let _load = CpuLoad::on_every_cpu();
     flood(4, many()? / 20)
 }
 
 fn flood(pairs: usize, count: u64) -> anyhow::Result<()> {
-    let trace = Trace::start_udp()?;
-    let handle = trace.handle().clone();
-    let mut sites = (0..pairs)
-        .map(|at| Site::new(Family::ALL[at % Family::ALL.len()], true))
+    let collector = Collector::start_udp()?;
+    let handle = collector.handle().clone();
+    let mut pairs = (0..pairs)
+        .map(|at| UdpPair::new(Family::ALL[at % Family::ALL.len()], true))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let began = Instant::now();
-    for site in &mut sites {
-        site.receiver.begin(Operation::Absorb)?;
-        site.sender.begin(Operation::Flood { count, size: 64 })?;
+    for pair in &mut pairs {
+        pair.receiver.begin(Operation::Absorb)?;
+        pair.sender.begin(Operation::Flood { count, size: 64 })?;
     }
-    let mut lives = Vec::new();
-    for mut site in sites {
-        site.sender.finish()?;
-        site.receiver.finish()?;
-        let drops = site.receiver.drops()?;
-        let [sender, receiver] = site.close()?;
+    let mut expected = Vec::new();
+    for mut pair in pairs {
+        pair.sender.finish()?;
+        pair.receiver.finish()?;
+        let drops = pair.receiver.drops()?;
+        let [sender, receiver] = pair.close()?;
         let (sent, received) = (sender.totals().tx_packets, receiver.totals().rx_packets);
         eprintln!("{sent} sent, {received} received, {drops} dropped");
         ensure!(sent > count && received > 0);
-        lives.extend([sender, receiver]);
+        expected.extend([sender, receiver]);
     }
     eprintln!("in {:.1?}; {:?}", began.elapsed(), handle.stats());
-    trace.finish_udp(lives.len())?.check_all(&lives)
+    collector.finish_udp(expected.len())?.check_all(&expected)
 }

@@ -1,4 +1,4 @@
-//! The other side of each datagram, also on sockets that are connected to nobody; and when a flow is reported.
+//! The peer of each datagram, also on unconnected sockets, and the times of a flow's reports.
 
 use std::{
     collections::BTreeMap,
@@ -12,14 +12,14 @@ use std::{
 use anyhow::{bail, ensure};
 use integration_tests::{
     actor::{Operation, ReceiveCall, SendCall, SocketOption, receive_queue},
+    collector::{Collector, show},
+    expected_udp::ExpectedUdp,
     flow_sums::last_reports,
     kernel::is_at_least,
     netns::{NEAR, ip, veth},
     suite::{Test, skip},
-    talker::Talker,
-    trace::{Trace, show},
-    udp_life::UdpLife,
-    udp_scene::{Family, Site, UdpTraces},
+    udp_actor::UdpActor,
+    udp_pair::{Family, UdpCollectors, UdpPair},
 };
 use nix::{
     errno::Errno,
@@ -60,20 +60,20 @@ const INTERVAL: Duration = tcp_udp_trace::DEFAULT_INTERVAL;
 /// How long datagrams may be under way.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The address of a talker as its peers see it.
-fn seen(talker: &Talker, ip: IpAddr) -> SocketAddr {
-    SocketAddr::new(ip, talker.local().port())
+/// Returns the address of an actor's socket as its peers see it.
+fn seen(actor: &UdpActor, ip: IpAddr) -> SocketAddr {
+    SocketAddr::new(ip, actor.local().port())
 }
 
-/// One unconnected socket, a flow for each client.
+/// One unconnected socket has a flow for each client.
 fn one_server_and_its_clients() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
         let address = family.loopback();
-        let mut server = Talker::bind("server", address)?;
+        let mut server = UdpActor::bind("server", address)?;
         let mut clients = (0..5)
-            .map(|_| Talker::open("client", address))
+            .map(|_| UdpActor::open("client", address))
             .collect::<anyhow::Result<Vec<_>>>()?;
         for round in 1..=3 {
             for (at, client) in clients.iter_mut().enumerate() {
@@ -84,17 +84,17 @@ fn one_server_and_its_clients() -> anyhow::Result<()> {
                 client.receive(ReceiveCall::RecvMsg, 2)?;
             }
         }
-        lives.push(server.close()?);
+        expected.push(server.close()?);
         for client in clients {
-            lives.push(client.close()?);
+            expected.push(client.close()?);
         }
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
-/// A socket that is bound to no address has a flow for each of its addresses that a peer writes to.
+/// A socket that is bound to no address has a flow for each of its addresses that a peer sends to.
 fn one_server_with_two_addresses() -> anyhow::Result<()> {
-    let trace = Trace::start_udp()?;
+    let collector = Collector::start_udp()?;
     let server = UdpSocket::bind("0.0.0.0:0")?;
     setsockopt(&server, sockopt::Ipv4PacketInfo, &true)?;
     let client = UdpSocket::bind(Family::V4.loopback())?;
@@ -117,13 +117,13 @@ fn one_server_with_two_addresses() -> anyhow::Result<()> {
     }
     let at = server.local_addr()?;
     drop((server, client));
-    if !trace.names_every_peer() {
-        // Both are one flow: of a receive, the hook does not tell the address of this side.
+    if !collector.names_every_peer() {
+        // Both are one flow: the hook of a receive does not report the local address.
         expected.retain(|(local, _), _| *local == peer);
         expected.insert((at, peer), (24, 32));
     }
-    trace.wait_closed(2)?;
-    let events = trace.finish_all()?;
+    collector.wait_closed(2)?;
+    let events = collector.finish_all()?;
     let flows = last_reports(&events);
     ensure!(
         flows == expected,
@@ -156,14 +156,14 @@ fn answer_from(socket: &UdpSocket, ip: Ipv4Addr, to: SocketAddr) -> anyhow::Resu
     Ok(())
 }
 
-/// One socket of IPv6 with a peer of each family.
+/// One IPv6 socket with a peer of each family.
 fn dual_stack_server() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut server = Talker::bind("server", "[::]:0".parse()?)?;
+    let collectors = UdpCollectors::start()?;
+    let mut server = UdpActor::bind("server", "[::]:0".parse()?)?;
     let port = server.local().port();
-    let mut lives = Vec::new();
+    let mut expected = Vec::new();
     for family in Family::ALL {
-        let mut client = Talker::open("client", family.loopback())?;
+        let mut client = UdpActor::open("client", family.loopback())?;
         let to = SocketAddr::new(family.loopback().ip(), port);
         client.send(SendCall::SendTo, Some(to), &[10, 20])?;
         server.receive(ReceiveCall::RecvMsg, 2)?;
@@ -173,77 +173,78 @@ fn dual_stack_server() -> anyhow::Result<()> {
         };
         server.send(SendCall::SendTo, Some(seen(&client, ip)), &[30])?;
         client.receive(ReceiveCall::RecvFrom, 1)?;
-        lives.push(client.close()?);
+        expected.push(client.close()?);
     }
-    lives.push(server.close()?);
-    traces.finish(&lives)
+    expected.push(server.close()?);
+    collectors.finish(&expected)
 }
 
-/// An address that is given with the datagram goes before that of the connect.
+/// An address that is given with the datagram takes precedence over that of the connect.
 fn connected_socket_that_sends_elsewhere() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
-        let mut site = Site::new(family, true)?;
-        let mut other = Talker::bind("other", family.loopback())?;
-        site.sender.send(SendCall::SendTo, None, &[1])?;
+        let mut pair = UdpPair::new(family, true)?;
+        let mut other = UdpActor::bind("other", family.loopback())?;
+        pair.sender.send(SendCall::SendTo, None, &[1])?;
         for by in [SendCall::SendTo, SendCall::SendMsg, SendCall::SendMmsg] {
-            site.sender.send(by, Some(other.local()), &[10, 20])?;
+            pair.sender.send(by, Some(other.local()), &[10, 20])?;
             other.receive(ReceiveCall::RecvFrom, 2)?;
         }
-        site.sender.send(SendCall::SendTo, None, &[2])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 2)?;
-        lives.push(other.close()?);
-        lives.extend(site.close()?);
+        pair.sender.send(SendCall::SendTo, None, &[2])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 2)?;
+        expected.push(other.close()?);
+        expected.extend(pair.close()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
 /// Two flows and two connects of one socket, which is closed once.
 fn connect_to_another_peer() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
-        let mut site = Site::new(family, true)?;
-        let mut other = Talker::bind("other", family.loopback())?;
-        site.sender.send(SendCall::SendTo, None, &[1, 2])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 2)?;
-        site.sender.connect(other.local())?;
-        site.sender.send(SendCall::SendTo, None, &[10, 20])?;
+        let mut pair = UdpPair::new(family, true)?;
+        let mut other = UdpActor::bind("other", family.loopback())?;
+        pair.sender.send(SendCall::SendTo, None, &[1, 2])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 2)?;
+        pair.sender.connect(other.local())?;
+        pair.sender.send(SendCall::SendTo, None, &[10, 20])?;
         other.receive(ReceiveCall::RecvFrom, 2)?;
-        lives.push(other.close()?);
-        lives.extend(site.close()?);
+        expected.push(other.close()?);
+        expected.extend(pair.close()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
-/// By the thread that asks, and by a worker.
+/// Connects by the thread that submits the request, and by a worker.
 fn connect_by_io_uring() -> anyhow::Result<()> {
     if !is_at_least(5, 18)? {
-        return skip("this kernel does not tell which request of io_uring has ended");
+        return skip("this kernel does not report which request of io_uring has ended");
     }
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
         for worker in [false, true] {
-            let mut server = Talker::bind("server", family.loopback())?;
-            let mut client = Talker::open("client", family.loopback())?;
+            let mut server = UdpActor::bind("server", family.loopback())?;
+            let mut client = UdpActor::open("client", family.loopback())?;
             client
                 .connect_in_ring(server.local(), worker)
                 .or_else(skip_without_uring)?;
             client.send(SendCall::Write, None, &[10])?;
             server.receive(ReceiveCall::RecvFrom, 1)?;
-            lives.extend([client.close()?, server.close()?]);
+            expected.extend([client.close()?, server.close()?]);
         }
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
-/// What waits to be received when a socket gets its peer came from anybody. It is never charged to the peer.
+/// Datagrams that wait in the queue when a socket gets its peer may come from any sender. They
+/// never count as the peer's.
 fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
-    for tells in [true, false] {
+    for returns_peer in [true, false] {
         for family in Family::ALL {
-            let trace = Trace::start_udp()?;
+            let collector = Collector::start_udp()?;
             let bind = || UdpSocket::bind(family.loopback());
             let (server, peer, other) = (bind()?, bind()?, bind()?);
             let at = server.local_addr()?;
@@ -263,19 +264,19 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
             server.connect(first)?;
             peer.send_to(&[0; 100], at)?;
             for _ in 0..7 {
-                if tells {
+                if returns_peer {
                     server.recv_from(&mut [0; 200])?;
                 } else {
                     server.recv(&mut [0; 200])?;
                 }
             }
             drop(server);
-            trace.wait_closed(1)?;
-            let names_every_peer = trace.names_every_peer() || tells;
+            collector.wait_closed(1)?;
+            let names_every_peer = collector.names_every_peer() || returns_peer;
             let ports = [at, first, other.local_addr()?].map(|address| address.port());
             drop((peer, other));
-            trace.wait_closed(3)?;
-            let received = trace.finish_all()?.into_iter().filter(|event| {
+            collector.wait_closed(3)?;
+            let received = collector.finish_all()?.into_iter().filter(|event| {
                 matches!(event.kind, EventKind::Flow { last: true, .. })
                     && event.socket.local.port() == ports[0]
             });
@@ -296,13 +297,13 @@ fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// By an address of no family: the socket has no peer again, and stays the same socket.
+/// Connecting to an address of no family removes the peer. The socket stays the same.
 fn disconnect() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
-        let mut server = Talker::bind("server", family.loopback())?;
-        let mut client = Talker::open("client", family.loopback())?;
+        let mut server = UdpActor::bind("server", family.loopback())?;
+        let mut client = UdpActor::open("client", family.loopback())?;
         client.connect(server.local())?;
         client.send(SendCall::Write, None, &[10])?;
         server.receive(ReceiveCall::RecvFrom, 1)?;
@@ -311,14 +312,14 @@ fn disconnect() -> anyhow::Result<()> {
         client.send(SendCall::SendTo, Some(server.local()), &[20])?;
         server.receive(ReceiveCall::RecvFrom, 1)?;
         client.disconnect()?;
-        lives.extend([client.close()?, server.close()?]);
+        expected.extend([client.close()?, server.close()?]);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
 fn failed_connect_is_no_event() -> anyhow::Result<()> {
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for (to, errno) in [
         ("127.255.255.255:9", Errno::EACCES),
         ("192.0.2.1:9", Errno::ENETUNREACH),
@@ -326,26 +327,26 @@ fn failed_connect_is_no_event() -> anyhow::Result<()> {
         ("[2001:db8::1]:9", Errno::ENETUNREACH),
     ] {
         let to: SocketAddr = to.parse()?;
-        let mut client = Talker::open("client", to)?;
+        let mut client = UdpActor::open("client", to)?;
         let failed = client.fail_to_connect(to)?;
         ensure!(failed == errno as i32, "{to}: {failed}");
-        lives.push(client.close()?);
+        expected.push(client.close()?);
     }
     // After a failure, and after another peer.
     for family in Family::ALL {
-        let mut site = Site::new(family, true)?;
+        let mut pair = UdpPair::new(family, true)?;
         let unreachable = match family {
             Family::V4 => "192.0.2.1:9",
             Family::V6 => "[2001:db8::1]:9",
             Family::Mapped => "[::ffff:192.0.2.1]:9",
         };
-        site.sender.fail_to_connect(unreachable.parse()?)?;
-        let to = Some(site.receiver.local());
-        site.sender.send(SendCall::SendTo, to, &[10])?;
-        site.receiver.receive(ReceiveCall::RecvFrom, 1)?;
-        lives.extend(site.close()?);
+        pair.sender.fail_to_connect(unreachable.parse()?)?;
+        let to = Some(pair.receiver.local());
+        pair.sender.send(SendCall::SendTo, to, &[10])?;
+        pair.receiver.receive(ReceiveCall::RecvFrom, 1)?;
+        expected.extend(pair.close()?);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
 /// The port of the groups.
@@ -359,7 +360,8 @@ fn multicast_v6() -> anyhow::Result<()> {
     multicast("fd77::1".parse()?, "ff05::123".parse()?)
 }
 
-/// A datagram to a group is one datagram for its sender and one for each receiver, of which one is on the same machine.
+/// A datagram to a group is one datagram for its sender and one for each receiver, of which one is
+/// on the same machine.
 fn multicast(source: IpAddr, group: IpAddr) -> anyhow::Result<()> {
     let far = veth()?;
     if source.is_ipv6() {
@@ -367,8 +369,8 @@ fn multicast(source: IpAddr, group: IpAddr) -> anyhow::Result<()> {
     }
     let near_index = if_nametoindex("near0")?;
     let far_index = far.run(|| Ok(if_nametoindex("far0")?))?;
-    let traces = UdpTraces::start()?;
-    traces.also(&far)?;
+    let collectors = UdpCollectors::start()?;
+    collectors.also(&far)?;
 
     let any = if source.is_ipv6() {
         "[::]:0"
@@ -377,11 +379,11 @@ fn multicast(source: IpAddr, group: IpAddr) -> anyhow::Result<()> {
     }
     .parse::<SocketAddr>()?;
     let at = SocketAddr::new(any.ip(), PORT);
-    let mut near_receiver = Talker::bind("near", at)?;
+    let mut near_receiver = UdpActor::bind("near", at)?;
     near_receiver.set(SocketOption::Join(group, near_index))?;
-    let mut far_receiver = far.run(|| Talker::bind("far", at))?;
+    let mut far_receiver = far.run(|| UdpActor::bind("far", at))?;
     far_receiver.set(SocketOption::Join(group, far_index))?;
-    let mut sender = Talker::bind("sender", SocketAddr::new(source, 0))?;
+    let mut sender = UdpActor::bind("sender", SocketAddr::new(source, 0))?;
     if source.is_ipv6() {
         sender.set(SocketOption::MulticastTo(near_index))?;
     }
@@ -390,22 +392,22 @@ fn multicast(source: IpAddr, group: IpAddr) -> anyhow::Result<()> {
     for receiver in [&mut near_receiver, &mut far_receiver] {
         receiver.receive(ReceiveCall::RecvFrom, 3)?;
     }
-    traces.finish(&[
+    collectors.finish(&[
         sender.close()?,
         near_receiver.close()?,
         far_receiver.close()?,
     ])
 }
 
-/// Counts as multicasts do; and it is not sent without permission.
+/// Broadcasts count as multicasts do, and are not sent without permission.
 fn broadcast() -> anyhow::Result<()> {
     let far = veth()?;
-    let traces = UdpTraces::start()?;
-    traces.also(&far)?;
+    let collectors = UdpCollectors::start()?;
+    collectors.also(&far)?;
     let at = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), PORT);
-    let mut near_receiver = Talker::bind("near", at)?;
-    let mut far_receiver = far.run(|| Talker::bind("far", at))?;
-    let mut sender = Talker::bind("sender", SocketAddr::new(NEAR.parse()?, 0))?;
+    let mut near_receiver = UdpActor::bind("near", at)?;
+    let mut far_receiver = far.run(|| UdpActor::bind("far", at))?;
+    let mut sender = UdpActor::bind("sender", SocketAddr::new(NEAR.parse()?, 0))?;
     let to: SocketAddr = format!("10.77.0.255:{PORT}").parse()?;
     let send = Operation::Send {
         by: SendCall::SendTo,
@@ -420,7 +422,7 @@ fn broadcast() -> anyhow::Result<()> {
     for receiver in [&mut near_receiver, &mut far_receiver] {
         receiver.receive(ReceiveCall::RecvFrom, 3)?;
     }
-    traces.finish(&[
+    collectors.finish(&[
         sender.close()?,
         near_receiver.close()?,
         far_receiver.close()?,
@@ -428,33 +430,34 @@ fn broadcast() -> anyhow::Result<()> {
 }
 
 fn ten_thousand_peers() -> anyhow::Result<()> {
-    let trace = Trace::start_udp()?;
-    let lives = crowd(10_000)?;
-    let handle = trace.handle().clone();
-    trace.finish_udp(lives.len())?.check_all(&lives)?;
+    let collector = Collector::start_udp()?;
+    let expected = crowd(10_000)?;
+    let handle = collector.handle().clone();
+    collector.finish_udp(expected.len())?.check_all(&expected)?;
     let stats = handle.stats();
     ensure!(stats.flows_evicted == 0, "{stats:?}");
     Ok(())
 }
 
-/// What does not fit is forgotten and counted; the totals of the socket stay exact.
+/// Flows beyond the limit are forgotten and counted. The totals of the socket stay exact.
 fn more_peers_than_flows_are_remembered() -> anyhow::Result<()> {
-    let trace = Trace::start_udp_with(|builder| builder.max_flows(1_000))?;
-    // However late the reader is, all of them fit into the kernel's map, which has room for 16,384 more.
-    let lives = crowd(4_000)?.map(UdpLife::evicted);
-    let handle = trace.handle().clone();
-    trace.finish_udp(lives.len())?.check_all(&lives)?;
+    let collector = Collector::start_udp_with(|builder| builder.max_flows(1_000))?;
+    // However late the reader is, all of them fit into the kernel's map, which has room for 16,384
+    // more.
+    let expected = crowd(4_000)?.map(ExpectedUdp::evicted);
+    let handle = collector.handle().clone();
+    collector.finish_udp(expected.len())?.check_all(&expected)?;
     let stats = handle.stats();
     ensure!(stats.flows_evicted > 0, "{stats:?}");
     Ok(())
 }
 
-/// One socket sends from each of many addresses of the loopback network to another one, which are all
-/// those of one other socket. It does so twice.
-fn crowd(addresses: u16) -> anyhow::Result<[UdpLife; 2]> {
+/// Sends twice from each of many addresses of the loopback network to another one. One socket has
+/// all the sources, another all the destinations.
+fn crowd(addresses: u16) -> anyhow::Result<[ExpectedUdp; 2]> {
     let any = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
-    let mut sender = Talker::bind("sender", any)?;
-    let mut receiver = Talker::bind("receiver", any)?;
+    let mut sender = UdpActor::bind("sender", any)?;
+    let mut receiver = UdpActor::bind("receiver", any)?;
     receiver.set(SocketOption::LargeReceiveBuffer(64 << 20))?;
     let port = receiver.local().port();
     for _ in 0..2 {
@@ -464,13 +467,13 @@ fn crowd(addresses: u16) -> anyhow::Result<[UdpLife; 2]> {
     Ok([sender.close()?, receiver.close()?])
 }
 
-/// What came within the interval after a report is reported at its end, although nothing more comes.
+/// Datagrams within the interval after a report are reported at its end, although no more come.
 fn idle_flow_is_reported() -> anyhow::Result<()> {
-    let trace = Trace::start_udp()?;
-    let mut site = Site::new(Family::V4, false)?;
-    let to = Some(site.receiver.local());
-    site.sender.send(SendCall::SendTo, to, &[10])?;
-    let port = site.sender.local().port();
+    let collector = Collector::start_udp()?;
+    let mut pair = UdpPair::new(Family::V4, false)?;
+    let to = Some(pair.receiver.local());
+    pair.sender.send(SendCall::SendTo, to, &[10])?;
+    let port = pair.sender.local().port();
     let sent = |packets| {
         move |event: &Event| {
             is_flow(event)
@@ -478,25 +481,25 @@ fn idle_flow_is_reported() -> anyhow::Result<()> {
                 && event.traffic.tx_packets == packets
         }
     };
-    trace.wait_for("report of the first datagram", sent(1))?;
-    site.sender.send(SendCall::SendTo, to, &[1, 2, 3, 4])?;
-    trace.wait_for("report of the other four", sent(5))?;
-    // The receiver has not received anything yet: it has no flow.
-    site.receiver.receive(ReceiveCall::RecvFrom, 5)?;
-    let lives = site.close()?;
-    trace.finish_udp(2)?.check_all(&lives)
+    collector.wait_for("report of the first datagram", sent(1))?;
+    pair.sender.send(SendCall::SendTo, to, &[1, 2, 3, 4])?;
+    collector.wait_for("report of the other four", sent(5))?;
+    // The receiver has not received anything yet, so it has no flow.
+    pair.receiver.receive(ReceiveCall::RecvFrom, 5)?;
+    let expected = pair.close()?;
+    collector.finish_udp(2)?.check_all(&expected)
 }
 
 fn one_report_per_interval() -> anyhow::Result<()> {
     /// By how much two reports may be closer than the interval.
     const TOLERANCE: Duration = Duration::from_millis(10);
-    let trace = Trace::start_udp()?;
-    let mut site = Site::new(Family::V4, true)?;
-    site.sender.pace(None, 61, Duration::from_millis(50), 10)?;
-    site.receiver.receive(ReceiveCall::RecvFrom, 61)?;
-    let lives = site.close()?;
-    let mut seen = trace.finish_udp(2)?;
-    let events = seen.check(&lives[0])?;
+    let collector = Collector::start_udp()?;
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.pace(None, 61, Duration::from_millis(50), 10)?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 61)?;
+    let expected = pair.close()?;
+    let mut seen = collector.finish_udp(2)?;
+    let events = seen.check(&expected[0])?;
     let reports: Vec<_> = events.iter().filter(|event| is_flow(event)).collect();
     ensure!(
         (3..=5).contains(&reports.len()),
@@ -504,7 +507,7 @@ fn one_report_per_interval() -> anyhow::Result<()> {
         reports.len(),
         show(&events)
     );
-    // The last one is for the end of the socket.
+    // The last report is for the end of the socket.
     let (_, regular) = reports.split_last().expect("there are three");
     for pair in regular.windows(2) {
         let between = pair[1].uptime - pair[0].uptime;
@@ -514,7 +517,7 @@ fn one_report_per_interval() -> anyhow::Result<()> {
             show(&events)
         );
     }
-    seen.check_all(&lives[1..])
+    seen.check_all(&expected[1..])
 }
 
 fn is_flow(event: &Event) -> bool {

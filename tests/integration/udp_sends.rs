@@ -1,4 +1,4 @@
-//! What is sent, is what a send call says that it sent.
+//! Sent datagrams are those that a send call reports as sent.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -14,8 +14,8 @@ use integration_tests::{
     netns::{NEAR, ip, veth},
     refusal::Refusal,
     suite::{Test, skip},
-    talker::Talker,
-    udp_scene::{Family, UdpTraces},
+    udp_actor::UdpActor,
+    udp_pair::{Family, UdpCollectors},
 };
 use nix::{errno::Errno, net::if_::if_nametoindex};
 
@@ -30,18 +30,18 @@ pub(crate) fn trials() -> Vec<Test> {
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The send fails after the hook that counts: neither the socket nor the flow has sent anything,
+/// The send fails after the hook that counts. Neither the socket nor the flow has sent anything,
 /// and there is no event of a send.
 fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
     if !is_at_least(5, 18)? {
         return skip("this kernel does not say why it drops a packet");
     }
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for family in Family::ALL {
         for connected in [false, true] {
             let address = family.loopback();
-            let mut receiver = Talker::bind("receiver", address)?;
+            let mut receiver = UdpActor::bind("receiver", address)?;
             let name = format!("refused-{family:?}-{connected}");
             let Some(cgroup) = Cgroup::new(&name)? else {
                 return skip("no cgroup v2");
@@ -49,7 +49,7 @@ fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
             // A socket belongs to the cgroup in which it was made.
             let actor = Actor::spawn("refused")?;
             cgroup.adopt(actor.pid())?;
-            let mut sender = Talker::with(actor, address)?;
+            let mut sender = UdpActor::with(actor, address)?;
             if connected {
                 sender.connect(receiver.local())?;
             }
@@ -63,7 +63,7 @@ fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
                 ensure!(failed == Errno::EPERM as i32, "{failed}");
             }
             drop(refusal);
-            // A process that another test has just forked may keep it for a moment.
+            // A process that another test has just forked may keep the descriptor for a moment.
             let deadline = Instant::now() + PATIENCE;
             while let Err(error) = sender.send(SendCall::SendTo, to, &[20]) {
                 let is_refused = errno(&error) == Some(Errno::EPERM as i32);
@@ -73,14 +73,14 @@ fn refused_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
                 sleep(Duration::from_millis(1));
             }
             receiver.receive(ReceiveCall::RecvFrom, 1)?;
-            lives.push(sender.close()?);
-            lives.push(receiver.close()?);
+            expected.push(sender.close()?);
+            expected.push(receiver.close()?);
         }
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }
 
-/// Datagrams to a group that may not leave the host, with a receiver there and without.
+/// Sends datagrams to a group that may not leave the host, with a receiver there and without.
 fn kept_on_this_host() -> anyhow::Result<()> {
     if !is_at_least(5, 18)? {
         return skip("this kernel does not say why it drops a packet");
@@ -89,23 +89,23 @@ fn kept_on_this_host() -> anyhow::Result<()> {
     let v6: IpAddr = "fd77::1".parse()?;
     ip(&format!("addr add {v6}/64 dev near0 nodad"))?;
     let index = if_nametoindex("near0")?;
-    let traces = UdpTraces::start()?;
-    let mut lives = Vec::new();
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
     for (source, group) in [(NEAR.parse()?, "239.255.76.67"), (v6, "ff05::4242")] {
         let to = SocketAddr::new(group.parse()?, 7667);
         let any = if source.is_ipv6() { "[::]" } else { "0.0.0.0" };
-        let mut receiver = Talker::bind("receiver", format!("{any}:7667").parse()?)?;
+        let mut receiver = UdpActor::bind("receiver", format!("{any}:7667").parse()?)?;
         receiver.set(SocketOption::Join(to.ip(), index))?;
-        let mut sender = Talker::bind("sender", SocketAddr::new(source, 0))?;
+        let mut sender = UdpActor::bind("sender", SocketAddr::new(source, 0))?;
         if source.is_ipv6() {
             sender.set(SocketOption::MulticastTo(index))?;
         }
         sender.set(SocketOption::MulticastHops(0))?;
         sender.send(SendCall::SendTo, Some(to), &[50, 0, 70])?;
         receiver.receive(ReceiveCall::RecvFrom, 3)?;
-        let nobody = SocketAddr::new(to.ip(), 7668);
-        sender.send(SendCall::SendTo, Some(nobody), &[30])?;
-        lives.extend([sender.close()?, receiver.close()?]);
+        let closed = SocketAddr::new(to.ip(), 7668);
+        sender.send(SendCall::SendTo, Some(closed), &[30])?;
+        expected.extend([sender.close()?, receiver.close()?]);
     }
-    traces.finish(&lives)
+    collectors.finish(&expected)
 }

@@ -1,16 +1,17 @@
-//! Accepts that are no system calls of their own: every way of `io_uring`.
+//! Accepts without a system call of their own: every way of `io_uring`.
 
 use anyhow::ensure;
 use integration_tests::{
     actor::{Actor, Command, UringAccept, errno},
-    scene::loopback,
+    collector::{Collector, show},
     suite::{Test, skip},
-    trace::{Trace, show},
+    tcp_pair::loopback,
 };
 use nix::errno::Errno;
 use tcp_udp_trace::{Event, EventKind, TcpState};
 
-/// More than an actor has descriptors before, so that the numbers of slots are also those of other sockets' descriptors.
+/// More connections than an actor had descriptors before, so that the numbers of slots are also
+/// those of other sockets' descriptors.
 const CONNECTIONS: u32 = 12;
 
 pub(crate) fn trials() -> Vec<Test> {
@@ -75,10 +76,11 @@ fn direct_in_a_worker_process() -> anyhow::Result<()> {
     check(UringAccept::MultishotDirect, true)
 }
 
-/// Each connection is accepted once, by the process with the ring. Its listener, and the connections that it made, are not.
+/// Each connection is accepted once, by the process with the ring. The server's listener and its
+/// own connections are not accepts.
 fn check(way: UringAccept, another_process_accepts: bool) -> anyhow::Result<()> {
     let (mut parent, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
-    let (other, trace) = (client.listen(loopback(false))?, Trace::start()?);
+    let (other, collector) = (client.listen(loopback(false))?, Collector::start()?);
     let mut listener = parent.listen(loopback(false))?;
     let address = listener.local;
     let mut server = parent;
@@ -97,7 +99,8 @@ fn check(way: UringAccept, another_process_accepts: bool) -> anyhow::Result<()> 
         clients.push(client.connect(address)?);
     }
     if let Err(error) = server.finish() {
-        // What a kernel lacks it refuses, and before 5.19 it takes a multishot for one shot with an odd flag.
+        // A kernel refuses the ways that it lacks. Before 5.19 it takes a multishot request for a
+        // single one with an invalid flag.
         let refusals = [Errno::ENOSYS, Errno::EPERM, Errno::EINVAL, Errno::EBADF];
         let is_refused = refusals
             .iter()
@@ -110,7 +113,7 @@ fn check(way: UringAccept, another_process_accepts: bool) -> anyhow::Result<()> 
     }
     let accepts = |event: &Event| matches!(event.kind, EventKind::Accept);
     for end in &clients {
-        trace.wait_for("an accept", |event| {
+        collector.wait_for("an accept", |event| {
             accepts(event) && event.socket.remote == end.local
         })?;
     }
@@ -119,8 +122,8 @@ fn check(way: UringAccept, another_process_accepts: bool) -> anyhow::Result<()> 
     }
     let pid = server.pid();
     server.kill()?;
-    // Both ends of each connection, and those that the server made.
-    let events = trace.finish_in_order(2 * CONNECTIONS as usize + 4)?;
+    // Both ends of each connection, and the sockets that the server made.
+    let events = collector.finish_in_order(2 * CONNECTIONS as usize + 4)?;
     for event in events.iter().filter(|event| accepts(event)) {
         let is_right = event.socket.local == address
             && event

@@ -1,4 +1,4 @@
-//! Which process uses a socket that another process owns, and which cgroup an owner is in.
+//! The process that uses a socket which another process owns, and the cgroup of an owner.
 
 use std::{
     fs,
@@ -8,12 +8,12 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use integration_tests::{
-    actor::{Actor, Command, Heir, Inheritance, Operation, ReceiveCall, SendCall, Who},
+    actor::{Actor, Command, Heir, Identity, Inheritance, Operation, ReceiveCall, SendCall},
     cgroup::{self, Cgroup},
-    scene::loopback,
+    collector::{Collector, show},
     suite::{Test, skip},
-    talker::Talker,
-    trace::{Trace, show},
+    tcp_pair::loopback,
+    udp_actor::UdpActor,
 };
 use tcp_udp_trace::{Event, EventKind, Protocol, TcpState, User};
 
@@ -33,10 +33,10 @@ pub(crate) fn trials() -> Vec<Test> {
     ]
 }
 
-/// A process as the field `user` must name it.
-fn who(pid: u32) -> anyhow::Result<Who> {
+/// Returns the identity of a process as the field `user` must name it.
+fn identity(pid: u32) -> anyhow::Result<Identity> {
     let comm = fs::read(format!("/proc/{pid}/comm"))?;
-    Ok(Who {
+    Ok(Identity {
         pid,
         uid: 0,
         comm: comm.trim_ascii_end().to_vec(),
@@ -46,32 +46,34 @@ fn who(pid: u32) -> anyhow::Result<Who> {
     })
 }
 
-fn is(user: &User, who: &Who) -> bool {
-    let is_cgroup = who.cgroup.is_none_or(|cgroup| user.cgroup == Some(cgroup));
+fn is(user: &User, identity: &Identity) -> bool {
+    let is_cgroup = identity
+        .cgroup
+        .is_none_or(|cgroup| user.cgroup == Some(cgroup));
     let started = !user.started.is_zero();
-    (user.pid, user.uid) == (who.pid, who.uid)
-        && user.comm.as_bytes() == who.comm
+    (user.pid, user.uid) == (identity.pid, identity.uid)
+        && user.comm.as_bytes() == identity.comm
         && is_cgroup
         && started
 }
 
 /// Whether an event names this owner and this user.
-fn names(event: &Event, owner: u32, user: Option<&Who>) -> bool {
+fn names(event: &Event, owner: u32, user: Option<&Identity>) -> bool {
     let is_owner = event.process.as_ref().is_some_and(|it| it.pid == owner);
     let is_user = match (&event.user, user) {
-        (Some(found), Some(who)) => is(found, who),
+        (Some(found), Some(identity)) => is(found, identity),
         (None, None) => true,
         _ => false,
     };
     is_owner && is_user
 }
 
-/// Whether all of these events do, and there are some.
+/// Checks that all of the selected events name them, and that there are some.
 fn all_name(
     events: &[Event],
     which: impl Fn(&Event) -> bool,
     owner: u32,
-    user: Option<&Who>,
+    user: Option<&Identity>,
 ) -> anyhow::Result<()> {
     let found: Vec<_> = events
         .iter()
@@ -97,16 +99,16 @@ fn is_listener(event: &Event) -> bool {
     matches!((from, to), (Close, Listen) | (Listen, Close))
 }
 
-/// The events with every field.
+/// Formats the events with every field.
 fn details(events: &[Event]) -> String {
     events.iter().map(|event| format!("\n{event:?}")).collect()
 }
 
-/// A daemon that makes its socket, forks, and lets the parent end.
+/// A daemon makes its socket, forks, and lets the parent end.
 fn udp_daemon() -> anyhow::Result<()> {
-    let trace = Trace::start_udp()?;
+    let collector = Collector::start_udp()?;
     let daemon = Heir::start(Inheritance::Daemon, Protocol::Udp)?;
-    let user = who(daemon.pid)?;
+    let user = identity(daemon.pid)?;
     let client = UdpSocket::bind(loopback(false))?;
     let mut buffer = [0; 10];
     for size in [4, 5] {
@@ -116,35 +118,35 @@ fn udp_daemon() -> anyhow::Result<()> {
     client.send_to(&[], daemon.address)?;
     let local = client.local_addr()?;
     drop(client);
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let is_server = |event: &Event| event.socket.local == daemon.address;
     all_name(&events, is_server, daemon.maker, Some(&user))?;
     let is_client = |event: &Event| event.socket.local == local;
     all_name(&events, is_client, std::process::id(), None)
 }
 
-/// The same for TCP: the daemon is known by what it accepts.
+/// The same for TCP: the accepts name the daemon.
 fn tcp_daemon() -> anyhow::Result<()> {
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let daemon = Heir::start(Inheritance::Daemon, Protocol::Tcp)?;
-    let user = who(daemon.pid)?;
+    let user = identity(daemon.pid)?;
     let connect = |bytes: &[u8]| -> anyhow::Result<_> {
         let mut client = TcpStream::connect(daemon.address)?;
         client.write_all(bytes)?;
         Ok(client.local_addr()?)
     };
     let first = connect(b"something")?;
-    trace.wait_for("accept", |event| event.kind == EventKind::Accept)?;
+    collector.wait_for("accept", |event| event.kind == EventKind::Accept)?;
     let second = connect(b"")?;
     // Two connections, each with two ends, and the listener.
-    let events = trace.finish_in_order(5)?;
+    let events = collector.finish_in_order(5)?;
     let is_end = |event: &Event| is_listener(event) && event.is_end();
     let is_begin = |event: &Event| is_listener(event) && !event.is_end();
     all_name(&events, is_begin, daemon.maker, None)?;
     all_name(&events, is_end, daemon.maker, Some(&user))?;
     for client in [first, second] {
         let is_child = |event: &Event| event.socket.remote == client;
-        // A connection is accepted at any time once it is established.
+        // A connection may be accepted at any time once it is established.
         let waits = |event: &Event| {
             is_child(event)
                 && matches!(
@@ -166,9 +168,9 @@ fn tcp_daemon() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The process stays the same whatever program it executes.
+/// The process stays the same, whatever program it executes.
 fn udp_exec() -> anyhow::Result<()> {
-    let trace = Trace::start_udp()?;
+    let collector = Collector::start_udp()?;
     let heir = Heir::start(Inheritance::Exec, Protocol::Udp)?;
     ensure!(heir.pid == heir.maker);
     let client = UdpSocket::bind(loopback(false))?;
@@ -176,61 +178,61 @@ fn udp_exec() -> anyhow::Result<()> {
     ensure!(client.recv(&mut [0; 10])? == 2);
     client.send_to(&[], heir.address)?;
     drop(client);
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let is_server = |event: &Event| event.socket.local == heir.address;
     all_name(&events, is_server, heir.pid, None)
 }
 
-/// A broker that passes its socket on and ends.
+/// A broker passes its socket on and ends.
 fn udp_socket_of_a_broker_that_ends() -> anyhow::Result<()> {
-    let trace = Trace::start_udp()?;
-    let mut peer = Talker::bind("peer", loopback(false))?;
-    let mut broker = Talker::bind("broker", loopback(false))?;
-    let (to, local, maker) = (Some(peer.local()), broker.local(), broker.who()?.pid);
+    let collector = Collector::start_udp()?;
+    let mut peer = UdpActor::bind("peer", loopback(false))?;
+    let mut broker = UdpActor::bind("broker", loopback(false))?;
+    let (to, local, maker) = (Some(peer.local()), broker.local(), broker.identity()?.pid);
     broker.send(SendCall::SendTo, to, &[10])?;
     peer.receive(ReceiveCall::RecvFrom, 1)?;
     let mut heir = broker.passed_to("heir")?;
-    let user = heir.who()?;
+    let user = heir.identity()?;
     broker.kill()?;
     heir.send(SendCall::SendMsg, to, &[20])?;
     peer.receive(ReceiveCall::RecvFrom, 1)?;
     // User space reports the flow when its interval is over.
     let is_flow =
         |event: &Event| event.socket.local == local && matches!(event.kind, EventKind::Flow { .. });
-    trace.wait_for("second report of the flow", |event| {
+    collector.wait_for("second report of the flow", |event| {
         is_flow(event) && event.traffic.tx_packets == 2
     })?;
     heir.close()?;
     peer.close()?;
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let first = |event: &Event| is_flow(event) && event.traffic.tx_packets == 1;
     all_name(&events, first, maker, None)?;
     let rest = |event: &Event| event.socket.local == local && !first(event);
     all_name(&events, rest, maker, Some(&user))
 }
 
-/// Each way to use a socket is seen, and back to the owner.
+/// Each way to use a socket is reported, also when the owner uses it again.
 fn udp_receiver_and_connector() -> anyhow::Result<()> {
-    let trace = Trace::start_udp_with(|builder| builder.per_datagram(true))?;
-    let mut peer = Talker::bind("peer", loopback(false))?;
-    let mut maker = Talker::bind("maker", loopback(false))?;
-    let (to, local, owner) = (peer.local(), maker.local(), maker.who()?.pid);
+    let collector = Collector::start_udp_with(|builder| builder.per_datagram(true))?;
+    let mut peer = UdpActor::bind("peer", loopback(false))?;
+    let mut maker = UdpActor::bind("maker", loopback(false))?;
+    let (to, local, owner) = (peer.local(), maker.local(), maker.identity()?.pid);
     let mut receiver = maker.passed_to("receiver")?;
     let mut connector = maker.passed_to("connector")?;
     let mut sender = maker.passed_to("sender")?;
-    let [receives, connects, sends] = [&receiver, &connector, &sender].map(Talker::who);
+    let [receives, connects, sends] = [&receiver, &connector, &sender].map(UdpActor::identity);
     let (receives, connects, sends) = (receives?, connects?, sends?);
     peer.send(SendCall::SendTo, Some(local), &[1, 2])?;
     receiver.receive(ReceiveCall::RecvFrom, 2)?;
     connector.connect(to)?;
     sender.send(SendCall::Write, None, &[3])?;
     maker.send(SendCall::Write, None, &[4])?;
-    for talker in [receiver, connector, sender] {
-        talker.leave()?;
+    for actor in [receiver, connector, sender] {
+        actor.leave()?;
     }
     maker.close()?;
     peer.close()?;
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let of =
         |kind: EventKind| move |event: &Event| event.socket.local == local && event.kind == kind;
     all_name(
@@ -255,16 +257,18 @@ fn udp_receiver_and_connector() -> anyhow::Result<()> {
     all_name(&events, of(EventKind::Send { bytes: 4 }), owner, None)
 }
 
-/// Three processes send at the same time: whoever an event names, all of its fields are that process's.
+/// Three processes send at the same time. All fields of the user in an event are of the same
+/// process.
 fn udp_users_by_turns_are_never_mixed() -> anyhow::Result<()> {
     const EACH: usize = 400;
     for per_datagram in [false, true] {
-        let trace = Trace::start_udp_with(move |builder| builder.per_datagram(per_datagram))?;
-        let peer = Talker::bind("peer", loopback(false))?;
-        let mut maker = Talker::bind("maker", loopback(false))?;
-        let (to, local, owner) = (peer.local(), maker.local(), maker.who()?.pid);
+        let collector =
+            Collector::start_udp_with(move |builder| builder.per_datagram(per_datagram))?;
+        let peer = UdpActor::bind("peer", loopback(false))?;
+        let mut maker = UdpActor::bind("maker", loopback(false))?;
+        let (to, local, owner) = (peer.local(), maker.local(), maker.identity()?.pid);
         let mut heirs = [maker.passed_to("one")?, maker.passed_to("another-of-them")?];
-        let users = [heirs[0].who()?, heirs[1].who()?];
+        let users = [heirs[0].identity()?, heirs[1].identity()?];
         let sizes = vec![1; EACH];
         let send = || Operation::Send {
             by: SendCall::SendTo,
@@ -282,7 +286,7 @@ fn udp_users_by_turns_are_never_mixed() -> anyhow::Result<()> {
         }
         maker.close()?;
         peer.close()?;
-        let events = trace.finish_in_order(2)?;
+        let events = collector.finish_in_order(2)?;
         for event in events.iter().filter(|event| event.socket.local == local) {
             let is_one = names(event, owner, None)
                 || users.iter().any(|user| names(event, owner, Some(user)));
@@ -294,7 +298,7 @@ fn udp_users_by_turns_are_never_mixed() -> anyhow::Result<()> {
 
 /// The parent listens, its children accept.
 fn tcp_prefork() -> anyhow::Result<()> {
-    let trace = Trace::start()?;
+    let collector = Collector::start()?;
     let (mut parent, mut client) = (Actor::spawn("parent")?, Actor::spawn("client")?);
     let listener = parent.listen(loopback(false))?;
     let mut users = Vec::new();
@@ -307,7 +311,7 @@ fn tcp_prefork() -> anyhow::Result<()> {
         ensure!(child.receive_all(&accepted)? == 0);
         child.close(&accepted)?;
         child.close(&inherited)?;
-        users.push((child.who()?, connected.local, child));
+        users.push((child.identity()?, connected.local, child));
     }
     let own = client.connect(listener.local)?;
     let accepted = parent.accept(&listener)?;
@@ -315,7 +319,7 @@ fn tcp_prefork() -> anyhow::Result<()> {
     parent.receive_all(&accepted)?;
     parent.close(&accepted)?;
     parent.close(&listener)?;
-    let events = trace.finish_in_order(9)?;
+    let events = collector.finish_in_order(9)?;
     let owner = parent.pid();
     for (user, remote, _) in &users {
         let is_child = |event: &Event| event.socket.remote == *remote;
@@ -344,7 +348,7 @@ fn tcp_prefork() -> anyhow::Result<()> {
             )
     };
     all_name(&events, waits, owner, None)?;
-    // The last to accept was the parent itself.
+    // The last process to accept was the parent itself.
     all_name(&events, is_listener, owner, None)
 }
 
@@ -354,7 +358,7 @@ fn socket_activation() -> anyhow::Result<()> {
     else {
         return skip("no cgroup2 is mounted");
     };
-    let (tcp, udp) = (Trace::start()?, Trace::start_udp()?);
+    let (tcp, udp) = (Collector::start()?, Collector::start_udp()?);
     let (mut manager, mut client) = (Actor::spawn("manager")?, Actor::spawn("client")?);
     of_manager.adopt(manager.pid())?;
     let listener = manager.listen(loopback(false))?;
@@ -383,7 +387,7 @@ fn socket_activation() -> anyhow::Result<()> {
     manager.close(&datagrams)?;
 
     let (manager_group, service_group) = (Some(of_manager.id()?), Some(of_service.id()?));
-    let user = service.who()?;
+    let user = service.identity()?;
     ensure!(user.cgroup == service_group);
     let cgroups = |event: &Event| {
         let process = event.process.as_ref().and_then(|process| process.cgroup);
@@ -403,25 +407,25 @@ fn socket_activation() -> anyhow::Result<()> {
             "{event:?}"
         );
     }
-    // They end before their cgroups do.
+    // The processes end before their cgroups do.
     drop((manager, service));
     Ok(())
 }
 
 /// The owner and its cgroup are found in the snapshot, the user from then on.
 fn sockets_older_than_the_tracer() -> anyhow::Result<()> {
-    let mut peer = Talker::bind("peer", loopback(false))?;
-    let maker = Talker::bind("maker", loopback(false))?;
-    let (local, owner) = (maker.local(), maker.who()?);
+    let mut peer = UdpActor::bind("peer", loopback(false))?;
+    let maker = UdpActor::bind("maker", loopback(false))?;
+    let (local, owner) = (maker.local(), maker.identity()?);
     let mut heir = maker.passed_to("heir")?;
-    let user = heir.who()?;
-    let trace = Trace::start_udp()?;
+    let user = heir.identity()?;
+    let collector = Collector::start_udp()?;
     peer.send(SendCall::SendTo, Some(local), &[1])?;
     heir.receive(ReceiveCall::RecvFrom, 1)?;
     heir.leave()?;
     maker.close()?;
     peer.close()?;
-    let events = trace.finish_in_order(2)?;
+    let events = collector.finish_in_order(2)?;
     let is_it = |event: &Event| event.socket.local == local;
     all_name(&events, is_it, owner.pid, Some(&user))?;
     for event in events.iter().filter(|event| is_it(event)) {

@@ -27,7 +27,7 @@ use nix::{
 use tcp_udp_trace::Event;
 
 const TRACEFS: &str = "/sys/kernel/tracing";
-/// Of this name, so that the next soak removes the instance of one that was killed.
+/// The fixed name lets the next soak remove the instance of one that was killed.
 const INSTANCE: &str = "tcp_udp_trace_soak";
 const EVENT: &str = "events/sock/inet_sock_set_state";
 /// How often the records are read, and the threads of pid 1 listed.
@@ -63,7 +63,7 @@ impl Interruptions {
             let over = Arc::clone(&over);
             move || {
                 let instance = Instance::new()?;
-                // Closed before the instance is dropped, which could not be removed else.
+                // Closed before the instance is dropped, which could otherwise not be removed.
                 let mut pipe = instance.pipe()?;
                 let mut found = Vec::new();
                 let mut tids = instance.watch_init(Vec::new())?;
@@ -86,7 +86,7 @@ impl Interruptions {
         Ok(interruptions)
     }
 
-    /// Stops to collect, and returns the closes in the order in which they were read.
+    /// Stops collecting, and returns the closes in the order in which they were read.
     pub(crate) fn end(&mut self) -> anyhow::Result<Vec<Interrupted>> {
         self.over.store(true, Ordering::Relaxed);
         let thread = self.thread.take().context("it has ended")?;
@@ -159,7 +159,7 @@ impl Instance {
         Ok(tids)
     }
 
-    /// The records. To read one takes it out of the buffer.
+    /// Opens the records. Reading a record removes it from the buffer.
     fn pipe(&self) -> anyhow::Result<File> {
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(O_NONBLOCK);
@@ -173,7 +173,7 @@ impl Drop for Instance {
     }
 }
 
-/// Takes the records that there are.
+/// Reads all current records.
 fn read(pipe: &mut File) -> anyhow::Result<String> {
     let mut records = Vec::new();
     match pipe.read_to_end(&mut records) {
@@ -182,7 +182,8 @@ fn read(pipe: &mut File) -> anyhow::Result<String> {
     }
 }
 
-/// Reads a line of `trace_pipe`; `None` for a line that is no record, as of lost ones.
+/// Parses a line of `trace_pipe`. Returns `None` for a line that is no record, such as one about
+/// lost records.
 fn parse(line: &str) -> Option<Interrupted> {
     let (head, fields) = line.split_once(": inet_sock_set_state: ")?;
     let (seconds, micros) = head.rsplit_once(' ')?.1.split_once('.')?;
@@ -212,7 +213,7 @@ struct Unfinished {
 }
 
 impl Unclosed {
-    /// Takes note of a state change of a socket that does not listen.
+    /// Records a state change of a socket that does not listen.
     pub(crate) fn see(&mut self, event: &Event) {
         let socket = &event.socket;
         if event.is_end() {
@@ -226,7 +227,7 @@ impl Unclosed {
         self.0.insert(socket.id, last);
     }
 
-    /// How many of the closes that are missing were in a softirq that had interrupted pid 1.
+    /// Returns how many of the missing closes were in a softirq that had interrupted pid 1.
     pub(crate) fn explained_by(&self, interrupted: &[Interrupted]) -> u64 {
         let is_explained = |last: &&Unfinished| {
             interrupted.iter().any(|close| {

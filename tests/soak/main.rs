@@ -1,7 +1,9 @@
-//! Everything at once, for long: connections churn, datagrams flood, filters change, tracers start and stop; and at the end the numbers must
-//! add up, and nothing may have grown. Run by `cargo xtask soak`, as root.
+//! Runs everything at once, for long: connections churn, datagrams flood, filters change, tracers
+//! start and stop. At the end the numbers must add up, and memory, descriptors and threads must not
+//! have grown. Run by `cargo xtask soak`, as root.
 //!
-//! `soak minutes N`: all of that for so long. `soak sockets N`: so many sockets, opened and closed under both tracers.
+//! `soak minutes N` runs all of that for this long. `soak sockets N` opens and closes this many
+//! sockets under both tracers.
 #![allow(
     clippy::unwrap_used,
     clippy::print_stdout,
@@ -23,10 +25,10 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{self, Actor},
+    collector::check_conservation,
     kernel,
     netns::Netns,
-    scene::loopback,
-    trace::check_conservation,
+    tcp_pair::loopback,
 };
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tcp_udp_trace::{Filter, Kind, Stats, TcpTracer, UdpTracer};
@@ -40,7 +42,7 @@ fn main() -> ExitCode {
     if let Some(code) = actor::run_if_asked() {
         return code;
     }
-    // Before Linux 5.11, maps count against it.
+    // Before Linux 5.11, maps count against this limit.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let mut args = env::args().skip(1);
     let (what, count) = (args.next(), args.next().and_then(|n| n.parse().ok()));
@@ -58,7 +60,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// How large this process is, and what it holds.
+/// The size of this process, and its descriptors and threads.
 #[derive(Debug)]
 pub(crate) struct Footprint {
     resident_kb: u64,
@@ -91,7 +93,7 @@ fn soak(time: Duration) -> anyhow::Result<()> {
     let mut server = Actor::spawn("server")?;
     let listener = server.listen(loopback(false))?;
     let port = listener.local.port();
-    // The room of the default queue is for a service that keeps up; this machine is busier than that.
+    // The default queue is for a service that keeps up; this machine is busier than that.
     let tcp = || TcpTracer::builder().queue(1 << 16).ring_bytes(16 << 20);
     let here = Netns::current()?.inode()?;
     let (plain, plain_handle) = count_tcp(tcp(), here)?;
@@ -130,7 +132,7 @@ fn soak(time: Duration) -> anyhow::Result<()> {
     for worker in workers {
         worker.join().unwrap()?;
     }
-    // The closes of the last connections come a moment later than their actors know.
+    // The closes of the last connections come a moment after their actors have ended them.
     let expected = 2 * truth.connections.load(Ordering::Relaxed);
     let mut seen = Vec::new();
     for (thread, handle) in [(plain, plain_handle), (filtered, filtered_handle)] {
@@ -139,7 +141,7 @@ fn soak(time: Duration) -> anyhow::Result<()> {
     let interrupted = interruptions.end()?;
     let of_udp = work::finish(udp, &udp_handle, truth.udp_sockets.load(Ordering::Relaxed))?;
 
-    let early = early.context("it was too short")?;
+    let early = early.context("the soak was too short")?;
     println!("minutes              {}", time.as_secs() / 60);
     println!("connections          {}", expected / 2);
     println!(
@@ -181,7 +183,7 @@ fn soak(time: Duration) -> anyhow::Result<()> {
             "closes missing       {missing}: lost {lost}, in softirqs over pid 1 {explained}, unexplained {}",
             missing.saturating_sub(lost + explained)
         );
-        // A machine that is busier than this lets a reader come too late; whatever that costs is counted.
+        // On a busier machine, a reader may come too late. All resulting losses are counted.
         ensure!(
             *closes <= expected && missing <= lost + explained,
             "{closes} closes of {expected}: {stats:?}; without a close: {unclosed:?}"
@@ -201,12 +203,12 @@ fn soak(time: Duration) -> anyhow::Result<()> {
     );
     ensure!(
         of_udp.stats.queue_shed > 0,
-        "the flood was none: {:?}",
+        "the flood sent nothing: {:?}",
         of_udp.stats
     );
     ensure!(
         late.resident_kb < early.resident_kb + early.resident_kb / 2,
-        "it has grown"
+        "the process has grown"
     );
     ensure!(
         late.threads <= early.threads + 2 && late.files <= early.files + 16,

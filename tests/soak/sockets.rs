@@ -1,4 +1,4 @@
-//! Very many sockets, one after the other: what is remembered of them must be forgotten.
+//! Very many sockets, one after the other: the tracer must forget each of them.
 
 use std::{
     net::{TcpListener, TcpStream, UdpSocket},
@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::ensure;
-use integration_tests::{netns::Netns, scene::loopback, trace::check_conservation};
+use integration_tests::{collector::check_conservation, netns::Netns, tcp_pair::loopback};
 use tcp_udp_trace::{TcpTracer, UdpTracer};
 
 use crate::{
@@ -15,11 +15,11 @@ use crate::{
     work::{self, count_tcp, count_udp},
 };
 
-/// Half of them of UDP, half of TCP, whose `connect` is refused.
+/// Half of them are UDP, half TCP, whose `connect` is refused.
 pub(crate) fn run(sockets: u64) -> anyhow::Result<()> {
     Netns::enter_new()?;
     let here = Netns::current()?.inode()?;
-    // A port where nobody listens.
+    // A port without a listener.
     let refused = TcpListener::bind(loopback(false))?.local_addr()?;
     let (tcp, tcp_handle) = count_tcp(TcpTracer::builder(), here)?;
     let (udp, udp_handle) = count_udp(UdpTracer::builder(), here)?;
@@ -61,7 +61,7 @@ pub(crate) fn run(sockets: u64) -> anyhow::Result<()> {
         crate::print(name, &counted.stats);
         let stats = &counted.stats;
         check_conservation(stats)?;
-        // The maps have room for 65,536: each socket has left them.
+        // The maps have room for 65,536, so each socket has left them.
         ensure!(stats.untracked == 0, "{stats:?}");
         let lost = stats.ring_lost + stats.queue_shed;
         ensure!(
@@ -69,12 +69,12 @@ pub(crate) fn run(sockets: u64) -> anyhow::Result<()> {
             "{} closes, {stats:?}",
             counted.closes
         );
-        println!("{name:20} closes told {} of {each}", counted.closes);
+        println!("{name:20} closes reported {} of {each}", counted.closes);
     }
     let (first, last) = (resident[resident.len() / 10], resident[resident.len() - 1]);
     ensure!(
         last < first + first / 10 + 4096,
-        "it has grown from {first} to {last} kB"
+        "the process has grown from {first} to {last} kB"
     );
     println!("flat");
     Ok(())

@@ -1,4 +1,4 @@
-//! What happens during a soak, and what tracers see of it.
+//! The traffic of a soak, and the tracers' counts of it.
 
 use std::{
     net::UdpSocket,
@@ -15,8 +15,8 @@ use anyhow::{Context as _, ensure};
 use futures_util::{Stream, StreamExt as _};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Exchange, Operation, Outcome},
-    scene::loopback,
-    trace::check_conservation,
+    collector::check_conservation,
+    tcp_pair::loopback,
 };
 use tcp_udp_trace::{
     Buffer, Error, Event, EventKind, Stats, TcpState, TcpTracer, TcpTracerBuilder, TracerHandle,
@@ -36,7 +36,7 @@ pub(crate) struct Clock {
 }
 
 impl Clock {
-    /// The time begins to run.
+    /// Starts the clock.
     pub(crate) fn start(time: Duration) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let when_over = Arc::clone(&over);
@@ -52,7 +52,7 @@ impl Clock {
     }
 }
 
-/// What really happened.
+/// The true counts of the traffic.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Truth {
     pub(crate) connections: Arc<AtomicU64>,
@@ -64,7 +64,8 @@ pub(crate) struct Truth {
 
 type Worker = JoinHandle<anyhow::Result<()>>;
 
-/// Begins: pairs of processes that connect to this listener of the server's, floods of datagrams, short-lived UDP sockets.
+/// Starts pairs of processes that connect to this listener of the server's, floods of datagrams,
+/// and short-lived UDP sockets.
 pub(crate) fn begin(
     clock: &Clock,
     truth: &Truth,
@@ -153,7 +154,7 @@ fn flood(clock: &Clock, truth: &Truth) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What a tracer has told of the sockets of one network namespace.
+/// The counts of a tracer for the sockets of one network namespace.
 #[derive(Debug, Default)]
 pub(crate) struct Counted {
     pub(crate) closes: u64,
@@ -191,7 +192,8 @@ pub(crate) fn count_udp(
     )
 }
 
-/// Reads a tracer to its end on a thread of its own, which sleeps now and then if told so: then its queue overflows.
+/// Reads a tracer to its end on a thread of its own. If `pauses`, the thread sleeps now and then,
+/// so the queue overflows.
 fn count<T, C>(
     netns: u32,
     pauses: bool,
@@ -243,7 +245,8 @@ fn is_of_connection(event: &Event) -> bool {
     from != TcpState::Listen && to != TcpState::Listen
 }
 
-/// Whether it is the end of something that nobody counts: the listener, and a child that was never established.
+/// Whether it is the end of a socket that no count includes: the listener, and a child that was
+/// never established.
 fn is_other(event: &Event) -> bool {
     let EventKind::StateChange { from, .. } = event.kind else {
         return false;
@@ -251,7 +254,7 @@ fn is_other(event: &Event) -> bool {
     matches!(from, TcpState::SynRecv | TcpState::Listen)
 }
 
-/// Ends a tracer once it has told of so many closes, or has told nothing new for long.
+/// Ends a tracer after this many closes, or after a long time without a new one.
 pub(crate) fn finish(
     counting: Counting,
     handle: &TracerHandle,
@@ -259,7 +262,7 @@ pub(crate) fn finish(
 ) -> anyhow::Result<Counted> {
     let deadline = Instant::now() + Duration::from_secs(20);
     let mut seen = handle.stats().emitted;
-    // The tracer's own counts are of the whole machine; a second without news is the end of it.
+    // The tracer's own counts are of the whole machine. A second without a new event ends the wait.
     loop {
         thread::sleep(Duration::from_secs(1));
         let now = handle.stats().emitted;
@@ -272,7 +275,7 @@ pub(crate) fn finish(
     counting.join().unwrap()
 }
 
-/// Starts a tracer, reads some of its events, and ends it in one of the ways there are.
+/// Starts a tracer, reads some of its events, and ends it in one of the possible ways.
 pub(crate) fn start_and_stop(round: u64) -> anyhow::Result<()> {
     const GLANCE: Duration = Duration::from_millis(200);
     let buffer = if round % 4 < 2 {

@@ -19,14 +19,14 @@ use nix::{
 
 use crate::suite::skip;
 
-/// A cgroup made for a test, removed with this value; its processes must have ended by then.
+/// A cgroup made for a test. Dropping it removes the cgroup, whose processes must have ended.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
 }
 
 impl Cgroup {
-    /// Makes a cgroup; `None` where cgroup2 is not mounted.
+    /// Makes a cgroup. Returns `None` where cgroup2 is not mounted.
     pub fn new(name: &str) -> anyhow::Result<Option<Self>> {
         let Some(root) = mount_point() else {
             return Ok(None);
@@ -41,7 +41,7 @@ impl Cgroup {
         Ok(fs::write(self.path.join("cgroup.procs"), pid.to_string())?)
     }
 
-    /// Moves this process here, as long as the returned value lives.
+    /// Moves this process here until the returned value is dropped.
     pub fn enter(self) -> anyhow::Result<Entered> {
         let root = mount_point().context("no cgroup v2")?;
         self.adopt(process::id())?;
@@ -54,22 +54,23 @@ impl Cgroup {
         })
     }
 
-    /// The path of its folder.
+    /// Returns the path of the cgroup's directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The id of the cgroup, which is its directory's inode number.
+    /// Returns the id of the cgroup, which is the inode number of its directory.
     pub fn id(&self) -> anyhow::Result<u64> {
         Ok(self.path.metadata()?.ino())
     }
 }
 
-/// This process is in a cgroup; when dropped, it goes to the root, and the cgroup is removed.
+/// Keeps this process in a cgroup. Dropping it moves the process to the root, and removes the
+/// cgroup.
 #[derive(Debug)]
 pub struct Entered {
-    /// Open, because it may be out of sight by then.
+    /// An open file, because the path may have no cgroup2 mount when this is dropped.
     home: File,
     _cgroup: Cgroup,
 }
@@ -80,7 +81,8 @@ impl Drop for Entered {
     }
 }
 
-/// Gives the calling thread a mount namespace in which there is no cgroup v2 but one that begins at the root of its cgroup namespace.
+/// Gives the calling thread a mount namespace whose only cgroup v2 begins at the root of its cgroup
+/// namespace.
 pub fn mount_own() -> anyhow::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -98,21 +100,21 @@ pub fn mount_own() -> anyhow::Result<()> {
     )?)
 }
 
-/// A hybrid layout of cgroups in a mount namespace of the calling thread: cgroup v2 at [`UNIFIED`], and
-/// a v1 hierarchy without controllers at [`V1`]. It is removed with this value.
+/// A hybrid layout of cgroups in a mount namespace of the calling thread: cgroup v2 at [`UNIFIED`],
+/// and a v1 hierarchy without controllers at [`V1`]. Dropping it removes the layout.
 #[derive(Debug)]
 pub struct Hybrid {
-    /// Keeps the value from being made elsewhere.
+    /// Prevents other modules from making the value.
     _private: (),
 }
 
-/// Where cgroup v2 is in the hybrid layout.
+/// The mount point of cgroup v2 in the hybrid layout.
 pub const UNIFIED: &str = "/sys/fs/cgroup/unified";
-/// Where the v1 hierarchy is.
+/// The mount point of the v1 hierarchy.
 pub const V1: &str = "/sys/fs/cgroup/tut";
 
 impl Hybrid {
-    /// Mounts it; skips the test where the kernel has no cgroup v1.
+    /// Mounts the layout. Skips the test where the kernel has no cgroup v1.
     pub fn mount() -> anyhow::Result<Self> {
         const PLACE: &str = "/sys/fs/cgroup";
         unshare(CloneFlags::CLONE_NEWNS)?;
@@ -121,7 +123,7 @@ impl Hybrid {
         };
         let (none, private) = (MsFlags::empty(), MsFlags::MS_REC | MsFlags::MS_PRIVATE);
         mount(None, "/", "private", private, None)?;
-        // Whatever is there.
+        // Detaches the mounts that are there already.
         while umount2(PLACE, MntFlags::MNT_DETACH).is_ok() {}
         mount(Some("tmpfs"), PLACE, "tmpfs", none, None)?;
         for place in [UNIFIED, V1] {
@@ -144,16 +146,18 @@ impl Drop for Hybrid {
     }
 }
 
-/// A cgroup of either version with a limit of memory, and this process in it as long as this lives.
+/// A cgroup of either version with a memory limit. This process is in it until the value is
+/// dropped.
 #[derive(Debug)]
 pub struct MemoryCgroup {
     cgroup: Option<Cgroup>,
-    /// Where the process came from.
+    /// The cgroup that the process came from.
     home: PathBuf,
 }
 
 impl MemoryCgroup {
-    /// Makes it and goes there; skips the test where memory cannot be limited.
+    /// Makes the cgroup and moves this process there. Skips the test where memory cannot be
+    /// limited.
     pub fn enter(bytes: u64) -> anyhow::Result<Self> {
         const V1: &str = "/sys/fs/cgroup/memory";
         let (root, limit) = match mount_point() {
@@ -166,8 +170,8 @@ impl MemoryCgroup {
         let groups = fs::read_to_string("/proc/self/cgroup")?;
         let mut paths = groups.lines().filter_map(|line| {
             let (controllers, path) = line.split_once(':')?.1.split_once(":/")?;
-            let wanted = if limit == "memory.max" { "" } else { "memory" };
-            (controllers == wanted).then_some(path)
+            let expected = if limit == "memory.max" { "" } else { "memory" };
+            (controllers == expected).then_some(path)
         });
         let home = root.join(paths.next().context("in no cgroup")?);
         let path = root.join(format!("tut-{}-memory", process::id()));
@@ -195,7 +199,7 @@ impl Drop for MemoryCgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // A process that was just reaped may still count as a member for a moment.
+        // For a moment, a process that was just reaped may still count as a member.
         for _ in 0..100 {
             if fs::remove_dir(&self.path).is_ok() {
                 return;
@@ -206,7 +210,7 @@ impl Drop for Cgroup {
     }
 }
 
-/// The id of the cgroup that a process is in; `None` where it cannot be told.
+/// Returns the id of the cgroup that a process is in; `None` where it cannot be read.
 #[must_use]
 pub fn of_process(pid: u32) -> Option<u64> {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
@@ -214,7 +218,7 @@ pub fn of_process(pid: u32) -> Option<u64> {
     Some(mount_point()?.join(path).metadata().ok()?.ino())
 }
 
-/// Where cgroup v2 is mounted.
+/// Returns the mount point of cgroup v2.
 #[must_use]
 pub fn mount_point() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/thread-self/mounts").ok()?;

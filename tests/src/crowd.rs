@@ -6,8 +6,8 @@ use anyhow::{Context as _, ensure};
 
 use crate::{
     actor::{Actor, Command},
-    scene::loopback,
     suite::skip,
+    tcp_pair::loopback,
 };
 
 /// Makes `clients` × `each` connections to one server over loopback in the namespace of the calling
@@ -36,7 +36,7 @@ pub fn connect(clients: u32, each: u32) -> anyhow::Result<()> {
 
 /// Keeps closed connections in `TIME_WAIT` in the namespace of the calling thread.
 ///
-/// A small machine has room for a few thousand of them. Beyond that the kernel forgets them, and
+/// A small machine has room for a few thousand of them. Beyond that, the kernel drops them, and
 /// answers the peer's FIN with a reset, which a tracer rightly reports.
 pub fn remember_closed_connections() -> anyhow::Result<()> {
     Ok(fs::write(
@@ -71,7 +71,7 @@ pub fn apache_bench() -> anyhow::Result<()> {
         .arg(&config)
         .spawn()?;
     let result = (|| {
-        // It takes connections once it listens; `ab` does not try again.
+        // `ab` does not retry, so it starts after nginx listens.
         while std::net::TcpStream::connect(("127.0.0.1", PORT)).is_err() {
             ensure!(server.try_wait()?.is_none(), "nginx has ended");
             std::thread::yield_now();

@@ -1,4 +1,4 @@
-//! What a consumer keeps who wants to know how much each flow has carried.
+//! The sums that a consumer keeps to know how much each flow has carried.
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
@@ -8,13 +8,13 @@ use tcp_udp_trace::{Event, EventKind, Traffic};
 #[derive(Debug, Default)]
 pub struct FlowSums {
     ended: BTreeMap<(u64, SocketAddr), Traffic>,
-    /// By the beginning as well, because a socket may have several flows with one peer: by each of
-    /// its addresses.
+    /// The key has the beginning as well, because a socket may have several flows with one peer,
+    /// one for each local address.
     newest: BTreeMap<(u64, SocketAddr, Duration), Traffic>,
 }
 
 impl FlowSums {
-    /// Takes an event into account.
+    /// Adds an event.
     pub fn add(&mut self, event: &Event) {
         let EventKind::Flow { last, age, .. } = event.kind else {
             return;
@@ -29,7 +29,7 @@ impl FlowSums {
         }
     }
 
-    /// What was carried, by the socket's id and the peer.
+    /// Returns the traffic, by the socket's id and the peer.
     #[must_use]
     pub fn sums(&self) -> BTreeMap<(u64, SocketAddr), Traffic> {
         let mut sums = self.ended.clone();
@@ -40,8 +40,8 @@ impl FlowSums {
     }
 }
 
-/// The bytes sent and received that the last report of each flow says, by its local address and its
-/// peer.
+/// Returns the bytes sent and received by the last report of each flow, by its local address and
+/// its peer.
 #[must_use]
 pub fn last_reports(events: &[Event]) -> BTreeMap<(SocketAddr, SocketAddr), (u64, u64)> {
     let is_last = |event: &&Event| matches!(event.kind, EventKind::Flow { last: true, .. });

@@ -1,4 +1,4 @@
-//! What the kernel holds on behalf of this process.
+//! The objects that the kernel holds on behalf of this process.
 
 use std::{
     collections::BTreeSet,
@@ -13,10 +13,10 @@ use aya::{
     programs::{loaded_links, loaded_programs},
 };
 
-/// How long the kernel may take to free what was released: it waits for RCU grace periods.
+/// How long the kernel may take to free released objects: it waits for RCU grace periods.
 const FREED_WITHIN: Duration = Duration::from_secs(30);
 
-/// BPF objects of the kernel, by the ids it gave them (which it does not soon reuse).
+/// BPF objects of the kernel, by their ids, which the kernel does not soon reuse.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct BpfObjects {
     /// Program ids.
@@ -28,16 +28,17 @@ pub struct BpfObjects {
 }
 
 impl BpfObjects {
-    /// What this process holds file descriptors of, and the maps of those programs.
+    /// Returns the objects that this process has file descriptors of, and the maps of those
+    /// programs.
     pub fn of_this_process() -> anyhow::Result<Self> {
         Self::of_process(process::id())
     }
 
-    /// What this process holds file descriptors of, and the maps of those programs.
+    /// Returns the objects that a process has file descriptors of, and the maps of those programs.
     pub fn of_process(pid: u32) -> anyhow::Result<Self> {
         let mut objects = Self::default();
         for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-            // The descriptor of the listing itself is gone by now.
+            // The descriptor of the listing itself is closed by now.
             let Ok(info) = fs::read_to_string(entry?.path()) else {
                 continue;
             };
@@ -53,7 +54,7 @@ impl BpfObjects {
                 }
             }
         }
-        // Objects of other processes may go while they are listed: errors are theirs.
+        // Objects of other processes may vanish during the listing, so errors are ignored.
         for program in loaded_programs()
             .flatten()
             .filter(|program| objects.programs.contains(&program.id()))
@@ -63,7 +64,7 @@ impl BpfObjects {
         Ok(objects)
     }
 
-    /// Waits until the kernel has freed every one of them.
+    /// Waits until the kernel has freed all of them.
     pub fn await_freed(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + FREED_WITHIN;
         loop {
@@ -89,7 +90,7 @@ impl BpfObjects {
         }
     }
 
-    /// The types of the maps.
+    /// Returns the types of the maps.
     pub fn map_types(&self) -> anyhow::Result<Vec<MapType>> {
         let maps = loaded_maps().flatten();
         let ours = maps.filter(|map| self.maps.contains(&map.id()));
@@ -98,31 +99,31 @@ impl BpfObjects {
             .collect::<Result<_, MapError>>()?)
     }
 
-    /// Adds those of `other`.
+    /// Adds the objects of `other`.
     pub fn extend(&mut self, other: Self) {
         self.programs.extend(other.programs);
         self.maps.extend(other.maps);
         self.links.extend(other.links);
     }
 
-    /// Whether there is nothing.
+    /// Whether there is no object.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// The files that this process has open, as `descriptor -> what it is`.
+/// Returns the files that this process has open, as `descriptor -> target`.
 pub fn open_files() -> anyhow::Result<BTreeSet<String>> {
     open_files_of(process::id())
 }
 
-/// The files that a process has open.
+/// Returns the files that a process has open.
 pub fn open_files_of(pid: u32) -> anyhow::Result<BTreeSet<String>> {
     let mut files = BTreeSet::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
-        // The descriptor of the listing itself is gone by now.
+        // The descriptor of the listing itself is closed by now.
         if let Ok(target) = fs::read_link(entry.path()) {
             files.insert(format!(
                 "{} -> {}",
@@ -134,7 +135,7 @@ pub fn open_files_of(pid: u32) -> anyhow::Result<BTreeSet<String>> {
     Ok(files)
 }
 
-/// Waits until this process has no more than so many threads.
+/// Waits until this process has at most this many threads.
 pub fn await_threads(count: usize) -> anyhow::Result<()> {
     let deadline = Instant::now() + FREED_WITHIN;
     loop {
@@ -154,7 +155,7 @@ pub fn is_at_least(major: u32, minor: u32) -> anyhow::Result<bool> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release.split(['.', '-']).map(str::parse);
     let (Some(Ok(is_major)), Some(Ok(is_minor))) = (numbers.next(), numbers.next()) else {
-        bail!("what release is {release}?");
+        bail!("cannot parse the release {release}");
     };
     Ok((is_major, is_minor) >= (major, minor))
 }
@@ -164,7 +165,7 @@ pub fn is_emulated() -> anyhow::Result<bool> {
     Ok(fs::read_to_string("/proc/cmdline")?.contains("tut_vm"))
 }
 
-/// Whether the kernel's side reports what a socket's owner runs, where that is asked for.
+/// Whether the kernel side reports the program of a socket's owner, if the setting requests it.
 pub fn captures_images() -> anyhow::Result<bool> {
     let btf = fs::read("/sys/kernel/btf/vmlinux")?;
     let has = |name: &[u8]| btf.windows(name.len()).any(|bytes| bytes == name);

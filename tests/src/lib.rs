@@ -1,44 +1,63 @@
-//! The harness of the integration tests: everything that makes traffic whose truth is known, and everything
-//! that compares it with what a tracer reported.
+//! The harness of the integration tests: it makes traffic whose truth is known, and compares that
+//! with the events of a tracer.
 //!
-//! A test runs in its own network namespace ([`suite`], [`netns`]). The traffic is made by real processes
-//! ([`actor`]), which count what they do. A [`trace`] collects the events of the test's namespaces until as
-//! many sockets are closed as the test closed, ends, and hands them over grouped into [`lives`]. A [`life`] is
-//! what one socket must have shown, from its first event to its last. A [`scene`] is the usual
-//! beginning: a tracer, a server that listens, a client.
+//! A test runs in its own network namespace ([`suite`], [`netns`]). Real processes make the traffic
+//! ([`actor`]) and count what they do. A [`collector`] collects the events of the test's namespaces
+//! until as many sockets are closed as the test closed. It returns them grouped by socket
+//! ([`observed_tcp`]), and the test compares each socket with its expected events, from the
+//! first to the last ([`expected_tcp`]). A [`tcp_pair`] is the usual set-up: a tracer, a
+//! server that listens, a client.
 //!
-//! A tracer of these tests also samples, and whatever a test is about, its samples must fit in with the rest of their sockets' lives.
+//! ```no_run
+//! use integration_tests::{expected_tcp::*, tcp_pair::TcpPair};
 //!
-//! For UDP, a [`udp_life`] takes the place of the life. A [`talker`] is an actor with one socket, which keeps the book
-//! of what passes through it, and a [`udp_scene`] is two of them.
+//! // The suite runs this in a new network namespace.
+//! fn upload() -> anyhow::Result<()> {
+//!     let mut pair = TcpPair::new()?; // A tracer, a listener and a client.
+//!     let connection = pair.connect()?;
+//!     pair.upload(&connection, 1_000)?;
+//!     pair.close(&connection)?; // The client closes first.
+//!     let client = pair.expected_client(&connection, ACTIVE_CLIENT)?;
+//!     let server = pair.expected_server(&connection, PASSIVE_SERVER)?;
+//!     pair.finish(&[client, server]) // Compares, with the listener, and fails on any other event.
+//! }
+//! # let _ = upload;
+//! ```
+//!
+//! The tracers of these tests also take samples: in each test, the samples of a socket must fit in
+//! with its other events.
+//!
+//! Each actor records the bytes of its TCP sockets. UDP has an [`expected_udp`] of its own. A
+//! [`udp_actor`] is an actor with one socket, which records each transfer, and a [`udp_pair`] is two
+//! of them.
 #![deny(unsafe_code)]
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
-    reason = "a test fails by panicking, and tells what it could not check on stderr"
+    reason = "a test fails by panicking, and writes to stderr if it could not check something"
 )]
 
 pub mod actor;
+pub mod any_tracer;
 pub mod cgroup;
-pub mod collect;
+pub mod collector;
+pub mod cpu_load;
 pub mod crowd;
+pub mod expected_tcp;
+pub mod expected_udp;
 pub mod flow_sums;
+pub mod hooks_page;
 pub mod kernel;
-pub mod life;
-pub mod lives;
-pub mod load;
 pub mod netns;
-pub mod page;
+pub mod observed_tcp;
 pub mod pid_namespace;
 pub mod privileges;
 pub mod refusal;
-mod sampled;
-pub mod scene;
+mod sample_order;
 pub mod suite;
-pub mod talker;
 pub mod tcp_info;
-pub mod trace;
-pub mod udp_life;
-pub mod udp_scene;
+pub mod tcp_pair;
+pub mod udp_actor;
+pub mod udp_pair;

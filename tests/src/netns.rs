@@ -1,4 +1,4 @@
-//! Network namespaces, and what `ip` and `tc` do in them.
+//! Network namespaces, and the commands of `ip` and `tc` in them.
 
 use std::{
     fs::File,
@@ -19,43 +19,44 @@ use socket2::{Domain, Socket, Type};
 
 use crate::suite::skip;
 
-/// A network namespace; it lives as long as this value or a process in it.
+/// A network namespace. It exists as long as this value or a process in it.
 #[derive(Debug)]
 pub struct Netns {
     file: File,
 }
 
 impl Netns {
-    /// Moves the calling thread, and the processes it starts from now on, to a new namespace whose loopback is up.
+    /// Moves the calling thread, and the processes that it starts later, to a new namespace whose
+    /// loopback is up.
     pub fn enter_new() -> anyhow::Result<Self> {
         unshare(CloneFlags::CLONE_NEWNET).context("a new network namespace needs root")?;
         ip("link set lo up")?;
         Self::current()
     }
 
-    /// Makes a namespace without going there.
+    /// Makes a namespace without moving there.
     pub fn new() -> anyhow::Result<Self> {
         thread::scope(|scope| scope.spawn(Self::enter_new).join().unwrap())
     }
 
-    /// The namespace of the calling thread.
+    /// Returns the namespace of the calling thread.
     pub fn current() -> anyhow::Result<Self> {
         Ok(Self {
             file: File::open("/proc/thread-self/ns/net")?,
         })
     }
 
-    /// The inode number, by which events name it.
+    /// Returns the inode number, by which events name the namespace.
     pub fn inode(&self) -> anyhow::Result<u32> {
         Ok(u32::try_from(self.file.metadata()?.ino())?)
     }
 
-    /// The cookie that the kernel has given it; `None` before Linux 5.14, which does not tell it.
+    /// Returns the cookie of the namespace; `None` before Linux 5.14, which does not report it.
     pub fn cookie(&self) -> anyhow::Result<Option<u64>> {
         self.run(Self::current_cookie)
     }
 
-    /// The cookie of the calling thread's namespace.
+    /// Returns the cookie of the calling thread's namespace.
     pub fn current_cookie() -> anyhow::Result<Option<u64>> {
         let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
         match getsockopt(&socket, NetnsCookie) {
@@ -65,7 +66,7 @@ impl Netns {
         }
     }
 
-    /// Runs `f` in this namespace, on a thread that ends with it.
+    /// Runs `f` in this namespace, on a thread that ends with `f`.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
         let enter_and_run = || {
             setns(&self.file, CloneFlags::CLONE_NEWNET)?;
@@ -74,26 +75,26 @@ impl Netns {
         thread::scope(|scope| scope.spawn(enter_and_run).join().unwrap())
     }
 
-    /// A path that names it, for `ip link set … netns PATH`.
+    /// Returns a path of the namespace, for `ip link set … netns PATH`.
     #[must_use]
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", process::id(), self.file.as_raw_fd())
     }
 }
 
-/// A namespace as `ip netns add` makes it: mounted, and no process is in it.
+/// A namespace as `ip netns add` makes it: mounted, with no process in it.
 #[derive(Debug)]
 pub struct MountedNetns(String);
 
 impl MountedNetns {
-    /// Makes one; `name` is the test's.
+    /// Makes a namespace; `name` is the test's.
     pub fn new(name: &str) -> anyhow::Result<Self> {
         let name = format!("tut-{name}-{}", process::id());
         ip(&format!("netns add {name}"))?;
         Ok(Self(name))
     }
 
-    /// Opens it.
+    /// Opens the namespace.
     pub fn open(&self) -> anyhow::Result<Netns> {
         let file = File::open(format!("/run/netns/{}", self.0))?;
         Ok(Netns { file })
@@ -107,7 +108,7 @@ impl Drop for MountedNetns {
     }
 }
 
-/// `SO_NETNS_COOKIE`, the same number on every architecture that we have.
+/// `SO_NETNS_COOKIE`, the same number on every supported architecture.
 const SO_NETNS_COOKIE: i32 = 71;
 
 nix::getsockopt_impl!(
@@ -121,13 +122,13 @@ nix::getsockopt_impl!(
 #[derive(Debug, Clone, Copy)]
 struct NetnsCookie;
 
-/// The addresses of the two ends of [`veth`].
+/// The near end of [`veth`].
 pub const NEAR: &str = "10.77.0.1";
-/// The far end.
+/// The far end of [`veth`].
 pub const FAR: &str = "10.77.0.2";
 
-/// Joins the calling thread's namespace ([`NEAR`], `near0`) and a new one ([`FAR`], `far0`) by a pair of virtual
-/// Ethernet devices.
+/// Joins the calling thread's namespace ([`NEAR`], `near0`) and a new one ([`FAR`], `far0`) by a
+/// pair of virtual Ethernet devices.
 pub fn veth() -> anyhow::Result<Netns> {
     let far = Netns::new()?;
     if ip("link add near0 type veth peer name far0").is_err() {
@@ -143,18 +144,19 @@ pub fn veth() -> anyhow::Result<Netns> {
     Ok(far)
 }
 
-/// `ip ARGS` in the calling thread's namespace.
+/// Runs `ip ARGS` in the calling thread's namespace.
 pub fn ip(args: &str) -> anyhow::Result<()> {
     run("ip", args)
 }
 
-/// `tc ARGS` in the calling thread's namespace; a kernel without that discipline, or no `tc`, skips the test.
+/// Runs `tc ARGS` in the calling thread's namespace. Skips the test on a kernel without that
+/// discipline, and without `tc`.
 pub fn tc(args: &str) -> anyhow::Result<()> {
     run("tc", args).or_else(|error| skip(format_args!("{error:#}")))
 }
 
-/// Adds these rules of nftables to the calling thread's namespace; a kernel without them skips the
-/// test.
+/// Adds these rules of nftables to the calling thread's namespace. Skips the test on a kernel
+/// without them.
 pub fn nft(rules: &str) -> anyhow::Result<()> {
     let output = match Command::new("nft").arg(rules).output() {
         Err(error) if error.kind() == ErrorKind::NotFound => bail!("needs `nft` (nftables)"),

@@ -17,12 +17,13 @@ use nix::{
 
 use crate::suite::{Skip, skip};
 
-/// How the first process of a namespace says that all is well.
+/// The message of the namespace's first process that `f` succeeded.
 const PASSED: &str = "passed";
 const SKIPPED: &str = "skipped: ";
 
 /// Runs `f` as the first process of a new pid namespace, below the calling thread's, and waits for
-/// its end. The calling process must have no other thread. `/proc` stays that of the namespace outside.
+/// its end. The calling process must have no other thread. `/proc` stays that of the outer
+/// namespace.
 pub fn run_in_new(f: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
     unshare(CloneFlags::CLONE_NEWPID)?;
     let (mut verdict, mut to) = io::pipe()?;
@@ -53,7 +54,8 @@ pub fn run_in_new(f: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> 
     }
 }
 
-/// The number in the initial pid namespace of a process that the calling process knows by this one.
+/// Returns the pid in the initial namespace of a process, given its pid in the namespace of the
+/// calling process.
 pub fn initial(pid: u32) -> anyhow::Result<u32> {
     let namespace = |of: &str| fs::read_link(format!("/proc/{of}/ns/pid"));
     let ours = namespace("self")?;
@@ -62,7 +64,7 @@ pub fn initial(pid: u32) -> anyhow::Result<u32> {
         let Some(number) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
-        // Others come and go.
+        // Other processes come and go.
         let Ok(status) = fs::read(format!("/proc/{number}/status")) else {
             continue;
         };
@@ -78,8 +80,8 @@ pub fn initial(pid: u32) -> anyhow::Result<u32> {
     bail!("no process {pid} in this pid namespace")
 }
 
-/// Lets the next process of the calling process's namespace have this number, which must be free;
-/// skips the test where the kernel cannot do that.
+/// Gives the next process of the calling process's namespace this pid, which must be free. Skips
+/// the test where the kernel cannot do that.
 pub fn number_next(pid: u32) -> anyhow::Result<()> {
     let last = (pid - 1).to_string();
     let file = "/proc/sys/kernel/ns_last_pid";

@@ -1,4 +1,4 @@
-//! A program at a cgroup that refuses all packets, as those of `IPAddressDeny=` do.
+//! A BPF program at a cgroup that refuses all packets, as the programs of `IPAddressDeny=` do.
 
 use std::fs::File;
 
@@ -19,20 +19,20 @@ const NAME: &str = "refuse";
 /// `r0 = 0; exit`
 const CODE: [u8; 16] = [0xb7, 0, 0, 0, 0, 0, 0, 0, 0x95, 0, 0, 0, 0, 0, 0, 0];
 
-/// The program, attached as long as this value lives.
+/// The program, attached until this value is dropped.
 #[derive(Debug)]
 pub struct Refusal {
     _program: Ebpf,
 }
 
 impl Refusal {
-    /// No socket of this cgroup sends any more.
+    /// Lets no socket of this cgroup send any more.
     pub fn at(cgroup: &Cgroup) -> anyhow::Result<Self> {
         let mut ebpf = Ebpf::load(&object()?)?;
         let program = ebpf.program_mut(NAME).context("the program")?;
         let program: &mut CgroupSkb = program.try_into()?;
         program.load()?;
-        // As a link, it lets others be there all the same.
+        // A link allows other programs at the same cgroup.
         let mode = CgroupAttachMode::Single;
         program.attach(
             File::open(cgroup.path())?,

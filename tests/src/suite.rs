@@ -1,4 +1,4 @@
-//! How a test runs: on a thread or in a process of its own, in a network namespace of its own.
+//! Runs a test: on a thread or in a process of its own, in a network namespace of its own.
 
 use std::{
     any::Any,
@@ -22,32 +22,34 @@ use tcp_udp_trace::Buffer;
 
 use crate::netns::Netns;
 
-/// The variable that tells a process that it is one test.
+/// The environment variable that makes a process run one test.
 const ALONE: &str = "TUT_ALONE";
-/// How long a test may take: then it hangs.
+/// How long a test may take before it counts as hanging.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// What a test needs of its surroundings.
+/// The surroundings that a test needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Needs {
-    /// Others may run at the same time.
+    /// Other tests may run at the same time.
     Nothing,
-    /// No other test of this process may run: it counts things that belong to the process or the machine.
+    /// No other test of this process may run: the test counts things that belong to the process or
+    /// the machine.
     Solitude,
-    /// A process of its own, which it may do anything to; on the main thread, and at first there is no other.
+    /// The test has a process of its own, and runs on its main thread, which at first is its only
+    /// one.
     Process,
 }
 
-/// Held shared by ordinary tests, exclusively by those that need solitude.
+/// The lock that ordinary tests share, and that tests which need solitude hold exclusively.
 static SOLITUDE: RwLock<()> = RwLock::new(());
 
-/// How long each test took that has ended, and its full name.
+/// The duration and the full name of each test that has ended.
 static DURATIONS: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 
 /// Returns the `count` slowest tests of this process, longest first.
 ///
-/// The time that a test waited for solitude does not count. The time that others took from the
-/// CPUs does.
+/// The time that a test waited for solitude does not count. The time that other processes took from
+/// the CPUs does.
 #[must_use]
 pub fn slowest(count: usize) -> Vec<(Duration, String)> {
     let mut durations = DURATIONS
@@ -59,7 +61,7 @@ pub fn slowest(count: usize) -> Vec<(Duration, String)> {
     durations
 }
 
-/// A test cannot run here, for a reason that lies in the machine.
+/// The error of a test that cannot run here, for a reason that lies in the machine.
 #[derive(Debug)]
 pub struct Skip(pub String);
 
@@ -76,7 +78,7 @@ pub fn skip<T>(reason: impl fmt::Display) -> anyhow::Result<T> {
     Err(Skip(reason.to_string()).into())
 }
 
-/// What a process that is one test says at its end, on the last line of its standard output.
+/// The verdict of a process that is one test: the last line of its standard output.
 #[derive(Debug, Serialize, Deserialize)]
 enum Verdict {
     Passed,
@@ -87,13 +89,13 @@ enum Verdict {
 /// A test named `topic::name`.
 #[derive(Debug, Clone, Copy)]
 pub struct Test {
-    /// See there.
+    /// The part before `::`.
     pub topic: &'static str,
-    /// See there.
+    /// The part after `::`.
     pub name: &'static str,
-    /// What it needs of its surroundings.
+    /// The surroundings that the test needs.
     pub needs: Needs,
-    /// It fails by an error, or by a panic.
+    /// The test itself, which fails by an error or by a panic.
     pub body: fn() -> anyhow::Result<()>,
 }
 
@@ -101,26 +103,26 @@ thread_local! {
     static BUFFER: Cell<Option<Buffer>> = const { Cell::new(None) };
 }
 
-/// What the tracers of this thread's test shall use, if that is prescribed.
+/// The buffer that the tracers of this thread's test must use, if any.
 #[must_use]
 pub fn buffer() -> Option<Buffer> {
     BUFFER.get()
 }
 
 impl Test {
-    /// Whether this is its topic, or its name with the topic.
+    /// Whether this is the test's topic, or its full name.
     #[must_use]
     pub fn is_of(&self, name: &str) -> bool {
         name == self.topic || name.split_once("::") == Some((self.topic, self.name))
     }
 
-    /// The test as it is.
+    /// Returns the test as it is.
     #[must_use]
     pub fn trial(self) -> Trial {
         self.run(format!("{}::{}", self.topic, self.name), None)
     }
 
-    /// The same, named `perf::topic::name`: its tracers use perf buffers.
+    /// Returns the same test as `perf::topic::name`, whose tracers use perf buffers.
     #[must_use]
     pub fn with_perf_buffers(self) -> Trial {
         let name = format!("perf::{}::{}", self.topic, self.name);
@@ -162,7 +164,7 @@ impl Test {
             };
             let test = thread.spawn(run)?;
             let verdict = match needs {
-                // Its process has a limit of its own, and is killed at its end.
+                // The test's process has a limit of its own, and is killed at its end.
                 Needs::Process => verdict(test.join()),
                 Needs::Nothing | Needs::Solitude => verdict_in_time(test),
             };
@@ -179,7 +181,7 @@ impl Test {
     }
 }
 
-/// Waits for the test. One that hangs keeps its thread, and the others go on.
+/// Waits for the test. A test that hangs keeps its thread, and the others go on.
 fn verdict_in_time(test: JoinHandle<anyhow::Result<()>>) -> Verdict {
     let deadline = Instant::now() + PATIENCE;
     while !test.is_finished() {
@@ -191,7 +193,7 @@ fn verdict_in_time(test: JoinHandle<anyhow::Result<()>>) -> Verdict {
     verdict(test.join())
 }
 
-/// Each thread of this process, and the system call that it waits in.
+/// Returns each thread of this process, and the system call that it waits in.
 fn threads() -> String {
     let mut threads = String::new();
     for task in fs::read_dir("/proc/self/task")
@@ -221,7 +223,7 @@ fn verdict(result: thread::Result<anyhow::Result<()>>) -> Verdict {
     }
 }
 
-/// Is the test, and the end of the process.
+/// Runs the test, and ends the process.
 fn alone(body: fn() -> anyhow::Result<()>) -> ! {
     let verdict = verdict(catch_unwind(body));
     let mut line = serde_json::to_vec(&verdict).unwrap();
@@ -233,7 +235,7 @@ fn alone(body: fn() -> anyhow::Result<()>) -> ! {
 /// Runs the test of that name in a process: this program again.
 fn in_process(name: &str) -> anyhow::Result<()> {
     let child = Command::new("/proc/self/exe")
-        // One thread at a time is the main thread.
+        // With one test thread, the test runs on the main thread.
         .args([name, "--exact", "--test-threads=1"])
         .env(ALONE, "")
         .stdin(Stdio::null())
@@ -248,7 +250,7 @@ fn in_process(name: &str) -> anyhow::Result<()> {
     }
 }
 
-/// What the process wrote until its end.
+/// Reads the output of the process until its end.
 fn end_of(mut child: Child) -> anyhow::Result<String> {
     let deadline = Instant::now() + PATIENCE;
     while child.try_wait()?.is_none() {

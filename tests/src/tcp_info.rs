@@ -1,4 +1,4 @@
-//! What a socket's own process is told of it by the kernel.
+//! The `TCP_INFO` that the kernel gives to the socket's own process.
 #![allow(
     unsafe_code,
     reason = "the macro of `nix` expands to it: a `getsockopt` that fills a buffer of plain bytes"
@@ -20,7 +20,8 @@ sockopt_impl!(
     [u8; LEN]
 );
 
-/// The fields of `struct tcp_info` that are whole bytes: name, offset, size (`include/uapi/linux/tcp.h`).
+/// The fields of `struct tcp_info` that are whole bytes: name, offset, size
+/// (`include/uapi/linux/tcp.h`).
 #[rustfmt::skip]
 const FIELDS: &[(&str, usize, usize)] = &[
     ("state", 0, 1), ("ca_state", 1, 1), ("retransmits", 2, 1), ("probes", 3, 1), ("backoff", 4, 1), ("options", 5, 1),
@@ -37,7 +38,7 @@ const FIELDS: &[(&str, usize, usize)] = &[
     ("snd_wnd", 228, 4),
 ];
 
-/// What `getsockopt(TCP_INFO)` says of a socket: names and values.
+/// Returns the fields of `getsockopt(TCP_INFO)`: names and values.
 pub fn of(socket: &impl AsFd) -> anyhow::Result<Vec<(&'static str, u64)>> {
     let bytes: [u8; LEN] = getsockopt(socket, RawTcpInfo)?;
     let value = |offset, size| {

@@ -1,9 +1,10 @@
 //! Many short connections, done within the actors, each with a known number of bytes.
 //!
-//! The client opens with a header: how much it sends, how much it wants, and who ends first. One that ends first
-//! says all it has to say and ends its sending direction; the server hears that end before it answers. Otherwise
-//! the server closes as soon as it has answered. So either end is the active closer, and nobody closes with bytes
-//! unread, which would be a reset.
+//! The client opens with a header: how much it sends, how much it requests, and which end closes
+//! first. The end that closes first sends all its bytes and ends its sending direction. If that is
+//! the client, the server reads that end before it answers. Otherwise the server closes as soon as
+//! it has answered. So either end is the active closer, and no end closes with unread bytes, which
+//! would be a reset.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -15,7 +16,7 @@ use socket2::Socket;
 
 use super::interpreter::{TIMEOUT, receive_all, receive_exactly, send, tcp_socket};
 
-/// One connection, as one end of it knows it.
+/// One connection, as one of its ends knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Exchange {
     /// `getsockname`.
@@ -26,7 +27,7 @@ pub struct Exchange {
     pub sent: u64,
     /// Bytes read.
     pub received: u64,
-    /// Whether this end was the first to end.
+    /// Whether this end was the first to close.
     pub active: bool,
 }
 
@@ -40,7 +41,8 @@ struct Plan {
 }
 
 impl Plan {
-    /// Most connections carry little, some nothing, a few more than any socket buffer holds at once.
+    /// Most connections carry little, some nothing, a few more than any socket buffer holds at
+    /// once.
     fn draw(random: &mut Xorshift) -> Self {
         let mut size = || match random.next() % 16 {
             0..=2 => 0,
@@ -73,7 +75,8 @@ impl Plan {
     }
 }
 
-/// <https://en.wikipedia.org/wiki/Xorshift>: repeatable, and random enough for sizes.
+/// A generator of repeatable numbers, random enough for sizes:
+/// <https://en.wikipedia.org/wiki/Xorshift>.
 struct Xorshift(u64);
 
 impl Xorshift {
@@ -85,7 +88,7 @@ impl Xorshift {
     }
 }
 
-/// The client's side of [`super::Command::Churn`].
+/// Runs the client's side of [`super::Command::Churn`].
 pub(super) fn churn(to: SocketAddr, connections: u32, seed: u64) -> io::Result<Vec<Exchange>> {
     let mut random = Xorshift(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     (0..connections)
@@ -119,7 +122,7 @@ fn exchange(to: SocketAddr, plan: &Plan) -> io::Result<Exchange> {
     })
 }
 
-/// The server's side of [`super::Command::Churn`].
+/// Runs the server's side of [`super::Command::Churn`].
 pub(super) fn serve(listener: &Socket, connections: u32) -> io::Result<Vec<Exchange>> {
     (0..connections)
         .map(|_| {

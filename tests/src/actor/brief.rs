@@ -8,10 +8,10 @@ use std::{
     process::Command,
 };
 
-/// The argument by which this program is asked to be one; what it does and the address follow.
+/// The argument that makes this program one of these processes. Its action and the address follow.
 pub(super) const FLAG: &str = "--brief";
 
-/// What it does.
+/// The action of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Brief {
     /// Connects, and lets the end of the process close the socket.
@@ -25,7 +25,7 @@ pub enum Brief {
 impl Brief {
     const ALL: [Self; 3] = [Self::Connect, Self::Send, Self::ConnectTwice];
 
-    /// The command that starts it; it ignores further arguments.
+    /// Returns the command that starts the process, which ignores further arguments.
     #[must_use]
     pub fn command(self, to: SocketAddr) -> Command {
         let mut command = Command::new("/proc/self/exe");
@@ -33,7 +33,7 @@ impl Brief {
         command
     }
 
-    /// Its arguments, without the name of the program.
+    /// Returns the arguments of the process, without the name of the program.
     #[must_use]
     pub fn args(self, to: SocketAddr) -> [OsString; 3] {
         [FLAG.into(), self.name().into(), to.to_string().into()]

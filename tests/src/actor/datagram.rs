@@ -1,113 +1,116 @@
-//! What an actor can be asked to do with a UDP socket, and how it counts.
+//! The operations of an actor on a UDP socket, and the counts of each.
 
 use std::{net::SocketAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-/// Something to do with a UDP socket. Unless something else is said, the outcome is
-/// [`Outcome::Transfers`](super::Outcome::Transfers).
+/// An operation on a UDP socket. Its outcome is [`Outcome::Transfers`](super::Outcome::Transfers),
+/// unless its documentation names another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Operation {
     /// Sends one datagram of each size.
     Send {
         /// The call.
         by: SendCall,
-        /// Where to; `None` leaves it to the connected socket.
+        /// The destination; `None` leaves it to the connected socket.
         to: Option<SocketAddr>,
         /// Payload bytes.
         sizes: Vec<usize>,
     },
     /// Sends one datagram by several calls.
     SendPieces {
-        /// What makes the kernel wait for the next piece.
+        /// The flag that makes the kernel wait for the next piece.
         held_by: Hold,
-        /// Where to.
+        /// The destination.
         to: Option<SocketAddr>,
         /// Payload bytes of each piece.
         sizes: Vec<usize>,
     },
-    /// Sends the beginning of a datagram, whose end never comes: nothing is sent.
+    /// Sends the beginning of a datagram, whose end never comes. Nothing is sent.
     SendUnfinished {
-        /// Where to.
+        /// The destination.
         to: Option<SocketAddr>,
         /// Payload bytes.
         size: usize,
     },
     /// Sends several datagrams by one call: generic segmentation offload.
     SendSegments {
-        /// How the kernel is told.
+        /// How the kernel learns the size of a segment.
         by: Segmentation,
-        /// Where to.
+        /// The destination.
         to: Option<SocketAddr>,
         /// Payload bytes in all.
         bytes: usize,
         /// Payload bytes of each datagram but the last.
         segment: u16,
     },
-    /// Receives so many datagrams.
+    /// Receives this many datagrams.
     Receive {
         /// The call.
         by: ReceiveCall,
-        /// How many.
+        /// The number of datagrams.
         count: usize,
         /// The size of the buffer.
         room: usize,
     },
-    /// Looks at the next datagram and leaves it where it is.
+    /// Reads the next datagram without removing it from the buffer.
     Peek {
-        /// Whether the call tells who sent it.
+        /// Whether the call returns the sender.
         with_address: bool,
         /// The size of the buffer.
         room: usize,
     },
-    /// Receives one datagram with a buffer that may be too small, and is told its true size.
+    /// Receives one datagram with a buffer that may be too small. The call returns the datagram's
+    /// true size.
     ReceiveTruncated {
         /// The size of the buffer.
         room: usize,
     },
-    /// Receives datagrams that the kernel may have merged, until there were so many bytes.
+    /// Receives datagrams that the kernel may have merged, until there were this many bytes.
     ReceiveMerged {
         /// Payload bytes.
         bytes: u64,
     },
-    /// Receives what is there, and does not wait.
+    /// Receives the datagrams that are there, without waiting.
     Drain,
-    /// Waits for an error, and takes it from the error queue; with it comes the datagram that caused it.
+    /// Waits for an error, and takes it from the error queue, with the datagram that caused it.
     TakeError,
     /// Sets an option of the socket.
     Set(SocketOption),
     /// Undoes `connect`.
     Disconnect,
-    /// How many datagrams found the receive buffer full: [`Outcome::Count`](super::Outcome::Count).
+    /// Counts the datagrams that found the receive buffer full:
+    /// [`Outcome::Count`](super::Outcome::Count).
     Drops,
     /// Lets a child process, which inherits the socket, send one datagram.
     SendByChild {
         /// Payload bytes.
         size: usize,
     },
-    /// Sends so many datagrams at full speed to the peer, which does [`Absorb`](Self::Absorb).
+    /// Sends this many datagrams at full speed to the peer, which does [`Absorb`](Self::Absorb).
     Flood {
-        /// How many.
+        /// The number of datagrams.
         count: u64,
-        /// Payload bytes of each: more than one, which is how the end looks.
+        /// Payload bytes of each: more than one, which is the size of the end mark.
         size: usize,
     },
-    /// Receives from the peer, which does [`Flood`](Self::Flood), to the end.
+    /// Receives from the peer, which does [`Flood`](Self::Flood), until the end mark.
     Absorb,
-    /// Sends one datagram from each of so many addresses of the loopback network to another one, all at this port.
+    /// Sends one datagram from each of this many addresses of the loopback network to another
+    /// address, all at this port.
     Spray {
         /// The port.
         port: u16,
-        /// How many addresses; at most 65,536.
+        /// The number of addresses; at most 65,536.
         addresses: u16,
     },
-    /// Sends so many datagrams, one at a time.
+    /// Sends this many datagrams, one at a time.
     Pace {
-        /// Where to.
+        /// The destination.
         to: Option<SocketAddr>,
-        /// How many.
+        /// The number of datagrams.
         count: u32,
-        /// The time from one to the next.
+        /// The time from one datagram to the next.
         every: Duration,
         /// Payload bytes of each.
         size: usize,
@@ -140,11 +143,11 @@ pub enum ReceiveCall {
     RecvFrom,
     /// `recvmsg`.
     RecvMsg,
-    /// `recvmmsg`, as many by one call as are there.
+    /// `recvmmsg`: one call takes all datagrams that are there.
     RecvMmsg,
-    /// `recv`, which does not tell who sent it.
+    /// `recv`, which does not return the sender.
     Recv,
-    /// `read`, which does not either.
+    /// `read`, which does not return the sender.
     Read,
     /// `readv`.
     Readv,
@@ -155,9 +158,9 @@ pub enum ReceiveCall {
 }
 
 impl ReceiveCall {
-    /// Whether the application hears who sent the datagram.
+    /// Whether the call returns the sender of the datagram.
     #[must_use]
-    pub fn tells_the_peer(self) -> bool {
+    pub fn names_the_peer(self) -> bool {
         match self {
             Self::RecvFrom | Self::RecvMsg | Self::RecvMmsg | Self::Uring => true,
             Self::Recv | Self::Read | Self::Readv | Self::UringRead => false,
@@ -165,7 +168,7 @@ impl ReceiveCall {
     }
 }
 
-/// What makes the kernel wait for the next piece of a datagram.
+/// The flags that make the kernel wait for the next piece of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Hold {
     /// `MSG_MORE` with every piece but the last.
@@ -174,7 +177,7 @@ pub enum Hold {
     Cork,
 }
 
-/// How the kernel is told the size of a segment.
+/// How the kernel learns the size of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Segmentation {
     /// By the socket option `UDP_SEGMENT`.
@@ -188,7 +191,7 @@ pub enum Segmentation {
 pub enum SocketOption {
     /// `SO_RCVBUF`.
     ReceiveBuffer(usize),
-    /// `SO_RCVBUFFORCE`: beyond the limit of the machine.
+    /// `SO_RCVBUFFORCE`, which may exceed the limit of the machine.
     LargeReceiveBuffer(usize),
     /// `SO_BROADCAST`.
     Broadcast,
@@ -198,11 +201,12 @@ pub enum SocketOption {
     ErrorQueue,
     /// `UDP_GRO`.
     Merge,
-    /// Receives what is sent to a group, on the interface of that index.
+    /// Joins a multicast group, on the interface of that index.
     Join(std::net::IpAddr, u32),
-    /// The index of the interface to which multicasts of IPv6 go. (Those of IPv4 go to that of the bound address.)
+    /// Sets the index of the interface for IPv6 multicasts. (Those of IPv4 go to the interface of
+    /// the bound address.)
     MulticastTo(u32),
-    /// How far multicasts go (`IP_MULTICAST_TTL`, `IPV6_MULTICAST_HOPS`): 0 keeps them on this
+    /// Sets how far multicasts go (`IP_MULTICAST_TTL`, `IPV6_MULTICAST_HOPS`): 0 keeps them on this
     /// host.
     MulticastHops(u32),
 }
@@ -210,24 +214,25 @@ pub enum SocketOption {
 /// Datagrams that a process sent or received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transfer {
-    /// Which way.
+    /// The direction.
     pub direction: Direction,
-    /// The other side; `None` if the process was not told.
+    /// The other side; `None` if the call did not return it.
     pub peer: Option<SocketAddr>,
     /// Payload bytes.
     pub bytes: u64,
     /// Datagrams on the wire.
     pub datagrams: u64,
-    /// Messages that passed between process and kernel, of which each may stand for several datagrams.
+    /// Messages that passed between process and kernel, of which each may stand for several
+    /// datagrams.
     pub messages: u64,
 }
 
-/// Which way a datagram went, as the process sees it.
+/// The direction of a datagram, as the process sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Direction {
-    /// Out.
+    /// From the process.
     Sent,
-    /// In.
+    /// To the process.
     Received,
 }
 
@@ -242,7 +247,7 @@ impl Transfer {
         }
     }
 
-    /// The same message, cut into segments of this size.
+    /// Returns the same message, cut into segments of this size.
     pub(super) fn cut(self, segment: usize) -> Self {
         let datagrams = self.bytes.div_ceil(segment as u64).max(1);
         Self { datagrams, ..self }

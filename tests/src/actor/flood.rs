@@ -1,4 +1,4 @@
-//! Many datagrams, counted as they go.
+//! Many datagrams, with counts of what arrived.
 
 use std::{
     io::{self, IoSlice},
@@ -24,12 +24,12 @@ use super::{
     udp::{peer, send_flagged},
 };
 
-/// How the end of a flood and its confirmation look.
+/// The datagram that marks the end of a flood, and its confirmation.
 const MARK: [u8; 1] = [0];
 /// How long a mark may remain unanswered before it is repeated: it may have found the buffer full.
 const ANSWERED_WITHIN: Duration = Duration::from_millis(200);
 
-/// What passed between a connected socket and its peer.
+/// The traffic between a connected socket and its peer.
 #[derive(Default)]
 struct Tally {
     bytes: u64,
@@ -53,7 +53,7 @@ impl Tally {
     }
 }
 
-/// Sends at full speed, then marks the end until the peer has seen it.
+/// Sends at full speed, then sends end marks until the peer has answered one.
 pub(super) fn flood(socket: &Socket, count: u64, size: usize) -> io::Result<Vec<Transfer>> {
     let payload = vec![0; size];
     let (mut sent, mut answers) = (Tally::default(), Tally::default());
@@ -78,7 +78,7 @@ pub(super) fn flood(socket: &Socket, count: u64, size: usize) -> io::Result<Vec<
     ])
 }
 
-/// Receives until the mark, and answers it.
+/// Receives until the end mark, and answers it.
 pub(super) fn absorb(socket: &Socket) -> io::Result<Vec<Transfer>> {
     let mut buffer = [0; 1 << 16];
     let (mut received, mut answers) = (Tally::default(), Tally::default());
@@ -97,7 +97,7 @@ pub(super) fn absorb(socket: &Socket) -> io::Result<Vec<Transfer>> {
     ])
 }
 
-/// From 127.2.x.y to 127.1.x.y, for each x.y. The sizes differ.
+/// Sends from 127.2.x.y to 127.1.x.y, for each x.y. The sizes differ.
 pub(super) fn spray(socket: &Socket, port: u16, addresses: u16) -> io::Result<Vec<Transfer>> {
     let one = |at: u16| {
         let [high, low] = at.to_be_bytes();
@@ -122,7 +122,7 @@ pub(super) fn spray(socket: &Socket, port: u16, addresses: u16) -> io::Result<Ve
     (0..addresses).map(one).collect()
 }
 
-/// One datagram after the other, each in its time.
+/// Sends one datagram after the other, at this interval.
 pub(super) fn pace(
     socket: &Socket,
     to: Option<SocketAddr>,

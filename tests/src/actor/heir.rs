@@ -10,36 +10,36 @@ use std::{
 use anyhow::Context as _;
 use tcp_udp_trace::Protocol;
 
-use crate::scene::loopback;
+use crate::tcp_pair::loopback;
 
-/// The argument by which this program is asked to be one; its part and the protocol follow.
+/// The argument that makes this program one of these processes. Its part and the protocol follow.
 pub(super) const FLAG: &str = "--heir";
 
-/// How a process comes to its socket.
+/// How a process gets its socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inheritance {
-    /// Its parent made the socket, and has ended since.
+    /// The parent of the process made the socket, and has ended since.
     Daemon,
-    /// It made the socket itself, before it executed another program.
+    /// The process made the socket itself, before it executed another program.
     Exec,
 }
 
 /// A process that serves through a socket that it has inherited.
 ///
-/// UDP: it sends each datagram back. TCP: it accepts connections, and takes from each what comes.
-/// Both end at what is empty.
+/// UDP: it sends each datagram back. TCP: it accepts connections, and reads each to its end. An
+/// empty datagram or connection ends the process.
 #[derive(Debug)]
 pub struct Heir {
     /// The process that made the socket.
     pub maker: u32,
     /// The process that serves.
     pub pid: u32,
-    /// Where it serves.
+    /// The address of the socket.
     pub address: SocketAddr,
 }
 
 impl Heir {
-    /// Starts it.
+    /// Starts the process.
     pub fn start(how: Inheritance, protocol: Protocol) -> anyhow::Result<Self> {
         let mut maker = Command::new("/proc/self/exe");
         maker.args([FLAG, &format!("{how:?}"), &protocol.to_string()]);

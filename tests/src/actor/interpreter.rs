@@ -1,4 +1,5 @@
-//! The process side of an actor: does what its standard input says, answers on its standard output.
+//! The process side of an actor: reads commands from standard input, and answers on standard
+//! output.
 
 use std::{
     collections::HashMap,
@@ -25,7 +26,8 @@ use super::{
     ring, udp,
 };
 
-/// No call blocks longer: an actor that waits for something that never comes must fail, not hang.
+/// The time limit of each call: an actor that waits for something that never comes must fail, not
+/// hang.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn connect_in_child(to: SocketAddr) -> io::Result<()> {
@@ -41,9 +43,9 @@ fn connect_in_child(to: SocketAddr) -> io::Result<()> {
 #[derive(Default)]
 struct Interpreter {
     sockets: HashMap<RawFd, Socket>,
-    /// Those that nobody asks for.
+    /// The sockets that no command uses.
     held: Vec<OwnedFd>,
-    /// Those that hold connections.
+    /// The rings that hold connections.
     rings: Vec<io_uring::IoUring>,
     tracing: Option<Tracing>,
 }
@@ -53,7 +55,7 @@ struct Tracing {
     _runtime: Runtime,
 }
 
-/// Is an actor of that name until standard input ends.
+/// Runs as an actor of that name until standard input ends.
 pub(super) fn run(name: &OsStr) -> io::Result<()> {
     prctl::set_name(&CString::new(name.as_bytes())?)?;
     let mut interpreter = Interpreter::default();
@@ -98,16 +100,16 @@ impl Interpreter {
             Command::OpenUdp { v6 } => return self.keep(udp::udp_socket(v6)?),
             Command::Bind(fd, address) => {
                 self.socket(fd)?.bind(&address.into())?;
-                return self.tell(fd);
+                return self.describe(fd);
             }
             Command::ReusePort(fd) => self.socket(fd)?.set_reuse_port(true)?,
             Command::Listen(fd) => {
                 self.socket(fd)?.listen(1024)?;
-                return self.tell(fd);
+                return self.describe(fd);
             }
             Command::Connect(fd, to) => {
                 self.socket(fd)?.connect(&to.into())?;
-                return self.tell(fd);
+                return self.describe(fd);
             }
             Command::ConnectInChild(to) => connect_in_child(to)?,
             Command::Accept(fd) => {
@@ -124,10 +126,10 @@ impl Interpreter {
             }
             Command::ConnectInRing { fd, to, worker } => {
                 ring::connect(fd, to, worker)?;
-                return self.tell(fd);
+                return self.describe(fd);
             }
             Command::Take { pid, fd } => return self.keep(take(pid, fd)?.into()),
-            Command::Tell(fd) => return self.tell(fd),
+            Command::Describe(fd) => return self.describe(fd),
             Command::Udp(fd, operation) => return udp::perform(self.socket(fd)?, operation),
             Command::Send(fd, bytes) => send(self.socket(fd)?, bytes)?,
             Command::Receive(fd, bytes) => receive_exactly(self.socket(fd)?, bytes)?,
@@ -154,7 +156,7 @@ impl Interpreter {
                 return Ok(Outcome::Exchanges(batch::churn(to, connections, seed)?));
             }
             Command::Hold { address, tcp, udp } => self.hold(address, tcp, udp)?,
-            Command::Trace => self.tracing = Some(trace()?),
+            Command::Trace => self.tracing = Some(start_tracers()?),
         }
         Ok(Outcome::Done)
     }
@@ -199,7 +201,7 @@ impl Interpreter {
         Ok(Outcome::Socket(endpoint))
     }
 
-    fn tell(&self, fd: RawFd) -> io::Result<Outcome> {
+    fn describe(&self, fd: RawFd) -> io::Result<Outcome> {
         Ok(Outcome::Socket(endpoint(self.socket(fd)?)?))
     }
 
@@ -282,7 +284,7 @@ pub(super) fn receive_all(socket: &Socket) -> io::Result<u64> {
     }
 }
 
-/// io_uring tells its process of what it has done in the way of a signal, which interrupts a read.
+/// io_uring signals its process when it has done something, which interrupts a read.
 fn read(mut socket: &Socket, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match socket.read(buffer) {
@@ -305,12 +307,13 @@ fn accept_by_uring(listener: net::TcpListener) -> io::Result<Socket> {
     tokio_uring::Runtime::new(&tokio_uring::builder())?.block_on(async {
         let listener = tokio_uring::net::TcpListener::from_std(listener);
         let (stream, _) = tokio::time::timeout(TIMEOUT, listener.accept()).await??;
-        // The stream cannot be turned into a descriptor of the standard library; its double can.
+        // The stream cannot be turned into a descriptor of the standard library, but its duplicate
+        // can.
         Ok(take(process::id(), stream.as_raw_fd())?.into())
     })
 }
 
-fn trace() -> io::Result<Tracing> {
+fn start_tracers() -> io::Result<Tracing> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

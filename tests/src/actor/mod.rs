@@ -1,8 +1,10 @@
-//! Processes that make traffic as they are told, and count it.
+//! Processes that make traffic on command, and count it.
 //!
-//! An actor is this very program, started again with `--actor NAME`: it needs no other file, inside a VM either.
+//! An actor is this program itself, started again with `--actor NAME`. It needs no other file, also
+//! inside a VM.
 
 mod batch;
+mod book;
 mod brief;
 mod datagram;
 mod flood;
@@ -27,6 +29,8 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
+use book::Book;
+
 pub use batch::Exchange;
 pub use brief::Brief;
 pub use datagram::{
@@ -36,13 +40,15 @@ pub use heir::{Heir, Inheritance};
 pub use protocol::{Command, Endpoint, Failure, Moment, Outcome, UringAccept};
 pub use udp::receive_queue;
 
-use crate::{cgroup, netns::Netns};
+use tcp_udp_trace::TcpState;
+
+use crate::{cgroup, expected_tcp::ExpectedTcp, netns::Netns};
 
 const FLAG: &str = "--actor";
-/// For the parent of an actor.
+/// The part that the actor's parent uses.
 const PARENT_FLAG: &str = "--parent-of-actor";
 
-/// Is an actor if this process was started as one; `main` begins with it.
+/// Runs as an actor if this process was started as one; `main` begins with this.
 #[must_use]
 pub fn run_if_asked() -> Option<ExitCode> {
     let mut args = env::args_os().skip(1);
@@ -69,14 +75,14 @@ pub fn run_if_asked() -> Option<ExitCode> {
     }
 }
 
-/// Starts an actor that has our input and output, and waits for its end.
+/// Starts an actor that has the input and output of this process, and waits for its end.
 fn be_parent(name: &OsStr) -> io::Result<()> {
     let mut actor = std::process::Command::new("/proc/self/exe");
     actor.arg(FLAG).arg(name).spawn()?.wait().map(drop)
 }
 
-/// A process under the control of a test, in the network namespace of the thread that started it. It is killed when
-/// dropped.
+/// A process under the control of a test, in the network namespace of the thread that started it.
+/// Dropping it kills the process.
 #[derive(Debug)]
 pub struct Actor {
     child: Child,
@@ -84,11 +90,14 @@ pub struct Actor {
     netns: u32,
     netns_cookie: Option<u64>,
     moment: Option<Moment>,
+    /// The command that [`finish`](Self::finish) waits for.
+    begun: Option<Command>,
+    book: Book,
 }
 
-/// Who an actor is.
+/// The identity of an actor.
 #[derive(Debug, Clone)]
-pub struct Who {
+pub struct Identity {
     /// Process id.
     pub pid: u32,
     /// User id.
@@ -97,9 +106,9 @@ pub struct Who {
     pub comm: Vec<u8>,
     /// The inode of its network namespace.
     pub netns: u32,
-    /// The cookie of its network namespace, where the kernel tells it.
+    /// The cookie of its network namespace, where the kernel reports it.
     pub netns_cookie: Option<u64>,
-    /// The id of its cgroup, where that can be told.
+    /// The id of its cgroup, where it can be read.
     pub cgroup: Option<u64>,
 }
 
@@ -109,12 +118,13 @@ impl Actor {
         Self::spawn_as(OsStr::new(name), None)
     }
 
-    /// Starts an actor of any name, as another user if one is named.
+    /// Starts an actor of any name, as another user if `uid` is given.
     pub fn spawn_as(name: &OsStr, uid: Option<u32>) -> anyhow::Result<Self> {
         Self::spawn_by(FLAG, name, uid)
     }
 
-    /// Starts an actor that is not our child but our grandchild: [`pid`](Self::pid) is its parent's, which does nothing but wait for it.
+    /// Starts an actor as the grandchild of this process. [`pid`](Self::pid) is that of its parent,
+    /// which only waits for it.
     pub fn spawn_below_a_parent(name: &str) -> anyhow::Result<Self> {
         Self::spawn_by(PARENT_FLAG, OsStr::new(name), None)
     }
@@ -138,27 +148,30 @@ impl Actor {
             netns,
             netns_cookie: Netns::current_cookie()?,
             moment: None,
+            begun: None,
+            book: Book::default(),
         })
     }
 
-    /// Its process id.
+    /// Returns the actor's process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// The inode of its network namespace.
+    /// Returns the inode of the actor's network namespace.
     #[must_use]
     pub fn netns(&self) -> u32 {
         self.netns
     }
 
-    /// Who it is at this moment. It must have answered a command, or it may not have its name yet.
-    pub fn who(&self) -> anyhow::Result<Who> {
+    /// Returns the actor's identity at this moment. It must have answered a command, or it may not
+    /// have its name yet.
+    pub fn identity(&self) -> anyhow::Result<Identity> {
         let pid = self.pid();
         let mut comm = fs::read(format!("/proc/{pid}/comm"))?;
         comm.truncate(comm.len() - 1);
-        // The name of the process is part of it, and any bytes may be a name.
+        // The process name is part of the line, and may have any bytes.
         let status = fs::read(format!("/proc/{pid}/status"))?;
         let status = String::from_utf8_lossy(&status);
         let uid = status
@@ -166,7 +179,7 @@ impl Actor {
             .find_map(|line| line.strip_prefix("Uid:"))
             .context("no uid")?;
         let uid = uid.split_whitespace().next().context("no uid")?.parse()?;
-        Ok(Who {
+        Ok(Identity {
             pid,
             uid,
             comm,
@@ -176,22 +189,35 @@ impl Actor {
         })
     }
 
-    /// When and where it did the last command.
+    /// Returns the bytes that the actor sent and received through a TCP socket.
+    #[must_use]
+    pub fn carried(&self, socket: &Endpoint) -> (u64, u64) {
+        self.book.carried(socket)
+    }
+
+    /// Returns the events that a TCP socket of the actor must have produced, if the actor connected
+    /// it or let it listen, and no other process used it.
+    pub fn expected(&self, socket: &Endpoint, states: &[TcpState]) -> anyhow::Result<ExpectedTcp> {
+        let (sent, received) = self.carried(socket);
+        Ok(ExpectedTcp::of(&self.identity()?, socket, states).bytes(sent, received))
+    }
+
+    /// Returns when and where the actor did the last command.
     #[must_use]
     pub fn moment(&self) -> Moment {
         self.moment.expect("no command was done yet")
     }
 
-    /// Kills it, as `kill -9` does, and waits for its end.
+    /// Kills the actor, as `kill -9` does, and waits for its end.
     pub fn kill(mut self) -> anyhow::Result<()> {
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
     }
 
-    /// Ends the parent of one that was [started below one](Self::spawn_below_a_parent).
+    /// Ends the parent of an actor that was [started below a parent](Self::spawn_below_a_parent).
     pub fn orphan(&mut self) -> anyhow::Result<()> {
-        // Waiting would close it, and it is the actor's, too.
+        // `wait` would close standard input, which the actor also reads.
         let input = self.child.stdin.take();
         self.child.kill()?;
         self.child.wait()?;
@@ -199,32 +225,39 @@ impl Actor {
         Ok(())
     }
 
-    /// Tells it to begin with a command; [`finish`](Self::finish) waits for the outcome.
+    /// Sends a command, whose outcome [`finish`](Self::finish) waits for.
     pub fn begin(&mut self, command: &Command) -> anyhow::Result<()> {
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
         let input = self.child.stdin.as_mut().unwrap();
-        input.write_all(&line).context("the actor is gone")
+        input.write_all(&line).context("the actor has ended")?;
+        self.begun = Some(command.clone());
+        Ok(())
     }
 
     /// Waits for the outcome of the command that was begun.
     pub fn finish(&mut self) -> anyhow::Result<Outcome> {
         let mut line = String::new();
         if self.output.read_line(&mut line)? == 0 {
-            bail!("the actor is gone");
+            bail!("the actor has ended");
         }
         let answer: protocol::Answer = serde_json::from_str(&line)?;
         self.moment = Some(answer.moment);
-        Ok(answer.outcome?)
+        let command = self.begun.take();
+        let outcome = answer.outcome?;
+        if let Some(command) = command {
+            self.book.record(&command, &outcome);
+        }
+        Ok(outcome)
     }
 
-    /// Does a command.
+    /// Runs a command.
     pub fn run(&mut self, command: Command) -> anyhow::Result<Outcome> {
         self.begin(&command)?;
         self.finish().with_context(|| format!("{command:?}"))
     }
 
-    /// Does a command that must fail; gives its `errno`.
+    /// Runs a command that must fail. Returns its `errno`.
     pub fn fail(&mut self, command: Command) -> anyhow::Result<i32> {
         match self.run(command.clone()) {
             Ok(outcome) => bail!("{command:?} should have failed: {outcome:?}"),
@@ -263,17 +296,17 @@ impl Actor {
         self.socket(Command::Accept(listener.fd))
     }
 
-    /// Sends so many bytes.
+    /// Sends this many bytes.
     pub fn send(&mut self, socket: &Endpoint, bytes: u64) -> anyhow::Result<()> {
         self.run(Command::Send(socket.fd, bytes)).map(drop)
     }
 
-    /// Receives exactly so many bytes.
+    /// Receives exactly this many bytes.
     pub fn receive(&mut self, socket: &Endpoint, bytes: u64) -> anyhow::Result<()> {
         self.run(Command::Receive(socket.fd, bytes)).map(drop)
     }
 
-    /// Receives until the peer ends: how many bytes came.
+    /// Receives until the peer ends. Returns the number of bytes.
     pub fn receive_all(&mut self, socket: &Endpoint) -> anyhow::Result<u64> {
         match self.run(Command::ReceiveAll(socket.fd))? {
             Outcome::Bytes(bytes) => Ok(bytes),
@@ -296,7 +329,7 @@ impl Actor {
         self.run(Command::Abort(socket.fd)).map(drop)
     }
 
-    /// Takes a socket of another actor, as one that inherits it would have it.
+    /// Takes a socket of another actor, as a process that inherits it would have it.
     pub fn take(&mut self, from: &Self, fd: RawFd) -> anyhow::Result<Endpoint> {
         self.socket(Command::Take {
             pid: from.pid(),
@@ -304,22 +337,22 @@ impl Actor {
         })
     }
 
-    /// A descriptor of one of its sockets for the calling process.
+    /// Returns a descriptor of one of the actor's sockets for the calling process.
     pub fn lend(&self, socket: &Endpoint) -> anyhow::Result<OwnedFd> {
         Ok(interpreter::take(self.pid(), socket.fd)?)
     }
 
-    /// Does a command that gives one socket.
+    /// Runs a command that returns one socket.
     pub fn socket(&mut self, command: Command) -> anyhow::Result<Endpoint> {
         self.run(command).and_then(one_socket)
     }
 
-    /// [`finish`](Self::finish) for a command that gives one socket.
+    /// Like [`finish`](Self::finish), for a command that returns one socket.
     pub fn finish_socket(&mut self) -> anyhow::Result<Endpoint> {
         self.finish().and_then(one_socket)
     }
 
-    /// [`finish`](Self::finish) for [`Command::Serve`] and [`Command::Churn`].
+    /// Like [`finish`](Self::finish), for [`Command::Serve`] and [`Command::Churn`].
     pub fn finish_exchanges(&mut self) -> anyhow::Result<Vec<Exchange>> {
         match self.finish()? {
             Outcome::Exchanges(exchanges) => Ok(exchanges),
@@ -330,13 +363,14 @@ impl Actor {
 
 impl Drop for Actor {
     fn drop(&mut self) {
-        // It may be gone already; or we may not, and it ends because there are no more commands.
+        // The actor may have ended already. If this process may not kill it, it ends because there
+        // are no more commands.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The system call's error behind a failed command.
+/// Returns the system call's error behind a failed command.
 #[must_use]
 pub fn errno(error: &anyhow::Error) -> Option<i32> {
     error

@@ -1,4 +1,4 @@
-//! What a test and an actor tell each other: one JSON value a line.
+//! The messages between a test and an actor: one JSON value a line.
 
 use std::{net::SocketAddr, os::fd::RawFd, time::SystemTime};
 
@@ -9,7 +9,7 @@ use super::{
     datagram::{Operation, Transfer},
 };
 
-/// What an actor can be asked to do. Sockets are named by their descriptor in the actor.
+/// The commands of an actor. Sockets are named by their descriptor in the actor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// Makes a TCP socket: [`Outcome::Socket`].
@@ -32,7 +32,7 @@ pub enum Command {
     Listen(RawFd),
     /// Connects a socket: [`Outcome::Socket`].
     Connect(RawFd, SocketAddr),
-    /// Lets a child process connect and end, and waits for that.
+    /// Lets a child process connect and end, and waits for its end.
     ConnectInChild(SocketAddr),
     /// Accepts one connection: [`Outcome::Socket`].
     Accept(RawFd),
@@ -40,31 +40,32 @@ pub enum Command {
     AcceptWaiting(RawFd),
     /// Accepts one connection by `io_uring`: [`Outcome::Socket`].
     AcceptByUring(RawFd),
-    /// Accepts so many connections by `io_uring` in a certain way, and keeps them.
+    /// Accepts this many connections by `io_uring` in a certain way, and keeps them.
     AcceptInRing(RawFd, UringAccept, u32),
-    /// Connects by `io_uring`, perhaps in a worker's thread: [`Outcome::Socket`].
+    /// Connects by `io_uring`, in a worker's thread if `worker`: [`Outcome::Socket`].
     ConnectInRing {
         /// The socket.
         fd: RawFd,
-        /// Where to.
+        /// The destination.
         to: SocketAddr,
-        /// Whether a worker does it.
+        /// Whether a worker connects it.
         worker: bool,
     },
-    /// Takes a socket of another process, as one that inherits it would have it: [`Outcome::Socket`].
+    /// Takes a socket of another process, as a process that inherits it would have it:
+    /// [`Outcome::Socket`].
     Take {
         /// The other process.
         pid: u32,
         /// The descriptor there.
         fd: RawFd,
     },
-    /// Tells the addresses of a socket: [`Outcome::Socket`].
-    Tell(RawFd),
-    /// Does something with a UDP socket.
+    /// Returns the addresses of a socket: [`Outcome::Socket`].
+    Describe(RawFd),
+    /// Runs an operation on a UDP socket.
     Udp(RawFd, Operation),
-    /// Sends so many bytes.
+    /// Sends this many bytes.
     Send(RawFd, u64),
-    /// Receives exactly so many bytes.
+    /// Receives exactly this many bytes.
     Receive(RawFd, u64),
     /// Receives until the peer ends: [`Outcome::Bytes`].
     ReceiveAll(RawFd),
@@ -72,54 +73,55 @@ pub enum Command {
     Shutdown(RawFd),
     /// Resets the connection: close with a linger time of zero.
     Abort(RawFd),
-    /// Closes.
+    /// Closes the socket.
     Close(RawFd),
-    /// Does a command on a new thread of that name.
+    /// Runs a command on a new thread of that name.
     OnThread(String, Box<Command>),
-    /// Serves so many connections of [`Command::Churn`]: [`Outcome::Exchanges`].
+    /// Serves this many connections of [`Command::Churn`]: [`Outcome::Exchanges`].
     Serve(RawFd, u32),
-    /// Makes so many connections and has an exchange on each: [`Outcome::Exchanges`].
+    /// Makes this many connections and has an exchange on each: [`Outcome::Exchanges`].
     Churn {
-        /// Where the server listens.
+        /// The address of the server.
         to: SocketAddr,
-        /// How many.
+        /// The number of connections.
         connections: u32,
-        /// Decides the sizes.
+        /// The seed of the sizes.
         seed: u64,
     },
-    /// Makes so many sockets, and keeps them. The listeners are at this port and those that follow it.
+    /// Makes this many sockets, and keeps them. The listeners are at this port and those that
+    /// follow it.
     Hold {
-        /// Where the first listens.
+        /// The address of the first listener.
         address: SocketAddr,
-        /// TCP listeners.
+        /// The number of TCP listeners.
         tcp: u32,
-        /// Bound UDP sockets.
+        /// The number of bound UDP sockets.
         udp: u32,
     },
     /// Starts a tracer of each protocol, and keeps them.
     Trace,
 }
 
-/// What came of a command.
+/// The outcome of a command.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
-    /// It was done; there is nothing to tell.
+    /// The command succeeded, without a result.
     Done,
     /// One socket.
     Socket(Endpoint),
     /// Several sockets.
     Sockets(Vec<Endpoint>),
-    /// So many bytes.
+    /// A number of bytes.
     Bytes(u64),
-    /// So many.
+    /// A count.
     Count(u64),
-    /// What was sent and received, in this order.
+    /// The transfers, in their order.
     Transfers(Vec<Transfer>),
-    /// One for each connection.
+    /// One exchange for each connection.
     Exchanges(Vec<Exchange>),
 }
 
-/// What an application can know of its socket.
+/// The properties of a socket that an application can read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// The descriptor in the actor.
@@ -135,9 +137,9 @@ pub struct Endpoint {
 /// The answer to a command.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Answer {
-    /// When and where it was done.
+    /// When and where the command was done.
     pub(super) moment: Moment,
-    /// What came of it.
+    /// The outcome of the command.
     pub(super) outcome: Result<Outcome, Failure>,
 }
 
@@ -152,12 +154,12 @@ pub struct Moment {
     pub ended: SystemTime,
 }
 
-/// Why a command failed.
+/// The reason why a command failed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Failure {
     /// The system call's error.
     pub errno: Option<i32>,
-    /// In words.
+    /// The error message.
     pub message: String,
 }
 
@@ -183,26 +185,28 @@ impl From<std::io::Error> for Failure {
 pub enum UringAccept {
     /// A request for each connection.
     Once,
-    /// The same, and a thread of the kernel looks for requests (`IORING_SETUP_SQPOLL`).
+    /// A request for each connection. A thread of the kernel polls for requests
+    /// (`IORING_SETUP_SQPOLL`).
     Polled,
-    /// The same, on a worker thread (`IOSQE_ASYNC`).
+    /// A request for each connection, on a worker thread (`IOSQE_ASYNC`).
     Worker,
-    /// The same, and the process does the work when it waits (`IORING_SETUP_DEFER_TASKRUN`).
+    /// A request for each connection. The process does the work when it waits
+    /// (`IORING_SETUP_DEFER_TASKRUN`).
     Deferred,
     /// One request for all connections.
     Multishot,
-    /// The same, and the process does the work when it waits.
+    /// One request for all connections. The process does the work when it waits.
     MultishotDeferred,
-    /// Into a slot of the ring instead of a descriptor.
+    /// A request for each connection, into a slot of the ring instead of a descriptor.
     Direct,
-    /// The same, and the kernel chooses the slot.
+    /// A request for each connection, into a slot that the kernel chooses.
     DirectAllocated,
     /// One request for all connections, into slots.
     MultishotDirect,
 }
 
 impl UringAccept {
-    /// Whether there is no descriptor.
+    /// Whether the accepted connections have no descriptor.
     #[must_use]
     pub fn is_direct(self) -> bool {
         matches!(

@@ -1,4 +1,4 @@
-//! Accepts and connects by `io_uring`, in each way that there is.
+//! Accepts and connects by `io_uring`, in each of its ways.
 #![allow(
     unsafe_code,
     reason = "a request may point to memory, which must outlive it"
@@ -11,10 +11,10 @@ use socket2::SockAddr;
 
 use super::protocol::UringAccept;
 
-/// As many slots for files as a ring has, and more than the tests accept.
+/// The number of file slots of a ring: more than the tests accept.
 const SLOTS: u32 = 64;
 
-/// Accepts so many connections. They live as long as the ring, or the process.
+/// Accepts this many connections, which exist as long as the ring or the process.
 pub(super) fn accept(listener: RawFd, way: UringAccept, connections: u32) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     match way {

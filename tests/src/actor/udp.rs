@@ -1,4 +1,4 @@
-//! The UDP side of an actor: each call that sends or receives, with the count of what it did.
+//! The UDP side of an actor: each call that sends or receives, with the count of its datagrams.
 
 use std::{
     fs::{self, File},
@@ -34,7 +34,8 @@ use super::{
     protocol::Outcome,
 };
 
-/// The argument by which this program is asked to send one datagram through its standard input; the size follows.
+/// The argument that makes this program send one datagram through its standard input. The size
+/// follows.
 pub(super) const CHILD_FLAG: &str = "--send-through-stdin";
 
 /// Room for the largest datagram.
@@ -114,7 +115,7 @@ pub(super) fn perform(socket: &Socket, operation: Operation) -> io::Result<Outco
     Ok(Outcome::Transfers(transfers))
 }
 
-/// Where datagrams without an address go.
+/// Returns the destination of datagrams without an address.
 pub(super) fn peer(socket: &Socket) -> Option<SocketAddr> {
     socket
         .peer_addr()
@@ -157,7 +158,7 @@ fn send(
     }
     let one = |&size: &usize| {
         let payload = vec![0; size];
-        // Two parts, of which the first may be empty.
+        // The datagram has two parts, of which the first may be empty.
         let (head, tail) = payload.split_at(size / 2);
         let parts = [IoSlice::new(head), IoSlice::new(tail)];
         let bytes = match by {
@@ -319,7 +320,8 @@ fn receive(
     (0..count).map(one).collect()
 }
 
-/// By `recvfrom`. With `TRUNC`, the bytes are those of the datagram, whatever the buffer holds of them.
+/// Receives by `recvfrom`. With `TRUNC`, the bytes are those of the datagram, even if the buffer is
+/// smaller.
 fn receive_flagged(socket: &Socket, room: usize, flags: RecvFlags) -> io::Result<Transfer> {
     let mut buffer = vec![0; room];
     let (_, bytes, from) = rustix::net::recvfrom(socket, &mut buffer[..], flags)?;
@@ -331,7 +333,7 @@ fn inet(address: SocketAddrAny) -> io::Result<SocketAddr> {
     Ok(SocketAddr::try_from(address)?)
 }
 
-/// By `recvmsg`, counting the datagrams that the kernel has merged.
+/// Receives by `recvmsg`, counting the datagrams that the kernel has merged.
 fn receive_message(socket: &Socket, room: usize, flags: MsgFlags) -> io::Result<Transfer> {
     let mut buffer = vec![0; room];
     let mut parts = [IoSliceMut::new(&mut buffer)];
@@ -407,7 +409,7 @@ fn drain(socket: &Socket) -> io::Result<Vec<Transfer>> {
 }
 
 fn take_error(socket: &Socket) -> io::Result<()> {
-    // An error is waited for by waiting for nothing else.
+    // `poll` always reports errors, so it waits for no other event.
     let mut sockets = [PollFd::new(socket, PollFlags::empty())];
     let timeout = Timespec::try_from(TIMEOUT).map_err(io::Error::other)?;
     if poll(&mut sockets, Some(&timeout))? == 0 {
@@ -425,7 +427,7 @@ fn set(socket: &Socket, option: SocketOption) -> io::Result<()> {
         SocketOption::Broadcast => socket.set_broadcast(true)?,
         SocketOption::ReuseAddress => socket.set_reuse_address(true)?,
         SocketOption::ErrorQueue if is_v6(socket)? => {
-            // For IPv4-mapped peers, it is the other one that counts.
+            // For IPv4-mapped peers, the IPv4 option counts.
             setsockopt(socket, sockopt::Ipv6RecvErr, &true)?;
             setsockopt(socket, sockopt::Ipv4RecvErr, &true)?;
         }
@@ -498,20 +500,20 @@ fn send_by_child(socket: &Socket, size: usize) -> io::Result<Transfer> {
     Ok(sent(socket, None, size))
 }
 
-/// What the child of [`Operation::SendByChild`] does.
+/// Runs the child process of [`Operation::SendByChild`].
 pub(super) fn send_through_stdin(size: &str) -> io::Result<()> {
     let size = size.parse().map_err(io::Error::other)?;
     SockRef::from(&io::stdin()).send(&vec![0; size]).map(drop)
 }
 
-/// Does something with a double of the socket, in an `io_uring` of its own.
+/// Runs a request with a duplicate of the socket, in an `io_uring` of its own.
 fn with_uring<T>(
     socket: &Socket,
     act: impl AsyncFnOnce(&tokio_uring::net::UdpSocket) -> io::Result<T>,
 ) -> io::Result<T> {
-    let double = UdpSocket::from(OwnedFd::from(socket.try_clone()?));
+    let duplicate = UdpSocket::from(OwnedFd::from(socket.try_clone()?));
     tokio_uring::Runtime::new(&tokio_uring::builder())?.block_on(async {
-        let uring = tokio_uring::net::UdpSocket::from_std(double);
+        let uring = tokio_uring::net::UdpSocket::from_std(duplicate);
         act(&uring).await
     })
 }

@@ -1,4 +1,4 @@
-//! What one life of a UDP socket must have shown.
+//! The events that one UDP socket must have produced.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,22 +12,22 @@ use anyhow::{bail, ensure};
 use tcp_udp_trace::{Event, EventKind, Origin, Protocol, Stats, Traffic};
 
 use crate::{
-    actor::{Direction, Endpoint, Transfer, Who},
+    actor::{Direction, Endpoint, Identity, Transfer},
+    collector::show,
+    expected_tcp::{AGE_ERROR, CLOCK_ERROR, Owner, canonical},
     flow_sums::FlowSums,
-    life::{AGE_ERROR, CLOCK_ERROR, Owner, canonical},
-    trace::show,
 };
 
 /// The events that a tracer reported, grouped by the id of their socket.
 #[derive(Debug)]
-pub struct UdpLives {
-    lives: BTreeMap<u64, Vec<Event>>,
+pub struct ObservedUdp {
+    observed: BTreeMap<u64, Vec<Event>>,
     window: (SystemTime, SystemTime),
     names_every_peer: bool,
     stats: Stats,
 }
 
-impl UdpLives {
+impl ObservedUdp {
     /// Groups events that happened between `began` and now.
     #[must_use]
     pub fn new(
@@ -37,43 +37,43 @@ impl UdpLives {
         stats: Stats,
     ) -> Self {
         let window = (began - CLOCK_ERROR, SystemTime::now() + CLOCK_ERROR);
-        let mut lives = BTreeMap::<_, Vec<_>>::new();
+        let mut observed = BTreeMap::<_, Vec<_>>::new();
         for event in events {
-            lives.entry(event.socket.id).or_default().push(event);
+            observed.entry(event.socket.id).or_default().push(event);
         }
         Self {
-            lives,
+            observed,
             window,
             names_every_peer,
             stats,
         }
     }
 
-    /// Takes out the life of that socket, if it is as expected.
-    pub fn check(&mut self, life: &UdpLife) -> anyhow::Result<Vec<Event>> {
+    /// Removes and returns the events of that socket, if they are as expected.
+    pub fn check(&mut self, expected: &ExpectedUdp) -> anyhow::Result<Vec<Event>> {
         let is_it = |events: &Vec<Event>| {
             events
                 .iter()
-                .any(|event| event.socket.cookie == Some(life.cookie))
+                .any(|event| event.socket.cookie == Some(expected.cookie))
         };
-        let found = self.lives.iter().find(|(_, events)| is_it(events));
+        let found = self.observed.iter().find(|(_, events)| is_it(events));
         let Some((&id, events)) = found else {
-            bail!("no life of {life:?} among{}", show(&self.rest()));
+            bail!("no socket is {expected:?} among{}", show(&self.rest()));
         };
-        if let Err(error) = self.compare(life, events) {
+        if let Err(error) = self.compare(expected, events) {
             bail!(
-                "{error:#}\nevents:{}\nexpected {life:?}; {:?}",
+                "{error:#}\nevents:{}\nexpected {expected:?}; {:?}",
                 show(events),
                 self.stats
             );
         }
-        Ok(self.lives.remove(&id).expect("it was just found"))
+        Ok(self.observed.remove(&id).expect("it was found above"))
     }
 
-    /// Checks all of them, and that there was nothing else.
-    pub fn check_all(mut self, lives: &[UdpLife]) -> anyhow::Result<()> {
-        for life in lives {
-            self.check(life)?;
+    /// Checks these sockets, and that there is no other event.
+    pub fn check_all(mut self, sockets: &[ExpectedUdp]) -> anyhow::Result<()> {
+        for expected in sockets {
+            self.check(expected)?;
         }
         let rest = self.rest();
         ensure!(rest.is_empty(), "more than expected:{}", show(&rest));
@@ -81,12 +81,12 @@ impl UdpLives {
     }
 
     fn rest(&self) -> Vec<Event> {
-        self.lives.values().flatten().cloned().collect()
+        self.observed.values().flatten().cloned().collect()
     }
 
-    fn compare(&self, life: &UdpLife, events: &[Event]) -> anyhow::Result<()> {
+    fn compare(&self, expected: &ExpectedUdp, events: &[Event]) -> anyhow::Result<()> {
         for event in events {
-            life.compare_socket(event)?;
+            expected.compare_socket(event)?;
             ensure!(
                 self.window.0 <= event.time && event.time <= self.window.1,
                 "not in {:?}: {event}",
@@ -94,19 +94,19 @@ impl UdpLives {
             );
         }
         compare_age(events)?;
-        let seen = life.seen(self.names_every_peer);
-        life.compare_connects(events)?;
-        life.compare_datagrams(events, &seen)?;
-        life.compare_flows(events, &seen, self.stats.unassigned)?;
-        life.compare_close(events, &seen)
+        let seen = expected.seen(self.names_every_peer);
+        expected.compare_connects(events)?;
+        expected.compare_datagrams(events, &seen)?;
+        expected.compare_flows(events, &seen, self.stats.unassigned)?;
+        expected.compare_close(events, &seen)
     }
 }
 
-/// What one life of a UDP socket must have shown. Made from what the applications know.
+/// The events that one UDP socket must have produced, from the knowledge of the applications.
 #[derive(Debug, Clone)]
-pub struct UdpLife {
+pub struct ExpectedUdp {
     owner: Owner,
-    /// Every address the socket has had, the last one at the end.
+    /// Every address that the socket has had, in their order.
     locals: Vec<SocketAddr>,
     remote: Option<SocketAddr>,
     cookie: u64,
@@ -116,18 +116,18 @@ pub struct UdpLife {
     cgroup: Option<u64>,
     connects: Vec<SocketAddr>,
     transfers: Book,
-    /// Who sent what was received without asking for the peer.
+    /// The sender of the datagrams whose call did not request the peer's address.
     hears: Option<SocketAddr>,
     drops: u64,
     evicted: bool,
     per_datagram: bool,
 }
 
-/// Everything that passed, in its order.
+/// All transfers, in their order.
 #[derive(Clone, Default)]
 struct Book(Vec<Transfer>);
 
-/// Only the last entries are shown: there may be thousands.
+/// Shows only the last entries: there may be thousands.
 impl fmt::Debug for Book {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let hidden = self.0.len().saturating_sub(20);
@@ -157,19 +157,19 @@ impl Seen {
     }
 }
 
-impl UdpLife {
-    /// The life of a new socket of `who`.
+impl ExpectedUdp {
+    /// Returns the events of a new socket of `identity`.
     #[must_use]
-    pub fn of(who: &Who, socket: &Endpoint) -> Self {
+    pub fn of(identity: &Identity, socket: &Endpoint) -> Self {
         Self {
-            owner: Owner::new(who, Origin::Creator),
+            owner: Owner::new(identity, Origin::Creator),
             locals: vec![canonical(socket.local)],
             remote: None,
             cookie: socket.cookie,
-            uid: who.uid,
-            netns: who.netns,
-            netns_cookie: who.netns_cookie,
-            cgroup: who.cgroup,
+            uid: identity.uid,
+            netns: identity.netns,
+            netns_cookie: identity.netns_cookie,
+            cgroup: identity.cgroup,
             connects: Vec::new(),
             transfers: Book::default(),
             hears: None,
@@ -179,14 +179,15 @@ impl UdpLife {
         }
     }
 
-    /// The socket is older than the tracer: nobody saw who made it, or what happened to it until now, but `holder` had it open.
-    pub fn older_than_the_tracer(&mut self, holder: &Who) {
+    /// Marks the socket as older than the tracer. The tracer could see neither its creator nor its
+    /// traffic until now, but `holder` had it open.
+    pub fn older_than_the_tracer(&mut self, holder: &Identity) {
         self.owner = Owner::new(holder, Origin::Snapshot);
         self.connects.clear();
         self.transfers.0.clear();
     }
 
-    /// The socket has these addresses now.
+    /// Sets the addresses that the socket has now.
     pub fn moved_to(&mut self, socket: &Endpoint) {
         let local = canonical(socket.local);
         if self.locals.last() != Some(&local) {
@@ -195,27 +196,27 @@ impl UdpLife {
         self.remote = socket.remote.map(canonical);
     }
 
-    /// A connect succeeded.
+    /// Adds a successful connect.
     pub fn connected_to(&mut self, peer: SocketAddr) {
         self.connects.push(canonical(peer));
     }
 
-    /// What is received without asking for the peer comes from this one.
+    /// Sets the sender of all datagrams whose call does not request the peer's address.
     pub fn hears(&mut self, peer: SocketAddr) {
         self.hears = Some(canonical(peer));
     }
 
-    /// Datagrams were sent or received.
+    /// Adds datagrams that were sent or received.
     pub fn transferred(&mut self, transfers: &[Transfer]) {
         self.transfers.0.extend(transfers);
     }
 
-    /// So many datagrams in all found the receive buffer full.
+    /// Sets how many datagrams in all found the receive buffer full.
     pub fn dropped(&mut self, drops: u64) {
         self.drops = drops;
     }
 
-    /// There were more peers than the tracer remembers: its flows end and begin again.
+    /// Allows flows to end and begin again: there were more peers than the tracer remembers.
     #[must_use]
     pub fn evicted(self) -> Self {
         Self {
@@ -224,7 +225,7 @@ impl UdpLife {
         }
     }
 
-    /// As a tracer sees it that reports each datagram.
+    /// Returns the events for a tracer that reports each datagram.
     #[must_use]
     pub fn per_datagram(&self) -> Self {
         Self {
@@ -233,7 +234,7 @@ impl UdpLife {
         }
     }
 
-    /// The totals of the application.
+    /// Returns the totals of the application.
     #[must_use]
     pub fn totals(&self) -> Traffic {
         let mut totals = Traffic::default();
@@ -248,8 +249,10 @@ impl UdpLife {
             let is_received = transfer.direction == Direction::Received;
             let peer = match transfer.peer {
                 Some(peer) => canonical(peer),
-                None if names_every_peer => self.hears.expect("a test that knows who sent it"),
-                None => nobody(self.locals[0]),
+                None if names_every_peer => self
+                    .hears
+                    .expect("the test must give the peer with `hears`"),
+                None => unknown_peer(self.locals[0]),
             };
             let is_merged = is_received && transfer.messages != transfer.datagrams;
             let approximate = is_merged && !names_every_peer;
@@ -300,8 +303,8 @@ impl UdpLife {
         Ok(())
     }
 
-    /// A socket that is bound to no address has, with each of its peers, the one that the route to there gives it. The
-    /// event may know it or not.
+    /// A socket that is bound to no address has, with each peer, the address that the route to that
+    /// peer gives it. The event may have that address or not.
     fn is_local(&self, local: SocketAddr, remote: SocketAddr) -> bool {
         self.locals.iter().any(|&own| {
             is_same(local, own)
@@ -321,7 +324,7 @@ impl UdpLife {
         Ok(())
     }
 
-    /// Each is one event, in their order, with the totals of the socket.
+    /// Each datagram has one event, in their order, with the totals of the socket.
     fn compare_datagrams(&self, events: &[Event], seen: &[Seen]) -> anyhow::Result<()> {
         let mut totals = Traffic::default();
         let mut expected = seen.iter().filter(|_| self.per_datagram);
@@ -352,7 +355,7 @@ impl UdpLife {
         Ok(())
     }
 
-    /// Flows may lack as many datagrams as the tracer says that it could assign to none.
+    /// Flows may lack as many datagrams as the tracer reports as unassigned.
     fn compare_flows(
         &self,
         events: &[Event],
@@ -367,7 +370,7 @@ impl UdpLife {
         }
         let mut sums = FlowSums::default();
         let mut marks = BTreeMap::<SocketAddr, bool>::new();
-        // Of those that have not ended. A peer has several flows if it has met several addresses.
+        // The flows that have not ended. A peer has several flows if it has met several addresses.
         let mut reports = BTreeMap::<(SocketAddr, Duration), &Event>::new();
         let mut flows = BTreeMap::<SocketAddr, BTreeSet<Duration>>::new();
         let mut locals = BTreeMap::<SocketAddr, BTreeSet<SocketAddr>>::new();
@@ -388,12 +391,15 @@ impl UdpLife {
             let is_new = flows.entry(peer).or_default().insert(born);
             let local = event.socket.local;
             locals.entry(peer).or_default().insert(local);
-            ensure!(before.is_some() || is_new, "it had ended: {event}");
+            ensure!(
+                before.is_some() || is_new,
+                "a report after the end: {event}"
+            );
             if let Some(before) = before {
-                // The report at the end may have nothing new to tell.
+                // The report at the end may have no new totals.
                 let is_right =
                     grows(before.traffic, event.traffic) || last && before.traffic == event.traffic;
-                ensure!(is_right, "a flow without news: {event}");
+                ensure!(is_right, "a report without new totals: {event}");
                 ensure!(before.uptime <= event.uptime, "time went back: {event}");
                 let was = before.socket.local.ip();
                 ensure!(
@@ -462,7 +468,7 @@ impl UdpLife {
             is_same(is.local, *must_be),
             "wrong local address at the end"
         );
-        let must_be = self.remote.unwrap_or(nobody(*must_be));
+        let must_be = self.remote.unwrap_or(unknown_peer(*must_be));
         ensure!(
             is_same(is.remote, must_be),
             "wrong remote address at the end"
@@ -471,8 +477,8 @@ impl UdpLife {
     }
 }
 
-/// The peer that is not known, in the family of `local`.
-fn nobody(local: SocketAddr) -> SocketAddr {
+/// Returns the address of an unknown peer, in the family of `local`.
+fn unknown_peer(local: SocketAddr) -> SocketAddr {
     let ip = match local.ip() {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
@@ -480,7 +486,8 @@ fn nobody(local: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, 0)
 }
 
-/// Whether two addresses are the same; the unspecified ones of both families are, because one socket can have both.
+/// Whether two addresses are the same. The unspecified addresses of both families are, because one
+/// socket can have both.
 fn is_same(one: SocketAddr, other: SocketAddr) -> bool {
     key(one) == key(other)
 }
@@ -493,7 +500,7 @@ fn key(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// How many datagrams a flow lacks, if nothing else is wrong with it.
+/// Returns how many datagrams a flow lacks, if the flow has no other fault.
 fn lacks(is: Option<&(Traffic, bool)>, must_be: Option<&(Traffic, bool)>) -> Option<u64> {
     let (is, _) = is.copied().unwrap_or_default();
     let (must_be, _) = must_be.copied()?;
@@ -504,7 +511,7 @@ fn lacks(is: Option<&(Traffic, bool)>, must_be: Option<&(Traffic, bool)>) -> Opt
     Some(sent + received)
 }
 
-/// No counter went back, and one went on.
+/// Whether no counter went back, and at least one rose.
 fn grows(before: Traffic, after: Traffic) -> bool {
     let counters = |traffic: Traffic| {
         [
@@ -518,7 +525,7 @@ fn grows(before: Traffic, after: Traffic) -> bool {
     before != after && pairs.all(|(before, after)| before <= after)
 }
 
-/// The age of the socket belongs to the time of the event.
+/// Checks that the age of the socket matches the time of the event.
 fn compare_age(events: &[Event]) -> anyhow::Result<()> {
     let birth = |event: &Event| event.uptime.saturating_sub(event.socket.age);
     for event in events {

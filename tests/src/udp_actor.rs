@@ -1,4 +1,4 @@
-//! A process with one UDP socket, which keeps the book of everything that passes through it.
+//! A process with one UDP socket, which records everything that passes through the socket.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -6,10 +6,10 @@ use anyhow::{Context as _, bail};
 
 use crate::{
     actor::{
-        Actor, Command, Endpoint, Hold, Operation, Outcome, ReceiveCall, Segmentation, SendCall,
-        SocketOption, Transfer, Who,
+        Actor, Command, Endpoint, Hold, Identity, Operation, Outcome, ReceiveCall, Segmentation,
+        SendCall, SocketOption, Transfer,
     },
-    udp_life::UdpLife,
+    expected_udp::ExpectedUdp,
 };
 
 /// The size of a buffer that holds every datagram of a test.
@@ -17,58 +17,58 @@ pub const ROOM: usize = 1 << 16;
 
 /// An actor and its UDP socket.
 #[derive(Debug)]
-pub struct Talker {
+pub struct UdpActor {
     /// The process.
     pub actor: Actor,
     /// The socket, as it is now.
     pub socket: Endpoint,
-    /// What the socket must have shown so far.
-    pub life: UdpLife,
+    /// The events that the socket must have produced so far.
+    pub expected: ExpectedUdp,
 }
 
-impl Talker {
-    /// A new process with a socket of the family of `address`.
+impl UdpActor {
+    /// Starts a process with a socket of the family of `address`.
     pub fn open(name: &str, address: SocketAddr) -> anyhow::Result<Self> {
         Self::with(Actor::spawn(name)?, address)
     }
 
-    /// A new process with a socket bound to `address`.
+    /// Starts a process with a socket bound to `address`.
     pub fn bind(name: &str, address: SocketAddr) -> anyhow::Result<Self> {
-        let mut talker = Self::open(name, address)?;
-        talker.bind_to(address)?;
-        Ok(talker)
+        let mut actor = Self::open(name, address)?;
+        actor.bind_to(address)?;
+        Ok(actor)
     }
 
-    /// A new socket of this process, which has the family of `address`.
+    /// Makes a new socket of this process, with the family of `address`.
     pub fn with(mut actor: Actor, address: SocketAddr) -> anyhow::Result<Self> {
         let v6 = address.is_ipv6();
         let socket = actor.socket(Command::OpenUdp { v6 })?;
-        let life = UdpLife::of(&actor.who()?, &socket);
+        let expected = ExpectedUdp::of(&actor.identity()?, &socket);
         Ok(Self {
             actor,
             socket,
-            life,
+            expected,
         })
     }
 
-    /// The same socket in the hands of another process. It belongs to the one that made it.
+    /// Passes the same socket to another process. It belongs to the process that made it.
     pub fn passed_to(&self, name: &str) -> anyhow::Result<Self> {
         let mut actor = Actor::spawn(name)?;
         let socket = actor.take(&self.actor, self.socket.fd)?;
-        let life = self.life.clone();
+        let expected = self.expected.clone();
         Ok(Self {
             actor,
             socket,
-            life,
+            expected,
         })
     }
 
-    /// Who the process is.
-    pub fn who(&self) -> anyhow::Result<Who> {
-        self.actor.who()
+    /// Returns the identity of the process.
+    pub fn identity(&self) -> anyhow::Result<Identity> {
+        self.actor.identity()
     }
 
-    /// Where the socket is.
+    /// Returns the local address of the socket.
     #[must_use]
     pub fn local(&self) -> SocketAddr {
         self.socket.local
@@ -77,15 +77,15 @@ impl Talker {
     /// Gives the socket a local address.
     pub fn bind_to(&mut self, address: SocketAddr) -> anyhow::Result<()> {
         self.socket = self.actor.socket(Command::Bind(self.socket.fd, address))?;
-        self.life.moved_to(&self.socket);
+        self.expected.moved_to(&self.socket);
         Ok(())
     }
 
     /// Gives the socket a peer.
     pub fn connect(&mut self, to: SocketAddr) -> anyhow::Result<()> {
         self.socket = self.actor.socket(Command::Connect(self.socket.fd, to))?;
-        self.life.moved_to(&self.socket);
-        self.life.connected_to(to);
+        self.expected.moved_to(&self.socket);
+        self.expected.connected_to(to);
         Ok(())
     }
 
@@ -95,15 +95,15 @@ impl Talker {
         self.socket = self
             .actor
             .socket(Command::ConnectInRing { fd, to, worker })?;
-        self.life.moved_to(&self.socket);
-        self.life.connected_to(to);
+        self.expected.moved_to(&self.socket);
+        self.expected.connected_to(to);
         Ok(())
     }
 
-    /// Fails to give the socket a peer: with what `errno`.
+    /// Fails to give the socket a peer. Returns the `errno`.
     pub fn fail_to_connect(&mut self, to: SocketAddr) -> anyhow::Result<i32> {
         let errno = self.actor.fail(Command::Connect(self.socket.fd, to))?;
-        self.look()?;
+        self.update_addresses()?;
         Ok(errno)
     }
 
@@ -112,40 +112,40 @@ impl Talker {
         self.run(Operation::Disconnect).map(drop)
     }
 
-    /// Does something, and enters it in the book.
+    /// Runs an operation, and records its transfers.
     pub fn run(&mut self, operation: Operation) -> anyhow::Result<Vec<Transfer>> {
         self.begin(operation)?;
         self.finish()
     }
 
-    /// Begins something that [`finish`](Self::finish) waits for.
+    /// Begins an operation that [`finish`](Self::finish) waits for.
     pub fn begin(&mut self, operation: Operation) -> anyhow::Result<()> {
         self.actor.begin(&Command::Udp(self.socket.fd, operation))
     }
 
-    /// Waits for what was begun, and enters it in the book.
+    /// Waits for the operation that was begun, and records its transfers.
     pub fn finish(&mut self) -> anyhow::Result<Vec<Transfer>> {
         match self.actor.finish().context("a UDP operation")? {
             Outcome::Transfers(transfers) => {
-                self.life.transferred(&transfers);
-                self.look()?;
+                self.expected.transferred(&transfers);
+                self.update_addresses()?;
                 Ok(transfers)
             }
             other => bail!("{other:?}"),
         }
     }
 
-    /// Does something that must fail: with what `errno`.
+    /// Runs an operation that must fail. Returns the `errno`.
     pub fn fail(&mut self, operation: Operation) -> anyhow::Result<i32> {
         let errno = self.actor.fail(Command::Udp(self.socket.fd, operation))?;
-        self.look()?;
+        self.update_addresses()?;
         Ok(errno)
     }
 
-    /// Any call may give the socket an address.
-    fn look(&mut self) -> anyhow::Result<()> {
-        self.socket = self.actor.socket(Command::Tell(self.socket.fd))?;
-        self.life.moved_to(&self.socket);
+    /// Updates the addresses: any call may give the socket one.
+    fn update_addresses(&mut self) -> anyhow::Result<()> {
+        self.socket = self.actor.socket(Command::Describe(self.socket.fd))?;
+        self.expected.moved_to(&self.socket);
         Ok(())
     }
 
@@ -206,7 +206,7 @@ impl Talker {
         .map(drop)
     }
 
-    /// Receives so many datagrams.
+    /// Receives this many datagrams.
     pub fn receive(&mut self, by: ReceiveCall, count: usize) -> anyhow::Result<()> {
         let room = ROOM;
         self.run(Operation::Receive { by, count, room }).map(drop)
@@ -217,40 +217,41 @@ impl Talker {
         self.run(Operation::Set(option)).map(drop)
     }
 
-    /// How many datagrams found the receive buffer full; enters them in the book.
+    /// Returns how many datagrams found the receive buffer full, and records them.
     pub fn drops(&mut self) -> anyhow::Result<u64> {
         match self
             .actor
             .run(Command::Udp(self.socket.fd, Operation::Drops))?
         {
             Outcome::Count(drops) => {
-                self.life.dropped(drops);
+                self.expected.dropped(drops);
                 Ok(drops)
             }
             other => bail!("{other:?}"),
         }
     }
 
-    /// Closes the socket: what it must have shown. Its process ends.
-    pub fn close(self) -> anyhow::Result<UdpLife> {
-        self.close_socket().map(|(life, _)| life)
+    /// Closes the socket, and ends the process. Returns the events that the socket must have
+    /// produced.
+    pub fn close(self) -> anyhow::Result<ExpectedUdp> {
+        self.close_socket().map(|(expected, _)| expected)
     }
 
-    /// Closes the socket: what it must have shown, and the process.
-    pub fn close_socket(mut self) -> anyhow::Result<(UdpLife, Actor)> {
-        self.look()?;
+    /// Closes the socket. Returns the events that it must have produced, and the process.
+    pub fn close_socket(mut self) -> anyhow::Result<(ExpectedUdp, Actor)> {
+        self.update_addresses()?;
         self.actor.close(&self.socket)?;
-        Ok((self.life, self.actor))
+        Ok((self.expected, self.actor))
     }
 
-    /// Closes this descriptor of the socket, which others still have.
+    /// Closes this descriptor of the socket, which other processes still have.
     pub fn leave(mut self) -> anyhow::Result<()> {
         self.actor.close(&self.socket)
     }
 
-    /// Kills the process: what its socket must have shown.
-    pub fn kill(self) -> anyhow::Result<UdpLife> {
+    /// Kills the process. Returns the events that its socket must have produced.
+    pub fn kill(self) -> anyhow::Result<ExpectedUdp> {
         self.actor.kill()?;
-        Ok(self.life)
+        Ok(self.expected)
     }
 }

@@ -1,4 +1,4 @@
-//! The usual beginning of a test: a tracer, a server that listens, a client.
+//! The usual set-up of a test: a tracer, a server that listens, a client.
 
 use std::net::SocketAddr;
 
@@ -7,20 +7,20 @@ use tcp_udp_trace::TcpState;
 
 use crate::{
     actor::{Actor, Command, Endpoint},
-    life::{ACTIVE_CLIENT, LISTENER, Life, PASSIVE_SERVER},
-    lives::Lives,
+    collector::Collector,
+    expected_tcp::{ACTIVE_CLIENT, ExpectedTcp, LISTENER, PASSIVE_SERVER},
     netns::{FAR, Netns, veth},
-    trace::Trace,
+    observed_tcp::ObservedTcp,
 };
 
 /// A server and a client in the namespace of the test, traced from before the server listens.
 #[derive(Debug)]
-pub struct Scene {
+pub struct TcpPair {
     /// The tracer.
-    pub trace: Trace,
+    pub collector: Collector,
     /// The process that listens.
     pub server: Actor,
-    /// Its socket.
+    /// The server's listener.
     pub listener: Endpoint,
     /// The process that connects.
     pub client: Actor,
@@ -29,19 +29,20 @@ pub struct Scene {
 /// The two ends of a connection.
 #[derive(Debug, Clone, Copy)]
 pub struct Connection {
-    /// In the client.
+    /// The client's end.
     pub client: Endpoint,
-    /// In the process that accepted it.
+    /// The end of the process that accepted the connection.
     pub server: Endpoint,
 }
 
-impl Scene {
-    /// On the IPv4 loopback.
+impl TcpPair {
+    /// Sets up the pair on the IPv4 loopback.
     pub fn new() -> anyhow::Result<Self> {
         Self::at(loopback(false))
     }
 
-    /// With the client in the calling thread's namespace, and the server in another, joined by a pair of devices.
+    /// Sets up the client in the calling thread's namespace, and the server in another, joined by a
+    /// pair of devices.
     pub fn over_veth() -> anyhow::Result<(Self, Netns)> {
         let far = veth()?;
         let server = far.run(|| Actor::spawn("server"))?;
@@ -52,57 +53,57 @@ impl Scene {
         ))
     }
 
-    /// With a listener at `address`.
+    /// Sets up the pair with a listener at `address`.
     pub fn at(address: SocketAddr) -> anyhow::Result<Self> {
         Self::between(Actor::spawn("server")?, address, Actor::spawn("client")?)
     }
 
-    /// With these two, the server listening at `address`.
+    /// Sets up these two processes, the server listening at `address`.
     pub fn between(server: Actor, address: SocketAddr, client: Actor) -> anyhow::Result<Self> {
-        Self::traced_between(Trace::start()?, server, address, client)
+        Self::traced_between(Collector::start()?, server, address, client)
     }
 
-    /// With this tracer.
-    pub fn traced_by(trace: Trace, address: SocketAddr) -> anyhow::Result<Self> {
+    /// Sets up the pair with this tracer.
+    pub fn traced_by(collector: Collector, address: SocketAddr) -> anyhow::Result<Self> {
         Self::traced_between(
-            trace,
+            collector,
             Actor::spawn("server")?,
             address,
             Actor::spawn("client")?,
         )
     }
 
-    /// With this tracer and these two.
+    /// Sets up these two processes with this tracer.
     pub fn traced_between(
-        trace: Trace,
+        collector: Collector,
         mut server: Actor,
         address: SocketAddr,
         client: Actor,
     ) -> anyhow::Result<Self> {
-        trace.also(server.netns());
-        trace.also(client.netns());
+        collector.also(server.netns());
+        collector.also(client.netns());
         let listener = server.listen(address)?;
         Ok(Self {
-            trace,
+            collector,
             server,
             listener,
             client,
         })
     }
 
-    /// The client connects, the server accepts.
+    /// Lets the client connect, and the server accept.
     pub fn connect(&mut self) -> anyhow::Result<Connection> {
         self.connect_to(self.listener.local)
     }
 
-    /// The client connects to `address`, the server accepts.
+    /// Lets the client connect to `address`, and the server accept.
     pub fn connect_to(&mut self, address: SocketAddr) -> anyhow::Result<Connection> {
         let client = self.client.connect(address)?;
         let server = self.server.accept(&self.listener)?;
         Ok(Connection { client, server })
     }
 
-    /// The client sends, the server receives.
+    /// Lets the client send, and the server receive.
     pub fn upload(&mut self, connection: &Connection, bytes: u64) -> anyhow::Result<()> {
         self.client
             .begin(&Command::Send(connection.client.fd, bytes))?;
@@ -110,7 +111,7 @@ impl Scene {
         self.client.finish().map(drop)
     }
 
-    /// The server sends, the client receives.
+    /// Lets the server send, and the client receive.
     pub fn download(&mut self, connection: &Connection, bytes: u64) -> anyhow::Result<()> {
         self.server
             .begin(&Command::Send(connection.server.fd, bytes))?;
@@ -118,14 +119,14 @@ impl Scene {
         self.server.finish().map(drop)
     }
 
-    /// The client closes, then the server.
+    /// Lets the client close, then the server.
     pub fn close(&mut self, connection: &Connection) -> anyhow::Result<()> {
         self.client.close(&connection.client)?;
         self.server.receive_all(&connection.server)?;
         self.server.close(&connection.server)
     }
 
-    /// Makes a connection that carries so many bytes each way, and finishes.
+    /// Makes a connection that carries this many bytes each way, and finishes.
     pub fn check_transfer(mut self, up: u64, down: u64) -> anyhow::Result<()> {
         let connection = self.connect()?;
         self.upload(&connection, up)?;
@@ -135,61 +136,62 @@ impl Scene {
         self.server.close(&connection.server)?;
         ensure!(self.client.receive_all(&connection.client)? == 0);
         self.client.close(&connection.client)?;
-        let client = self
-            .client_life(&connection, ACTIVE_CLIENT)?
-            .bytes(up, down);
-        let server = self
-            .server_life(&connection, PASSIVE_SERVER)?
-            .bytes(down, up);
+        let client = self.expected_client(&connection, ACTIVE_CLIENT)?;
+        let server = self.expected_server(&connection, PASSIVE_SERVER)?;
         self.finish(&[client, server])
     }
 
-    /// What the client's end must have shown.
-    pub fn client_life(
+    /// Returns the events that the client's end must have produced.
+    pub fn expected_client(
         &self,
         connection: &Connection,
         states: &[TcpState],
-    ) -> anyhow::Result<Life> {
-        Ok(Life::of(&self.client.who()?, &connection.client, states))
+    ) -> anyhow::Result<ExpectedTcp> {
+        self.client.expected(&connection.client, states)
     }
 
-    /// What the server's end must have shown, if the server accepted it itself.
-    pub fn server_life(
+    /// Returns the events that the server's end must have produced, if the server accepted it
+    /// itself.
+    pub fn expected_server(
         &self,
         connection: &Connection,
         states: &[TcpState],
-    ) -> anyhow::Result<Life> {
-        let server = self.server.who()?;
-        let child = Life::of_child(&server, &connection.client, states);
-        Ok(child.accepted(&server, &connection.server))
+    ) -> anyhow::Result<ExpectedTcp> {
+        let server = self.server.identity()?;
+        let child = ExpectedTcp::of_child(&server, &connection.client, states);
+        let (sent, received) = self.server.carried(&connection.server);
+        Ok(child
+            .accepted(&server, &connection.server)
+            .bytes(sent, received))
     }
 
-    /// Closes the listener, waits for so many other closes, checks these lives, and that there was nothing else.
-    pub fn finish(self, lives: &[Life]) -> anyhow::Result<()> {
-        self.finish_with(lives.len(), |collected| {
-            lives
+    /// Closes the listener, waits for as many other closes, and checks these sockets, and that
+    /// there is no other event.
+    pub fn finish(self, sockets: &[ExpectedTcp]) -> anyhow::Result<()> {
+        self.finish_with(sockets.len(), |observed| {
+            sockets
                 .iter()
-                .try_for_each(|life| collected.check(life).map(drop))
+                .try_for_each(|expected| observed.check(expected).map(drop))
         })
     }
 
-    /// Closes the listener, waits for so many other closes, lets `check` take out the lives it expects, and checks that
-    /// there was nothing else.
+    /// Closes the listener, and waits for this many other closes. Lets `check` remove the sockets
+    /// that it expects, and checks that there is no other event.
     pub fn finish_with(
         mut self,
         closes: usize,
-        check: impl FnOnce(&mut Lives) -> anyhow::Result<()>,
+        check: impl FnOnce(&mut ObservedTcp) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         self.server.close(&self.listener)?;
-        let listener = Life::of(&self.server.who()?, &self.listener, LISTENER);
-        let mut lives = self.trace.finish(closes + 1)?;
-        check(&mut lives)?;
-        lives.check(&listener)?;
-        lives.nothing_else()
+        let listener = ExpectedTcp::of(&self.server.identity()?, &self.listener, LISTENER);
+        let mut observed = self.collector.finish(closes + 1)?;
+        check(&mut observed)?;
+        observed.check(&listener)?;
+        observed.nothing_else()
     }
 }
 
-/// The loopback address, port to be chosen.
+/// Returns the loopback address, with the port to be chosen.
 #[must_use]
 pub fn loopback(v6: bool) -> SocketAddr {
     let ip = if v6 { "::1" } else { "127.0.0.1" };

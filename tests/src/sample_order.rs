@@ -1,36 +1,40 @@
-//! How samples fit in with the other events of their sockets.
+//! Checks that samples fit in with the other events of their sockets.
 
 use std::{collections::HashMap, time::Duration};
 
 use anyhow::{bail, ensure};
 use tcp_udp_trace::{Event, EventKind, Protocol};
 
-use crate::{kernel, life::grows, trace::show};
+use crate::{collector::show, expected_tcp::grows, kernel};
 
 /// A sample, and how many other events had come before it.
 #[derive(Debug, Clone)]
-pub(crate) struct Sampled {
+pub(crate) struct SampleOrder {
     pub(crate) event: Event,
     pub(crate) position: usize,
 }
 
-/// How long a program may be held up between its looks at a socket and its record, where the guest's CPUs wait for the host's.
+/// How long a program may be held up between its look at a socket and its record, where the guest's
+/// CPUs wait for the host's.
 const HELD_UP: Duration = Duration::from_millis(250);
 
-/// Whether each sample fits in with what was reported of its socket before and after it.
-pub(crate) fn check(samples: &[Sampled], events: &[Event]) -> anyhow::Result<()> {
-    let mut lives = HashMap::<u64, Vec<(usize, &Event)>>::new();
+/// Checks that each sample fits in with the events of its socket before and after it.
+pub(crate) fn check(samples: &[SampleOrder], events: &[Event]) -> anyhow::Result<()> {
+    let mut observed = HashMap::<u64, Vec<(usize, &Event)>>::new();
     for (position, event) in events.iter().enumerate() {
-        lives
+        observed
             .entry(event.socket.id)
             .or_default()
             .push((position, event));
     }
-    // Before that, the kernel walks through TCP sockets without their locks, as it does through UDP sockets on every kernel.
-    let walk_holds_lock = kernel::is_at_least(5, 15)?;
-    for Sampled { event, position } in samples {
-        let life = lives.get(&event.socket.id).map_or(&[][..], Vec::as_slice);
-        let (before, after) = life.split_at(life.partition_point(|(at, _)| at < position));
+    // Before that version, the kernel iterates over TCP sockets without their locks, as it does
+    // over UDP sockets on every kernel.
+    let iterator_holds_lock = kernel::is_at_least(5, 15)?;
+    for SampleOrder { event, position } in samples {
+        let expected = observed
+            .get(&event.socket.id)
+            .map_or(&[][..], Vec::as_slice);
+        let (before, after) = expected.split_at(expected.partition_point(|(at, _)| at < position));
         // A flow has totals of its own.
         let is_of_socket = |event: &&Event| !matches!(event.kind, EventKind::Flow { .. });
         let before = before
@@ -56,11 +60,11 @@ pub(crate) fn check(samples: &[Sampled], events: &[Event]) -> anyhow::Result<()>
             let is_known = before.is_none() && (after.is_none() || is_accepted_now)
                 || owners.into_iter().any(|owner| *owner == event.process);
             ensure!(is_known, "another owner");
-            // Two records of one moment stand in the order of their clocks and counters only if both were written under the
-            // socket's lock, which not every hook of an accept has.
+            // Two records of one moment are in the order of their clocks and counters only if both
+            // were written under the socket's lock, which not every hook of an accept holds.
             let is_ordered = |other: &Event| {
                 event.socket.protocol == Protocol::Tcp
-                    && walk_holds_lock
+                    && iterator_holds_lock
                     && other.kind != EventKind::Accept
                     || event.uptime.abs_diff(other.uptime) > HELD_UP
             };
@@ -78,11 +82,11 @@ pub(crate) fn check(samples: &[Sampled], events: &[Event]) -> anyhow::Result<()>
             Ok(())
         };
         if let Err(error) = fits() {
-            let life: Vec<_> = life.iter().map(|(_, event)| (*event).clone()).collect();
+            let expected: Vec<_> = expected.iter().map(|(_, event)| (*event).clone()).collect();
             bail!(
                 "{error:#}: {event} {:?} between {before:?} and {after:?} of{}",
                 event.socket,
-                show(&life)
+                show(&expected)
             );
         }
     }

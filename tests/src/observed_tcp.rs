@@ -1,4 +1,4 @@
-//! All lives that a tracer reported, taken out one by one by those who know what they must have been.
+//! The events that a tracer reported, by socket. Tests remove the sockets that are as expected.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -14,8 +14,8 @@ use tcp_udp_trace::{
 };
 
 use crate::{
-    life::{CLOCK_ERROR, Life},
-    trace::show,
+    collector::show,
+    expected_tcp::{CLOCK_ERROR, ExpectedTcp},
 };
 
 /// The addresses of a socket: local, remote.
@@ -23,15 +23,16 @@ type Addresses = (SocketAddr, SocketAddr);
 
 /// The events that a tracer reported, grouped by the id of their socket.
 #[derive(Debug)]
-pub struct Lives {
-    /// By the addresses at the end, in the order in which they began.
-    lives: BTreeMap<Addresses, VecDeque<Vec<Event>>>,
+pub struct ObservedTcp {
+    /// The key is the addresses at the end. Each value has the sockets in the order in which they
+    /// began.
+    observed: BTreeMap<Addresses, VecDeque<Vec<Event>>>,
     window: (SystemTime, SystemTime),
-    /// How many more gaps the lives may have.
+    /// How many more gaps the sockets may have.
     missed: u64,
 }
 
-impl Lives {
+impl ObservedTcp {
     /// Groups events that happened between `began` and now.
     #[must_use]
     pub fn new(events: Vec<Event>, began: SystemTime) -> Self {
@@ -40,59 +41,66 @@ impl Lives {
         for event in events {
             by_id.entry(event.socket.id).or_default().push(event);
         }
-        let mut lives = BTreeMap::<_, VecDeque<_>>::new();
+        let mut observed = BTreeMap::<_, VecDeque<_>>::new();
         for events in by_id.into_values() {
             let last = events.last().expect("a group is not empty").socket;
-            lives
+            observed
                 .entry((last.local, last.remote))
                 .or_default()
                 .push_back(events);
         }
         Self {
-            lives,
+            observed,
             window,
             missed: 0,
         }
     }
 
-    /// Lets so many gaps between states pass: those that the tracer says it has ([`Stats::missed`](tcp_udp_trace::Stats)).
+    /// Allows this many gaps between states: those that the tracer reports
+    /// ([`Stats::missed`](tcp_udp_trace::Stats)).
     #[must_use]
     pub fn forgive(mut self, missed: u64) -> Self {
         self.missed = missed;
         self
     }
 
-    /// Takes out the life that is as expected. Addresses may be used again within a test: the first that fits counts.
-    pub fn check(&mut self, life: &Life) -> anyhow::Result<Vec<Event>> {
-        let Some(lives) = self.lives.get_mut(&(life.local, life.remote)) else {
-            bail!("no life like {life:?} among{}", show(&self.rest().concat()));
+    /// Removes and returns the events of the socket that is as expected. A test may use addresses
+    /// again: the first socket that matches counts.
+    pub fn check(&mut self, expected: &ExpectedTcp) -> anyhow::Result<Vec<Event>> {
+        let Some(observed) = self.observed.get_mut(&(expected.local, expected.remote)) else {
+            bail!(
+                "no socket is {expected:?} among{}",
+                show(&self.rest().concat())
+            );
         };
         let mut reasons = String::new();
-        for at in 0..lives.len() {
-            match life.compare(&lives[at], self.window, self.missed) {
+        for at in 0..observed.len() {
+            match expected.compare(&observed[at], self.window, self.missed) {
                 Ok(gaps) => {
                     self.missed -= gaps;
-                    let events = lives.remove(at).expect("it was just looked at");
-                    if lives.is_empty() {
-                        self.lives.remove(&(life.local, life.remote));
+                    let events = observed.remove(at).expect("it was found above");
+                    if observed.is_empty() {
+                        self.observed.remove(&(expected.local, expected.remote));
                     }
                     return Ok(events);
                 }
-                Err(error) => reasons += &format!("{error:#}\nevents:{}\n", show(&lives[at])),
+                Err(error) => reasons += &format!("{error:#}\nevents:{}\n", show(&observed[at])),
             }
         }
-        bail!("{reasons}expected {life:?}")
+        bail!("{reasons}expected {expected:?}")
     }
 
-    /// Checks that every event has been looked at.
+    /// Checks that every event was checked.
     ///
-    /// Under load the kernel now and then makes a second child of one handshake and gives it up before anybody could have
-    /// it (seen on 5.10 and 6.1, about one in a thousand connections). No application knows of those, so they are let pass, if they
-    /// are what they should be, and few.
+    /// Under load the kernel now and then makes a second child of one handshake, and drops it
+    /// before any process could have it (seen on 5.10 and 6.1, about one in a thousand
+    /// connections). No application knows of those children, so this allows a few of them.
     pub fn nothing_else(self) -> anyhow::Result<()> {
         const MOST_STILLBORN: usize = 10;
-        let (stillborn, rest): (Vec<_>, Vec<_>) =
-            self.rest().into_iter().partition(|life| is_stillborn(life));
+        let (stillborn, rest): (Vec<_>, Vec<_>) = self
+            .rest()
+            .into_iter()
+            .partition(|expected| is_stillborn(expected));
         ensure!(
             stillborn.len() <= MOST_STILLBORN,
             "{} stillborn children:{}",
@@ -107,15 +115,16 @@ impl Lives {
         Ok(())
     }
 
-    /// The lives that have not been checked yet.
+    /// Returns the events of the sockets that are not checked yet.
     #[must_use]
     pub fn rest(&self) -> Vec<Vec<Event>> {
-        self.lives.values().flatten().cloned().collect()
+        self.observed.values().flatten().cloned().collect()
     }
 }
 
-/// A child that was never established: it carried nothing, and belongs to whoever listens.
-fn is_stillborn(life: &[Event]) -> bool {
+/// Whether this is a child that was never established: it carried nothing, and belongs to the owner
+/// of the listener.
+fn is_stillborn(events: &[Event]) -> bool {
     let step = |event: &Event, from, to| {
         let is_listeners = event
             .process
@@ -131,5 +140,5 @@ fn is_stillborn(life: &[Event]) -> bool {
         };
         event.kind == kind && is_listeners && tx_bytes == 0 && rx_bytes == 0
     };
-    matches!(life, [born, dead] if step(born, Listen, SynRecv) && step(dead, SynRecv, Close))
+    matches!(events, [born, dead] if step(born, Listen, SynRecv) && step(dead, SynRecv, Close))
 }

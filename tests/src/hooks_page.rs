@@ -1,4 +1,4 @@
-//! What docs/kernels.md says of the hooks of each kernel.
+//! Compares hooks with the table in docs/kernels.md.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -6,10 +6,10 @@ use anyhow::{Context as _, ensure};
 use tcp_udp_trace::Hook;
 
 const PAGE: &str = include_str!("../../docs/kernels.md");
-/// Kernels stand in the columns behind signal, hooks and cost.
+/// The kernels follow after these columns: signal, hooks and cost.
 const FIRST_KERNEL: usize = 3;
 
-/// Whether these hooks, attached to the kernel that runs here, are those that the page says it takes.
+/// Checks that these hooks, attached to the running kernel, are those in the table.
 pub fn check(hooks: &[Hook]) -> anyhow::Result<()> {
     let table: Vec<Vec<&str>> = PAGE
         .lines()
@@ -26,7 +26,7 @@ pub fn check(hooks: &[Hook]) -> anyhow::Result<()> {
         .skip(FIRST_KERNEL)
         .position(|name| *name == kernel)
     else {
-        eprintln!("{kernel} is no kernel of docs/kernels.md: nothing to compare with");
+        eprintln!("docs/kernels.md has no column for {kernel}: nothing is compared");
         return Ok(());
     };
     let column = FIRST_KERNEL + column;
@@ -46,7 +46,7 @@ pub fn check(hooks: &[Hook]) -> anyhow::Result<()> {
                     .collect()
             })
             .collect();
-        // What is the same everywhere is not in the table.
+        // The table leaves out the hooks that are the same everywhere.
         if choices.is_empty() && ["snapshot", "sample", "buffer"].contains(&signal.as_str()) {
             continue;
         }

@@ -11,11 +11,11 @@ use std::{
 
 /// Keeps every CPU busy until it is dropped.
 #[derive(Debug)]
-pub struct Load {
+pub struct CpuLoad {
     stop: Arc<AtomicBool>,
 }
 
-impl Load {
+impl CpuLoad {
     /// Starts one spinning thread per CPU.
     #[must_use]
     pub fn on_every_cpu() -> Self {
@@ -32,7 +32,7 @@ impl Load {
     }
 }
 
-impl Drop for Load {
+impl Drop for CpuLoad {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
     }

@@ -16,33 +16,35 @@ use tcp_udp_trace::{
 
 use crate::{
     actor::Actor,
-    collect::{Tracer, collect},
-    lives::Lives,
+    any_tracer::{Tracer, collect},
+    expected_udp::ObservedUdp,
     netns::Netns,
-    sampled::{self, Sampled},
-    scene::loopback,
+    observed_tcp::ObservedTcp,
+    sample_order::{self, SampleOrder},
     suite::buffer,
-    udp_life::UdpLives,
+    tcp_pair::loopback,
 };
 
-/// How long a test waits for the next event of its own. Emulated machines are slow, and some of these events come
-/// from timers of the kernel.
+/// How long a test waits for its next event. Emulated machines are slow, and some of these events
+/// come from timers of the kernel.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Room for all the events of the machine while a test runs: what a test counts must not be shed.
+/// Room for all events of the machine while a test runs: no event that a test counts may be
+/// dropped.
 const QUEUE: usize = 1 << 20;
 const RING: u32 = 16 << 20;
-/// Whatever a test is about, samples come into it.
+/// The default interval of samples: every test has samples, whatever its topic is.
 const BACKGROUND_INTERVAL: Duration = Duration::from_secs(2);
-/// The interval of tests that wait for samples.
+/// The interval in tests that wait for samples.
 pub const SAMPLE_INTERVAL: Duration = Duration::from_millis(300);
 
-/// A running tracer. It collects the events of some network namespaces, at first that of the thread that started it.
+/// A running tracer. It collects the events of some network namespaces, at first that of the thread
+/// that started it.
 #[derive(Debug)]
-pub struct Trace {
+pub struct Collector {
     shared: Arc<Shared>,
     handle: TracerHandle,
-    /// `None` once it has been joined.
+    /// `None` after the thread was joined.
     thread: Option<JoinHandle<anyhow::Result<Stats>>>,
     began: SystemTime,
     ready: SystemTime,
@@ -57,12 +59,12 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Collected {
     namespaces: Vec<u32>,
-    /// But for the samples.
+    /// The events without the samples.
     events: Vec<Event>,
-    samples: Vec<Sampled>,
+    samples: Vec<SampleOrder>,
     /// How many of `events` are the end of a socket.
     closes: usize,
-    /// How many events of the whole machine came, gaps not counted.
+    /// How many events of the whole machine came, without gaps.
     delivered: u64,
     /// How many events the gaps stand for.
     lost: u64,
@@ -83,11 +85,12 @@ impl Shared {
         if collected.namespaces.contains(&event.socket.netns) {
             if matches!(event.kind, EventKind::Sample { .. }) {
                 let position = collected.events.len();
-                collected.samples.push(Sampled { event, position });
+                collected.samples.push(SampleOrder { event, position });
                 self.changed.notify_all();
                 return;
             }
-            // Nobody waits for the end of a child that was never established: see `Lives::nothing_else`.
+            // No test waits for the end of a child that was never established: see
+            // `ObservedTcp::nothing_else`.
             let is_stillborn = matches!(
                 event.kind,
                 EventKind::StateChange {
@@ -103,18 +106,18 @@ impl Shared {
     }
 }
 
-impl Trace {
-    /// Starts a tracer that sees everything of TCP from now on.
+impl Collector {
+    /// Starts a tracer that reports all of TCP from now on.
     pub fn start() -> anyhow::Result<Self> {
         Self::start_with(|builder| builder)
     }
 
-    /// [`start`](Self::start) with samples that follow each other soon.
+    /// Like [`start`](Self::start), with samples at a short interval.
     pub fn start_sampling() -> anyhow::Result<Self> {
         Self::start_with(|builder| builder.sample_interval(SAMPLE_INTERVAL))
     }
 
-    /// [`start`](Self::start) with other settings.
+    /// Like [`start`](Self::start), with other settings.
     pub fn start_with(
         settings: impl FnOnce(TcpTracerBuilder) -> TcpTracerBuilder + Send + 'static,
     ) -> anyhow::Result<Self> {
@@ -126,12 +129,12 @@ impl Trace {
         })
     }
 
-    /// Starts a tracer that sees everything of UDP from now on.
+    /// Starts a tracer that reports all of UDP from now on.
     pub fn start_udp() -> anyhow::Result<Self> {
         Self::start_udp_with(|builder| builder)
     }
 
-    /// [`start_udp`](Self::start_udp) with other settings.
+    /// Like [`start_udp`](Self::start_udp), with other settings.
     pub fn start_udp_with(
         settings: impl FnOnce(UdpTracerBuilder) -> UdpTracerBuilder + Send + 'static,
     ) -> anyhow::Result<Self> {
@@ -180,25 +183,25 @@ impl Trace {
         self.shared.lock().namespaces.push(netns);
     }
 
-    /// When the tracer said that it was ready, or a little later.
+    /// Returns the time at which the tracer was ready, or a little later.
     #[must_use]
     pub fn ready(&self) -> SystemTime {
         self.ready
     }
 
-    /// The handle of the tracer.
+    /// Returns the handle of the tracer.
     #[must_use]
     pub fn handle(&self) -> &TracerHandle {
         &self.handle
     }
 
-    /// Waits until an event shows.
+    /// Waits until an event matches.
     pub fn wait_for(&self, what: &str, is_it: impl Fn(&Event) -> bool) -> anyhow::Result<()> {
         self.wait(what, |collected| collected.events.iter().any(&is_it))
     }
 
-    /// Waits for a sample that is like this, and all of it younger than the call: what the kernel told of the first that comes may be
-    /// older than its time.
+    /// Waits for a sample that matches and is wholly younger than the call. The first sample that
+    /// comes may hold values that the kernel read before the call.
     pub fn wait_for_sample(
         &self,
         what: &str,
@@ -216,22 +219,23 @@ impl Trace {
         self.wait(&format!("sample of {what}"), |collected| {
             find(collected).is_some()
         })?;
-        Ok(find(&self.shared.lock()).expect("it was waited for"))
+        Ok(find(&self.shared.lock()).expect("an earlier wait found it"))
     }
 
-    /// The events so far, but for the samples.
+    /// Returns the events so far, without the samples.
     #[must_use]
     pub fn events(&self) -> Vec<Event> {
         self.shared.lock().events.clone()
     }
 
-    /// Lets the tracer report only what this filter lets pass, from now on.
+    /// Sets the tracer's filter.
     pub fn set_filter(&self, filter: Filter) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().build()?;
         Ok(runtime.block_on(self.handle.set_filter(filter))?)
     }
 
-    /// Lets a process listen until an event comes with what it runs: the first ones do not wait for that for long.
+    /// Lets a process listen until an event comes with its process details. The first events do not
+    /// wait for the details for long.
     pub fn details_of(&self, actor: &mut Actor) -> anyhow::Result<Event> {
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
@@ -245,7 +249,7 @@ impl Trace {
                 .events
                 .iter()
                 .rfind(is_its_end)
-                .expect("it was waited for");
+                .expect("an earlier wait found it");
             let mut processes = end.process.iter();
             if processes.any(|process| process.details.is_some()) {
                 return Ok(end.clone());
@@ -254,7 +258,7 @@ impl Trace {
         bail!("no details of {}", actor.pid())
     }
 
-    /// The samples so far.
+    /// Returns the samples so far.
     #[must_use]
     pub fn samples(&self) -> Vec<Event> {
         let collected = self.shared.lock();
@@ -265,14 +269,14 @@ impl Trace {
             .collect()
     }
 
-    /// Waits until so many sockets are closed.
+    /// Waits until this many sockets are closed.
     pub fn wait_closed(&self, closes: usize) -> anyhow::Result<()> {
         self.wait(&format!("{closes} closed sockets"), |collected| {
             collected.closes >= closes
         })
     }
 
-    /// Waits until so many events have come, and gives all that have.
+    /// Waits until this many events have come. Returns all events so far.
     pub fn wait_count(&self, events: usize) -> anyhow::Result<Vec<Event>> {
         self.wait(&format!("{events} events"), |collected| {
             collected.events.len() >= events
@@ -280,26 +284,27 @@ impl Trace {
         Ok(self.events())
     }
 
-    /// Ends the tracer, and hands over all that it has seen; what it counted must add up, with nothing lost.
+    /// Ends the tracer, and returns all its events. The tracer's counts must add up, with nothing
+    /// lost.
     pub fn finish_all(self) -> anyhow::Result<Vec<Event>> {
         self.finish_in_order(0)
     }
 
-    /// Waits until so many sockets are closed, ends the tracer, and hands over all the lives it has seen.
+    /// Waits until this many sockets are closed, ends the tracer, and returns its events by socket.
     ///
-    /// Everything the kernel produced until then is among them, so there can be neither more nor less than expected;
-    /// and what the tracer counted must add up, with nothing lost.
-    pub fn finish(self, closes: usize) -> anyhow::Result<Lives> {
+    /// Everything that the kernel produced until then is among them, so there can be neither more
+    /// nor less than expected. The tracer's counts must add up, with nothing lost.
+    pub fn finish(self, closes: usize) -> anyhow::Result<ObservedTcp> {
         let began = self.began;
-        Ok(Lives::new(self.finish_in_order(closes)?, began))
+        Ok(ObservedTcp::new(self.finish_in_order(closes)?, began))
     }
 
-    /// [`finish`](Self::finish) for UDP.
-    pub fn finish_udp(self, closes: usize) -> anyhow::Result<UdpLives> {
+    /// Like [`finish`](Self::finish), for UDP.
+    pub fn finish_udp(self, closes: usize) -> anyhow::Result<ObservedUdp> {
         let (began, names_every_peer) = (self.began, self.names_every_peer());
         let handle = self.handle.clone();
         let events = self.finish_in_order(closes)?;
-        Ok(UdpLives::new(
+        Ok(ObservedUdp::new(
             events,
             began,
             names_every_peer,
@@ -307,9 +312,10 @@ impl Trace {
         ))
     }
 
-    /// Whether this kernel lets the tracer see each datagram that an application takes from its socket. Without that, it
-    /// only sees what the call returns, and tells so: it does not name a peer that the application did not ask for, and
-    /// takes what the kernel merged for one datagram.
+    /// Whether the tracer sees each datagram that an application takes from its socket, on this
+    /// kernel. Otherwise the tracer sees only the return value of the call, and reports so: it does
+    /// not name a peer whose address the application did not request, and counts merged datagrams
+    /// as one.
     #[must_use]
     pub fn names_every_peer(&self) -> bool {
         let hooks = self.handle.hooks();
@@ -322,13 +328,13 @@ impl Trace {
         programs.into_iter().any(sees)
     }
 
-    /// [`finish`](Self::finish), but the events as they came.
+    /// Like [`finish`](Self::finish), with the events in the order in which they came.
     pub fn finish_in_order(mut self, closes: usize) -> anyhow::Result<Vec<Event>> {
         self.wait_closed(closes)?;
         let stats = self.stop().expect("it runs").unwrap()?;
         let collected = std::mem::take(&mut *self.shared.lock());
         check(&stats, &collected)?;
-        sampled::check(&collected.samples, &collected.events)?;
+        sample_order::check(&collected.samples, &collected.events)?;
         Ok(collected.events)
     }
 
@@ -345,7 +351,7 @@ impl Trace {
         while !is_done(&collected) {
             let changed = self.shared.changed.wait_timeout(collected, PATIENCE);
             collected = changed.unwrap().0;
-            // Samples come all the time.
+            // Samples come at all times.
             if collected.events.len() > seen.0 {
                 seen = (collected.events.len(), Instant::now());
             }
@@ -364,14 +370,14 @@ impl Trace {
     }
 }
 
-/// A test that fails leaves no tracer behind, which others would take for theirs.
-impl Drop for Trace {
+/// Ends the tracer of a test that failed: other tests would take its BPF objects for theirs.
+impl Drop for Collector {
     fn drop(&mut self) {
         drop(self.stop());
     }
 }
 
-/// A builder of a tracer that this thread's test shall use.
+/// Returns a builder for a TCP tracer of this thread's test.
 pub fn tcp() -> TcpTracerBuilder {
     let builder = TcpTracer::builder();
     match buffer() {
@@ -380,7 +386,7 @@ pub fn tcp() -> TcpTracerBuilder {
     }
 }
 
-/// The same for UDP.
+/// Returns a builder for a UDP tracer of this thread's test.
 pub fn udp() -> UdpTracerBuilder {
     let builder = UdpTracer::builder();
     match buffer() {
@@ -389,7 +395,7 @@ pub fn udp() -> UdpTracerBuilder {
     }
 }
 
-/// A setting of `ring_bytes` with which what happens on one CPU has so much room.
+/// Returns the setting of `ring_bytes` that gives the records of one CPU this much room.
 #[must_use]
 pub fn bytes_for_a_cpu(bytes: u32) -> u32 {
     let cpus = thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -421,7 +427,7 @@ fn check(stats: &Stats, collected: &Collected) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether the final counters of a tracer account for every event.
+/// Checks that the final counters of a tracer account for every event.
 pub fn check_conservation(stats: &Stats) -> anyhow::Result<()> {
     let Stats {
         emitted,
@@ -458,7 +464,7 @@ pub fn check_conservation(stats: &Stats) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Events, one a line, the last 200 of them, with what their line does not tell.
+/// Formats events: one a line, the last 200 of them, with the fields that `Display` leaves out.
 #[must_use]
 pub fn show(events: &[Event]) -> String {
     let hidden = events.len().saturating_sub(200);

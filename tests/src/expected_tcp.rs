@@ -1,4 +1,4 @@
-//! What one life of a socket must have shown.
+//! The events that one TCP socket must have produced.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use tcp_udp_trace::{Comm, Event, EventKind, Origin, Process, Protocol, TcpState, Traffic};
 
-use crate::actor::{Endpoint, Exchange, Who};
+use crate::actor::{Endpoint, Exchange, Identity};
 
 use TcpState::{
     Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent,
@@ -17,7 +17,8 @@ use TcpState::{
 
 /// How far the wall clock of an event may be off.
 pub const CLOCK_ERROR: Duration = Duration::from_millis(1);
-/// How far the age of a socket may be off: it comes from two timestamps, between which a busy machine may run others.
+/// How far the age of a socket may be off. It comes from two timestamps, and a busy machine may run
+/// other processes between them.
 pub(crate) const AGE_ERROR: Duration = Duration::from_secs(1);
 
 /// The states of a client that closes first.
@@ -35,7 +36,7 @@ pub const LISTENER: &[TcpState] = &[Close, Listen, Close];
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Owner {
     pid: u32,
-    /// `None`: any thread of the process or of the kernel on its behalf.
+    /// `None` stands for any thread of the process, or of the kernel on its behalf.
     tid: Option<u32>,
     uid: u32,
     comm: Comm,
@@ -43,10 +44,10 @@ pub(crate) struct Owner {
 }
 
 impl Owner {
-    pub(crate) fn new(who: &Who, origin: Origin) -> Self {
-        let Who {
+    pub(crate) fn new(identity: &Identity, origin: Origin) -> Self {
+        let Identity {
             pid, uid, ref comm, ..
-        } = *who;
+        } = *identity;
         Self {
             pid,
             tid: Some(pid),
@@ -76,9 +77,9 @@ impl Owner {
     }
 }
 
-/// What one life of a socket must have shown. Made from what the applications know.
+/// The events that one TCP socket must have produced, from the knowledge of the applications.
 #[derive(Debug, Clone)]
-pub struct Life {
+pub struct ExpectedTcp {
     states: Vec<TcpState>,
     creator: Option<Owner>,
     acceptor: Option<Owner>,
@@ -94,17 +95,17 @@ pub struct Life {
     cgroup: Option<u64>,
 }
 
-impl Life {
-    /// The life of a socket that `who` connected or let listen.
+impl ExpectedTcp {
+    /// Returns the events of a socket that `identity` connected or let listen.
     #[must_use]
-    pub fn of(who: &Who, socket: &Endpoint, states: &[TcpState]) -> Self {
+    pub fn of(identity: &Identity, socket: &Endpoint, states: &[TcpState]) -> Self {
         let unspecified = match socket.local.ip().to_canonical() {
             IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
             IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         };
         Self {
             states: states.to_vec(),
-            creator: Some(Owner::new(who, Origin::Creator)),
+            creator: Some(Owner::new(identity, Origin::Creator)),
             acceptor: None,
             local: canonical(socket.local),
             remote: socket
@@ -114,16 +115,17 @@ impl Life {
             sent: 0,
             received: 0,
             error: None,
-            uid: who.uid,
-            netns: who.netns,
-            netns_cookie: who.netns_cookie,
-            cgroup: who.cgroup,
+            uid: identity.uid,
+            netns: identity.netns,
+            netns_cookie: identity.netns_cookie,
+            cgroup: identity.cgroup,
         }
     }
 
-    /// The server's end of a connection made with `client` through a listener of `owner`, before anyone accepts it.
+    /// Returns the events of the server's end of a connection, which `client` made through a
+    /// listener of `owner`, before an accept.
     #[must_use]
-    pub fn of_child(owner: &Who, client: &Endpoint, states: &[TcpState]) -> Self {
+    pub fn of_child(owner: &Identity, client: &Endpoint, states: &[TcpState]) -> Self {
         let remote = client.remote.expect("the client is connected");
         let mirrored = Endpoint {
             fd: -1,
@@ -137,11 +139,12 @@ impl Life {
         }
     }
 
-    /// The client's end of a connection of [`Command::Churn`](crate::actor::Command::Churn).
+    /// Returns the events of the client's end of a connection of
+    /// [`Command::Churn`](crate::actor::Command::Churn).
     #[must_use]
-    pub fn of_client_exchange(who: &Who, end: &Exchange) -> Self {
+    pub fn of_client_exchange(identity: &Identity, end: &Exchange) -> Self {
         Self::of_exchange(
-            who,
+            identity,
             end,
             if end.active {
                 ACTIVE_CLIENT
@@ -151,9 +154,10 @@ impl Life {
         )
     }
 
-    /// The server's end, accepted by `acceptor` through a listener of `owner`.
+    /// Returns the events of the server's end, which `acceptor` accepted through a listener of
+    /// `owner`.
     #[must_use]
-    pub fn of_server_exchange(owner: &Who, acceptor: &Who, end: &Exchange) -> Self {
+    pub fn of_server_exchange(owner: &Identity, acceptor: &Identity, end: &Exchange) -> Self {
         let states = if end.active {
             ACTIVE_SERVER
         } else {
@@ -162,7 +166,7 @@ impl Life {
         Self::of_exchange(owner, end, states).accepted_by(acceptor)
     }
 
-    fn of_exchange(who: &Who, end: &Exchange, states: &[TcpState]) -> Self {
+    fn of_exchange(identity: &Identity, end: &Exchange, states: &[TcpState]) -> Self {
         let socket = Endpoint {
             fd: -1,
             local: end.local,
@@ -171,43 +175,47 @@ impl Life {
         };
         Self {
             cookie: None,
-            ..Self::of(who, &socket, states)
+            ..Self::of(identity, &socket, states)
         }
         .bytes(end.sent, end.received)
     }
 
-    /// Accepted by `who`, as `socket`.
+    /// Adds the accept by `identity`, as `socket`.
     #[must_use]
-    pub fn accepted(self, who: &Who, socket: &Endpoint) -> Self {
+    pub fn accepted(self, identity: &Identity, socket: &Endpoint) -> Self {
         Self {
             cookie: Some(socket.cookie),
-            ..self.accepted_by(who)
+            ..self.accepted_by(identity)
         }
     }
 
-    fn accepted_by(self, who: &Who) -> Self {
+    fn accepted_by(self, identity: &Identity) -> Self {
         Self {
-            acceptor: Some(Owner::new(who, Origin::Acceptor)),
+            acceptor: Some(Owner::new(identity, Origin::Acceptor)),
             ..self
         }
     }
 
-    /// The thread that connected, listened or accepted: `None` for any.
+    /// Sets the thread that connected, listened or accepted; `None` stands for any.
     #[must_use]
     pub fn thread(mut self, tid: Option<u32>) -> Self {
         let owner = self.acceptor.as_mut().or(self.creator.as_mut());
-        owner.expect("somebody owns it").tid = tid;
+        owner.expect("the socket has an owner").tid = tid;
         self
     }
 
-    /// The socket, or the listener it comes from, is older than the tracer: nobody saw who made it, but its owner had it open.
+    /// Marks the socket, or the listener it comes from, as older than the tracer. The tracer could
+    /// not see its creator, but its owner had it open.
     #[must_use]
     pub fn older_than_the_tracer(mut self) -> Self {
-        self.creator.as_mut().expect("somebody had it open").origin = Origin::Snapshot;
+        self.creator
+            .as_mut()
+            .expect("the socket has a creator")
+            .origin = Origin::Snapshot;
         self
     }
 
-    /// The owner cannot be known before an accept.
+    /// Removes the creator: the owner cannot be known before an accept.
     #[must_use]
     pub fn without_creator(self) -> Self {
         Self {
@@ -216,7 +224,8 @@ impl Life {
         }
     }
 
-    /// Payload bytes sent and received in the whole life.
+    /// Sets the payload bytes that the socket sent and received in all. An actor's
+    /// [`expected`](crate::actor::Actor::expected) has those that this actor sent and received.
     #[must_use]
     pub fn bytes(self, sent: u64, received: u64) -> Self {
         Self {
@@ -226,7 +235,7 @@ impl Life {
         }
     }
 
-    /// The `errno` that ended it.
+    /// Sets the `errno` that ended the connection.
     #[must_use]
     pub fn error(self, errno: i32) -> Self {
         Self {
@@ -235,7 +244,8 @@ impl Life {
         }
     }
 
-    /// Compares everything; says how many gaps there are between the states, at most `missed`.
+    /// Compares everything. Returns the number of gaps between the states, which is at most
+    /// `missed`.
     pub(crate) fn compare(
         &self,
         events: &[Event],
@@ -259,14 +269,14 @@ impl Life {
                 (Some(owner), Some(process)) => owner.is(process),
                 _ => false,
             };
-            // While one CPU accepts, the end of the peer may arrive at another: the order of the two is a matter of
-            // nanoseconds.
+            // While one CPU accepts, the FIN of the peer may arrive at another. The order of the
+            // two is a matter of nanoseconds.
             let is_accepting = accept == Some(at + 1)
                 && matches!(event.kind, EventKind::StateChange { to: CloseWait, .. });
             let is_right = is_owned_by(owner) || is_accepting && is_owned_by(&self.acceptor);
             ensure!(is_right, "wrong owner, {owner:?} expected: {event}");
             self.compare_socket(event, at == 0)?;
-            // The test asks the kernel for the cookie of an accepted socket only after the accept.
+            // The test queries the cookie of an accepted socket only after the accept.
             let cookie_is_known = self.acceptor.is_none() || Some(at) > accept;
             if cookie_is_known && self.cookie.is_some() {
                 ensure!(
@@ -351,7 +361,8 @@ impl Life {
             );
         }
         for (is, must_be) in [(socket.local, self.local), (socket.remote, self.remote)] {
-            // At first the kernel may not have chosen the address, or not written it into the socket.
+            // At first the kernel may not have chosen the address, or not written it into the
+            // socket.
             let is_ip = is.ip() == must_be.ip() || is_first && is.ip().is_unspecified();
             let is_port = is.port() == must_be.port() || is_first && is.port() == 0;
             ensure!(is_ip && is_port, "wrong address {is}: {event}");
@@ -360,13 +371,13 @@ impl Life {
     }
 }
 
-/// Time, age and counters never go back, and belong together.
+/// Checks that time, age and counters never go back, and match each other.
 fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
     let first = &events[0];
     let EventKind::StateChange { from, to, .. } = first.kind else {
-        bail!("a life begins with a state, not with {first}")
+        bail!("the first event is no state: {first}")
     };
-    // It has begun to be seen at some time before.
+    // The tracer began to see the socket at some time before.
     let age_at_first = if matches!((from, to), (Close, _) | (Listen, SynRecv)) {
         Duration::ZERO
     } else {
@@ -381,8 +392,9 @@ fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
         );
     }
     for (before, after) in events.iter().zip(&events[1..]) {
-        // Where the hook of an accept does not hold the socket's lock, another CPU may write the record of a transition at the
-        // same moment: then the clock was not read in the order of the records.
+        // Where the hook of an accept does not hold the socket's lock, another CPU may write the
+        // record of a transition at the same moment. Then the clock was not read in the order of
+        // the records.
         let is_accept = [before, after]
             .iter()
             .any(|event| event.kind == EventKind::Accept);
@@ -396,7 +408,7 @@ fn compare_progress(events: &[Event]) -> anyhow::Result<()> {
             "time went back: {after}"
         );
         if is_accept && before.uptime.abs_diff(after.uptime) <= slack {
-            // Nor were the counters.
+            // The counters were not read in that order either.
             continue;
         }
         ensure!(grows(before, after), "the traffic shrank: {after}");
@@ -422,7 +434,7 @@ pub(crate) fn grows(first: &Event, second: &Event) -> bool {
         .all(|(first, second)| *first <= second)
 }
 
-/// IPv4-mapped addresses are shown as what they are; the scope of an IPv6 address is left out.
+/// Returns an IPv4-mapped address as IPv4, and an IPv6 address without its scope.
 pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

@@ -1,16 +1,16 @@
-//! A tracer of either protocol, run to its end.
+//! Runs a tracer of either protocol to its end.
 
 use std::sync::mpsc;
 
 use futures_util::{Stream, StreamExt as _};
 use tcp_udp_trace::{Error, Event, Stats, TcpTracer, TracerHandle, UdpTracer};
 
-/// What both tracers can do.
+/// The methods that both tracers have.
 #[allow(async_fn_in_trait, reason = "only these two have it")]
 pub trait Tracer: Stream<Item = Event> + Unpin {
-    /// Its handle.
+    /// Returns the tracer's handle.
     fn handle(&self) -> TracerHandle;
-    /// Detaches it.
+    /// Detaches the tracer.
     async fn close(self) -> Result<Stats, Error>;
 }
 
@@ -34,7 +34,7 @@ impl Tracer for UdpTracer {
     }
 }
 
-/// Every event that a tracer which was stopped still has, and its counts.
+/// Returns every event that a stopped tracer still has, and its counts.
 pub async fn rest(mut tracer: impl Tracer) -> Result<(Vec<Event>, Stats), Error> {
     let mut events = Vec::new();
     while let Some(event) = tracer.next().await {
@@ -43,7 +43,7 @@ pub async fn rest(mut tracer: impl Tracer) -> Result<(Vec<Event>, Stats), Error>
     Ok((events, tracer.close().await?))
 }
 
-/// Runs a tracer until it ends: hands out its handle when it is ready, and each event.
+/// Runs a tracer until it ends. Passes its handle on when it is ready, and each event.
 pub(crate) fn collect<T: Tracer>(
     start: impl AsyncFnOnce() -> Result<T, Error>,
     mut put: impl FnMut(Event),
