@@ -6,9 +6,9 @@ use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Peer};
 
 use crate::{
-    sock::{Plain, Sock, Socket as _},
+    read::Plain,
+    sock::{Sock, Socket as _, peer6},
     syscall,
-    udp::peer6,
 };
 
 const EINTR: i64 = 4;

@@ -12,8 +12,7 @@ use tcp_udp_trace_common::{Field, Image, MAX_ARGUMENTS, Owner, PIECE, kind, part
 
 use crate::{
     emit::{self, Context, Weight},
-    owner::current_task,
-    sock::{has, offset, read},
+    read::{current_task, has, offset, read},
 };
 
 /// Whether user space wants images.

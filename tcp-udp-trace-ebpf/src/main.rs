@@ -11,23 +11,33 @@
     internal_features,
     reason = "atomic additions without a result are the only atomics that Linux 5.10 has"
 )]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a value in place of a reference would be copied to the stack"
+)]
 #![feature(core_intrinsics)]
 
-mod accept;
-mod anomaly;
+// Layers, each uses only those after it: iter, query -> tcp, udp -> connect, filter, id, netns, room
+// -> owner, stopping -> image, syscall -> emit, iter_context, datagrams, sock -> counters -> read.
 mod connect;
+mod counters;
+mod datagrams;
 mod emit;
 mod filter;
+mod id;
 mod image;
+mod iter;
+mod iter_context;
 mod netns;
 mod owner;
+mod query;
+mod read;
 mod room;
 mod sock;
+mod stopping;
 mod syscall;
 mod tcp;
-mod track;
 mod udp;
-mod walk;
 
 use core::ffi::c_void;
 
@@ -46,9 +56,10 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET, Field, Peer, kind, origin};
 
 use crate::{
-    sock::{Sock, Socket as _, TcpSock},
-    tcp::Program,
-    walk::Step,
+    filter::tree,
+    iter_context::Step,
+    sock::{Sock, Socket as _, TcpSock, peer6},
+    tcp::{Program, accept},
 };
 
 // ---- signal `state`: inet_sock_set_state(sk, old, new) ------------------------------------------------------
@@ -356,7 +367,7 @@ fn udp_recvmsg4(ctx: SockAddrContext) -> i32 {
 fn udp_recvmsg6(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context of a receive.
     let (address, port) = unsafe { ((*ctx.sock_addr).user_ip6, (*ctx.sock_addr).user_port) };
-    let peer = udp::peer6(address, u16::from_be(port as u16));
+    let peer = peer6(address, u16::from_be(port as u16));
     udp::receive::receiving(ctx.as_ptr(), peer);
     1
 }
@@ -389,46 +400,46 @@ fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 fn iter_files_tcp(ctx: *mut c_void) -> i32 {
-    walk::file_of_tcp(Step::new(ctx))
+    iter::file_of_tcp(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 fn iter_files_udp(ctx: *mut c_void) -> i32 {
-    walk::file_of_udp(Step::new(ctx))
+    iter::file_of_udp(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/tcp")]
 #[unsafe(no_mangle)]
 fn iter_tcp(ctx: *mut c_void) -> i32 {
-    walk::tcp_socket(Step::new(ctx))
+    iter::tcp_socket(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/udp")]
 #[unsafe(no_mangle)]
 fn iter_udp(ctx: *mut c_void) -> i32 {
-    walk::udp_socket(Step::new(ctx))
+    iter::udp_socket(Step::new(ctx))
 }
 
 // ---- the trees of a filter: only where one has any ---------------------------------------------------------------
 
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
 fn tree_fork(ctx: RawTracePointContext) -> i32 {
-    filter::forked(ctx.arg(0), ctx.arg(1));
+    tree::forked(ctx.arg(0), ctx.arg(1));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_free")]
 fn tree_free(ctx: RawTracePointContext) -> i32 {
-    filter::freed(ctx.arg(0));
+    tree::freed(ctx.arg(0));
     0
 }
 
 #[unsafe(link_section = "iter/task")]
 #[unsafe(no_mangle)]
 fn iter_tasks(ctx: *mut c_void) -> i32 {
-    filter::task(Step::new(ctx));
-    walk::NEXT
+    tree::task(Step::new(ctx));
+    iter::NEXT
 }
 
 // ---- pids of another namespace: only where a filter names some ---------------------------------------------------
@@ -436,8 +447,7 @@ fn iter_tasks(ctx: *mut c_void) -> i32 {
 #[unsafe(link_section = "iter/task")]
 #[unsafe(no_mangle)]
 fn iter_pids(ctx: *mut c_void) -> i32 {
-    filter::numbers(Step::new(ctx));
-    walk::NEXT
+    iter::numbers(Step::new(ctx))
 }
 
 // ---- questions of user space -----------------------------------------------------------------------------------
@@ -452,9 +462,7 @@ fn iter_pids(ctx: *mut c_void) -> i32 {
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
 fn arm_wakeup(_ctx: *mut c_void) -> i32 {
-    emit::arm();
-    anomaly::tell();
-    anomaly::lost_so_far().cast_signed()
+    query::arm()
 }
 
 /// How many eighths of the ring are filled.
@@ -469,13 +477,13 @@ fn ring_fill(_ctx: *mut c_void) -> i32 {
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
 fn control_filter(ctx: *mut c_void) -> i32 {
-    filter::asked(&RawTracePointContext::new(ctx))
+    query::asked(&RawTracePointContext::new(ctx))
 }
 
 /// The totals of a flow.
 #[classifier]
 fn query_flow(ctx: TcContext) -> i32 {
-    udp::flow::query(&ctx).unwrap_or(0)
+    query::query(&ctx).unwrap_or(0)
 }
 
 const IPPROTO_UDP: u32 = 17;

@@ -7,10 +7,7 @@
 use aya_ebpf::{macros::map, maps::Array};
 use tcp_udp_trace_common::{Field, filter::netns};
 
-use crate::{
-    owner::current_task,
-    sock::{has, offset, read},
-};
+use crate::read::{current_task, has, offset, read};
 
 /// How many namespaces are looked at in one run: the verifier goes through each turn of the loop.
 const STEPS: u32 = 32;

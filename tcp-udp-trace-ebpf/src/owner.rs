@@ -1,16 +1,17 @@
 //! A task as the owner of a socket. Only hooks that run in the owner's own system call may ask for the current one.
 
-use aya_ebpf::helpers::{
-    bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-    generated::{bpf_get_current_cgroup_id, bpf_get_current_task},
-};
 use core::sync::atomic::{Ordering, compiler_fence};
-use tcp_udp_trace_common::{ABSENT, Field, Owner, User, origin};
+
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid, bpf_get_current_uid_gid, generated::bpf_get_current_cgroup_id,
+};
+use tcp_udp_trace_common::{ABSENT, Field, Owner, Tracked, User, origin};
 
 use crate::{
     emit::Context,
     image,
-    sock::{Sock, cgroup_id, offset, read, read_at, read_into},
+    read::{current_task, offset, read, read_at, read_into},
+    sock::{Sock, cgroup_id},
     syscall,
 };
 
@@ -190,9 +191,12 @@ pub(crate) fn number(leader: u64, level: u32) -> u32 {
     read(pid + u64::from(level) * EACH, Field::PidNumbers)
 }
 
-/// The address of the current `task_struct`.
+/// Whose the socket is.
 #[inline(always)]
-pub(crate) fn current_task() -> u64 {
-    // SAFETY: the helper takes nothing and cannot fail.
-    unsafe { bpf_get_current_task() }
+pub(crate) fn owner(tracked: &Tracked) -> &Owner {
+    if tracked.acceptor.origin == origin::NONE {
+        &tracked.creator
+    } else {
+        &tracked.acceptor
+    }
 }

@@ -6,7 +6,7 @@
 use aya_ebpf::{Global, macros::map, maps::Array};
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use crate::anomaly;
+use crate::counters;
 
 /// How many sockets the map holds; set by user space.
 #[unsafe(no_mangle)]
@@ -25,7 +25,7 @@ pub(crate) fn is_left(user: u32) -> bool {
     let max = MAX_SOCKETS.load();
     let is_left = held(ALL) < max - max / 8 || held(of(user)) < max / 64;
     if !is_left {
-        anomaly::untracked();
+        counters::untracked();
     }
     is_left
 }

@@ -1,104 +1,29 @@
 //! Reading the kernel's structures.
 
-use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_skc_to_tcp_sock};
-use core::{ffi::c_void, mem::MaybeUninit};
-use tcp_udp_trace_common::{
-    ABSENT, AF_INET, FIELDS, Field, Offsets, Peer, TcpSocket, Tracked, syn,
-};
+use core::ffi::c_void;
 
-use crate::{owner, track, udp::peer6};
+use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
+use tcp_udp_trace_common::{ABSENT, AF_INET, AF_INET6, Field, Peer};
 
-/// Where the fields are on the running kernel; user space fills it in before the programs are loaded, so
-/// the verifier knows each offset and drops the code for fields that this kernel lacks.
-#[unsafe(no_mangle)]
-static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
+use crate::read::{Plain, current_task, has, offset, read, read_at, read_into};
 
 const IPPROTO_TCP: u16 = 6;
 pub(crate) const IPPROTO_UDP: u16 = 17;
 const IPPROTO_MPTCP: u16 = 262;
-const TCP_FIN_WAIT1: u8 = 4;
-const TCP_FIN_WAIT2: u8 = 5;
-const TCP_LAST_ACK: u8 = 9;
-const TCP_CLOSING: u8 = 11;
-/// Bit of `sk_flags`: the peer's FIN has arrived (`enum sock_flags`).
-const SOCK_DONE: u64 = 1 << 1;
 
-/// An integer, or words of a larger value: any bytes are one.
-pub(crate) trait Plain: Copy {
-    const ZERO: Self;
-}
-
-macro_rules! plain {
-    ($($type:ty = $zero:expr,)+) => { $(impl Plain for $type { const ZERO: Self = $zero; })+ };
-}
-
-plain! {
-    u8 = 0,
-    u16 = 0,
-    u32 = 0,
-    u64 = 0,
-    // An address, and a name: words rather than bytes, for the compiler to copy them as such.
-    [u32; 4] = [0; 4],
-    [u64; 2] = [0; 2],
-    // Two addresses or ports side by side.
-    [u32; 2] = [0; 2],
-    [u16; 2] = [0; 2],
-    // The header of UDP.
-    [u16; 4] = [0; 4],
-    // The beginning of a socket.
-    [u64; COMMON / 8] = [0; COMMON / 8],
-}
-
-/// Whether this kernel has `field`.
-#[inline(always)]
-pub(crate) fn has(field: Field) -> bool {
-    offset(field) != ABSENT
-}
-
-#[inline(always)]
-pub(crate) fn offset(field: Field) -> u32 {
-    // SAFETY: `field` indexes FIELDS, and OFFSETS has its length. Volatile, because the compiler must not
-    // take the initial value for the one that user space puts there.
-    unsafe {
-        (&raw const OFFSETS)
-            .cast::<u32>()
-            .add(field as usize)
-            .read_volatile()
-    }
-}
-
-/// Reads `field` of the structure at `base`; 0 where the kernel lacks the field or the address is bad.
-#[inline(always)]
-pub(crate) fn read<T: Plain>(base: u64, field: Field) -> T {
-    match offset(field) {
-        ABSENT => T::ZERO,
-        offset => read_at(base + u64::from(offset)),
-    }
-}
-
-/// Reads what is at a kernel address; 0 if it is a bad one.
-#[inline(always)]
-pub(crate) fn read_at<T: Plain>(address: u64) -> T {
-    let mut value = MaybeUninit::<T>::uninit();
-    probe_read(value.as_mut_ptr(), address);
-    // SAFETY: the helper has written all of it.
-    unsafe { value.assume_init() }
-}
-
-/// Reads `field` of the structure at `base` to where it is wanted, which saves a copy.
-#[inline(always)]
-pub(crate) fn read_into<T: Plain>(to: &mut T, base: u64, field: Field) {
-    match offset(field) {
-        ABSENT => *to = T::ZERO,
-        offset => probe_read(to, base + u64::from(offset)),
-    }
-}
-
-#[inline(always)]
-fn probe_read<T: Plain>(to: *mut T, address: u64) {
-    // SAFETY: the helper writes `size_of::<T>()` bytes to `to` whatever the address: what it found, or zeros.
-    // A `Plain` may have any bytes, and the callers' pointers are to memory for one.
-    unsafe { bpf_probe_read_kernel(to.cast(), size_of::<T>() as u32, address as *const _) };
+/// The states of TCP, in [`Field::State`]. A UDP socket with a peer is in `ESTABLISHED`, too.
+pub(crate) mod tcp_state {
+    pub(crate) const ESTABLISHED: u8 = 1;
+    pub(crate) const SYN_SENT: u8 = 2;
+    pub(crate) const SYN_RECV: u8 = 3;
+    pub(crate) const FIN_WAIT1: u8 = 4;
+    pub(crate) const FIN_WAIT2: u8 = 5;
+    pub(crate) const TIME_WAIT: u8 = 6;
+    pub(crate) const CLOSE: u8 = 7;
+    pub(crate) const LAST_ACK: u8 = 9;
+    pub(crate) const LISTEN: u8 = 10;
+    pub(crate) const CLOSING: u8 = 11;
+    pub(crate) const NEW_SYN_RECV: u8 = 12;
 }
 
 /// A socket whose fields can be read. How, depends on what the verifier knows of the pointer.
@@ -132,80 +57,6 @@ pub(crate) trait Socket: Copy {
     fn connected_port(self) -> u16 {
         u16::from_be(self.get(Field::LocalPort))
     }
-
-    /// Payload bytes put on the wire, each once, for a socket that leaves `state`.
-    #[inline(always)]
-    fn tx_bytes(self, tracked: &Tracked, state: u8) -> u64 {
-        if tracked.syn() == syn::UNKNOWN {
-            let sent = self.get::<u64>(Field::BytesSent);
-            return sent.wrapping_sub(self.get::<u64>(Field::BytesRetrans));
-        }
-        // What was acknowledged and what is on its way, less SYN and FIN. Not `bytes_sent`: that counts a
-        // segment again each time this machine's own queue refused it.
-        let next = self.get::<u32>(Field::SndNxt);
-        let in_flight = next.wrapping_sub(self.get::<u32>(Field::SndUna));
-        let sequence = self
-            .get::<u64>(Field::BytesAcked)
-            .wrapping_add(u64::from(in_flight));
-        let fin_queued = matches!(
-            state,
-            TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING
-        );
-        let fin_sent = fin_queued && next == self.get::<u32>(Field::WriteSeq);
-        sequence.saturating_sub(u64::from(tracked.syn() == syn::COUNTED) + u64::from(fin_sent))
-    }
-
-    /// Payload bytes received in order, given what the kernel counted a moment ago.
-    ///
-    /// The kernel counts the FIN first and marks its arrival then. A hook that does not hold the socket's lock may
-    /// come in between, so the mark is looked at late, and where it is set, the count is read again: it is final.
-    #[inline(always)]
-    fn rx_bytes(self, counted: u64) -> u64 {
-        if self.get::<u64>(Field::Flags) & SOCK_DONE == 0 {
-            counted
-        } else {
-            self.get::<u64>(Field::BytesReceived).saturating_sub(1)
-        }
-    }
-
-    /// Writes the socket, which leaves or is in `state`, into a record.
-    #[inline(always)]
-    fn describe(
-        self,
-        tracked: &Tracked,
-        family: u16,
-        state: u8,
-        local_port: u16,
-        to: &mut TcpSocket,
-    ) {
-        let received = self.get(Field::BytesReceived);
-        to.id = tracked.id;
-        to.born = tracked.born;
-        self.get_into(&mut to.cookie, Field::Cookie);
-        to.cgroup = tracked.cgroup;
-        to.netns_cookie = tracked.netns_cookie;
-        to.tx_bytes = self.tx_bytes(tracked, state);
-        self.get_into(&mut to.tx_packets, Field::SegsOut);
-        self.get_into(&mut to.rx_packets, Field::SegsIn);
-        self.get_into(&mut to.uid, Field::SkUid);
-        to.netns = tracked.netns;
-        to.owner = *track::owner(tracked);
-        if family == AF_INET {
-            to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
-            to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];
-        } else {
-            self.get_into(&mut to.local, Field::LocalAddr6);
-            self.get_into(&mut to.remote, Field::RemoteAddr6);
-        }
-        to.local_port = local_port;
-        to.remote_port = u16::from_be(self.get(Field::RemotePort));
-        to.family = family;
-        to.older = tracked.older().into();
-        self.get_into(&mut to.device, Field::Device);
-        to.error = 0;
-        to.rx_bytes = self.rx_bytes(received);
-        track::copy_user(tracked, &mut to.user);
-    }
 }
 
 /// The address of a `struct sock`: its fields are read by a helper.
@@ -232,6 +83,10 @@ pub(crate) struct Copied {
 
 /// How much of `struct sock` is copied: addresses, ports, state, cookie and flags, on every kernel so far.
 const COMMON: usize = 104;
+
+impl Plain for [u64; COMMON / 8] {
+    const ZERO: Self = [0; COMMON / 8];
+}
 
 impl Copied {
     #[inline(always)]
@@ -333,7 +188,7 @@ impl Sock {
     /// The socket behind a descriptor of the current process.
     #[inline(always)]
     pub(crate) fn of_descriptor(fd: i64) -> Option<Self> {
-        let files = read::<u64>(owner::current_task(), Field::Files);
+        let files = read::<u64>(current_task(), Field::Files);
         let table = read::<u64>(files, Field::FdTable);
         if fd < 0 || fd >= i64::from(read::<u32>(table, Field::FdCount)) {
             return None;
@@ -433,5 +288,22 @@ impl Sock {
         } else {
             peer6(self.get(v6), port)
         }
+    }
+}
+
+/// An IPv6 address and port as a peer; an IPv4-mapped address is the IPv4 address that it is.
+#[inline(always)]
+pub(crate) fn peer6(address: [u32; 4], port: u16) -> Peer {
+    match address {
+        [0, 0, mapped, v4] if mapped == 0xffff_u32.to_be() => Peer {
+            address: [v4, 0, 0, 0],
+            port,
+            family: AF_INET,
+        },
+        address => Peer {
+            address,
+            port,
+            family: AF_INET6,
+        },
     }
 }

@@ -4,10 +4,7 @@
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{ABSENT, Field};
 
-use crate::{
-    owner,
-    sock::{offset, read, read_at},
-};
+use crate::read::{current_task, offset, read, read_at};
 
 /// How far above the beginning of a task's kernel stack its user registers (`struct pt_regs`) are
 /// saved, in bytes; 0 if that is not known.
@@ -69,7 +66,7 @@ pub(crate) fn registers_of_any(of: &[arch::Number]) -> Option<u64> {
     if REGISTERS.load() == 0 {
         return None;
     }
-    let stack = read::<u64>(owner::current_task(), Field::TaskStack);
+    let stack = read::<u64>(current_task(), Field::TaskStack);
     let [first, second] = arch::PADDINGS.map(|padding| stack + REGISTERS.load() - padding);
     if of.contains(&number(first)) {
         return Some(first);

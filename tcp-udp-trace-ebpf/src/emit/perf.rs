@@ -15,8 +15,11 @@ use aya_ebpf::{
 
 use tcp_udp_trace_common::{Udp, kind};
 
-use super::{Context, Record, Weight, head, is_armed};
-use crate::anomaly;
+use super::{
+    head::{Context, Record, Weight, head},
+    wakeup::is_armed,
+};
+use crate::counters;
 
 /// The large one of each CPU.
 #[map]
@@ -81,7 +84,7 @@ pub(crate) fn record<R: Record>(
 ) -> bool {
     const { assert!(size_of::<R>() <= size_of::<Room>() && align_of::<R>() <= align_of::<Room>()) };
     let Some(place) = Place::claim() else {
-        anomaly::lost(kind);
+        counters::lost(kind);
         return false;
     };
     // SAFETY: the room is large enough and aligned, and this program's alone; a record is integers and bytes only, so what was
@@ -94,7 +97,7 @@ pub(crate) fn record<R: Record>(
         output(&EVENTS, ctx, record) || weight != Weight::Other && output(&URGENT, ctx, record);
     Place::leave(place);
     if !written {
-        anomaly::lost(kind);
+        counters::lost(kind);
     } else if kind != kind::IMAGE && is_armed() {
         // Where there is no room for it, the reader has been woken already.
         output(&URGENT, ctx, &kind::BELL);

@@ -9,8 +9,11 @@ use aya_ebpf::{
 
 use tcp_udp_trace_common::kind;
 
-use super::{Context, Record, Weight, head, is_armed};
-use crate::anomaly;
+use super::{
+    head::{Context, Record, Weight, head},
+    wakeup::is_armed,
+};
+use crate::counters;
 
 /// The records, in the order of their reservation.
 #[map]
@@ -39,7 +42,7 @@ pub(crate) fn record<R: Record>(
     let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
     let after = before + size_of::<R>() as u64 + RECORD_HEADER;
     if weight == Weight::Other && after >> WAKE_SHIFT.load() >= 7 {
-        anomaly::lost(kind);
+        counters::lost(kind);
         return false;
     }
     let (entry, wake) = match EVENTS.reserve::<R>(0) {
@@ -50,7 +53,7 @@ pub(crate) fn record<R: Record>(
     };
     // What is written is written in one place, whichever ring it goes to: half the work for the verifier.
     let Some(mut entry) = entry else {
-        anomaly::lost(kind);
+        counters::lost(kind);
         return false;
     };
     // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes

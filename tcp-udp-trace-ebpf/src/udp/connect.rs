@@ -8,13 +8,16 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET6, Field, Peer, kind};
 
 use super::{
-    Datagrams, Direction, TCP_ESTABLISHED, flow_with, get, key_of, record, report, seen, totals_of,
+    records::{record, report, totals_of},
+    sockets::{get, key_of, queued, seen},
 };
 use crate::{
     connect::{self, Connect},
+    datagrams::{Datagrams, Direction, flow_with},
     emit::Context,
-    filter, owner,
-    sock::{Sock, Socket as _, read},
+    filter,
+    read::{current_task, read},
+    sock::{Sock, Socket as _, tcp_state::ESTABLISHED},
     syscall,
 };
 
@@ -31,7 +34,7 @@ const IO_WORKER: u32 = 0x10;
 /// The current thread begins to connect the socket.
 #[inline(always)]
 pub(crate) fn connecting(key: u64) {
-    if read::<u32>(owner::current_task(), Field::TaskFlags) & IO_WORKER != 0 {
+    if read::<u32>(current_task(), Field::TaskFlags) & IO_WORKER != 0 {
         return;
     }
     let thread = bpf_get_current_pid_tgid();
@@ -56,18 +59,10 @@ pub(crate) fn connected(ctx: Context, result: i64) {
 fn ended(ctx: Context, key: u64, result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
-    if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
+    if result == 0 && sk.get::<u8>(Field::State) == ESTABLISHED {
         tracked.strangers = queued(sk);
         report(ctx, kind::CONNECT, key, tracked, sk, 0);
     }
-}
-
-/// How many datagrams wait to be received, or more.
-#[inline(always)]
-pub(crate) fn queued(sk: Sock) -> u32 {
-    // Datagrams move from the first queue to the second. In this order, one that moves meanwhile is counted twice, and none is missed.
-    let waiting = sk.get::<u32>(Field::ReceiveQueued);
-    waiting.wrapping_add(sk.get(Field::ReaderQueued))
 }
 
 /// The current process returns from `connect`.

@@ -4,12 +4,15 @@ use aya_ebpf::Global;
 use tcp_udp_trace_common::{AF_INET, Field, Peer};
 
 use super::{
-    Datagrams, Direction, ETH_P_IP, Headers, Packet, UDP_HEADER, add_unsent, count, flow,
-    flow_with, get, headers, key_of, local_of_flow, nat, scope,
+    count, flows, nat,
+    packet::{ETH_P_IP, Headers, Packet, UDP_HEADER, headers, local_of_flow, scope},
+    sockets::{add_unsent, get, key_of},
 };
 use crate::{
+    datagrams::{Datagrams, Direction, flow_with},
     emit::Context,
-    sock::{Sock, Socket as _, read, read_at},
+    read::{read, read_at},
+    sock::{Sock, Socket as _},
 };
 
 /// The reason for which the kernel frees a packet that a program at the cgroup refused
@@ -102,8 +105,8 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     if is_refused {
         datagrams.bytes = bytes.wrapping_neg();
         datagrams.packets = packets.wrapping_neg();
-        super::add(&mut tracked.traffic, &datagrams);
-        flow::take_back(tracked, &mut datagrams, Freed(skb));
+        flows::add(&mut tracked.traffic, &datagrams);
+        flows::take_back(tracked, &mut datagrams, Freed(skb));
     } else {
         count(ctx, key, tracked, &mut datagrams, Freed(skb));
     }

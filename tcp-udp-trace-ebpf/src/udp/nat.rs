@@ -2,8 +2,11 @@
 
 use tcp_udp_trace_common::{ABSENT, AF_INET, Field, Peer};
 
-use super::{Datagrams, IPPROTO_UDP, is_set};
-use crate::sock::{offset, read, read_at};
+use super::packet::{IPPROTO_UDP, is_set};
+use crate::{
+    datagrams::Datagrams,
+    read::{offset, read, read_at},
+};
 
 /// The bits of `skb->_nfct` that are not of the address: one of `enum ip_conntrack_info`.
 const INFO: u64 = 7;

@@ -14,12 +14,16 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{Field, Peer, UdpTracked};
 
 use super::{
-    Datagrams, Direction, Headers, Packet, addresses, count, flow_with, headers, key, key_of,
-    local6, scope, used,
+    count,
+    packet::{Headers, Packet, headers, scope},
+    records::{addresses, local6},
+    sockets::{key, key_of, used},
 };
 use crate::{
+    datagrams::{Datagrams, Direction, flow_with},
     emit::Context,
-    sock::{Copied, IPPROTO_UDP, Sock, Socket as _, read, read_at},
+    read::{read, read_at},
+    sock::{Copied, IPPROTO_UDP, Sock, Socket as _},
 };
 
 /// Threads that receive, and from which peer.

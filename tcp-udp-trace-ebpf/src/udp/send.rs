@@ -6,10 +6,15 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use super::{
-    Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, UDP_HEADER, add_unsent, count, flow_with,
-    local_of_flow, nat, scope, seen, set_user,
+    count, nat,
+    packet::{ETH_P_IP, IPPROTO_UDP, Packet, UDP_HEADER, local_of_flow, scope},
+    sockets::{add_unsent, seen, set_user},
 };
-use crate::{owner, sock::read};
+use crate::{
+    datagrams::{Datagrams, Direction, flow_with},
+    owner,
+    read::{current_task, read},
+};
 
 /// `skb->protocol` of IPv6, network byte order.
 const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
@@ -162,7 +167,7 @@ impl Packet for Leaving<'_> {
     /// Programs of a cgroup run before those of the cgroup around it.
     #[inline(always)]
     fn is_refused(self) -> bool {
-        let run = read::<u64>(owner::current_task(), Field::BpfContext);
+        let run = read::<u64>(current_task(), Field::BpfContext);
         run != 0 && read::<u32>(run, Field::CgroupResult) != 0
     }
 }

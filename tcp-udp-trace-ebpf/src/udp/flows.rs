@@ -1,27 +1,32 @@
 //! What a UDP socket has exchanged with one of its peers by one of its addresses, and when it is a
 //! record.
 
-use core::{
-    intrinsics::{AtomicOrdering, atomic_xadd},
-    mem::offset_of,
-};
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
     Global,
     bindings::BPF_NOEXIST,
     macros::map,
     maps::{HashMap, LruHashMap},
-    programs::TcContext,
 };
-use tcp_udp_trace_common::{Flow, FlowKey, FlowQuery, Traffic, UdpTracked, kind, report};
+use tcp_udp_trace_common::{Flow, FlowKey, Traffic, UdpTracked, kind, report};
 
-use super::{Datagrams, Direction, Packet, Totals, add, get, is_set, now, record};
-use crate::{anomaly, emit::Context, filter};
+use super::{
+    packet::{Packet, is_set},
+    records::{Totals, record},
+    sockets::now,
+};
+use crate::{
+    counters,
+    datagrams::{Datagrams, Direction},
+    emit::Context,
+    filter,
+};
 
 /// The flows, each of which has a record. User space removes them: when their sockets end, and the least recently used when there are too
 /// many. There is room for more, because user space does not know yet of those whose records are on their way.
 #[map]
-static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(65_536, 0);
+pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(65_536, 0);
 
 /// Flows that nobody wants: no record tells of them, so they have to make room by themselves.
 #[map]
@@ -202,7 +207,7 @@ fn begin(
 }
 
 #[inline(always)]
-fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
+pub(crate) fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
     // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
     FLOWS
         .get_ptr_mut(key)
@@ -221,7 +226,7 @@ fn get_unwanted(key: &FlowKey) -> Option<&'static mut Flow> {
 #[inline(always)]
 fn unassigned(tracked: &mut UdpTracked) {
     tracked.unassigned = 1;
-    anomaly::unassigned();
+    counters::unassigned();
 }
 
 /// Whether it is long ago that nobody wanted the flow.
@@ -230,37 +235,15 @@ fn is_due(report: u64) -> bool {
     now().wrapping_sub(report) >= INTERVAL.load()
 }
 
-/// User space asks for the totals of a flow; 1 if it is there.
 #[inline(always)]
-pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
-    let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
-    let forget = ctx.load::<u64>(offset_of!(FlowQuery, forget))?;
-    let known = ctx.load::<Traffic>(offset_of!(FlowQuery, known))?;
-    let Some(flow) = get_flow(&key) else {
-        return Ok(0);
+pub(super) fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
+    let (bytes, packets) = match datagrams.direction {
+        Direction::Sent => (&raw mut traffic.tx_bytes, &raw mut traffic.tx_packets),
+        Direction::Received => (&raw mut traffic.rx_bytes, &raw mut traffic.rx_packets),
     };
-    let report = &raw mut flow.report;
-    let is_unchanged =
-        flow.traffic.tx_packets == known.tx_packets && flow.traffic.rx_packets == known.rx_packets;
-    // SAFETY: a valid pointer. Atomic, and so before what follows: a datagram is counted before it looks at this, and this is written before
-    // the counts are read again. One of the two finds the other.
+    // SAFETY: pointers into a map's value; other CPUs add to them too, so it is atomic.
     unsafe {
-        if forget != 0 {
-            // Neither of the two numbers that say when there is a record.
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 2);
-        } else if is_unchanged && report.read_volatile() == report::LATER {
-            // One more than the highest number.
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 1);
-        }
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(bytes, datagrams.bytes);
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(packets, datagrams.packets);
     }
-    ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
-    ctx.store(offset_of!(FlowQuery, local), &flow.local, 0)?;
-    ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
-    if let Some(tracked) = get(ctx.load(offset_of!(FlowQuery, socket))?) {
-        ctx.store(offset_of!(FlowQuery, user), &tracked.user, 0)?;
-    }
-    if forget != 0 {
-        let _ = FLOWS.remove(key);
-    }
-    Ok(1)
 }

@@ -1,70 +1,23 @@
 //! Iterators: programs that user space lets the kernel run once for each thing that there is.
 
-use core::{ffi::c_void, ptr};
+use core::ptr;
 
-use aya_ebpf::{
-    bindings::seq_file,
-    helpers::generated::{bpf_probe_read_kernel, bpf_seq_write},
-};
-use tcp_udp_trace_common::{Owner, origin};
+use tcp_udp_trace_common::{Field, Owner, filter, origin};
 
 use crate::{
-    emit, owner,
+    emit,
+    iter_context::Step,
+    owner::{self, leader},
+    read::read,
     sock::Sock,
     tcp,
     udp::{self, key_of},
 };
 
-/// What an iterator's program is called with: a structure of pointers (`struct bpf_iter__tcp` and its like), of which the first is
-/// to the `struct bpf_iter_meta` of the walk.
-#[derive(Clone, Copy)]
-pub(crate) struct Step(*mut c_void);
-
 /// The walk goes on to the next thing.
 pub(crate) const NEXT: i32 = 0;
 /// The walk pauses: the reading call returns, and the next one begins with the same thing.
 const AGAIN: i32 = 1;
-
-impl Step {
-    pub(crate) const fn new(context: *mut c_void) -> Self {
-        Self(context)
-    }
-
-    /// A pointer of the context, which the verifier shall know nothing of; null in the last call, which is for no thing.
-    #[inline(always)]
-    pub(crate) fn pointer(self, index: usize) -> u64 {
-        let mut pointer = 0_u64;
-        // SAFETY: the helper writes 8 bytes to `pointer` whatever the address; the context has as many pointers as its iterator's
-        // programs ask for.
-        unsafe {
-            bpf_probe_read_kernel(
-                ptr::from_mut(&mut pointer).cast(),
-                8,
-                self.0.byte_add(index * 8),
-            );
-        }
-        pointer
-    }
-
-    /// Makes the reading call return a byte more.
-    #[inline(always)]
-    pub(crate) fn count(self) {
-        self.write(&[1]);
-    }
-
-    /// Makes the reading call return these bytes, too.
-    #[inline(always)]
-    pub(crate) fn write<const N: usize>(self, bytes: &[u8; N]) {
-        // SAFETY: the context begins with a pointer to `struct bpf_iter_meta`, and that with one to the `struct seq_file`. The
-        // verifier knows both types, and refuses the program if it is otherwise.
-        unsafe {
-            let meta = self.0.cast::<*const *mut seq_file>().read();
-            // It fails only if the buffer is full: then the thing is shown again, and its second record is one that
-            // user space ignores.
-            bpf_seq_write(meta.read(), bytes.as_ptr().cast(), N as u32);
-        }
-    }
-}
 
 /// `iter/task_file`: a file that a process has open. If it is a TCP socket that nobody is known to own, it is this process's.
 #[inline(always)]
@@ -109,7 +62,7 @@ pub(crate) fn tcp_socket(step: Step) -> i32 {
     if emit::is_crowded() {
         return AGAIN;
     }
-    if tcp::sample(step.0, sk, tracked) {
+    if tcp::sample(step.context(), sk, tracked) {
         step.count();
     }
     NEXT
@@ -130,8 +83,21 @@ pub(crate) fn udp_socket(step: Step) -> i32 {
     if emit::is_crowded() {
         return AGAIN;
     }
-    if udp::sample(step.0, key, sk, tracked) {
+    if udp::sample(step.context(), key, sk, tracked) {
         step.count();
     }
+    NEXT
+}
+
+/// `iter/task`: writes the numbers of each process that the reader's pid namespace has.
+#[inline(always)]
+pub(crate) fn numbers(step: Step) -> i32 {
+    let task = step.pointer(1);
+    if task == 0 || leader(task) != task {
+        return NEXT;
+    }
+    let level = read(owner::current_pid(), Field::PidLevel);
+    let (here, initial) = (owner::number(task, level), read(task, Field::Tgid));
+    step.write(&filter::numbers(here, initial));
     NEXT
 }

@@ -1,39 +1,33 @@
 //! What happens to a TCP socket.
 
-use aya_ebpf::Global;
+pub(crate) mod accept;
+mod record;
+mod sockets;
+
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, filter::no_state, hold, kind,
     origin, syn,
 };
 
+use self::record::{Describe as _, EADDRNOTAVAIL, error};
 use crate::{
-    anomaly,
     connect::{self, Connect},
+    counters,
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Sock, Socket, read},
-    syscall, track,
+    read::read,
+    sock::{
+        Sock, Socket,
+        tcp_state::{CLOSE, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_RECV, SYN_SENT, TIME_WAIT},
+    },
+    stopping::{is_stopping, met},
+    syscall,
 };
-
-const ESTABLISHED: u8 = 1;
-const SYN_SENT: u8 = 2;
-const SYN_RECV: u8 = 3;
-const TIME_WAIT: u8 = 6;
-pub(crate) const CLOSE: u8 = 7;
-pub(crate) const LISTEN: u8 = 10;
-const NEW_SYN_RECV: u8 = 12;
-
-const EADDRINUSE: u32 = 98;
-const EADDRNOTAVAIL: u32 = 99;
 
 /// States of a `struct socket`: a `connect` has begun, and has not returned how it ended; it has
 /// succeeded.
 const SS_CONNECTING: u32 = 2;
 const SS_CONNECTED: u32 = 3;
-
-/// The bit of `sock.sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not known.
-#[unsafe(no_mangle)]
-static HAS_LISTENED: Global<u64> = Global::new(0);
 
 /// Which of the two programs on a tracepoint is asking.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,7 +49,7 @@ pub(crate) fn changed(
     to: i32,
 ) {
     let (from, to) = (from as u8, to as u8);
-    let tracked = track::get(sk);
+    let tracked = sockets::get(sk);
     if from == to || tracked.as_ref().is_some_and(|tracked| tracked.state == to) {
         // Not a change, or one that the other program has reported.
         return;
@@ -68,7 +62,7 @@ pub(crate) fn changed(
     let family = socket.family();
     if family != AF_INET && family != AF_INET6 {
         if program == Program::First {
-            anomaly::unknown_family();
+            counters::unknown_family();
         }
         return;
     }
@@ -99,11 +93,11 @@ pub(crate) fn changed(
             // One that is not known is older than the tracer.
             let tracked = match tracked {
                 Some(tracked) => Some(tracked),
-                None => track::adopt(sk, from),
+                None => sockets::adopt(sk, from),
             };
             if let Some(tracked) = tracked {
                 if tracked.state != from {
-                    anomaly::missed();
+                    counters::missed();
                 }
                 tracked.state = to;
                 if from == SYN_RECV && to == ESTABLISHED {
@@ -123,10 +117,10 @@ pub(crate) fn changed(
                 report(ctx, sk, socket, family, tracked, (from, to));
                 return;
             }
-            (syn::UNKNOWN | track::met(), owner::UNKNOWN)
+            (syn::UNKNOWN | met(), owner::UNKNOWN)
         }
     };
-    let mut tracked = track::fresh(sk, to, syn, owner);
+    let mut tracked = sockets::fresh(sk, to, syn, owner);
     if listener != 0 {
         tracked.listener = listener;
     }
@@ -135,11 +129,11 @@ pub(crate) fn changed(
     if begins && known != 0 {
         if known != CLOSE {
             // No hook saw the close and the end of the socket that had this address before.
-            anomaly::missed();
+            counters::missed();
         }
-        track::end(sk);
+        sockets::end(sk);
     }
-    let is_remembered = begins && track::remember(sk, &tracked);
+    let is_remembered = begins && sockets::remember(sk, &tracked);
     if is_remembered && tracked.is_held() {
         return;
     }
@@ -165,7 +159,7 @@ fn is_repaired(socket: impl Socket) -> bool {
 #[inline(always)]
 fn is_to_be_held(socket: impl Socket) -> bool {
     socket.bound_port() == 0
-        && match track::holds() {
+        && match sockets::holds() {
             hold::ALL => true,
             hold::OF_SYSTEM_CALL => syscall::registers(syscall::LISTEN).is_some(),
             _ => false,
@@ -175,8 +169,8 @@ fn is_to_be_held(socket: impl Socket) -> bool {
 /// A socket that listens has got its port.
 #[inline(always)]
 pub(crate) fn listening(ctx: Context, sk: Sock) {
-    if let Some(tracked) = track::get(sk) {
-        if tracked.state == LISTEN && tracked.is_held() && !track::is_stopping() {
+    if let Some(tracked) = sockets::get(sk) {
+        if tracked.state == LISTEN && tracked.is_held() && !is_stopping() {
             report(ctx, sk, sk, sk.family(), tracked, (CLOSE, LISTEN));
         }
     }
@@ -207,13 +201,13 @@ pub(crate) fn connected(ctx: Context, result: i64) {
     if sk.get::<u8>(Field::State) != CLOSE
         || (family != AF_INET && family != AF_INET6)
         || !sk.is_tcp()
-        || track::is_stopping()
+        || is_stopping()
         || has_changed(sk, errno)
     {
         return;
     }
     // It is not remembered: if the socket connects later, that is another life.
-    let mut tracked = track::fresh(sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
+    let mut tracked = sockets::fresh(sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
     owner::settle_current(ctx, &mut tracked.creator, origin::CREATOR);
     let ends = connect.ends();
     if !filter::wants_connect(sk, &mut tracked, &ends) {
@@ -244,11 +238,11 @@ pub(crate) fn connected(ctx: Context, result: i64) {
 /// returned why the state changed meanwhile. Then the change has been reported.
 #[inline(always)]
 fn has_changed(sk: Sock, errno: u32) -> bool {
-    let Some(tracked) = track::get(sk) else {
+    let Some(tracked) = sockets::get(sk) else {
         // A socket that never tried has no sequence number. One that found no port has none either,
         // and is remembered, unless there was no room.
         return sk.get::<u32>(Field::WriteSeq) != 0
-            || errno == EADDRNOTAVAIL && anomaly::has_missed();
+            || errno == EADDRNOTAVAIL && counters::has_missed();
     };
     if tracked.state != CLOSE {
         // Its close has escaped, and will be reported with its end.
@@ -265,9 +259,8 @@ pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
     // TIME_WAIT and NEW_SYN_RECV are not of a whole socket. What the null pointer points to has no family.
     let is_alive = !matches!(state, TIME_WAIT | NEW_SYN_RECV | CLOSE);
     let family = sk.family();
-    if is_alive && !track::is_stopping() && (family == AF_INET || family == AF_INET6) && sk.is_tcp()
-    {
-        track::adopt(sk, state)
+    if is_alive && !is_stopping() && (family == AF_INET || family == AF_INET6) && sk.is_tcp() {
+        sockets::adopt(sk, state)
     } else {
         None
     }
@@ -288,7 +281,7 @@ pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &mut Tracked) -> bool {
 /// after the close.
 #[inline(always)]
 pub(crate) fn happened(ctx: Context, kind: u32, sk: Sock) {
-    let tracked = match track::get(sk) {
+    let tracked = match sockets::get(sk) {
         Some(tracked) => Some(tracked),
         None => known(sk),
     };
@@ -306,7 +299,7 @@ pub(crate) fn happened(ctx: Context, kind: u32, sk: Sock) {
 #[inline(always)]
 fn listener_of(child: Sock) -> Option<&'static Tracked> {
     let listener = child.listener()?;
-    let found = track::get(listener)?;
+    let found = sockets::get(listener)?;
     // Proves that the address is a listener's, and on the child's port.
     (found.state == LISTEN && listener.bound_port() == child.bound_port()).then_some(found)
 }
@@ -326,7 +319,7 @@ fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     if first.0 == sk.0 {
         return None;
     }
-    track::get(first).map(|tracked| *track::owner(tracked))
+    sockets::get(first).map(|tracked| *owner::owner(tracked))
 }
 
 /// Reports a change of state; before it, that the socket began to listen, if that was held back.
@@ -391,40 +384,16 @@ fn write(
     );
 }
 
-/// The errno with which a socket closes; 0 if there is none.
-///
-/// Some calls return theirs and do not leave it in the socket. They are known by what they did not do.
-#[inline(always)]
-fn error(socket: impl Socket, from: u8) -> u32 {
-    if from == LISTEN {
-        // What there is in the socket is of a connection that it was before. A listener that ends was shut down, or has
-        // listened.
-        let has_listened = socket.get::<u64>(Field::Flags) & HAS_LISTENED.load() != 0;
-        let is_refused =
-            HAS_LISTENED.load() != 0 && !has_listened && socket.get::<u8>(Field::Shutdown) == 0;
-        return if is_refused { EADDRINUSE } else { 0 };
-    }
-    let error = socket.get(Field::Error);
-    // A port is found before the first sequence number is.
-    if from == SYN_SENT
-        && error == 0
-        && (socket.get::<u16>(Field::LocalPort) == 0 || socket.get::<u32>(Field::WriteSeq) == 0)
-    {
-        return EADDRNOTAVAIL;
-    }
-    error
-}
-
 /// The kernel gives the socket up.
 #[inline(always)]
 pub(crate) fn ended(ctx: Context, sk: Sock) {
-    if let Some(tracked) = track::get(sk) {
-        if tracked.state != CLOSE && !track::is_stopping() {
+    if let Some(tracked) = sockets::get(sk) {
+        if tracked.state != CLOSE && !is_stopping() {
             // Its close escaped both programs.
-            anomaly::missed();
+            counters::missed();
             let state = tracked.state;
             report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
         }
-        track::end(sk);
+        sockets::end(sk);
     }
 }

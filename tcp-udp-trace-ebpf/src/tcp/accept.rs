@@ -4,13 +4,17 @@ use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Tcp, Tracked, filter::no_state, kind, origin, syn,
 };
 
+use super::{record::Describe as _, sockets};
 use crate::{
     emit::{self, Context, Weight},
     filter, owner,
-    sock::{Copied, Sock, Socket as _, has, read, read_at},
+    read::{has, read, read_at},
+    sock::{
+        Copied, Sock, Socket as _,
+        tcp_state::{CLOSE, LISTEN},
+    },
+    stopping::{is_stopping, met},
     syscall,
-    tcp::{CLOSE, LISTEN},
-    track,
 };
 
 /// `IORING_OP_ACCEPT` of `io_uring.h`.
@@ -29,7 +33,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
     let sk = sk.of_tcp();
     let socket = &Copied::new(sk);
     let family = socket.family();
-    if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || track::is_stopping() {
+    if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || is_stopping() {
         return;
     }
     let state = socket.get::<u8>(Field::State);
@@ -38,7 +42,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         return;
     }
     let mut fresh;
-    let tracked = if let Some(tracked) = track::adopt(sk, state) {
+    let tracked = if let Some(tracked) = sockets::adopt(sk, state) {
         if !is_acceptable(tracked) {
             return;
         }
@@ -49,15 +53,15 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         tracked
     } else {
         // There is no room to remember it.
-        let syn = syn::NOT_COUNTED | track::met();
-        fresh = track::fresh(sk, state, syn, owner::UNKNOWN);
+        let syn = syn::NOT_COUNTED | met();
+        fresh = sockets::fresh(sk, state, syn, owner::UNKNOWN);
         &mut fresh
     };
     owner::settle_current(ctx, &mut tracked.acceptor, origin::ACCEPTOR);
     // The owner before may have been of another tree.
     tracked.kin = 0;
     if tracked.listener != 0 {
-        track::set_user(&tracked.listener, &tracked.acceptor);
+        sockets::set_user(&tracked.listener, &tracked.acceptor);
     }
     if !filter::wants_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
         return;
@@ -127,7 +131,7 @@ fn is_acceptable(tracked: &Tracked) -> bool {
 /// Whether the socket is the child of a listener, and no process is known to have accepted it.
 #[inline(always)]
 fn is_waiting(sk: Sock) -> bool {
-    track::get(sk)
+    sockets::get(sk)
         .is_some_and(|tracked| tracked.syn() == syn::NOT_COUNTED && is_acceptable(tracked))
 }
 

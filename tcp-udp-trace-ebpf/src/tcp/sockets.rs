@@ -1,19 +1,17 @@
 //! What the programs remember of a socket between two hooks.
 
 use aya_ebpf::{
-    Global,
     bindings::BPF_NOEXIST,
-    helpers::{bpf_get_smp_processor_id, bpf_ktime_get_boot_ns},
+    helpers::bpf_ktime_get_boot_ns,
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap},
 };
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
-use tcp_udp_trace_common::{Field, Owner, Tracked, User, hold, older, origin, syn};
+use tcp_udp_trace_common::{Field, Owner, Tracked, User, hold, origin, syn};
 
 use crate::{
-    anomaly, owner, room,
-    sock::{Sock, Socket as _},
-    tcp::LISTEN,
+    counters, id, owner, room,
+    sock::{Sock, Socket as _, tcp_state::LISTEN},
+    stopping::{is_stopping, met},
 };
 
 /// The sockets by address. Preallocated: a map that allocates makes Linux 5.10 warn under a raw tracepoint.
@@ -28,26 +26,9 @@ static ACCEPTING: LruHashMap<u64, User> = LruHashMap::with_max_entries(4096, 0);
 /// In the programs' memory: on the stack it would take too much.
 static NO_USER: User = User::NONE;
 
-/// Not 0 while the programs are being detached, one after the other: then what is remembered may be of a socket whose end, and another
-/// one's beginning at that address, no program has seen.
-#[map]
-static STOPPING: Array<u32> = Array::with_max_entries(1, 0);
-
 /// One of [`hold`]; set by user space when the hooks are attached.
 #[map]
 static HOLD: Array<u32> = Array::with_max_entries(1, 0);
-
-/// The last ticket drawn on each CPU.
-#[map]
-static TICKETS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
-
-/// How often a draw may be interrupted by another one before it gives up. One interruption is rare, and
-/// each further one needs another level of interrupts or another preempting task.
-const MAX_DRAWS: u32 = 8;
-
-/// How many CPUs this machine may have; set by user space.
-#[unsafe(no_mangle)]
-static CPUS: Global<u64> = Global::new(1);
 
 /// What is known of a socket.
 ///
@@ -62,12 +43,6 @@ pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {
         .and_then(|tracked| unsafe { tracked.as_mut() })
 }
 
-/// Whether what is remembered is not to be relied on any more. Transitions need not ask: each is compared with the state remembered.
-#[inline(always)]
-pub(crate) fn is_stopping() -> bool {
-    STOPPING.get(0).is_none_or(|stopping| *stopping != 0)
-}
-
 /// One of [`hold`]: which listeners a later hook sees when they have a port.
 #[inline(always)]
 pub(crate) fn holds() -> u32 {
@@ -78,24 +53,11 @@ pub(crate) fn holds() -> u32 {
     }
 }
 
-/// Whether a socket that the programs meet now, and not at its beginning, is older than they are: one of
-/// [`older`], where it belongs in what is remembered.
-#[inline(always)]
-pub(crate) fn met() -> u8 {
-    // While the programs are being detached, the one that sees beginnings may be gone already.
-    let older = if is_stopping() || anomaly::has_missed() {
-        older::UNKNOWN
-    } else {
-        older::YES
-    };
-    older << older::SHIFT
-}
-
 /// A new life of the socket at this address.
 #[inline(always)]
 pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
     let (netns, netns_cookie) = sk.netns();
-    let id = ticket();
+    let id = id::ticket();
     Tracked {
         id,
         // SAFETY: the helper takes nothing and cannot fail.
@@ -111,16 +73,6 @@ pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
         listener: if state == LISTEN { id } else { 0 },
         creator,
         acceptor: owner::UNKNOWN,
-    }
-}
-
-/// Whose the socket is.
-#[inline(always)]
-pub(crate) fn owner(tracked: &Tracked) -> &Owner {
-    if tracked.acceptor.origin == origin::NONE {
-        &tracked.creator
-    } else {
-        &tracked.acceptor
     }
 }
 
@@ -164,7 +116,7 @@ pub(crate) fn remember(sk: Sock, tracked: &Tracked) -> bool {
     }
     let remembered = insert(sk, tracked);
     if !remembered {
-        anomaly::untracked();
+        counters::untracked();
     }
     remembered
 }
@@ -196,7 +148,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     let is_new = insert(sk, &fresh);
     let tracked = get(sk);
     if !is_new && tracked.is_none() {
-        anomaly::untracked();
+        counters::untracked();
     }
     tracked
 }
@@ -210,31 +162,4 @@ pub(crate) fn end(sk: Sock) {
     if SOCKETS.remove(sk.0).is_ok() {
         room::give_back(user);
     }
-}
-
-/// A number that no other call gets.
-///
-/// Linux 5.10 can add to memory atomically, but not say what the sum was. So: read, add one, read again. If the
-/// counter moved by exactly one, that one was ours and the sum is ours alone; if it moved by more, another
-/// program ran in between on this CPU (nested, or after preemption), and the draw is repeated.
-#[inline(always)]
-pub(crate) fn ticket() -> u64 {
-    let Some(counter) = TICKETS.get_ptr_mut(0) else {
-        return 0;
-    };
-    // SAFETY: the helper takes nothing and cannot fail.
-    let cpu = unsafe { bpf_get_smp_processor_id() };
-    for _ in 0..MAX_DRAWS {
-        // SAFETY: `counter` points to this CPU's value, which lives as long as the map.
-        let (before, after) = unsafe {
-            let before = counter.read_volatile();
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1);
-            (before, counter.read_volatile())
-        };
-        if after == before + 1 {
-            // Interleaves the CPUs' tickets: no two CPUs share one.
-            return before * CPUS.load() + u64::from(cpu) + 1;
-        }
-    }
-    0
 }

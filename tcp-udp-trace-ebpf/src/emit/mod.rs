@@ -1,0 +1,17 @@
+//! From a record to the reader, and when to wake it.
+//!
+//! The programs are built twice: with a ring buffer, and with perf buffers for kernels that have no ring buffer.
+
+mod head;
+#[cfg(feature = "perf")]
+mod perf;
+#[cfg(not(feature = "perf"))]
+mod ring;
+mod wakeup;
+
+pub(crate) use self::head::{Context, Weight};
+#[cfg(feature = "perf")]
+pub(crate) use self::perf::{is_crowded, record};
+#[cfg(not(feature = "perf"))]
+pub(crate) use self::ring::{fill, is_crowded, record};
+pub(crate) use self::wakeup::arm;

@@ -1,0 +1,196 @@
+//! Which events are wanted: decided before a record is made, so what is not wanted takes no room in the ring.
+
+pub(crate) mod sets;
+pub(crate) mod tree;
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{macros::map, maps::PerCpuArray};
+use tcp_udp_trace_common::{
+    AF_INET, Field, Owner, Peer, Tracked, UdpTracked, filter, kind, origin,
+};
+
+use self::{
+    sets::{current, has, is_in_network},
+    tree::{is_kin, kin_of},
+};
+use crate::{
+    datagrams::Datagrams,
+    owner,
+    sock::{Sock, Socket as _, tcp_state::CLOSE},
+};
+
+/// How many events of each kind were not wanted.
+#[map]
+static REJECTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT as u32, 0);
+
+/// Whether an event of TCP is wanted; `states` has the bits of the states it is about.
+#[inline(always)]
+pub(crate) fn wants_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked) -> bool {
+    decide(kind, |word| {
+        states & !word != 0 && is_tcp_wanted(word, sk.0, tracked)
+    })
+}
+
+/// Whether a `connect` between these ends (local, remote) that failed is wanted. Its socket is
+/// closed.
+#[inline(always)]
+pub(crate) fn wants_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
+    decide(kind::CONNECT_FAILED_TCP, |word| {
+        filter::no_state(CLOSE) & !word != 0 && is_connect_wanted(word, sk.0, tracked, ends)
+    })
+}
+
+/// Whether an event of UDP is wanted.
+#[inline(always)]
+pub(crate) fn wants_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
+    kind == kind::CLOSE && tracked.has_flows()
+        || decide(kind, |word| is_udp_wanted(word, tracked, at))
+}
+
+/// Whether an event is wanted; counts it if it is not.
+///
+/// The filter may change meanwhile, and the sets of the one before be emptied: a "no" counts only if it is still there. Otherwise the event is
+/// wanted: to ask the new one would be twice the work for the verifier, at each start.
+#[inline(always)]
+fn decide(kind: u32, is_wanted: impl FnOnce(u64) -> bool) -> bool {
+    let word = current();
+    if word == 0 || word & filter::no_kind(kind) == 0 && is_wanted(word) {
+        return true;
+    }
+    current() != word || count(kind)
+}
+
+#[inline(always)]
+fn count(kind: u32) -> bool {
+    if let Some(count) = REJECTED.get_ptr_mut(kind) {
+        // SAFETY: a valid pointer to this CPU's value; atomic, because another program may interrupt this one.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, 1) };
+    }
+    false
+}
+
+// Not inlined: it stands in the program once, and without a filter the verifier's work is all that it costs.
+#[inline(never)]
+fn is_tcp_wanted(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
+    let sk = Sock::new(sk);
+    if !is_socket_wanted(word, sk, tracked) {
+        return false;
+    }
+    if word & (filter::NO_IPV4 | filter::NO_IPV6 | filter::PORTS | filter::LOCAL | filter::REMOTE)
+        == 0
+    {
+        return true;
+    }
+    let (local, remote) = sk.ends();
+    are_ends_wanted(word, &local, &remote)
+}
+
+#[inline(never)]
+fn is_connect_wanted(word: u64, sk: u64, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
+    is_socket_wanted(word, Sock::new(sk), tracked) && are_ends_wanted(word, &ends.0, &ends.1)
+}
+
+/// Whether a socket of TCP is wanted, whatever its ends are.
+#[inline(always)]
+fn is_socket_wanted(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
+    let cgroup = tracked.cgroup;
+    let netns = [tracked.netns.into(), tracked.netns_cookie];
+    let owner: *const Owner = owner::owner(tracked);
+    // SAFETY: it is in `tracked`, apart from what is written to here.
+    let owner = unsafe { &*owner };
+    is_owner_wanted(word, owner, &mut tracked.kin) && is_place_wanted(word, sk, cgroup, netns)
+}
+
+#[inline(never)]
+fn is_udp_wanted(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
+    let UdpTracked {
+        sk,
+        cgroup,
+        netns_cookie,
+        netns,
+        owner,
+        kin,
+        ..
+    } = tracked;
+    // Put together late: what is kept from before would take too much of the stack.
+    is_owner_wanted(word, owner, kin)
+        && is_place_wanted(
+            word,
+            Sock::new(*sk),
+            *cgroup,
+            [(*netns).into(), *netns_cookie],
+        )
+        && are_ends_wanted(word, &at.local, &at.flow.peer)
+}
+
+#[inline(always)]
+fn is_owner_wanted(word: u64, owner: &Owner, kin: &mut u16) -> bool {
+    let pid = [u64::from(owner.pid), 0];
+    if word & filter::NOT_OWN != 0 && has(word, filter::OWN, pid) {
+        return false;
+    }
+    if word & filter::PROCESS != 0 && !has(word, filter::PID, pid) {
+        let generation = filter::generation(word);
+        if *kin != generation {
+            if owner.origin == origin::NONE
+                || !is_kin(generation, &kin_of(owner.pid, owner.started))
+            {
+                return false;
+            }
+            *kin = generation;
+        }
+    }
+    word & filter::COMMS == 0 || has(word, filter::COMM, name(owner.comm))
+}
+
+/// A name without what stands behind its end: the kernel leaves the end of a longer one there.
+#[inline(always)]
+fn name([first, second]: [u64; 2]) -> [u64; 2] {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    // The highest bit of the first byte that is 0, and perhaps of some behind it.
+    let zeros = |word: u64| word.wrapping_sub(EACH) & !word & (EACH << 7);
+    // What is before that byte; without one, all.
+    let before_zero = |word: u64| {
+        let zeros = zeros(word);
+        word & ((zeros & zeros.wrapping_neg()) >> 7).wrapping_sub(1)
+    };
+    let [first, second] = [first, second].map(u64::from_le);
+    let rest = if zeros(first) == 0 {
+        before_zero(second)
+    } else {
+        0
+    };
+    [before_zero(first), rest].map(u64::to_le)
+}
+
+#[inline(always)]
+fn is_place_wanted(word: u64, sk: Sock, cgroup: u64, netns: [u64; 2]) -> bool {
+    let one_of = |bit, set, value| word & bit == 0 || has(word, set, value);
+    one_of(filter::NAMESPACES, filter::NETNS, netns)
+        && one_of(filter::CGROUPS, filter::CGROUP, [cgroup, 0])
+        && (word & filter::UIDS == 0
+            || has(
+                word,
+                filter::UID,
+                [u64::from(sk.get::<u32>(Field::SkUid)), 0],
+            ))
+}
+
+#[inline(always)]
+fn are_ends_wanted(word: u64, local: &Peer, remote: &Peer) -> bool {
+    let unwanted = if local.family == AF_INET {
+        filter::NO_IPV4
+    } else {
+        filter::NO_IPV6
+    };
+    if word & unwanted != 0 {
+        return false;
+    }
+    let port = |end: &Peer| has(word, filter::PORT, [u64::from(end.port), 0]);
+    if word & filter::PORTS != 0 && !port(local) && !port(remote) {
+        return false;
+    }
+    (word & filter::LOCAL == 0 || is_in_network(word, 0, local))
+        && (word & filter::REMOTE == 0 || is_in_network(word, 1, remote))
+}

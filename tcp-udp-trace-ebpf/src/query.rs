@@ -1,0 +1,115 @@
+//! Programs that user space runs.
+
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    mem::offset_of,
+};
+
+use aya_ebpf::{
+    bindings::BPF_ANY,
+    helpers::bpf_get_current_pid_tgid,
+    programs::{RawTracePointContext, TcContext},
+};
+use tcp_udp_trace_common::{
+    Field, FlowKey, FlowQuery, Traffic,
+    filter::{self, Network, Value, op, standing},
+    report,
+};
+
+use crate::{
+    counters, emit,
+    filter::{
+        sets::{CURRENT, NETWORKS, NEXT, WANTED, has, key, set, word},
+        tree::{is_kin, kin_of},
+    },
+    netns, owner,
+    read::read,
+    udp::{FLOWS, get, get_flow},
+};
+
+#[inline(always)]
+pub(crate) fn arm() -> i32 {
+    emit::arm();
+    counters::tell();
+    counters::lost_so_far().cast_signed()
+}
+
+/// User space changes the filter, or asks about it; see [`op`]. A negative answer is an error, like the kernel's.
+#[inline(always)]
+pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
+    let operation = ctx.arg::<u64>(0);
+    let (a, b, c) = (ctx.arg::<u64>(1), ctx.arg::<u64>(2), ctx.arg::<u64>(3));
+    let value = Value {
+        value: [a, b],
+        tag: c,
+    };
+    let network = Network {
+        head: a,
+        address: [b, c],
+    };
+    match operation {
+        op::SWITCH => set(CURRENT, a),
+        op::PREPARE => set(NEXT, a),
+        op::ADD => result(WANTED.insert(value, 0, u64::from(BPF_ANY))),
+        op::REMOVE => result(WANTED.remove(value)),
+        op::CALLER => (bpf_get_current_pid_tgid() >> 32) as i32,
+        op::LEVEL => match owner::current_pid() {
+            0 => -1,
+            pid => read::<u32>(pid, Field::PidLevel) as i32,
+        },
+        op::ADD_NETWORK => result(NETWORKS.insert(key(&network), 0, u64::from(BPF_ANY))),
+        op::REMOVE_NETWORK => result(NETWORKS.remove(key(&network))),
+        op::STANDING => {
+            let word = word(CURRENT);
+            let is_kin = is_kin(filter::generation(word), &kin_of(a as u32, b));
+            let is_own = has(word, filter::OWN, [a, 0]);
+            i32::from(is_kin) * standing::KIN + i32::from(is_own) * standing::OWN
+        }
+        op::FIND_NETNS | op::GO_ON => netns::find(operation == op::FIND_NETNS, a),
+        op::NETNS_COOKIE => netns::cookie(a),
+        _ => -1,
+    }
+}
+
+#[inline(always)]
+fn result(result: Result<(), i32>) -> i32 {
+    match result {
+        Ok(()) => 0,
+        Err(error) => error,
+    }
+}
+
+/// User space asks for the totals of a flow; 1 if it is there.
+#[inline(always)]
+pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
+    let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
+    let forget = ctx.load::<u64>(offset_of!(FlowQuery, forget))?;
+    let known = ctx.load::<Traffic>(offset_of!(FlowQuery, known))?;
+    let Some(flow) = get_flow(&key) else {
+        return Ok(0);
+    };
+    let report = &raw mut flow.report;
+    let is_unchanged =
+        flow.traffic.tx_packets == known.tx_packets && flow.traffic.rx_packets == known.rx_packets;
+    // SAFETY: a valid pointer. Atomic, and so before what follows: a datagram is counted before it looks at this, and this is written before
+    // the counts are read again. One of the two finds the other.
+    unsafe {
+        if forget != 0 {
+            // Neither of the two numbers that say when there is a record.
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 2);
+        } else if is_unchanged && report.read_volatile() == report::LATER {
+            // One more than the highest number.
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 1);
+        }
+    }
+    ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
+    ctx.store(offset_of!(FlowQuery, local), &flow.local, 0)?;
+    ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
+    if let Some(tracked) = get(ctx.load(offset_of!(FlowQuery, socket))?) {
+        ctx.store(offset_of!(FlowQuery, user), &tracked.user, 0)?;
+    }
+    if forget != 0 {
+        let _ = FLOWS.remove(key);
+    }
+    Ok(1)
+}

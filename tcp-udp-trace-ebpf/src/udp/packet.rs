@@ -1,0 +1,114 @@
+//! The packet of a datagram.
+
+use aya_ebpf::{macros::map, maps::Array};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
+
+use crate::{
+    datagrams::Datagrams,
+    read::{read, read_at},
+};
+
+/// All ones if the receive hook does not tell the local address of a datagram; set by user space.
+#[map]
+static HIDES_LOCAL: Array<u32> = Array::with_max_entries(1, 0);
+
+pub(super) const IPPROTO_UDP: u8 = 17;
+
+/// The size of a UDP header.
+pub(super) const UDP_HEADER: u64 = 8;
+
+/// `skb->protocol` of IPv4, network byte order.
+pub(super) const ETH_P_IP: u16 = 0x0800_u16.to_be();
+
+/// What can be asked of the packet of some datagrams.
+pub(super) trait Packet: Copy {
+    /// Whether it may have other addresses than those that the socket knows.
+    const MAY_BE_TRANSLATED: bool;
+
+    /// Puts back the addresses that the packet had when the socket sent it. False if netfilter has
+    /// not translated them.
+    #[inline(always)]
+    fn undo_nat(self, _datagrams: &mut Datagrams) -> bool {
+        false
+    }
+
+    /// Whether another program at the cgroup has refused it, as far as that is known yet.
+    #[inline(always)]
+    fn is_refused(self) -> bool {
+        false
+    }
+}
+
+/// The headers of a packet that the kernel has at this address.
+#[derive(Clone, Copy)]
+pub(super) struct Headers {
+    pub(super) family: u16,
+    pub(super) source: [u32; 4],
+    pub(super) destination: [u32; 4],
+    pub(super) source_port: u16,
+    pub(super) destination_port: u16,
+    /// Of the UDP header: its own bytes are among them.
+    pub(super) length: u16,
+    /// How many datagrams it is.
+    pub(super) packets: u64,
+}
+
+#[inline(always)]
+pub(super) fn headers(skb: u64) -> Headers {
+    let head = read::<u64>(skb, Field::SkbHead);
+    let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
+    let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
+    let [source_port, destination_port, length, _] = read_at::<[u16; 4]>(transport);
+    let v4 = read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP;
+    let (source, destination) = if v4 {
+        let [source, destination] = read_at::<[u32; 2]>(network + 12);
+        ([source, 0, 0, 0], [destination, 0, 0, 0])
+    } else {
+        (read_at(network + 8), read_at(network + 24))
+    };
+    let shared = head + u64::from(read::<u32>(skb, Field::SkbEnd));
+    let segments = read::<u16>(shared, Field::SkbSegments);
+    Headers {
+        family: if v4 { AF_INET } else { AF_INET6 },
+        source,
+        destination,
+        source_port: u16::from_be(source_port),
+        destination_port: u16::from_be(destination_port),
+        length: u16::from_be(length),
+        packets: if segments > 1 { segments.into() } else { 1 },
+    }
+}
+
+/// The local address in the key of a flow: that of the packet, or that which the socket is bound to
+/// where a receive would tell no other.
+///
+/// Without a branch: the verifier would follow each way to the end.
+#[inline(always)]
+pub(super) fn local_of_flow(packet: &[u32; 4], own: &[u32; 4]) -> [u32; 4] {
+    let hides = HIDES_LOCAL.get(0).copied().unwrap_or(0);
+    core::array::from_fn(|index| packet[index] ^ (packet[index] ^ own[index]) & hides)
+}
+
+/// Whether an address is not the unspecified one.
+#[inline(always)]
+pub(super) const fn is_set([a, b, c, d]: &[u32; 4]) -> bool {
+    *a | *b | *c | *d != 0
+}
+
+/// The interface that the addresses of datagrams belong to: the one that the socket is bound to
+/// (0 for none), or the one they went through if one of them is a link-local address.
+#[inline(always)]
+pub(super) fn scope(
+    device: u32,
+    peer: &Peer,
+    local: &[u32; 4],
+    interface: impl FnOnce() -> u32,
+) -> u32 {
+    let is_link_local = |address: &[u32; 4]| u32::from_be(address[0]) >> 22 == 0xfe80 >> 6;
+    let is_either = is_link_local(&peer.address) || is_link_local(local);
+    if device == 0 && peer.family == AF_INET6 && is_either {
+        interface()
+    } else {
+        device
+    }
+}

@@ -1,0 +1,276 @@
+//! The UDP sockets that the programs track.
+
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr,
+};
+
+use aya_ebpf::{
+    Global,
+    bindings::BPF_NOEXIST,
+    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, generated::bpf_jiffies64},
+    macros::map,
+    maps::HashMap,
+};
+use tcp_udp_trace_common::{Field, Owner, Traffic, UdpTracked, User, older, origin};
+
+use crate::{
+    counters,
+    emit::Context,
+    id, owner, room,
+    sock::{Sock, Socket as _, tcp_state::ESTABLISHED},
+    stopping::met,
+};
+
+/// `sk_type` of a socket that is not a raw one.
+const SOCK_DGRAM: u16 = 2;
+
+/// Not 0 if each datagram shall be a record.
+#[unsafe(no_mangle)]
+pub(super) static PER_DATAGRAM: Global<u8> = Global::new(0);
+
+/// The sockets by cookie, which the kernel never reuses.
+#[map]
+static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536, 0);
+
+/// What is known of the socket of this key.
+#[inline(always)]
+pub(crate) fn get(key: u64) -> Option<&'static mut UdpTracked> {
+    // SAFETY: the map is preallocated, so its memory stays. Other CPUs write to the same entry: the totals are added to
+    // atomically, the rest is written once or is the same whoever writes it.
+    UDP_SOCKETS
+        .get_ptr_mut(key)
+        .and_then(|tracked| unsafe { tracked.as_mut() })
+}
+
+/// Starts to track the socket of this key. `sk` is a pointer that the verifier may have a type for: it is stored, and so
+/// loses the type, but nothing is computed with it.
+///
+/// It is put together under a name that nobody else knows: whoever finds it under its own finds all of it.
+#[inline(always)]
+pub(crate) fn begin(
+    key: u64,
+    sk: *const core::ffi::c_void,
+    owner: Owner,
+) -> Option<&'static mut UdpTracked> {
+    let id = id::ticket();
+    let draft = DRAFT | id;
+    if UDP_SOCKETS
+        .insert(draft, &NOTHING_KNOWN, u64::from(BPF_NOEXIST))
+        .is_err()
+    {
+        counters::untracked();
+        return None;
+    }
+    let tracked = get(draft)?;
+    tracked.id = id;
+    tracked.born = now();
+    tracked.owner = owner;
+    tracked.user.thread = User::thread(owner.pid, owner.tid);
+    // SAFETY: a valid pointer into the map. Volatile, for the compiler not to keep the typed pointer.
+    let sk = unsafe {
+        (&raw mut tracked.sk)
+            .cast::<*const core::ffi::c_void>()
+            .write_volatile(sk);
+        Sock::new((&raw const tracked.sk).read_volatile())
+    };
+    // Not a raw socket that makes its UDP headers itself.
+    if sk.get::<u16>(Field::SockType) == SOCK_DGRAM {
+        tracked.cgroup = sk.cgroup();
+        (tracked.netns, tracked.netns_cookie) = sk.netns();
+        let is_old = owner.origin != origin::CREATOR;
+        if is_old && sk.get::<u8>(Field::State) == ESTABLISHED {
+            tracked.strangers = queued(sk);
+        }
+        let old = if key == sk.0 { None } else { get(sk.0) };
+        if let Some(old) = old {
+            // It has got its cookie: what was known of it by its address is known by its cookie from now on.
+            tracked.id = old.id;
+            tracked.born = old.born;
+            tracked.approximate = old.approximate;
+            tracked.flows = old.flows;
+            tracked.unassigned = old.unassigned;
+            tracked.is_translated = old.is_translated;
+            tracked.is_refused = old.is_refused;
+            tracked.unsent = old.unsent;
+            tracked.strangers = old.strangers;
+            tracked.kin = old.kin;
+            tracked.traffic = old.traffic;
+            if old.owner.origin != origin::NONE {
+                tracked.owner = old.owner;
+                tracked.user = old.user;
+            }
+        } else if owner.origin != origin::CREATOR {
+            tracked.flows = if sk.has_file() {
+                met()
+            } else {
+                // No hook sees the beginning of the kernel's own sockets.
+                older::UNKNOWN << older::SHIFT
+            };
+        }
+        tracked.room_uid = sk.get(Field::SkUid);
+        let complete: &UdpTracked = tracked;
+        if room::is_left(complete.room_uid) {
+            let is_ours = UDP_SOCKETS
+                .insert(key, complete, u64::from(BPF_NOEXIST))
+                .is_ok();
+            if is_ours {
+                room::take(complete.room_uid);
+                if key != sk.0 {
+                    forget(sk.0);
+                }
+            } else if get(key).is_none() {
+                // Nor has another CPU been first.
+                counters::untracked();
+            }
+        }
+    }
+    let _ = UDP_SOCKETS.remove(draft);
+    get(key)
+}
+
+/// What a new entry begins with. In the programs' memory: on the stack it would take too much.
+static NOTHING_KNOWN: UdpTracked = UdpTracked {
+    sk: 0,
+    id: 0,
+    born: 0,
+    cgroup: 0,
+    netns_cookie: 0,
+    netns: 0,
+    approximate: 0,
+    flows: 0,
+    kin: 0,
+    unassigned: 0,
+    is_translated: 0,
+    is_refused: 0,
+    unsent: 0,
+    strangers: 0,
+    room_uid: 0,
+    owner: owner::UNKNOWN,
+    user: User::NONE,
+    user_tick: 0,
+    user_changes: 0,
+    traffic: Traffic {
+        tx_bytes: 0,
+        rx_bytes: 0,
+        tx_packets: 0,
+        rx_packets: 0,
+    },
+};
+
+/// Stops to track the socket of this key, if it is tracked.
+#[inline(always)]
+pub(super) fn forget(key: u64) {
+    let Some(user) = get(key).map(|tracked| tracked.room_uid) else {
+        return;
+    };
+    if UDP_SOCKETS.remove(key).is_ok() {
+        room::give_back(user);
+    }
+}
+
+/// Marks the name of an entry that is not complete yet; the rest is its id.
+const DRAFT: u64 = 1 << 62;
+
+/// The name of a socket where no helper tells its cookie.
+#[inline(always)]
+pub(crate) fn key_of(sk: Sock) -> u64 {
+    key(sk, sk.get(Field::Cookie))
+}
+
+#[inline(always)]
+pub(super) fn key(sk: Sock, cookie: u64) -> u64 {
+    if cookie == 0 { sk.0 } else { cookie }
+}
+
+/// The socket, tracked from now on if it was not; the current process uses it.
+#[inline(always)]
+pub(crate) fn used(
+    ctx: Context,
+    key: u64,
+    sk: *const core::ffi::c_void,
+) -> Option<&'static mut UdpTracked> {
+    let tracked = held(ctx, key, sk)?;
+    set_user(tracked, (bpf_get_current_pid_tgid() >> 32) as u32, 0);
+    Some(tracked)
+}
+
+/// How often the user of a socket may change in one tick of the kernel's clock (1 to 10 ms), unless
+/// each datagram is a record: to find out about a process takes longer than to count a datagram.
+const MAX_USER_CHANGES: u32 = 8;
+
+/// The process of this pid, the current one, uses the socket; see [`owner::set_user`].
+#[inline(always)]
+pub(super) fn set_user(tracked: &mut UdpTracked, pid: u32, sent_by: u64) {
+    if tracked.user.pid() == pid || tracked.owner.pid == 0 {
+        return;
+    }
+    // SAFETY: the helper takes nothing and cannot fail.
+    let tick = unsafe { bpf_jiffies64() } as u32;
+    if tracked.user_tick != tick {
+        tracked.user_tick = tick;
+        tracked.user_changes = 0;
+    }
+    tracked.user_changes += 1;
+    if tracked.user_changes <= MAX_USER_CHANGES || PER_DATAGRAM.load() != 0 {
+        owner::set_user(&mut tracked.user, tracked.owner.pid, sent_by);
+    }
+}
+
+/// The socket, tracked from now on if it was not; the current process has it open.
+#[inline(always)]
+pub(super) fn held(
+    ctx: Context,
+    key: u64,
+    sk: *const core::ffi::c_void,
+) -> Option<&'static mut UdpTracked> {
+    let Some(tracked) = get(key) else {
+        return begin(key, sk, owner::current(ctx, origin::USER));
+    };
+    if tracked.owner.origin == origin::NONE {
+        owner::settle_current(ctx, &mut tracked.owner, origin::USER);
+    }
+    Some(tracked)
+}
+
+/// The socket, tracked from now on if it was not; the current process has perhaps nothing to do with it.
+#[inline(always)]
+pub(crate) fn seen(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mut UdpTracked> {
+    match get(key) {
+        Some(tracked) => Some(tracked),
+        None => begin(key, sk, owner::UNKNOWN),
+    }
+}
+
+/// What is known of the socket, if anything is. By its address too: it may just have got its cookie.
+#[inline(always)]
+pub(crate) fn known(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
+    if let Some(tracked) = get(key) {
+        return Some(tracked);
+    }
+    get(sk.0)?;
+    begin(key, ptr::without_provenance(sk.0 as usize), owner::UNKNOWN)
+}
+
+#[inline(always)]
+pub(super) fn now() -> u64 {
+    // SAFETY: the helper takes nothing and cannot fail.
+    unsafe { bpf_ktime_get_boot_ns() }
+}
+
+/// So many packets more (or, wrapping, fewer) were found to be refused and are yet to be freed.
+#[inline(always)]
+pub(super) fn add_unsent(tracked: &mut UdpTracked, packets: u32) {
+    // SAFETY: a pointer into a map's value; other CPUs add to it too, so it is atomic.
+    unsafe {
+        atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(&raw mut tracked.unsent, packets)
+    };
+}
+
+/// How many datagrams wait to be received, or more.
+#[inline(always)]
+pub(super) fn queued(sk: Sock) -> u32 {
+    // Datagrams move from the first queue to the second. In this order, one that moves meanwhile is counted twice, and none is missed.
+    let waiting = sk.get::<u32>(Field::ReceiveQueued);
+    waiting.wrapping_add(sk.get(Field::ReaderQueued))
+}
