@@ -125,7 +125,7 @@ impl Network {
 /// How many values, and how many networks, a filter may have.
 pub const MAX_VALUES: u32 = 512;
 /// How many processes may be in the trees of a filter at a time.
-pub const MAX_KIN: u32 = 4096;
+pub const MAX_TREE_MEMBERS: u32 = 4096;
 
 /// How many bits of a [`Network`] stand before its address.
 pub const NETWORK_HEAD_BITS: u32 = 32;
@@ -133,7 +133,7 @@ pub const NETWORK_HEAD_BITS: u32 = 32;
 /// A process, named for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct Kin {
+pub struct TreeMember {
     /// When it was made: `CLOCK_BOOTTIME`, nanoseconds.
     pub started: u64,
     /// Process id (`tgid`).
@@ -156,8 +156,8 @@ pub mod op {
     pub const ADD_NETWORK: u64 = 5;
     /// Remove a network.
     pub const REMOVE_NETWORK: u64 = 6;
-    /// What is this process to the filter? pid, start; the answer has the bits of [`standing`](super::standing).
-    pub const STANDING: u64 = 7;
+    /// What is this process to the filter? pid, start; the answer has the bits of [`membership`](super::membership).
+    pub const MEMBERSHIP: u64 = 7;
     /// The answer is the level of the calling process's pid namespace: 0 for the initial one.
     pub const LEVEL: u64 = 8;
     /// Look for the network namespace that has this inode now. The answer is one of
@@ -199,9 +199,9 @@ pub mod netns {
 }
 
 /// What a process is to a filter.
-pub mod standing {
+pub mod membership {
     /// It is in one of its trees.
-    pub const KIN: i32 = 1;
+    pub const TREE: i32 = 1;
     /// It is the tracing process itself.
     pub const OWN: i32 = 2;
 }

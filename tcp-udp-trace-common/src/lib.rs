@@ -359,9 +359,13 @@ pub struct Flow {
 /// Values of [`Flow::report`].
 pub mod report {
     /// It shall.
-    pub const NEXT: u64 = 0;
+    pub const NEXT_DATAGRAM: u64 = 0;
     /// User space will look by itself.
-    pub const LATER: u64 = u64::MAX;
+    pub const BY_USER_SPACE: u64 = u64::MAX;
+    /// Added to [`BY_USER_SPACE`], makes it [`NEXT_DATAGRAM`].
+    pub const ARM: u64 = 1;
+    /// Added to either value, makes it neither: the flow is being removed.
+    pub const REMOVED: u64 = 2;
 }
 
 /// A question about a flow, in the form of a packet: the programs that can be asked take packets.
@@ -468,8 +472,8 @@ pub struct UdpTracked {
     /// 1 once a flow of it has been reported: then its close must be, too, for user space to report its flows for the last time.
     /// And above that, one of [`older`].
     pub flows: u8,
-    /// See [`Tracked::kin`].
-    pub kin: u16,
+    /// See [`Tracked::tree_generation`].
+    pub tree_generation: u16,
     /// 1 once a datagram was counted for no flow, see [`Counters::unassigned`].
     pub unassigned: u16,
     /// 1 once netfilter has translated the addresses of a packet that it sent.
@@ -515,7 +519,7 @@ pub struct Tracked {
     /// [`older`].
     pub syn: u8,
     /// The [generation](filter::generation) of the filter whose process trees its owner was found to be in: it stays so when the process has ended.
-    pub kin: u16,
+    pub tree_generation: u16,
     /// `sk_uid` when it was put into the map, which its room there is counted for.
     pub room_uid: u32,
     /// Padding.
@@ -638,7 +642,7 @@ pub struct Counters {
     /// Sockets of TCP that are neither IPv4 nor IPv6, left out.
     pub unknown_family: u64,
     /// Processes of a filter's trees that could not be remembered because the map of them was full.
-    pub untracked_kin: u64,
+    pub untracked_processes: u64,
     /// Pieces of [`Image`]s that found the buffer full.
     pub lost_pieces: u64,
     /// Datagrams that were counted for their socket and for no flow: the map of flows was full, or the first report of a flow found

@@ -12,7 +12,7 @@ use tcp_udp_trace_common::{Counters, kind};
 static COUNTERS: Array<Counters> = Array::with_max_entries(2, 0);
 const COUNTED: u32 = 0;
 #[cfg(not(feature = "perf"))]
-const TOLD: u32 = 1;
+const LOGGED: u32 = 1;
 
 /// How many records the ring has refused so far.
 #[inline(always)]
@@ -60,8 +60,8 @@ pub(crate) fn unknown_family() {
 
 /// The map of a filter's processes is full.
 #[inline(always)]
-pub(crate) fn untracked_kin() {
-    count(|counters| &raw mut counters.untracked_kin);
+pub(crate) fn untracked_process() {
+    count(|counters| &raw mut counters.untracked_processes);
 }
 
 /// A datagram was counted for no flow.
@@ -82,19 +82,19 @@ fn count(which: impl FnOnce(&mut Counters) -> *mut u64) {
 /// all that a hook does.
 #[cfg(not(feature = "perf"))]
 #[inline(always)]
-pub(crate) fn tell() {
-    let (Some(now), Some(told)) = (COUNTERS.get_ptr_mut(COUNTED), COUNTERS.get_ptr_mut(TOLD))
+pub(crate) fn log() {
+    let (Some(now), Some(logged)) = (COUNTERS.get_ptr_mut(COUNTED), COUNTERS.get_ptr_mut(LOGGED))
     else {
         return;
     };
     // SAFETY: valid pointers to different values of the map; only the reader's question comes here, which it asks one at a time.
-    let (now, told) = unsafe { (&*now, &mut *told) };
-    if now.untracked > 2 * told.untracked
-        || now.missed > 2 * told.missed
-        || now.unknown_family > 2 * told.unknown_family
+    let (now, logged) = unsafe { (&*now, &mut *logged) };
+    if now.untracked > 2 * logged.untracked
+        || now.missed > 2 * logged.missed
+        || now.unknown_family > 2 * logged.unknown_family
     {
-        (told.untracked, told.missed) = (now.untracked, now.missed);
-        told.unknown_family = now.unknown_family;
+        (logged.untracked, logged.missed) = (now.untracked, now.missed);
+        logged.unknown_family = now.unknown_family;
         let escaped = now.untracked + now.missed + now.unknown_family;
         warn!(
             &(),
@@ -106,4 +106,4 @@ pub(crate) fn tell() {
 
 /// The log is a ring buffer: without one, the counts must do.
 #[cfg(feature = "perf")]
-pub(crate) const fn tell() {}
+pub(crate) const fn log() {}

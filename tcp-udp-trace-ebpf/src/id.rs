@@ -6,11 +6,11 @@ use aya_ebpf::{Global, helpers::bpf_get_smp_processor_id, macros::map, maps::Per
 
 /// The last ticket drawn on each CPU.
 #[map]
-static TICKETS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+static LAST_IDS: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// How often a draw may be interrupted by another one before it gives up. One interruption is rare, and
 /// each further one needs another level of interrupts or another preempting task.
-const MAX_DRAWS: u32 = 8;
+const MAX_ATTEMPTS: u32 = 8;
 
 /// How many CPUs this machine may have; set by user space.
 #[unsafe(no_mangle)]
@@ -22,13 +22,13 @@ static CPUS: Global<u64> = Global::new(1);
 /// counter moved by exactly one, that one was ours and the sum is ours alone; if it moved by more, another
 /// program ran in between on this CPU (nested, or after preemption), and the draw is repeated.
 #[inline(always)]
-pub(crate) fn ticket() -> u64 {
-    let Some(counter) = TICKETS.get_ptr_mut(0) else {
+pub(crate) fn next() -> u64 {
+    let Some(counter) = LAST_IDS.get_ptr_mut(0) else {
         return 0;
     };
     // SAFETY: the helper takes nothing and cannot fail.
     let cpu = unsafe { bpf_get_smp_processor_id() };
-    for _ in 0..MAX_DRAWS {
+    for _ in 0..MAX_ATTEMPTS {
         // SAFETY: `counter` points to this CPU's value, which lives as long as the map.
         let (before, after) = unsafe {
             let before = counter.read_volatile();

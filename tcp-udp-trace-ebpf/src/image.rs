@@ -11,7 +11,7 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{Field, Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
 
 use crate::{
-    emit::{self, Context, Weight},
+    emit::{self, Context, Priority},
     read::{current_task, has, offset, read},
 };
 
@@ -40,7 +40,7 @@ pub(crate) fn exec(leader: u64) -> u16 {
 
 /// Writes the image of the current process, if images are wanted and this one is new.
 #[inline(always)]
-pub(crate) fn note(ctx: Context, owner: &Owner) {
+pub(crate) fn write_if_new(ctx: Context, owner: &Owner) {
     if IMAGES.load() != 0 {
         write(
             ctx,
@@ -65,7 +65,7 @@ impl Writer {
         emit::record(
             self.ctx,
             kind::IMAGE,
-            Weight::Other,
+            Priority::Normal,
             |record: &mut Image| {
                 record.started = self.started;
                 record.pid = self.name as u32;

@@ -15,39 +15,39 @@ use crate::{
 };
 
 /// The walk goes on to the next thing.
-pub(crate) const NEXT: i32 = 0;
+pub(crate) const CONTINUE: i32 = 0;
 /// The walk pauses: the reading call returns, and the next one begins with the same thing.
-const AGAIN: i32 = 1;
+const PAUSE: i32 = 1;
 
 /// `iter/task_file`: a file that a process has open. If it is a TCP socket that nobody is known to own, it is this process's.
 #[inline(always)]
 pub(crate) fn file_of_tcp(step: Step) -> i32 {
-    if let Some(tracked) = Sock::of_file(step.pointer(3)).and_then(tcp::known) {
+    if let Some(tracked) = Sock::of_file(step.pointer(3)).and_then(tcp::live_socket) {
         belongs_to(&mut tracked.creator, step.pointer(1));
     }
-    NEXT
+    CONTINUE
 }
 
 /// The same for UDP.
 #[inline(always)]
 pub(crate) fn file_of_udp(step: Step) -> i32 {
     let Some(sk) = Sock::of_file(step.pointer(3)) else {
-        return NEXT;
+        return CONTINUE;
     };
     if !sk.is_udp() {
-        return NEXT;
+        return CONTINUE;
     }
-    if let Some(tracked) = udp::seen(key_of(sk), ptr::without_provenance(sk.0 as usize)) {
+    if let Some(tracked) = udp::track(key_of(sk), ptr::without_provenance(sk.0 as usize)) {
         belongs_to(&mut tracked.owner, step.pointer(1));
     }
-    NEXT
+    CONTINUE
 }
 
 /// If nobody is known to own the socket, it is this task's, which has it open.
 #[inline(always)]
 fn belongs_to(owner: &mut Owner, task: u64) {
     if owner.origin == origin::NONE {
-        owner::settle(owner, owner::of_task(task, origin::SNAPSHOT));
+        owner::set_once(owner, owner::of_task(task, origin::SNAPSHOT));
     }
 }
 
@@ -56,16 +56,16 @@ fn belongs_to(owner: &mut Owner, task: u64) {
 #[inline(always)]
 pub(crate) fn tcp_socket(step: Step) -> i32 {
     let sk = Sock::new(step.pointer(1));
-    let Some(tracked) = tcp::known(sk) else {
-        return NEXT;
+    let Some(tracked) = tcp::live_socket(sk) else {
+        return CONTINUE;
     };
     if emit::is_crowded() {
-        return AGAIN;
+        return PAUSE;
     }
     if tcp::sample(step.context(), sk, tracked) {
         step.count();
     }
-    NEXT
+    CONTINUE
 }
 
 /// `iter/udp`: a bound UDP socket of the reader's network namespace.
@@ -73,31 +73,31 @@ pub(crate) fn tcp_socket(step: Step) -> i32 {
 pub(crate) fn udp_socket(step: Step) -> i32 {
     let sk = Sock::new(step.pointer(1));
     if sk.0 == 0 {
-        return NEXT;
+        return CONTINUE;
     }
     let key = key_of(sk);
     // One that is not known is being closed, or is the kernel's own.
-    let Some(tracked) = udp::known(key, sk) else {
-        return NEXT;
+    let Some(tracked) = udp::find(key, sk) else {
+        return CONTINUE;
     };
     if emit::is_crowded() {
-        return AGAIN;
+        return PAUSE;
     }
     if udp::sample(step.context(), key, sk, tracked) {
         step.count();
     }
-    NEXT
+    CONTINUE
 }
 
 /// `iter/task`: writes the numbers of each process that the reader's pid namespace has.
 #[inline(always)]
-pub(crate) fn numbers(step: Step) -> i32 {
+pub(crate) fn pids(step: Step) -> i32 {
     let task = step.pointer(1);
     if task == 0 || leader(task) != task {
-        return NEXT;
+        return CONTINUE;
     }
     let level = read(owner::current_pid(), Field::PidLevel);
     let (here, initial) = (owner::number(task, level), read(task, Field::Tgid));
     step.write(&filter::numbers(here, initial));
-    NEXT
+    CONTINUE
 }

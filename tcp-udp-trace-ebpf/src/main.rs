@@ -71,7 +71,7 @@ use crate::{
 fn tcp_state_btf(ctx: BtfTracePointContext) -> i32 {
     let sk: *mut c_void = ctx.arg(0);
     if let Some(socket) = TcpSock::new(sk) {
-        tcp::changed(
+        tcp::state_changed(
             ctx.as_ptr(),
             Program::First,
             Sock::new(sk as u64),
@@ -88,14 +88,14 @@ fn tcp_state_tp(ctx: TracePointContext) -> u32 {
     // Layout: events/sock/inet_sock_set_state/format, the same on every kernel since 4.16.
     let sk = Sock::new(field(&ctx, 8));
     let (old, new) = (field(&ctx, 16), field(&ctx, 20));
-    tcp::changed(ctx.as_ptr(), Program::Second, sk, sk, old, new);
+    tcp::state_changed(ctx.as_ptr(), Program::Second, sk, sk, old, new);
     0
 }
 
 #[raw_tracepoint(tracepoint = "inet_sock_set_state")]
 fn tcp_state_raw(ctx: RawTracePointContext) -> i32 {
     let sk = Sock::new(ctx.arg(0));
-    tcp::changed(
+    tcp::state_changed(
         ctx.as_ptr(),
         Program::Second,
         sk,
@@ -110,13 +110,13 @@ fn tcp_state_raw(ctx: RawTracePointContext) -> i32 {
 
 #[raw_tracepoint(tracepoint = "tcp_destroy_sock")]
 fn tcp_end_raw(ctx: RawTracePointContext) -> i32 {
-    tcp::ended(ctx.as_ptr(), Sock::new(ctx.arg(0)));
+    tcp::destroyed(ctx.as_ptr(), Sock::new(ctx.arg(0)));
     0
 }
 
 #[tracepoint]
 fn tcp_end_tp(ctx: TracePointContext) -> u32 {
-    tcp::ended(ctx.as_ptr(), Sock::new(field(&ctx, 8)));
+    tcp::destroyed(ctx.as_ptr(), Sock::new(field(&ctx, 8)));
     0
 }
 
@@ -126,7 +126,7 @@ fn tcp_end_tp(ctx: TracePointContext) -> u32 {
 #[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
 fn tcp_retransmit_err(ctx: RawTracePointContext) -> i32 {
     if ctx.arg::<i32>(2) == 0 {
-        tcp::happened(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+        tcp::report_event(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
     }
     0
 }
@@ -134,21 +134,21 @@ fn tcp_retransmit_err(ctx: RawTracePointContext) -> i32 {
 /// `tcp_retransmit_skb(sk, skb)`
 #[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
 fn tcp_retransmit(ctx: RawTracePointContext) -> i32 {
-    tcp::happened(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+    tcp::report_event(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
     0
 }
 
 /// `tcp_send_reset(sk, …)`: for a socket, or for none.
 #[raw_tracepoint(tracepoint = "tcp_send_reset")]
 fn tcp_reset_sent(ctx: RawTracePointContext) -> i32 {
-    tcp::happened(ctx.as_ptr(), kind::RESET_SENT, Sock::new(ctx.arg(0)));
+    tcp::report_event(ctx.as_ptr(), kind::RESET_SENT, Sock::new(ctx.arg(0)));
     0
 }
 
 /// `tcp_receive_reset(sk)`
 #[raw_tracepoint(tracepoint = "tcp_receive_reset")]
 fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
-    tcp::happened(ctx.as_ptr(), kind::RESET_RECEIVED, Sock::new(ctx.arg(0)));
+    tcp::report_event(ctx.as_ptr(), kind::RESET_RECEIVED, Sock::new(ctx.arg(0)));
     0
 }
 
@@ -170,14 +170,14 @@ fn accept_fentry(ctx: FEntryContext) -> i32 {
 /// `syscalls:sys_exit_accept` and `sys_exit_accept4`: the result is the new socket's descriptor.
 #[tracepoint]
 fn accept_exit(ctx: TracePointContext) -> u32 {
-    accept::accepted_as(ctx.as_ptr(), field(&ctx, 16));
+    accept::accepted_descriptor(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
 /// `sys_exit(regs, ret)`, of every system call.
 #[raw_tracepoint(tracepoint = "sys_exit")]
 fn accept_sys_exit(ctx: RawTracePointContext) -> i32 {
-    accept::returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
+    accept::syscall_returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
     0
 }
 
@@ -185,7 +185,7 @@ fn accept_sys_exit(ctx: RawTracePointContext) -> i32 {
 #[tracepoint]
 fn accept_uring(ctx: TracePointContext) -> u32 {
     let (ring, request) = (field(&ctx, 8), field(&ctx, 16));
-    accept::completed(
+    accept::request_completed(
         ctx.as_ptr(),
         ring,
         request,
@@ -198,7 +198,7 @@ fn accept_uring(ctx: TracePointContext) -> u32 {
 /// `io_uring:io_uring_cqe_overflow(ctx, user_data, res, cflags, …)`: the same, if the process is slow to take its results.
 #[tracepoint]
 fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
-    accept::completed(
+    accept::request_completed(
         ctx.as_ptr(),
         field(&ctx, 8),
         0,
@@ -213,14 +213,14 @@ fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
 /// `connect` returns: 0, or an error.
 #[kretprobe]
 fn tcp_connect_kretprobe(ctx: RetProbeContext) -> u32 {
-    tcp::connected(ctx.as_ptr(), ctx.ret::<i32>().into());
+    tcp::connect_returned(ctx.as_ptr(), ctx.ret::<i32>().into());
     0
 }
 
 /// `syscalls:sys_exit_connect`: the result is 0, or an error.
 #[tracepoint]
 fn tcp_connect_exit(ctx: TracePointContext) -> u32 {
-    tcp::connected(ctx.as_ptr(), field(&ctx, 16));
+    tcp::connect_returned(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
@@ -229,14 +229,14 @@ fn tcp_connect_exit(ctx: TracePointContext) -> u32 {
 /// `inet_hash(sk)` and `inet6_hash(sk)`: a listener, which has its port, becomes one that can be found.
 #[kprobe]
 fn tcp_hash(ctx: ProbeContext) -> u32 {
-    tcp::listening(ctx.as_ptr(), Sock::new(ctx.arg(0).unwrap_or(0)));
+    tcp::listener_has_port(ctx.as_ptr(), Sock::new(ctx.arg(0).unwrap_or(0)));
     0
 }
 
 /// `syscalls:sys_exit_listen`
 #[tracepoint]
 fn tcp_listen_exit(ctx: TracePointContext) -> u32 {
-    tcp::listened(ctx.as_ptr());
+    tcp::listen_returned(ctx.as_ptr());
     0
 }
 
@@ -249,7 +249,7 @@ fn udp_create(ctx: SockContext) -> i32 {
     // SAFETY: the context is the socket that is being made.
     let (protocol, key) = unsafe { ((*ctx.sock).protocol, bpf_get_socket_cookie(ctx.as_ptr())) };
     if protocol == IPPROTO_UDP {
-        udp::begin(
+        udp::track_new(
             key,
             ctx.as_ptr(),
             owner::current(ctx.as_ptr(), origin::CREATOR),
@@ -291,27 +291,29 @@ fn connect(ctx: &SockAddrContext) -> i32 {
             bpf_get_socket_cookie(ctx.as_ptr()),
         )
     };
-    if protocol == IPPROTO_UDP && udp::used(ctx.as_ptr(), key, sk.cast()).is_some() {
-        udp::connect::connecting(key);
+    if protocol == IPPROTO_UDP
+        && udp::track_for_current_task(ctx.as_ptr(), key, sk.cast()).is_some()
+    {
+        udp::connect::connect_started(key);
     }
     1
 }
 
 #[tracepoint]
 fn udp_connect_exit(ctx: TracePointContext) -> u32 {
-    udp::connect::exited(ctx.as_ptr(), field(&ctx, 16));
+    udp::connect::connect_exited(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sys_exit")]
 fn udp_connect_sys_exit(ctx: RawTracePointContext) -> i32 {
-    udp::connect::returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
+    udp::connect::syscall_returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
     0
 }
 
 #[tracepoint]
 fn udp_connect_uring(ctx: TracePointContext) -> u32 {
-    udp::connect::completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
+    udp::connect::request_completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
     0
 }
 
@@ -425,21 +427,21 @@ fn iter_udp(ctx: *mut c_void) -> i32 {
 
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
 fn tree_fork(ctx: RawTracePointContext) -> i32 {
-    tree::forked(ctx.arg(0), ctx.arg(1));
+    tree::process_forked(ctx.arg(0), ctx.arg(1));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_free")]
 fn tree_free(ctx: RawTracePointContext) -> i32 {
-    tree::freed(ctx.arg(0));
+    tree::process_freed(ctx.arg(0));
     0
 }
 
 #[unsafe(link_section = "iter/task")]
 #[unsafe(no_mangle)]
 fn iter_tasks(ctx: *mut c_void) -> i32 {
-    tree::task(Step::new(ctx));
-    iter::NEXT
+    tree::add_existing(Step::new(ctx));
+    iter::CONTINUE
 }
 
 // ---- pids of another namespace: only where a filter names some ---------------------------------------------------
@@ -447,7 +449,7 @@ fn iter_tasks(ctx: *mut c_void) -> i32 {
 #[unsafe(link_section = "iter/task")]
 #[unsafe(no_mangle)]
 fn iter_pids(ctx: *mut c_void) -> i32 {
-    iter::numbers(Step::new(ctx))
+    iter::pids(Step::new(ctx))
 }
 
 // ---- questions of user space -----------------------------------------------------------------------------------
@@ -462,7 +464,7 @@ fn iter_pids(ctx: *mut c_void) -> i32 {
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
 fn arm_wakeup(_ctx: *mut c_void) -> i32 {
-    query::arm()
+    query::arm_wakeup()
 }
 
 /// How many eighths of the ring are filled.
@@ -477,13 +479,13 @@ fn ring_fill(_ctx: *mut c_void) -> i32 {
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
 fn control_filter(ctx: *mut c_void) -> i32 {
-    query::asked(&RawTracePointContext::new(ctx))
+    query::control_filter(&RawTracePointContext::new(ctx))
 }
 
 /// The totals of a flow.
 #[classifier]
 fn query_flow(ctx: TcContext) -> i32 {
-    query::query(&ctx).unwrap_or(0)
+    query::query_flow(&ctx).unwrap_or(0)
 }
 
 const IPPROTO_UDP: u32 = 17;

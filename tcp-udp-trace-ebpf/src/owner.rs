@@ -32,36 +32,36 @@ const WORKER: u32 = 0x20;
 /// `PF_KTHREAD`: a thread of the kernel.
 const KERNEL_THREAD: u32 = 0x20_0000;
 
-/// The current process as the owner of a socket, see [`settle_current`].
+/// The current process as the owner of a socket, see [`set_current_once`].
 #[inline(always)]
 pub(crate) fn current(ctx: Context, origin: u16) -> Owner {
     let mut owner = UNKNOWN;
-    settle_current(ctx, &mut owner, origin);
+    set_current_once(ctx, &mut owner, origin);
     owner
 }
 
 /// Lets the current process be the owner of what nobody owned, unless it is a worker of the kernel,
 /// which works on behalf of some process. Writes what it runs, if that is wanted and new.
 ///
-/// Others may read it meanwhile, see [`settle`].
+/// Others may read it meanwhile, see [`set_once`].
 #[inline(always)]
-pub(crate) fn settle_current(ctx: Context, place: &mut Owner, origin: u16) {
+pub(crate) fn set_current_once(ctx: Context, to: &mut Owner, origin: u16) {
     let task = current_task();
     if read::<u32>(task, Field::TaskFlags) & WORKER != 0 {
         return;
     }
     let pid_tgid = bpf_get_current_pid_tgid();
     let leader = leader(task);
-    place.pid = (pid_tgid >> 32) as u32;
-    place.tid = pid_tgid as u32;
-    place.uid = bpf_get_current_uid_gid() as u32;
-    place.exec = image::exec(leader);
-    read_into(&mut place.comm, leader, Field::Comm);
-    read_into(&mut place.started, leader, Field::Started);
+    to.pid = (pid_tgid >> 32) as u32;
+    to.tid = pid_tgid as u32;
+    to.uid = bpf_get_current_uid_gid() as u32;
+    to.exec = image::exec(leader);
+    read_into(&mut to.comm, leader, Field::Comm);
+    read_into(&mut to.started, leader, Field::Started);
     // SAFETY: the helper takes nothing and cannot fail.
-    place.cgroup = unsafe { bpf_get_current_cgroup_id() };
-    image::note(ctx, place);
-    set_origin(place, origin);
+    to.cgroup = unsafe { bpf_get_current_cgroup_id() };
+    image::write_if_new(ctx, to);
+    set_origin(to, origin);
 }
 
 /// The process of another task. Which of its threads, is not known.
@@ -148,23 +148,23 @@ fn is_sending(sk: u64) -> bool {
 
 /// Lets somebody be the owner of what nobody owned. Others may read it meanwhile: its origin, which tells that it is known, comes last.
 #[inline(always)]
-pub(crate) fn settle(place: &mut Owner, owner: Owner) {
-    place.pid = owner.pid;
-    place.tid = owner.tid;
-    place.uid = owner.uid;
-    place.exec = owner.exec;
-    place.comm = owner.comm;
-    place.started = owner.started;
-    place.cgroup = owner.cgroup;
-    set_origin(place, owner.origin);
+pub(crate) fn set_once(to: &mut Owner, owner: Owner) {
+    to.pid = owner.pid;
+    to.tid = owner.tid;
+    to.uid = owner.uid;
+    to.exec = owner.exec;
+    to.comm = owner.comm;
+    to.started = owner.started;
+    to.cgroup = owner.cgroup;
+    set_origin(to, owner.origin);
 }
 
 #[inline(always)]
-fn set_origin(place: &mut Owner, origin: u16) {
+fn set_origin(to: &mut Owner, origin: u16) {
     // SAFETY: a valid pointer. Volatile after a fence, for the compiler to keep the order.
     unsafe {
         compiler_fence(Ordering::Release);
-        (&raw mut place.origin).write_volatile(origin);
+        (&raw mut to.origin).write_volatile(origin);
     }
 }
 
@@ -193,7 +193,7 @@ pub(crate) fn number(leader: u64, level: u32) -> u32 {
 
 /// Whose the socket is.
 #[inline(always)]
-pub(crate) fn owner(tracked: &Tracked) -> &Owner {
+pub(crate) fn of_socket(tracked: &Tracked) -> &Owner {
     if tracked.acceptor.origin == origin::NONE {
         &tracked.creator
     } else {

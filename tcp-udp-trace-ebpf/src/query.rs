@@ -12,15 +12,15 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{
     Field, FlowKey, FlowQuery, Traffic,
-    filter::{self, Network, Value, op, standing},
+    filter::{self, Network, Value, membership, op},
     report,
 };
 
 use crate::{
     counters, emit,
     filter::{
-        sets::{CURRENT, NETWORKS, NEXT, WANTED, has, key, set, word},
-        tree::{is_kin, kin_of},
+        sets::{CURRENT, NETWORKS, NEXT, VALUES, has, key, set, word},
+        tree::{is_member, member},
     },
     netns, owner,
     read::read,
@@ -28,15 +28,15 @@ use crate::{
 };
 
 #[inline(always)]
-pub(crate) fn arm() -> i32 {
+pub(crate) fn arm_wakeup() -> i32 {
     emit::arm();
-    counters::tell();
+    counters::log();
     counters::lost_so_far().cast_signed()
 }
 
 /// User space changes the filter, or asks about it; see [`op`]. A negative answer is an error, like the kernel's.
 #[inline(always)]
-pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
+pub(crate) fn control_filter(ctx: &RawTracePointContext) -> i32 {
     let operation = ctx.arg::<u64>(0);
     let (a, b, c) = (ctx.arg::<u64>(1), ctx.arg::<u64>(2), ctx.arg::<u64>(3));
     let value = Value {
@@ -50,8 +50,8 @@ pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
     match operation {
         op::SWITCH => set(CURRENT, a),
         op::PREPARE => set(NEXT, a),
-        op::ADD => result(WANTED.insert(value, 0, u64::from(BPF_ANY))),
-        op::REMOVE => result(WANTED.remove(value)),
+        op::ADD => result(VALUES.insert(value, 0, u64::from(BPF_ANY))),
+        op::REMOVE => result(VALUES.remove(value)),
         op::CALLER => (bpf_get_current_pid_tgid() >> 32) as i32,
         op::LEVEL => match owner::current_pid() {
             0 => -1,
@@ -59,11 +59,11 @@ pub(crate) fn asked(ctx: &RawTracePointContext) -> i32 {
         },
         op::ADD_NETWORK => result(NETWORKS.insert(key(&network), 0, u64::from(BPF_ANY))),
         op::REMOVE_NETWORK => result(NETWORKS.remove(key(&network))),
-        op::STANDING => {
+        op::MEMBERSHIP => {
             let word = word(CURRENT);
-            let is_kin = is_kin(filter::generation(word), &kin_of(a as u32, b));
+            let is_in_tree = is_member(filter::generation(word), &member(a as u32, b));
             let is_own = has(word, filter::OWN, [a, 0]);
-            i32::from(is_kin) * standing::KIN + i32::from(is_own) * standing::OWN
+            i32::from(is_in_tree) * membership::TREE + i32::from(is_own) * membership::OWN
         }
         op::FIND_NETNS | op::GO_ON => netns::find(operation == op::FIND_NETNS, a),
         op::NETNS_COOKIE => netns::cookie(a),
@@ -81,7 +81,7 @@ fn result(result: Result<(), i32>) -> i32 {
 
 /// User space asks for the totals of a flow; 1 if it is there.
 #[inline(always)]
-pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
+pub(crate) fn query_flow(ctx: &TcContext) -> Result<i32, i64> {
     let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
     let forget = ctx.load::<u64>(offset_of!(FlowQuery, forget))?;
     let known = ctx.load::<Traffic>(offset_of!(FlowQuery, known))?;
@@ -96,10 +96,10 @@ pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
     unsafe {
         if forget != 0 {
             // Neither of the two numbers that say when there is a record.
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 2);
-        } else if is_unchanged && report.read_volatile() == report::LATER {
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, report::REMOVED);
+        } else if is_unchanged && report.read_volatile() == report::BY_USER_SPACE {
             // One more than the highest number.
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 1);
+            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, report::ARM);
         }
     }
     ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;

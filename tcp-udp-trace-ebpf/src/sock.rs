@@ -76,7 +76,7 @@ impl Socket for Sock {
 }
 
 /// A copy of what is read most of a socket, made at once.
-pub(crate) struct Copied {
+pub(crate) struct SockCopy {
     sk: Sock,
     common: [u64; COMMON / 8],
 }
@@ -88,7 +88,7 @@ impl Plain for [u64; COMMON / 8] {
     const ZERO: Self = [0; COMMON / 8];
 }
 
-impl Copied {
+impl SockCopy {
     #[inline(always)]
     pub(crate) fn new(sk: Sock) -> Self {
         Self {
@@ -98,7 +98,7 @@ impl Copied {
     }
 }
 
-impl Socket for &Copied {
+impl Socket for &SockCopy {
     #[inline(always)]
     fn get<T: Plain>(self, field: Field) -> T {
         let offset = offset(field) as usize;

@@ -41,13 +41,13 @@ impl Record for tcp_udp_trace_common::Image {
 
 /// What it would mean to miss a record.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Weight {
+pub(crate) enum Priority {
     /// It tells the end of a socket, and the final numbers: nothing could make up for it.
-    Last,
+    Final,
     /// It tells another beginning or end. An eighth of the room is kept for these and those above.
-    Vital,
+    Lifecycle,
     /// The picture would soon be right again.
-    Other,
+    Normal,
 }
 
 /// The head of a record that is written now.

@@ -9,7 +9,7 @@ mod perf;
 mod ring;
 mod wakeup;
 
-pub(crate) use self::head::{Context, Weight};
+pub(crate) use self::head::{Context, Priority};
 #[cfg(feature = "perf")]
 pub(crate) use self::perf::{is_crowded, record};
 #[cfg(not(feature = "perf"))]

@@ -16,7 +16,7 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{Udp, kind};
 
 use super::{
-    head::{Context, Record, Weight, head},
+    head::{Context, Priority, Record, head},
     wakeup::is_armed,
 };
 use crate::counters;
@@ -32,31 +32,31 @@ static URGENT: PerfEventByteArray = PerfEventByteArray::new(0);
 /// Where the records of this CPU are built: a program may interrupt another one, or preempt it, so one place is not enough. They
 /// are too large for the stack.
 #[map]
-static PLACES: PerCpuArray<Place> = PerCpuArray::with_max_entries(PLACE_COUNT, 0);
-const PLACE_COUNT: u32 = 4;
+static SLOTS: PerCpuArray<Slot> = PerCpuArray::with_max_entries(SLOT_COUNT, 0);
+const SLOT_COUNT: u32 = 4;
 
 /// Room for the largest record.
-type Room = Udp;
+type LargestRecord = Udp;
 
 #[repr(C)]
-struct Place {
+struct Slot {
     claims: u64,
-    room: Room,
+    space: LargestRecord,
 }
 
-impl Place {
+impl Slot {
     /// A place that no other program has.
     #[inline(always)]
     fn claim() -> Option<*mut Self> {
-        for index in 0..PLACE_COUNT {
-            let place = PLACES.get_ptr_mut(index)?;
+        for index in 0..SLOT_COUNT {
+            let slot = SLOTS.get_ptr_mut(index)?;
             // SAFETY: a valid pointer to this CPU's value. Whoever finds its own claim to be the only one has the place: later claims
             // find two. If two come at once, perhaps neither gets it.
             unsafe {
-                let claims = &raw mut (*place).claims;
+                let claims = &raw mut (*slot).claims;
                 atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(claims, 1);
                 if claims.read_volatile() == 1 {
-                    return Some(place);
+                    return Some(slot);
                 }
                 atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(claims, u64::MAX);
             }
@@ -65,10 +65,10 @@ impl Place {
     }
 
     #[inline(always)]
-    fn leave(place: *mut Self) {
+    fn release(slot: *mut Self) {
         // SAFETY: `claim` gave the pointer.
         unsafe {
-            let claims = &raw mut (*place).claims;
+            let claims = &raw mut (*slot).claims;
             atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(claims, u64::MAX);
         }
     }
@@ -79,23 +79,28 @@ impl Place {
 pub(crate) fn record<R: Record>(
     ctx: Context,
     kind: u32,
-    weight: Weight,
+    priority: Priority,
     fill: impl FnOnce(&mut R),
 ) -> bool {
-    const { assert!(size_of::<R>() <= size_of::<Room>() && align_of::<R>() <= align_of::<Room>()) };
-    let Some(place) = Place::claim() else {
+    const {
+        assert!(
+            size_of::<R>() <= size_of::<LargestRecord>()
+                && align_of::<R>() <= align_of::<LargestRecord>()
+        )
+    };
+    let Some(slot) = Slot::claim() else {
         counters::lost(kind);
         return false;
     };
     // SAFETY: the room is large enough and aligned, and this program's alone; a record is integers and bytes only, so what was
     // there before is one.
-    let record = unsafe { &mut *(&raw mut (*place).room).cast::<R>() };
+    let record = unsafe { &mut *(&raw mut (*slot).space).cast::<R>() };
     fill(record);
     // Last, because user space puts the records of different CPUs in the order of their times.
     *record.head() = head(kind);
-    let written =
-        output(&EVENTS, ctx, record) || weight != Weight::Other && output(&URGENT, ctx, record);
-    Place::leave(place);
+    let written = output(&EVENTS, ctx, record)
+        || priority != Priority::Normal && output(&URGENT, ctx, record);
+    Slot::release(slot);
     if !written {
         counters::lost(kind);
     } else if kind != kind::IMAGE && is_armed() {

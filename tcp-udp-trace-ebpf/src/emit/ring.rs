@@ -10,7 +10,7 @@ use aya_ebpf::{
 use tcp_udp_trace_common::kind;
 
 use super::{
-    head::{Context, Record, Weight, head},
+    head::{Context, Priority, Record, head},
     wakeup::is_armed,
 };
 use crate::counters;
@@ -19,7 +19,7 @@ use crate::counters;
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
 
-/// The records of [`Weight::Last`] that have found that one full. The reader puts them where they belong by their time.
+/// The records of [`Priority::Final`] that have found that one full. The reader puts them where they belong by their time.
 #[map]
 static LATE: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
@@ -36,19 +36,19 @@ const RECORD_HEADER: u64 = 8;
 pub(crate) fn record<R: Record>(
     _ctx: Context,
     kind: u32,
-    weight: Weight,
+    priority: Priority,
     fill: impl Fn(&mut R),
 ) -> bool {
     let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
     let after = before + size_of::<R>() as u64 + RECORD_HEADER;
-    if weight == Weight::Other && after >> WAKE_SHIFT.load() >= 7 {
+    if priority == Priority::Normal && after >> WAKE_SHIFT.load() >= 7 {
         counters::lost(kind);
         return false;
     }
     let (entry, wake) = match EVENTS.reserve::<R>(0) {
         Some(entry) => (Some(entry), wake(kind, before, after)),
         // The reader has been woken long ago.
-        None if weight == Weight::Last => (LATE.reserve(0), u64::from(BPF_RB_NO_WAKEUP)),
+        None if priority == Priority::Final => (LATE.reserve(0), u64::from(BPF_RB_NO_WAKEUP)),
         None => (None, 0),
     };
     // What is written is written in one place, whichever ring it goes to: half the work for the verifier.

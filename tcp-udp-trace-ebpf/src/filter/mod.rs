@@ -12,7 +12,7 @@ use tcp_udp_trace_common::{
 
 use self::{
     sets::{current, has, is_in_network},
-    tree::{is_kin, kin_of},
+    tree::{is_member, member},
 };
 use crate::{
     datagrams::Datagrams,
@@ -26,26 +26,26 @@ static REJECTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT as
 
 /// Whether an event of TCP is wanted; `states` has the bits of the states it is about.
 #[inline(always)]
-pub(crate) fn wants_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked) -> bool {
+pub(crate) fn passes_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     decide(kind, |word| {
-        states & !word != 0 && is_tcp_wanted(word, sk.0, tracked)
+        states & !word != 0 && matches_tcp(word, sk.0, tracked)
     })
 }
 
 /// Whether a `connect` between these ends (local, remote) that failed is wanted. Its socket is
 /// closed.
 #[inline(always)]
-pub(crate) fn wants_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
+pub(crate) fn passes_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
     decide(kind::CONNECT_FAILED_TCP, |word| {
-        filter::no_state(CLOSE) & !word != 0 && is_connect_wanted(word, sk.0, tracked, ends)
+        filter::no_state(CLOSE) & !word != 0 && matches_connect(word, sk.0, tracked, ends)
     })
 }
 
 /// Whether an event of UDP is wanted.
 #[inline(always)]
-pub(crate) fn wants_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
+pub(crate) fn passes_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
     kind == kind::CLOSE && tracked.has_flows()
-        || decide(kind, |word| is_udp_wanted(word, tracked, at))
+        || decide(kind, |word| matches_udp(word, tracked, at))
 }
 
 /// Whether an event is wanted; counts it if it is not.
@@ -53,9 +53,9 @@ pub(crate) fn wants_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> 
 /// The filter may change meanwhile, and the sets of the one before be emptied: a "no" counts only if it is still there. Otherwise the event is
 /// wanted: to ask the new one would be twice the work for the verifier, at each start.
 #[inline(always)]
-fn decide(kind: u32, is_wanted: impl FnOnce(u64) -> bool) -> bool {
+fn decide(kind: u32, matches: impl FnOnce(u64) -> bool) -> bool {
     let word = current();
-    if word == 0 || word & filter::no_kind(kind) == 0 && is_wanted(word) {
+    if word == 0 || word & filter::no_kind(kind) == 0 && matches(word) {
         return true;
     }
     current() != word || count(kind)
@@ -72,9 +72,9 @@ fn count(kind: u32) -> bool {
 
 // Not inlined: it stands in the program once, and without a filter the verifier's work is all that it costs.
 #[inline(never)]
-fn is_tcp_wanted(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
+fn matches_tcp(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
     let sk = Sock::new(sk);
-    if !is_socket_wanted(word, sk, tracked) {
+    if !matches_socket(word, sk, tracked) {
         return false;
     }
     if word & (filter::NO_IPV4 | filter::NO_IPV6 | filter::PORTS | filter::LOCAL | filter::REMOTE)
@@ -83,62 +83,63 @@ fn is_tcp_wanted(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
         return true;
     }
     let (local, remote) = sk.ends();
-    are_ends_wanted(word, &local, &remote)
+    matches_ends(word, &local, &remote)
 }
 
 #[inline(never)]
-fn is_connect_wanted(word: u64, sk: u64, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
-    is_socket_wanted(word, Sock::new(sk), tracked) && are_ends_wanted(word, &ends.0, &ends.1)
+fn matches_connect(word: u64, sk: u64, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
+    matches_socket(word, Sock::new(sk), tracked) && matches_ends(word, &ends.0, &ends.1)
 }
 
 /// Whether a socket of TCP is wanted, whatever its ends are.
 #[inline(always)]
-fn is_socket_wanted(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
+fn matches_socket(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     let cgroup = tracked.cgroup;
     let netns = [tracked.netns.into(), tracked.netns_cookie];
-    let owner: *const Owner = owner::owner(tracked);
+    let owner: *const Owner = owner::of_socket(tracked);
     // SAFETY: it is in `tracked`, apart from what is written to here.
     let owner = unsafe { &*owner };
-    is_owner_wanted(word, owner, &mut tracked.kin) && is_place_wanted(word, sk, cgroup, netns)
+    matches_owner(word, owner, &mut tracked.tree_generation)
+        && matches_environment(word, sk, cgroup, netns)
 }
 
 #[inline(never)]
-fn is_udp_wanted(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
+fn matches_udp(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
     let UdpTracked {
         sk,
         cgroup,
         netns_cookie,
         netns,
         owner,
-        kin,
+        tree_generation,
         ..
     } = tracked;
     // Put together late: what is kept from before would take too much of the stack.
-    is_owner_wanted(word, owner, kin)
-        && is_place_wanted(
+    matches_owner(word, owner, tree_generation)
+        && matches_environment(
             word,
             Sock::new(*sk),
             *cgroup,
             [(*netns).into(), *netns_cookie],
         )
-        && are_ends_wanted(word, &at.local, &at.flow.peer)
+        && matches_ends(word, &at.local, &at.flow.peer)
 }
 
 #[inline(always)]
-fn is_owner_wanted(word: u64, owner: &Owner, kin: &mut u16) -> bool {
+fn matches_owner(word: u64, owner: &Owner, tree_generation: &mut u16) -> bool {
     let pid = [u64::from(owner.pid), 0];
     if word & filter::NOT_OWN != 0 && has(word, filter::OWN, pid) {
         return false;
     }
     if word & filter::PROCESS != 0 && !has(word, filter::PID, pid) {
         let generation = filter::generation(word);
-        if *kin != generation {
+        if *tree_generation != generation {
             if owner.origin == origin::NONE
-                || !is_kin(generation, &kin_of(owner.pid, owner.started))
+                || !is_member(generation, &member(owner.pid, owner.started))
             {
                 return false;
             }
-            *kin = generation;
+            *tree_generation = generation;
         }
     }
     word & filter::COMMS == 0 || has(word, filter::COMM, name(owner.comm))
@@ -165,7 +166,7 @@ fn name([first, second]: [u64; 2]) -> [u64; 2] {
 }
 
 #[inline(always)]
-fn is_place_wanted(word: u64, sk: Sock, cgroup: u64, netns: [u64; 2]) -> bool {
+fn matches_environment(word: u64, sk: Sock, cgroup: u64, netns: [u64; 2]) -> bool {
     let one_of = |bit, set, value| word & bit == 0 || has(word, set, value);
     one_of(filter::NAMESPACES, filter::NETNS, netns)
         && one_of(filter::CGROUPS, filter::CGROUP, [cgroup, 0])
@@ -178,7 +179,7 @@ fn is_place_wanted(word: u64, sk: Sock, cgroup: u64, netns: [u64; 2]) -> bool {
 }
 
 #[inline(always)]
-fn are_ends_wanted(word: u64, local: &Peer, remote: &Peer) -> bool {
+fn matches_ends(word: u64, local: &Peer, remote: &Peer) -> bool {
     let unwanted = if local.family == AF_INET {
         filter::NO_IPV4
     } else {

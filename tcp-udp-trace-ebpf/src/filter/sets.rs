@@ -22,7 +22,7 @@ pub(crate) const NEXT: u32 = 1;
 
 /// The sets.
 #[map]
-pub(crate) static WANTED: HashMap<Value, u8> = HashMap::with_max_entries(2 * filter::MAX_VALUES, 0);
+pub(crate) static VALUES: HashMap<Value, u8> = HashMap::with_max_entries(2 * filter::MAX_VALUES, 0);
 
 /// The networks.
 #[map]
@@ -52,7 +52,7 @@ pub(crate) fn set(which: u32, word: u64) -> i32 {
 #[inline(always)]
 pub(crate) fn has(word: u64, set: u16, value: [u64; 2]) -> bool {
     let value = Value::new(filter::generation(word), set, value);
-    WANTED.get_ptr(value).is_some()
+    VALUES.get_ptr(value).is_some()
 }
 
 #[inline(always)]

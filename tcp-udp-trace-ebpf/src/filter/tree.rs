@@ -3,7 +3,7 @@
 use aya_ebpf::{bindings::BPF_ANY, macros::map, maps::HashMap};
 use tcp_udp_trace_common::{
     Field,
-    filter::{self, Kin},
+    filter::{self, TreeMember},
 };
 
 use super::sets::{CURRENT, NEXT, has, word};
@@ -11,14 +11,14 @@ use crate::{counters, iter_context::Step, owner::leader, read::read};
 
 /// The processes of a filter's trees, and the filters' generations: of two that follow each other, each has its place.
 #[map]
-static KIN: HashMap<Kin, [u16; 2]> = HashMap::with_max_entries(filter::MAX_KIN, 0);
+static TREE: HashMap<TreeMember, [u16; 2]> = HashMap::with_max_entries(filter::MAX_TREE_MEMBERS, 0);
 
 /// How many ancestors of a process are looked at; the walk visits parents before children, mostly.
 const MAX_ANCESTORS: u32 = 32;
 
 #[inline(always)]
-pub(crate) fn kin_of(pid: u32, started: u64) -> Kin {
-    Kin {
+pub(crate) fn member(pid: u32, started: u64) -> TreeMember {
+    TreeMember {
         started,
         pid: pid.into(),
     }
@@ -26,69 +26,69 @@ pub(crate) fn kin_of(pid: u32, started: u64) -> Kin {
 
 /// The process of a main thread.
 #[inline(always)]
-fn kin_of_leader(leader: u64) -> Kin {
-    kin_of(read(leader, Field::Tgid), read(leader, Field::Started))
+fn member_of_leader(leader: u64) -> TreeMember {
+    member(read(leader, Field::Tgid), read(leader, Field::Started))
 }
 
 #[inline(always)]
-fn place(generation: u16) -> usize {
+fn slot(generation: u16) -> usize {
     usize::from(generation & 1)
 }
 
 #[inline(always)]
-pub(crate) fn is_kin(generation: u16, process: &Kin) -> bool {
+pub(crate) fn is_member(generation: u16, process: &TreeMember) -> bool {
     // SAFETY: the map is preallocated, so its memory stays; if another process moves in meanwhile, this one has ended.
-    let generations = unsafe { KIN.get(process) };
-    generations.is_some_and(|generations| generations[place(generation)] == generation)
+    let generations = unsafe { TREE.get(process) };
+    generations.is_some_and(|generations| generations[slot(generation)] == generation)
 }
 
 #[inline(always)]
-fn adopt(generation: u16, process: &Kin) {
-    if let Some(generations) = KIN.get_ptr_mut(process) {
+fn add_member(generation: u16, process: &TreeMember) {
+    if let Some(generations) = TREE.get_ptr_mut(process) {
         // SAFETY: a valid pointer into the map; an aligned write of a whole place.
-        unsafe { (*generations)[place(generation)] = generation };
+        unsafe { (*generations)[slot(generation)] = generation };
         return;
     }
-    let generations = if place(generation) == 0 {
+    let generations = if slot(generation) == 0 {
         [generation, 0]
     } else {
         [0, generation]
     };
-    if KIN
+    if TREE
         .insert(process, generations, u64::from(BPF_ANY))
         .is_err()
     {
-        counters::untracked_kin();
+        counters::untracked_process();
     }
 }
 
 /// `sched_process_fork(parent, child)`: the child of a member is one.
 #[inline(always)]
-pub(crate) fn forked(parent: u64, child: u64) {
+pub(crate) fn process_forked(parent: u64, child: u64) {
     if leader(child) != child {
         // A thread of the same process.
         return;
     }
-    let parent = kin_of_leader(leader(parent));
+    let parent = member_of_leader(leader(parent));
     for generation in [word(CURRENT), word(NEXT)].map(filter::generation) {
-        if generation != 0 && is_kin(generation, &parent) {
-            adopt(generation, &kin_of_leader(child));
+        if generation != 0 && is_member(generation, &parent) {
+            add_member(generation, &member_of_leader(child));
         }
     }
 }
 
 /// `sched_process_free(task)`: it has ended, and nobody will ask for it any more.
 #[inline(always)]
-pub(crate) fn freed(task: u64) {
+pub(crate) fn process_freed(task: u64) {
     if leader(task) == task {
-        let _ = KIN.remove(kin_of_leader(task));
+        let _ = TREE.remove(member_of_leader(task));
     }
 }
 
 /// `iter/task`: a task that is there when a filter is being prepared. It is a member if a root is among its ancestors, or itself; roots
 /// are counted.
 #[inline(always)]
-pub(crate) fn task(step: Step) {
+pub(crate) fn add_existing(step: Step) {
     let task = step.pointer(1);
     let process = leader(task);
     if task == 0 || process != task {
@@ -96,18 +96,18 @@ pub(crate) fn task(step: Step) {
     }
     let next = word(NEXT);
     let generation = filter::generation(next);
-    let is_root = |process: &Kin| has(next, filter::ROOT, [process.pid, 0]);
-    if is_root(&kin_of_leader(process)) {
+    let is_root = |process: &TreeMember| has(next, filter::ROOT, [process.pid, 0]);
+    if is_root(&member_of_leader(process)) {
         step.count();
     }
     let mut ancestor = process;
     for _ in 0..MAX_ANCESTORS {
-        let kin = kin_of_leader(ancestor);
-        if kin.pid == 0 {
+        let candidate = member_of_leader(ancestor);
+        if candidate.pid == 0 {
             return;
         }
-        if is_root(&kin) || is_kin(generation, &kin) {
-            adopt(generation, &kin_of_leader(process));
+        if is_root(&candidate) || is_member(generation, &candidate) {
+            add_member(generation, &member_of_leader(process));
             return;
         }
         ancestor = leader(read(ancestor, Field::RealParent));

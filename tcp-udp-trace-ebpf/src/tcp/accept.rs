@@ -6,11 +6,11 @@ use tcp_udp_trace_common::{
 
 use super::{record::Describe as _, sockets};
 use crate::{
-    emit::{self, Context, Weight},
+    emit::{self, Context, Priority},
     filter, owner,
     read::{has, read, read_at},
     sock::{
-        Copied, Sock, Socket as _,
+        Sock, SockCopy, Socket as _,
         tcp_state::{CLOSE, LISTEN},
     },
     stopping::{is_stopping, met},
@@ -31,7 +31,7 @@ const FILE_ADDRESS: u64 = !7;
 #[inline(always)]
 pub(crate) fn accepted(ctx: Context, sk: Sock) {
     let sk = sk.of_tcp();
-    let socket = &Copied::new(sk);
+    let socket = &SockCopy::new(sk);
     let family = socket.family();
     if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || is_stopping() {
         return;
@@ -57,29 +57,34 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         fresh = sockets::fresh(sk, state, syn, owner::UNKNOWN);
         &mut fresh
     };
-    owner::settle_current(ctx, &mut tracked.acceptor, origin::ACCEPTOR);
+    owner::set_current_once(ctx, &mut tracked.acceptor, origin::ACCEPTOR);
     // The owner before may have been of another tree.
-    tracked.kin = 0;
+    tracked.tree_generation = 0;
     if tracked.listener != 0 {
         sockets::set_user(&tracked.listener, &tracked.acceptor);
     }
-    if !filter::wants_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
+    if !filter::passes_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
         return;
     }
-    emit::record(ctx, kind::ACCEPT, Weight::Vital, |record: &mut Tcp| {
-        socket.describe(
-            tracked,
-            family,
-            state,
-            socket.connected_port(),
-            &mut record.socket,
-        );
-    });
+    emit::record(
+        ctx,
+        kind::ACCEPT,
+        Priority::Lifecycle,
+        |record: &mut Tcp| {
+            socket.describe(
+                tracked,
+                family,
+                state,
+                socket.connected_port(),
+                &mut record.socket,
+            );
+        },
+    );
 }
 
 /// The current process has accepted a socket as this descriptor (negative: an error).
 #[inline(always)]
-pub(crate) fn accepted_as(ctx: Context, fd: i64) {
+pub(crate) fn accepted_descriptor(ctx: Context, fd: i64) {
     if let Some(sk) = Sock::of_descriptor(fd) {
         accepted(ctx, sk);
     }
@@ -87,15 +92,15 @@ pub(crate) fn accepted_as(ctx: Context, fd: i64) {
 
 /// The current process returns from a system call.
 #[inline(always)]
-pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
+pub(crate) fn syscall_returned(ctx: Context, regs: u64, result: i64) {
     if matches!(syscall::number(regs), syscall::ACCEPT | syscall::ACCEPT4) {
-        accepted_as(ctx, result);
+        accepted_descriptor(ctx, result);
     }
 }
 
 /// A request to an io_uring has finished. The current task belongs to the process that made it.
 #[inline(always)]
-pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flags: u32) {
+pub(crate) fn request_completed(ctx: Context, ring: u64, request: u64, result: i32, flags: u32) {
     let (fd, slot) = if request == 0 {
         // One of the results of a multishot request. Which request that is, the kernel does not say.
         if flags & IORING_CQE_F_BUFFER != 0 {

@@ -13,7 +13,7 @@ use self::record::{Describe as _, EADDRNOTAVAIL, error};
 use crate::{
     connect::{self, Connect},
     counters,
-    emit::{self, Context, Weight},
+    emit::{self, Context, Priority},
     filter, owner,
     read::read,
     sock::{
@@ -40,7 +40,7 @@ pub(crate) enum Program {
 
 /// The socket goes from one state to another.
 #[inline(always)]
-pub(crate) fn changed(
+pub(crate) fn state_changed(
     ctx: Context,
     program: Program,
     sk: Sock,
@@ -58,7 +58,7 @@ pub(crate) fn changed(
         return;
     }
     // No `Option`: the verifier refuses a copy of the value that `None` leaves undefined.
-    let known = tracked.as_ref().map_or(0, |tracked| tracked.state);
+    let last_state = tracked.as_ref().map_or(0, |tracked| tracked.state);
     let family = socket.family();
     if family != AF_INET && family != AF_INET6 {
         if program == Program::First {
@@ -126,12 +126,12 @@ pub(crate) fn changed(
     }
     // Where there is no room to remember the socket, only the first program reports, or both would.
     let begins = from == CLOSE || to == SYN_RECV;
-    if begins && known != 0 {
-        if known != CLOSE {
+    if begins && last_state != 0 {
+        if last_state != CLOSE {
             // No hook saw the close and the end of the socket that had this address before.
             counters::missed();
         }
-        sockets::end(sk);
+        sockets::forget(sk);
     }
     let is_remembered = begins && sockets::remember(sk, &tracked);
     if is_remembered && tracked.is_held() {
@@ -168,7 +168,7 @@ fn is_to_be_held(socket: impl Socket) -> bool {
 
 /// A socket that listens has got its port.
 #[inline(always)]
-pub(crate) fn listening(ctx: Context, sk: Sock) {
+pub(crate) fn listener_has_port(ctx: Context, sk: Sock) {
     if let Some(tracked) = sockets::get(sk) {
         if tracked.state == LISTEN && tracked.is_held() && !is_stopping() {
             report(ctx, sk, sk, sk.family(), tracked, (CLOSE, LISTEN));
@@ -178,18 +178,18 @@ pub(crate) fn listening(ctx: Context, sk: Sock) {
 
 /// The current process's `listen` has returned.
 #[inline(always)]
-pub(crate) fn listened(ctx: Context) {
+pub(crate) fn listen_returned(ctx: Context) {
     if let Some(regs) = syscall::registers(syscall::LISTEN) {
         let [fd, _, _] = syscall::arguments(regs);
         if let Some(sk) = Sock::of_descriptor(i64::from(fd as i32)) {
-            listening(ctx, sk.of_tcp());
+            listener_has_port(ctx, sk.of_tcp());
         }
     }
 }
 
 /// The current process's `connect` has returned this.
 #[inline(always)]
-pub(crate) fn connected(ctx: Context, result: i64) {
+pub(crate) fn connect_returned(ctx: Context, result: i64) {
     let Some(errno) = connect::errno(result) else {
         return;
     };
@@ -208,16 +208,16 @@ pub(crate) fn connected(ctx: Context, result: i64) {
     }
     // It is not remembered: if the socket connects later, that is another life.
     let mut tracked = sockets::fresh(sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
-    owner::settle_current(ctx, &mut tracked.creator, origin::CREATOR);
+    owner::set_current_once(ctx, &mut tracked.creator, origin::CREATOR);
     let ends = connect.ends();
-    if !filter::wants_connect(sk, &mut tracked, &ends) {
+    if !filter::passes_connect(sk, &mut tracked, &ends) {
         return;
     }
     let (local, remote) = ends;
     emit::record(
         ctx,
         kind::CONNECT_FAILED_TCP,
-        Weight::Vital,
+        Priority::Lifecycle,
         |record: &mut Tcp| {
             let socket = &mut record.socket;
             sk.describe(&tracked, family, CLOSE, local.port, socket);
@@ -254,7 +254,7 @@ fn has_changed(sk: Sock, errno: u32) -> bool {
 
 /// What is known of a socket that is alive, from now on at least.
 #[inline(always)]
-pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
+pub(crate) fn live_socket(sk: Sock) -> Option<&'static mut Tracked> {
     let state = sk.get::<u8>(Field::State);
     // TIME_WAIT and NEW_SYN_RECV are not of a whole socket. What the null pointer points to has no family.
     let is_alive = !matches!(state, TIME_WAIT | NEW_SYN_RECV | CLOSE);
@@ -270,25 +270,30 @@ pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
 #[inline(always)]
 pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &mut Tracked) -> bool {
     let state = sk.get(Field::State);
-    filter::wants_tcp(kind::SAMPLE_TCP, no_state(state & 0xf), sk, tracked)
-        && emit::record(ctx, kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
-            let port = sk.connected_port();
-            sk.describe(tracked, sk.family(), state, port, &mut record.socket);
-        })
+    filter::passes_tcp(kind::SAMPLE_TCP, no_state(state & 0xf), sk, tracked)
+        && emit::record(
+            ctx,
+            kind::SAMPLE_TCP,
+            Priority::Normal,
+            |record: &mut Tcp| {
+                let port = sk.connected_port();
+                sk.describe(tracked, sk.family(), state, port, &mut record.socket);
+            },
+        )
 }
 
 /// Something happened to a socket that its state does not tell. One that is closed is still known until the kernel frees it: a reset is sent
 /// after the close.
 #[inline(always)]
-pub(crate) fn happened(ctx: Context, kind: u32, sk: Sock) {
+pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock) {
     let tracked = match sockets::get(sk) {
         Some(tracked) => Some(tracked),
-        None => known(sk),
+        None => live_socket(sk),
     };
     let Some(tracked) = tracked else { return };
     let state = tracked.state;
-    if filter::wants_tcp(kind, no_state(state & 0xf), sk, tracked) {
-        emit::record(ctx, kind, Weight::Other, |record: &mut Tcp| {
+    if filter::passes_tcp(kind, no_state(state & 0xf), sk, tracked) {
+        emit::record(ctx, kind, Priority::Normal, |record: &mut Tcp| {
             let port = sk.connected_port();
             sk.describe(tracked, sk.family(), state, port, &mut record.socket);
         });
@@ -319,7 +324,7 @@ fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     if first.0 == sk.0 {
         return None;
     }
-    sockets::get(first).map(|tracked| *owner::owner(tracked))
+    sockets::get(first).map(|tracked| *owner::of_socket(tracked))
 }
 
 /// Reports a change of state; before it, that the socket began to listen, if that was held back.
@@ -354,21 +359,21 @@ fn write(
     (from, to): (u8, u8),
 ) {
     let states = no_state(from & 0xf) | no_state(to & 0xf);
-    if !filter::wants_tcp(kind::STATE_CHANGE, states, sk, tracked) {
+    if !filter::passes_tcp(kind::STATE_CHANGE, states, sk, tracked) {
         return;
     }
-    let is_vital = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
-    let weight = if to == CLOSE {
-        Weight::Last
-    } else if is_vital(from) || is_vital(to) {
-        Weight::Vital
+    let is_lifecycle = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
+    let priority = if to == CLOSE {
+        Priority::Final
+    } else if is_lifecycle(from) || is_lifecycle(to) {
+        Priority::Lifecycle
     } else {
-        Weight::Other
+        Priority::Normal
     };
     emit::record(
         ctx,
         kind::STATE_CHANGE,
-        weight,
+        priority,
         |record: &mut StateChange| {
             let port = if from == CLOSE {
                 socket.bound_port()
@@ -386,7 +391,7 @@ fn write(
 
 /// The kernel gives the socket up.
 #[inline(always)]
-pub(crate) fn ended(ctx: Context, sk: Sock) {
+pub(crate) fn destroyed(ctx: Context, sk: Sock) {
     if let Some(tracked) = sockets::get(sk) {
         if tracked.state != CLOSE && !is_stopping() {
             // Its close escaped both programs.
@@ -394,6 +399,6 @@ pub(crate) fn ended(ctx: Context, sk: Sock) {
             let state = tracked.state;
             report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
         }
-        sockets::end(sk);
+        sockets::forget(sk);
     }
 }

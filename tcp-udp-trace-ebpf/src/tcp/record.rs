@@ -76,7 +76,7 @@ pub(super) trait Describe: Socket {
         self.get_into(&mut to.rx_packets, Field::SegsIn);
         self.get_into(&mut to.uid, Field::SkUid);
         to.netns = tracked.netns;
-        to.owner = *owner::owner(tracked);
+        to.owner = *owner::of_socket(tracked);
         if family == AF_INET {
             to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
             to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];

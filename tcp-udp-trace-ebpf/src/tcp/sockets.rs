@@ -57,7 +57,7 @@ pub(crate) fn holds() -> u32 {
 #[inline(always)]
 pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
     let (netns, netns_cookie) = sk.netns();
-    let id = id::ticket();
+    let id = id::next();
     Tracked {
         id,
         // SAFETY: the helper takes nothing and cannot fail.
@@ -67,7 +67,7 @@ pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
         netns,
         state,
         syn,
-        kin: 0,
+        tree_generation: 0,
         room_uid: sk.get(Field::SkUid),
         _pad: 0,
         listener: if state == LISTEN { id } else { 0 },
@@ -155,7 +155,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
 
 /// Forgets the socket, if it is known.
 #[inline(always)]
-pub(crate) fn end(sk: Sock) {
+pub(crate) fn forget(sk: Sock) {
     let Some(user) = get(sk).map(|tracked| tracked.room_uid) else {
         return;
     };

@@ -9,7 +9,7 @@ use tcp_udp_trace_common::{AF_INET6, Field, Peer, kind};
 
 use super::{
     records::{record, report, totals_of},
-    sockets::{get, key_of, queued, seen},
+    sockets::{get, key_of, queued, track},
 };
 use crate::{
     connect::{self, Connect},
@@ -33,7 +33,7 @@ const IO_WORKER: u32 = 0x10;
 
 /// The current thread begins to connect the socket.
 #[inline(always)]
-pub(crate) fn connecting(key: u64) {
+pub(crate) fn connect_started(key: u64) {
     if read::<u32>(current_task(), Field::TaskFlags) & IO_WORKER != 0 {
         return;
     }
@@ -44,19 +44,19 @@ pub(crate) fn connecting(key: u64) {
 
 /// The current thread's `connect`, if it was in one, has ended with this result.
 #[inline(always)]
-pub(crate) fn connected(ctx: Context, result: i64) {
+pub(crate) fn connect_returned(ctx: Context, result: i64) {
     let thread = bpf_get_current_pid_tgid();
     // SAFETY: only this thread writes the entry.
     let Some(&key) = (unsafe { CONNECTING.get(thread) }) else {
         return;
     };
     let _ = CONNECTING.remove(thread);
-    ended(ctx, key, result);
+    report_connect(ctx, key, result);
 }
 
 /// A `connect` of the socket has ended with this result.
 #[inline(always)]
-fn ended(ctx: Context, key: u64, result: i64) {
+fn report_connect(ctx: Context, key: u64, result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
     if result == 0 && sk.get::<u8>(Field::State) == ESTABLISHED {
@@ -67,8 +67,8 @@ fn ended(ctx: Context, key: u64, result: i64) {
 
 /// The current process returns from `connect`.
 #[inline(always)]
-pub(crate) fn exited(ctx: Context, result: i64) {
-    connected(ctx, result);
+pub(crate) fn connect_exited(ctx: Context, result: i64) {
+    connect_returned(ctx, result);
     if let Some(errno) = connect::errno(result) {
         if let Some(regs) = syscall::registers(syscall::CONNECT) {
             failed(ctx, regs, errno);
@@ -78,9 +78,9 @@ pub(crate) fn exited(ctx: Context, result: i64) {
 
 /// The current process returns from a system call.
 #[inline(always)]
-pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
+pub(crate) fn syscall_returned(ctx: Context, regs: u64, result: i64) {
     if syscall::number(regs) == syscall::CONNECT {
-        connected(ctx, result);
+        connect_returned(ctx, result);
         if let Some(errno) = connect::errno(result) {
             failed(ctx, regs, errno);
         }
@@ -95,7 +95,7 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
     };
     let key = key_of(connect.sk);
     let sk = ptr::without_provenance(connect.sk.0 as usize);
-    let Some(tracked) = seen(key, sk) else {
+    let Some(tracked) = track(key, sk) else {
         return;
     };
     let (mut local, mut peer) = connect.ends();
@@ -117,7 +117,7 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
         other_port: 0,
         device: Some(device),
     };
-    if filter::wants_udp(kind::CONNECT_FAILED_UDP, tracked, &ends) {
+    if filter::passes_udp(kind::CONNECT_FAILED_UDP, tracked, &ends) {
         let totals = totals_of(tracked);
         let (kind, errno) = (kind::CONNECT_FAILED_UDP, errno.into());
         record(ctx, kind, key, tracked, &ends, totals, errno);
@@ -126,7 +126,7 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
 
 /// An io_uring has finished a request, which perhaps another thread has carried out.
 #[inline(always)]
-pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
+pub(crate) fn request_completed(ctx: Context, request: u64, result: i32) {
     if read::<u8>(request, Field::IoOpcode) != IORING_OP_CONNECT {
         return;
     }
@@ -134,7 +134,7 @@ pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
     let _ = CONNECTING.remove(bpf_get_current_pid_tgid());
     if let Some(sk) = Sock::of_file(read(request, Field::IoFile)) {
         if sk.is_udp() {
-            ended(ctx, key_of(sk), result.into());
+            report_connect(ctx, key_of(sk), result.into());
         }
     }
 }

@@ -25,9 +25,9 @@ static NOT_SPECIFIED: Global<u32> = Global::new(u32::MAX);
 
 /// A packet that is being freed.
 #[derive(Clone, Copy)]
-struct Freed(u64);
+struct FreedPacket(u64);
 
-impl Packet for Freed {
+impl Packet for FreedPacket {
     const MAY_BE_TRANSLATED: bool = true;
 
     #[inline(always)]
@@ -106,9 +106,9 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
         datagrams.bytes = bytes.wrapping_neg();
         datagrams.packets = packets.wrapping_neg();
         flows::add(&mut tracked.traffic, &datagrams);
-        flows::take_back(tracked, &mut datagrams, Freed(skb));
+        flows::take_back(tracked, &mut datagrams, FreedPacket(skb));
     } else {
-        count(ctx, key, tracked, &mut datagrams, Freed(skb));
+        count(ctx, key, tracked, &mut datagrams, FreedPacket(skb));
     }
 }
 

@@ -48,7 +48,7 @@ pub(super) fn count(
     let found = find(tracked, datagrams, packet);
     let found = match found {
         Some(flow) => Some((flow, false)),
-        None => begin(tracked, datagrams, packet),
+        None => create(tracked, datagrams, packet),
     };
     let Some((flow, is_first)) = found else {
         return;
@@ -66,10 +66,10 @@ pub(super) fn count(
     // SAFETY: a valid pointer into the map. Volatile, so that it is read after the datagrams are counted.
     let next = unsafe { (&raw const flow.report).read_volatile() };
     // Most datagrams end here, without a look at the clock: that would take as long as finding the flow.
-    if next == report::LATER && !is_first {
+    if next == report::BY_USER_SPACE && !is_first {
         return;
     }
-    if next != report::LATER && next != report::NEXT {
+    if next != report::BY_USER_SPACE && next != report::NEXT_DATAGRAM {
         // The flow is being removed: its last totals were read before this datagram was counted, or after.
         unassigned(tracked);
         return;
@@ -78,7 +78,7 @@ pub(super) fn count(
         // It will be taken back. The next one is reported.
         return;
     }
-    flow.report = report::LATER;
+    flow.report = report::BY_USER_SPACE;
     tracked.flows |= 1;
     datagrams.local.address = flow.local;
     let totals = Totals {
@@ -87,7 +87,7 @@ pub(super) fn count(
         first: is_first,
     };
     if !record(ctx, kind::FLOW, key, tracked, datagrams, totals, flow.born) {
-        flow.report = report::NEXT;
+        flow.report = report::NEXT_DATAGRAM;
         if is_first {
             // User space removes the flows that it knows.
             let key = &datagrams.flow;
@@ -149,7 +149,7 @@ fn reveal(flow: &mut Flow, local: &[u32; 4]) {
 /// A flow that is not known yet, and whether this has made it. None if nobody wants it, or if there
 /// is no room for it.
 #[inline(always)]
-fn begin(
+fn create(
     tracked: &mut UdpTracked,
     datagrams: &Datagrams,
     packet: impl Packet,
@@ -167,13 +167,13 @@ fn begin(
             tx_packets: 0,
             rx_packets: 0,
         },
-        report: report::LATER,
+        report: report::BY_USER_SPACE,
         born: now(),
         approximate: tracked.unassigned.into(),
         is_mixed: 0,
         local: datagrams.local.address,
     };
-    if !is_due || !filter::wants_udp(kind::FLOW, tracked, datagrams) {
+    if !is_due || !filter::passes_udp(kind::FLOW, tracked, datagrams) {
         let unwanted = match unwanted {
             Some(flow) => flow,
             None => {
@@ -189,7 +189,7 @@ fn begin(
     }
     let start = match unwanted {
         Some(flow) => {
-            flow.report = report::LATER;
+            flow.report = report::BY_USER_SPACE;
             &*flow
         }
         None => &fresh,

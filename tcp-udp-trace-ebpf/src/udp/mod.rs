@@ -16,12 +16,12 @@ use self::{
     flows::add,
     packet::Packet,
     records::{record, report, totals_of},
-    sockets::{PER_DATAGRAM, forget, held},
+    sockets::{PER_DATAGRAM, forget, track_for_holder},
 };
 pub(crate) use self::{
     flows::{FLOWS, get_flow},
     records::sample,
-    sockets::{begin, get, key_of, known, seen, used},
+    sockets::{find, get, key_of, track, track_for_current_task, track_new},
 };
 use crate::{
     datagrams::{Datagrams, Direction},
@@ -47,7 +47,7 @@ fn count(
             Direction::Sent => kind::SEND,
             Direction::Received => kind::RECEIVE,
         };
-        if !packet.is_refused() && filter::wants_udp(kind, tracked, datagrams) {
+        if !packet.is_refused() && filter::passes_udp(kind, tracked, datagrams) {
             record(
                 ctx,
                 kind,
@@ -65,7 +65,7 @@ fn count(
 #[inline(always)]
 pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     // One that is older than the tracer and was never used gets its only event here.
-    let Some(tracked) = held(ctx, key, sk) else {
+    let Some(tracked) = track_for_holder(ctx, key, sk) else {
         return;
     };
     let sk = Sock::new(tracked.sk);

@@ -17,22 +17,22 @@ use super::{
     count,
     packet::{Headers, Packet, headers, scope},
     records::{addresses, local6},
-    sockets::{key, key_of, used},
+    sockets::{key, key_of, track_for_current_task},
 };
 use crate::{
     datagrams::{Datagrams, Direction, flow_with},
     emit::Context,
     read::{read, read_at},
-    sock::{Copied, IPPROTO_UDP, Sock, Socket as _},
+    sock::{IPPROTO_UDP, Sock, SockCopy, Socket as _},
 };
 
 /// Threads that receive, and from which peer.
 #[map]
-static RECEIVING: LruHashMap<u64, From> = LruHashMap::with_max_entries(4096, 0);
+static RECEIVING: LruHashMap<u64, PendingReceive> = LruHashMap::with_max_entries(4096, 0);
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct From {
+struct PendingReceive {
     peer: Peer,
     /// The interface of a link-local address.
     scope: u32,
@@ -65,7 +65,8 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
     }
     // Before the rest: the verifier follows what this may do, once for each way that leads here.
     let key = key_of(sk);
-    let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) else {
+    let Some(tracked) = track_for_current_task(ctx, key, ptr::without_provenance(sk.0 as usize))
+    else {
         return;
     };
     let Headers {
@@ -111,7 +112,7 @@ pub(crate) fn receiving(hook: Context, peer: Peer) {
         let address = read::<u64>(hook as u64, Field::SockAddrUser);
         read_at(address + SCOPE_ID)
     });
-    let from = From {
+    let from = PendingReceive {
         peer,
         scope,
         is_receiving: 1,
@@ -125,7 +126,7 @@ pub(crate) fn receiving(hook: Context, peer: Peer) {
 
 /// Whether the current thread has been told in this receive from whom; and if ever, where that is.
 #[inline(always)]
-fn end_of_receive() -> (bool, Option<&'static From>) {
+fn end_of_receive() -> (bool, Option<&'static PendingReceive>) {
     let from = RECEIVING.get_ptr_mut(bpf_get_current_pid_tgid());
     // SAFETY: a valid pointer into the map, which is preallocated; only this thread has this entry.
     let from = from.and_then(|from| unsafe { from.as_mut() });
@@ -145,7 +146,7 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
     if protocol != IPPROTO_UDP {
         return;
     }
-    let (is_told, from) = end_of_receive();
+    let (has_peer, from) = end_of_receive();
     // After a shutdown, reading gives 0 without a datagram.
     let shut = result == 0 && sk.get::<u8>(Field::Shutdown) & RCV_SHUTDOWN != 0;
     if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {
@@ -153,13 +154,13 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
     }
     // The copy ends with the block: its room on the stack is needed for what comes.
     let (mut datagrams, key) = {
-        let socket = &Copied::new(sk);
+        let socket = &SockCopy::new(sk);
         // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
         let mut datagrams = addresses(socket);
         datagrams.direction = Direction::Received;
         datagrams.bytes = result as u64;
         datagrams.packets = 1;
-        if let Some(From { peer, scope, .. }) = from.filter(|_| is_told) {
+        if let Some(PendingReceive { peer, scope, .. }) = from.filter(|_| has_peer) {
             if peer.family != datagrams.flow.peer.family {
                 datagrams.local.address = local6(socket, peer.family);
                 datagrams.local.family = peer.family;
@@ -172,13 +173,14 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
         }
         (datagrams, key(sk, socket.get(Field::Cookie)))
     };
-    if let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) {
+    if let Some(tracked) = track_for_current_task(ctx, key, ptr::without_provenance(sk.0 as usize))
+    {
         if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
             tracked.approximate = 1;
         }
         if tracked.strangers.cast_signed() > 0 {
             take_stranger(tracked);
-            if !is_told {
+            if !has_peer {
                 let peer = &mut datagrams.flow.peer;
                 (peer.address, peer.port) = ([0; 4], 0);
             }

@@ -5,7 +5,7 @@ use tcp_udp_trace_common::{AF_INET, Field, Peer, Traffic, Udp, UdpTracked, kind,
 use super::packet::is_set;
 use crate::{
     datagrams::{Datagrams, Direction, flow_with},
-    emit::{self, Context, Weight},
+    emit::{self, Context, Priority},
     filter,
     sock::{Sock, Socket, peer6, tcp_state::ESTABLISHED},
 };
@@ -38,12 +38,12 @@ pub(super) fn record(
     totals: Totals<'_>,
     amount: u64,
 ) -> bool {
-    let weight = match kind {
-        kind::CLOSE => Weight::Last,
-        kind::CONNECT_FAILED_UDP => Weight::Vital,
-        _ => Weight::Other,
+    let priority = match kind {
+        kind::CLOSE => Priority::Final,
+        kind::CONNECT_FAILED_UDP => Priority::Lifecycle,
+        _ => Priority::Normal,
     };
-    emit::record(ctx, kind, weight, |record: &mut Udp| {
+    emit::record(ctx, kind, priority, |record: &mut Udp| {
         record.key = key;
         record.id = tracked.id;
         record.born = tracked.born;
@@ -85,7 +85,7 @@ pub(super) fn report(
     amount: u64,
 ) -> bool {
     let addresses = addresses(sk);
-    filter::wants_udp(kind, tracked, &addresses)
+    filter::passes_udp(kind, tracked, &addresses)
         && record(
             ctx,
             kind,

@@ -8,7 +8,7 @@ use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 use super::{
     count, nat,
     packet::{ETH_P_IP, IPPROTO_UDP, Packet, UDP_HEADER, local_of_flow, scope},
-    sockets::{add_unsent, seen, set_user},
+    sockets::{add_unsent, set_user, track},
 };
 use crate::{
     datagrams::{Datagrams, Direction, flow_with},
@@ -103,10 +103,10 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
     }
     // SAFETY: the context is an skb with a socket.
     let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let Some(tracked) = seen(key, sk.cast()) else {
+    let Some(tracked) = track(key, sk.cast()) else {
         return;
     };
-    let packet = Leaving(ctx);
+    let packet = SentPacket(ctx);
     if tracked.is_refused != 0 && packet.is_refused() {
         // Nobody shall see it counted, not even until the kernel frees it.
         add_unsent(tracked, 1);
@@ -154,9 +154,9 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
 
 /// A packet that a program at the cgroup sees.
 #[derive(Clone, Copy)]
-struct Leaving<'a>(&'a SkBuffContext);
+struct SentPacket<'a>(&'a SkBuffContext);
 
-impl Packet for Leaving<'_> {
+impl Packet for SentPacket<'_> {
     const MAY_BE_TRANSLATED: bool = true;
 
     #[inline(always)]

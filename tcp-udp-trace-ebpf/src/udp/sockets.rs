@@ -48,12 +48,12 @@ pub(crate) fn get(key: u64) -> Option<&'static mut UdpTracked> {
 ///
 /// It is put together under a name that nobody else knows: whoever finds it under its own finds all of it.
 #[inline(always)]
-pub(crate) fn begin(
+pub(crate) fn track_new(
     key: u64,
     sk: *const core::ffi::c_void,
     owner: Owner,
 ) -> Option<&'static mut UdpTracked> {
-    let id = id::ticket();
+    let id = id::next();
     let draft = DRAFT | id;
     if UDP_SOCKETS
         .insert(draft, &NOTHING_KNOWN, u64::from(BPF_NOEXIST))
@@ -94,7 +94,7 @@ pub(crate) fn begin(
             tracked.is_refused = old.is_refused;
             tracked.unsent = old.unsent;
             tracked.strangers = old.strangers;
-            tracked.kin = old.kin;
+            tracked.tree_generation = old.tree_generation;
             tracked.traffic = old.traffic;
             if old.owner.origin != origin::NONE {
                 tracked.owner = old.owner;
@@ -139,7 +139,7 @@ static NOTHING_KNOWN: UdpTracked = UdpTracked {
     netns: 0,
     approximate: 0,
     flows: 0,
-    kin: 0,
+    tree_generation: 0,
     unassigned: 0,
     is_translated: 0,
     is_refused: 0,
@@ -185,12 +185,12 @@ pub(super) fn key(sk: Sock, cookie: u64) -> u64 {
 
 /// The socket, tracked from now on if it was not; the current process uses it.
 #[inline(always)]
-pub(crate) fn used(
+pub(crate) fn track_for_current_task(
     ctx: Context,
     key: u64,
     sk: *const core::ffi::c_void,
 ) -> Option<&'static mut UdpTracked> {
-    let tracked = held(ctx, key, sk)?;
+    let tracked = track_for_holder(ctx, key, sk)?;
     set_user(tracked, (bpf_get_current_pid_tgid() >> 32) as u32, 0);
     Some(tracked)
 }
@@ -219,37 +219,37 @@ pub(super) fn set_user(tracked: &mut UdpTracked, pid: u32, sent_by: u64) {
 
 /// The socket, tracked from now on if it was not; the current process has it open.
 #[inline(always)]
-pub(super) fn held(
+pub(super) fn track_for_holder(
     ctx: Context,
     key: u64,
     sk: *const core::ffi::c_void,
 ) -> Option<&'static mut UdpTracked> {
     let Some(tracked) = get(key) else {
-        return begin(key, sk, owner::current(ctx, origin::USER));
+        return track_new(key, sk, owner::current(ctx, origin::USER));
     };
     if tracked.owner.origin == origin::NONE {
-        owner::settle_current(ctx, &mut tracked.owner, origin::USER);
+        owner::set_current_once(ctx, &mut tracked.owner, origin::USER);
     }
     Some(tracked)
 }
 
 /// The socket, tracked from now on if it was not; the current process has perhaps nothing to do with it.
 #[inline(always)]
-pub(crate) fn seen(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mut UdpTracked> {
+pub(crate) fn track(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mut UdpTracked> {
     match get(key) {
         Some(tracked) => Some(tracked),
-        None => begin(key, sk, owner::UNKNOWN),
+        None => track_new(key, sk, owner::UNKNOWN),
     }
 }
 
 /// What is known of the socket, if anything is. By its address too: it may just have got its cookie.
 #[inline(always)]
-pub(crate) fn known(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
+pub(crate) fn find(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
     if let Some(tracked) = get(key) {
         return Some(tracked);
     }
     get(sk.0)?;
-    begin(key, ptr::without_provenance(sk.0 as usize), owner::UNKNOWN)
+    track_new(key, ptr::without_provenance(sk.0 as usize), owner::UNKNOWN)
 }
 
 #[inline(always)]
