@@ -1,4 +1,4 @@
-//! What went wrong: counted where it happens, and told to user space's log now and then.
+//! Counters of anomalies. User space reads them, and the programs log them from time to time.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
@@ -7,14 +7,14 @@ use aya_ebpf::{macros::map, maps::Array};
 use aya_log_ebpf::warn;
 use tcp_udp_trace_common::{Counters, kind};
 
-/// The counts, and the counts that the log has been told.
+/// The counters, and their values when they were last logged.
 #[map]
 static COUNTERS: Array<Counters> = Array::with_max_entries(2, 0);
 const COUNTED: u32 = 0;
 #[cfg(not(feature = "perf"))]
 const LOGGED: u32 = 1;
 
-/// How many records the ring has refused so far.
+/// Returns how many records the buffer has refused so far.
 #[inline(always)]
 pub(crate) fn lost_so_far() -> u32 {
     COUNTERS
@@ -22,7 +22,8 @@ pub(crate) fn lost_so_far() -> u32 {
         .map_or(0, |counters| counters.lost as u32)
 }
 
-/// Whether sockets or state changes have escaped: then the beginning of any socket may have.
+/// Returns whether sockets or state changes have been missed. If so, the beginning of any socket
+/// may have been missed.
 #[inline(always)]
 pub(crate) fn has_missed() -> bool {
     COUNTERS
@@ -30,7 +31,7 @@ pub(crate) fn has_missed() -> bool {
         .is_none_or(|counters| counters.untracked | counters.missed != 0)
 }
 
-/// A record of this kind found the ring full.
+/// Counts a record of this kind that found the buffer full.
 #[inline(always)]
 pub(crate) fn lost(kind: u32) {
     if kind == kind::IMAGE {
@@ -40,31 +41,31 @@ pub(crate) fn lost(kind: u32) {
     count(|counters| &raw mut counters.lost_of[kind as usize % kind::COUNT]);
 }
 
-/// The map of sockets is full.
+/// Counts a socket that found no room in its map.
 #[inline(always)]
 pub(crate) fn untracked() {
     count(|counters| &raw mut counters.untracked);
 }
 
-/// No hook saw a state change.
+/// Counts a state change that no hook saw.
 #[inline(always)]
 pub(crate) fn missed() {
     count(|counters| &raw mut counters.missed);
 }
 
-/// A TCP socket of a family that is neither IPv4 nor IPv6.
+/// Counts a TCP socket whose family is neither IPv4 nor IPv6.
 #[inline(always)]
 pub(crate) fn unknown_family() {
     count(|counters| &raw mut counters.unknown_family);
 }
 
-/// The map of a filter's processes is full.
+/// Counts a process that found no room in the map of tree members.
 #[inline(always)]
 pub(crate) fn untracked_process() {
     count(|counters| &raw mut counters.untracked_processes);
 }
 
-/// A datagram was counted for no flow.
+/// Counts a datagram that could not be added to a flow.
 #[inline(always)]
 pub(crate) fn unassigned() {
     count(|counters| &raw mut counters.unassigned);
@@ -73,13 +74,14 @@ pub(crate) fn unassigned() {
 #[inline(always)]
 fn count(which: impl FnOnce(&mut Counters) -> *mut u64) {
     if let Some(counters) = COUNTERS.get_ptr_mut(COUNTED) {
-        // SAFETY: a valid pointer to the map's value; the addition is atomic, because other CPUs count too.
+        // SAFETY: a valid pointer to the map's value. The addition is atomic, because other CPUs
+        // also count.
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(which(&mut *counters), 1) };
     }
 }
 
-/// Logs the counts, if one has doubled since they were last told. Only where the reader asks: the verifier takes as long for logging as for
-/// all that a hook does.
+/// Logs the counters if one has doubled since they were last logged. Only `arm_wakeup` calls it,
+/// because the verifier takes as long for logging as for all the work of a hook.
 #[cfg(not(feature = "perf"))]
 #[inline(always)]
 pub(crate) fn log() {
@@ -87,7 +89,8 @@ pub(crate) fn log() {
     else {
         return;
     };
-    // SAFETY: valid pointers to different values of the map; only the reader's question comes here, which it asks one at a time.
+    // SAFETY: valid pointers to different values of the map. Only `arm_wakeup` uses the second one,
+    // and user space runs that program once at a time.
     let (now, logged) = unsafe { (&*now, &mut *logged) };
     if now.untracked > 2 * logged.untracked
         || now.missed > 2 * logged.missed
@@ -98,12 +101,11 @@ pub(crate) fn log() {
         let escaped = now.untracked + now.missed + now.unknown_family;
         warn!(
             &(),
-            "{} sockets and state changes have escaped so far: TracerHandle::stats tells which",
-            escaped
+            "{} sockets and state changes were missed so far, see TracerHandle::stats", escaped
         );
     }
 }
 
-/// The log is a ring buffer: without one, the counts must do.
+/// The log needs a ring buffer, so without ring buffers there are only the counters.
 #[cfg(feature = "perf")]
 pub(crate) const fn log() {}

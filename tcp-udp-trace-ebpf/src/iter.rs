@@ -1,4 +1,5 @@
-//! Iterators: programs that user space lets the kernel run once for each thing that there is.
+//! The steps of iterators. The kernel runs these programs once for each object when user space
+//! reads the iterator.
 
 use core::ptr;
 
@@ -14,12 +15,13 @@ use crate::{
     udp::{self, key_of},
 };
 
-/// The walk goes on to the next thing.
+/// Continues with the next object.
 pub(crate) const CONTINUE: i32 = 0;
-/// The walk pauses: the reading call returns, and the next one begins with the same thing.
+/// Pauses the iterator: the read call returns, and the next one begins with the same object.
 const PAUSE: i32 = 1;
 
-/// `iter/task_file`: a file that a process has open. If it is a TCP socket that nobody is known to own, it is this process's.
+/// `iter/task_file`: makes the process the owner of a TCP socket that it has open, if the owner is
+/// not known.
 #[inline(always)]
 pub(crate) fn file_of_tcp(step: Step) -> i32 {
     if let Some(tracked) = Sock::of_file(step.pointer(3)).and_then(tcp::live_socket) {
@@ -28,7 +30,7 @@ pub(crate) fn file_of_tcp(step: Step) -> i32 {
     CONTINUE
 }
 
-/// The same for UDP.
+/// `iter/task_file`: the same for a UDP socket.
 #[inline(always)]
 pub(crate) fn file_of_udp(step: Step) -> i32 {
     let Some(sk) = Sock::of_file(step.pointer(3)) else {
@@ -43,7 +45,7 @@ pub(crate) fn file_of_udp(step: Step) -> i32 {
     CONTINUE
 }
 
-/// If nobody is known to own the socket, it is this task's, which has it open.
+/// Makes this task's process the owner, if the owner is not known.
 #[inline(always)]
 fn belongs_to(owner: &mut Owner, task: u64) {
     if owner.origin == origin::NONE {
@@ -51,8 +53,10 @@ fn belongs_to(owner: &mut Owner, task: u64) {
     }
 }
 
-/// `iter/tcp`: a TCP socket of the reader's network namespace. The kernel holds its lock (before 5.15 that of its hash bucket, which
-/// it cannot leave meanwhile): no close comes before this.
+/// `iter/tcp`: samples a TCP socket of the reader's network namespace.
+///
+/// The kernel holds the socket's lock, so no close precedes the sample. Before 5.15 the kernel
+/// holds the lock of the hash bucket, which the socket cannot leave meanwhile.
 #[inline(always)]
 pub(crate) fn tcp_socket(step: Step) -> i32 {
     let sk = Sock::new(step.pointer(1));
@@ -68,7 +72,7 @@ pub(crate) fn tcp_socket(step: Step) -> i32 {
     CONTINUE
 }
 
-/// `iter/udp`: a bound UDP socket of the reader's network namespace.
+/// `iter/udp`: samples a bound UDP socket of the reader's network namespace.
 #[inline(always)]
 pub(crate) fn udp_socket(step: Step) -> i32 {
     let sk = Sock::new(step.pointer(1));
@@ -76,7 +80,7 @@ pub(crate) fn udp_socket(step: Step) -> i32 {
         return CONTINUE;
     }
     let key = key_of(sk);
-    // One that is not known is being closed, or is the kernel's own.
+    // A socket that is not tracked is being closed, or belongs to the kernel.
     let Some(tracked) = udp::find(key, sk) else {
         return CONTINUE;
     };
@@ -89,7 +93,7 @@ pub(crate) fn udp_socket(step: Step) -> i32 {
     CONTINUE
 }
 
-/// `iter/task`: writes the numbers of each process that the reader's pid namespace has.
+/// `iter/task`: writes the pids of each process that is in the reader's pid namespace.
 #[inline(always)]
 pub(crate) fn pids(step: Step) -> i32 {
     let task = step.pointer(1);

@@ -7,8 +7,8 @@ use aya_ebpf::{
     helpers::generated::{bpf_probe_read_kernel, bpf_seq_write},
 };
 
-/// What an iterator's program is called with: a structure of pointers (`struct bpf_iter__tcp` and its like), of which the first is
-/// to the `struct bpf_iter_meta` of the walk.
+/// The context of an iterator's program: a structure of pointers, such as `struct bpf_iter__tcp`.
+/// The first one points to the `struct bpf_iter_meta` of the iterator.
 #[derive(Clone, Copy)]
 pub(crate) struct Step(*mut c_void);
 
@@ -21,12 +21,13 @@ impl Step {
         self.0
     }
 
-    /// A pointer of the context, which the verifier shall know nothing of; null in the last call, which is for no thing.
+    /// Returns a pointer of the context, without a type for the verifier. It is null in the last
+    /// call, which has no object.
     #[inline(always)]
     pub(crate) fn pointer(self, index: usize) -> u64 {
         let mut pointer = 0_u64;
-        // SAFETY: the helper writes 8 bytes to `pointer` whatever the address; the context has as many pointers as its iterator's
-        // programs ask for.
+        // SAFETY: the helper writes 8 bytes to `pointer` whatever the address. The context has as
+        // many pointers as the programs of its iterator request.
         unsafe {
             bpf_probe_read_kernel(
                 ptr::from_mut(&mut pointer).cast(),
@@ -37,21 +38,22 @@ impl Step {
         pointer
     }
 
-    /// Makes the reading call return a byte more.
+    /// Makes the read call return one more byte.
     #[inline(always)]
     pub(crate) fn count(self) {
         self.write(&[1]);
     }
 
-    /// Makes the reading call return these bytes, too.
+    /// Makes the read call return these bytes as well.
     #[inline(always)]
     pub(crate) fn write<const N: usize>(self, bytes: &[u8; N]) {
-        // SAFETY: the context begins with a pointer to `struct bpf_iter_meta`, and that with one to the `struct seq_file`. The
-        // verifier knows both types, and refuses the program if it is otherwise.
+        // SAFETY: the context begins with a pointer to `struct bpf_iter_meta`, which begins with a
+        // pointer to the `struct seq_file`. The verifier knows both types, and refuses the program
+        // if that is not so.
         unsafe {
             let meta = self.0.cast::<*const *mut seq_file>().read();
-            // It fails only if the buffer is full: then the thing is shown again, and its second record is one that
-            // user space ignores.
+            // The helper fails only if the buffer is full. Then the kernel visits the object again,
+            // and user space ignores its second record.
             bpf_seq_write(meta.read(), bytes.as_ptr().cast(), N as u32);
         }
     }

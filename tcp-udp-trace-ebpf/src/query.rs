@@ -27,6 +27,7 @@ use crate::{
     udp::{FLOWS, get, get_flow},
 };
 
+/// Arms the wake-up, and returns how many records the buffer has refused so far.
 #[inline(always)]
 pub(crate) fn arm_wakeup() -> i32 {
     emit::arm();
@@ -34,7 +35,7 @@ pub(crate) fn arm_wakeup() -> i32 {
     counters::lost_so_far().cast_signed()
 }
 
-/// User space changes the filter, or asks about it; see [`op`]. A negative answer is an error, like the kernel's.
+/// Changes or queries the filter, see [`op`]. A negative result is an error, like the kernel's.
 #[inline(always)]
 pub(crate) fn control_filter(ctx: &RawTracePointContext) -> i32 {
     let operation = ctx.arg::<u64>(0);
@@ -79,7 +80,7 @@ fn result(result: Result<(), i32>) -> i32 {
     }
 }
 
-/// User space asks for the totals of a flow; 1 if it is there.
+/// Returns the totals of a flow in the packet, or 1 if the flow exists.
 #[inline(always)]
 pub(crate) fn query_flow(ctx: &TcContext) -> Result<i32, i64> {
     let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
@@ -91,14 +92,15 @@ pub(crate) fn query_flow(ctx: &TcContext) -> Result<i32, i64> {
     let report = &raw mut flow.report;
     let is_unchanged =
         flow.traffic.tx_packets == known.tx_packets && flow.traffic.rx_packets == known.rx_packets;
-    // SAFETY: a valid pointer. Atomic, and so before what follows: a datagram is counted before it looks at this, and this is written before
-    // the counts are read again. One of the two finds the other.
+    // SAFETY: a valid pointer. The addition is atomic, so it precedes the reads below. A datagram
+    // is counted before its program reads this field, and this field is written before the counts
+    // are read again. So one of the two sees the other.
     unsafe {
         if forget != 0 {
-            // Neither of the two numbers that say when there is a record.
+            // The sum is neither of the two values that `flows` compares with.
             atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, report::REMOVED);
         } else if is_unchanged && report.read_volatile() == report::BY_USER_SPACE {
-            // One more than the highest number.
+            // The sum is `NEXT_DATAGRAM`.
             atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, report::ARM);
         }
     }

@@ -1,4 +1,4 @@
-//! Reading the kernel's structures.
+//! Reads `struct sock` and the structures around it.
 
 use core::ffi::c_void;
 
@@ -11,7 +11,9 @@ const IPPROTO_TCP: u16 = 6;
 pub(crate) const IPPROTO_UDP: u16 = 17;
 const IPPROTO_MPTCP: u16 = 262;
 
-/// The states of TCP, in [`Field::State`]. A UDP socket with a peer is in `ESTABLISHED`, too.
+/// The states of TCP, in [`Field::State`]. A UDP socket with a peer is also in `ESTABLISHED`.
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/net/tcp_states.h>
 pub(crate) mod tcp_state {
     pub(crate) const ESTABLISHED: u8 = 1;
     pub(crate) const SYN_SENT: u8 = 2;
@@ -26,16 +28,17 @@ pub(crate) mod tcp_state {
     pub(crate) const NEW_SYN_RECV: u8 = 12;
 }
 
-/// A socket whose fields can be read. How, depends on what the verifier knows of the pointer.
+/// A socket whose fields can be read. The implementations differ in the verifier's knowledge of the
+/// pointer.
 pub(crate) trait Socket: Copy {
-    /// The value of a field; 0 where the kernel lacks the field or the address is bad.
+    /// Returns the value of a field, or 0 if the kernel lacks the field or the address is bad.
     fn get<T: Plain>(self, field: Field) -> T;
 
-    /// Puts it where it is wanted, which saves a copy.
+    /// Reads a field into its destination, which saves a copy.
     fn get_into<T: Plain>(self, to: &mut T, field: Field);
 
-    /// Whether it is a TCP socket over IPv4 or IPv6. MPTCP has a socket of its own above its TCP ones,
-    /// with the same ports; it is not TCP.
+    /// Returns whether this is a TCP socket over IPv4 or IPv6. MPTCP has a socket of its own above
+    /// its TCP sockets, with the same ports. That one is not TCP.
     #[inline(always)]
     fn is_tcp(self) -> bool {
         self.get::<u16>(Field::Protocol) == IPPROTO_TCP
@@ -46,20 +49,20 @@ pub(crate) trait Socket: Copy {
         self.get(Field::Family)
     }
 
-    /// The port it is bound to; 0 once the port has been given back.
+    /// Returns the port that the socket is bound to, or 0 once the socket has given it back.
     #[inline(always)]
     fn bound_port(self) -> u16 {
         self.get(Field::BoundPort)
     }
 
-    /// The port of its connection: of the last one, if it has none.
+    /// Returns the local port of the connection, or of the last one.
     #[inline(always)]
     fn connected_port(self) -> u16 {
         u16::from_be(self.get(Field::LocalPort))
     }
 }
 
-/// The address of a `struct sock`: its fields are read by a helper.
+/// The address of a `struct sock`. A helper reads its fields.
 #[derive(Clone, Copy)]
 pub(crate) struct Sock(pub(crate) u64);
 
@@ -75,13 +78,14 @@ impl Socket for Sock {
     }
 }
 
-/// A copy of what is read most of a socket, made at once.
+/// A copy of the most used fields of a socket, read in one call.
 pub(crate) struct SockCopy {
     sk: Sock,
     common: [u64; COMMON / 8],
 }
 
-/// How much of `struct sock` is copied: addresses, ports, state, cookie and flags, on every kernel so far.
+/// How many bytes of `struct sock` are copied. On every supported kernel, they hold the addresses,
+/// ports, state, cookie and flags.
 const COMMON: usize = 104;
 
 impl Plain for [u64; COMMON / 8] {
@@ -105,7 +109,8 @@ impl Socket for &SockCopy {
         if offset > COMMON - size_of::<T>() {
             return self.sk.get(field);
         }
-        // SAFETY: it is in the copy. Volatile, for the compiler not to make one load of several.
+        // SAFETY: the field is in the copy. Volatile, so that the compiler does not merge several
+        // loads.
         unsafe {
             (&raw const self.common)
                 .byte_add(offset)
@@ -120,15 +125,18 @@ impl Socket for &SockCopy {
     }
 }
 
-/// A pointer that the verifier knows to be to a `struct tcp_sock`: its fields are loaded like any other memory's, which is ten times as fast.
+/// A pointer that the verifier knows to be to a `struct tcp_sock`. Its fields are loaded like any
+/// other memory, which is ten times as fast as the helper.
 #[derive(Clone, Copy)]
 pub(crate) struct TcpSock(*const u8);
 
 impl TcpSock {
-    /// The TCP socket that the program's first argument is, if it is one. The verifier must know that argument to be a socket.
+    /// Returns the TCP socket at `sk`, or `None` if it is not a TCP socket. The verifier must know
+    /// that `sk`, an argument of the program, is a socket.
     #[inline(always)]
     pub(crate) fn new(sk: *mut c_void) -> Option<Self> {
-        // SAFETY: the helper looks whether it is one; the verifier refuses the program if `sk` is not a socket.
+        // SAFETY: the helper checks the type. The verifier refuses the program if `sk` is not a
+        // socket.
         let tcp = unsafe { bpf_skc_to_tcp_sock(sk) };
         (!tcp.is_null()).then_some(Self(tcp.cast_const().cast()))
     }
@@ -139,8 +147,9 @@ impl Socket for TcpSock {
     fn get<T: Plain>(self, field: Field) -> T {
         match offset(field) {
             ABSENT => T::ZERO,
-            // SAFETY: the kernel has made sure that it is a TCP socket, and the verifier that the field is in it. Volatile, because the compiler
-            // must not load another size than the field's.
+            // SAFETY: the kernel has checked that this is a TCP socket, and the verifier checks
+            // that the field is in it. Volatile, because the compiler must not load another size
+            // than the field's.
             offset => unsafe { self.0.add(offset as usize).cast::<T>().read_volatile() },
         }
     }
@@ -150,14 +159,14 @@ impl Socket for TcpSock {
         *to = self.get(field);
     }
 
-    /// That is how it became one.
+    /// [`TcpSock::new`] has checked that.
     #[inline(always)]
     fn is_tcp(self) -> bool {
         true
     }
 }
 
-/// The id of the cgroup (v2) at this address.
+/// Returns the id of the cgroup (v2) at this address.
 #[inline(always)]
 pub(crate) fn cgroup_id(cgroup: u64) -> u64 {
     read(read::<u64>(cgroup, Field::CgroupNode), Field::CgroupNodeId)
@@ -173,11 +182,11 @@ impl Sock {
         self.get::<u16>(Field::Protocol) == IPPROTO_UDP
     }
 
-    /// The socket behind an open file, if it is one.
+    /// Returns the socket of an open file, if the file is a socket.
     #[inline(always)]
     pub(crate) fn of_file(file: u64) -> Option<Self> {
         let socket = read::<u64>(file, Field::FilePrivate);
-        // Only a socket and its file know each other; and the file may just have been replaced.
+        // Only a socket and its file point to each other. The file may just have been replaced.
         if file == 0 || read::<u64>(socket, Field::SocketFile) != file {
             return None;
         }
@@ -185,7 +194,7 @@ impl Sock {
         (sk.0 != 0 && sk.get::<u64>(Field::SkSocket) == socket).then_some(sk)
     }
 
-    /// The socket behind a descriptor of the current process.
+    /// Returns the socket of a descriptor of the current process.
     #[inline(always)]
     pub(crate) fn of_descriptor(fd: i64) -> Option<Self> {
         let files = read::<u64>(current_task(), Field::Files);
@@ -197,7 +206,8 @@ impl Sock {
         Self::of_file(read_at(array + (fd as u64) * 8))
     }
 
-    /// The socket of TCP that it is; of Multipath TCP, the first subflow.
+    /// Returns the TCP socket: the first subflow if this is a socket of Multipath TCP, otherwise
+    /// itself.
     #[inline(always)]
     pub(crate) fn of_tcp(self) -> Self {
         if self.get::<u16>(Field::Protocol) == IPPROTO_MPTCP {
@@ -207,8 +217,8 @@ impl Sock {
         }
     }
 
-    /// The state of the `struct socket` above it, 0 if it has none. Not to be confused with the
-    /// state of TCP.
+    /// Returns the state of the `struct socket` above this socket, 0 if there is none. That is not
+    /// the state of TCP.
     #[inline(always)]
     pub(crate) fn socket_state(self) -> u32 {
         match self.get::<u64>(Field::SkSocket) {
@@ -217,34 +227,36 @@ impl Sock {
         }
     }
 
-    /// Whether a process has, or had, a descriptor of it: the kernel's own sockets have no file.
+    /// Returns whether a process has, or had, a descriptor of this socket. The kernel's own sockets
+    /// have no file.
     #[inline(always)]
     pub(crate) fn has_file(self) -> bool {
         read::<u64>(self.get(Field::SkSocket), Field::SocketFile) != 0
     }
 
-    /// The inode and the cookie of its network namespace.
+    /// Returns the inode and the cookie of the socket's network namespace.
     #[inline(always)]
     pub(crate) fn netns(self) -> (u32, u64) {
         let net = self.get::<u64>(Field::Net);
         (read(net, Field::NetInode), read(net, Field::NetCookie))
     }
 
-    /// The id of its cgroup (v2); 0 when it has none.
+    /// Returns the id of the socket's cgroup (v2), or 0 if it has none.
     #[inline(always)]
     pub(crate) fn cgroup(self) -> u64 {
         let cgroup = self.get::<u64>(Field::Cgroup);
-        // Before 5.15 an odd value is not a pointer, but a network class of cgroup v1.
+        // Before 5.15, an odd value is not a pointer but a network class of cgroup v1.
         if cgroup == 0 || cgroup & 1 == 1 {
             return 0;
         }
         cgroup_id(cgroup)
     }
 
-    /// The listener that this socket was just cloned from, if it can be told.
+    /// Returns the listener that this socket was just cloned from, if the listener can be found.
     ///
-    /// A clone is made byte by byte, and an empty list points to itself: until the clone's own list is
-    /// set up, it still points into the listener. Undocumented, so the caller checks what it finds there.
+    /// The kernel clones a socket byte by byte, and an empty list points to itself. Until the
+    /// kernel initializes the clone's own list, that list points into the listener. This is not
+    /// documented, so the caller checks the result.
     #[inline(always)]
     pub(crate) fn listener(self) -> Option<Self> {
         if !has(Field::SentQueue) {
@@ -255,10 +267,11 @@ impl Sock {
         (listener != self.0).then_some(Self(listener))
     }
 
-    /// The two ends of a connection, or of what may become one; an IPv4-mapped address is the IPv4 address that it is.
+    /// Returns the two ends of a connection, or of a future one. An IPv4-mapped address becomes its
+    /// IPv4 address.
     #[inline(always)]
     pub(crate) fn ends(self) -> (Peer, Peer) {
-        // A listener, and a socket that is about to connect, has no other port than the one it is bound to.
+        // A listener, or a socket that is about to connect, has only the port that it is bound to.
         let bound = self.bound_port();
         let port = if bound == 0 {
             self.connected_port()
@@ -270,13 +283,13 @@ impl Sock {
         (self.local_end(port), remote)
     }
 
-    /// This end, with a port that it has.
+    /// Returns the local end with this port.
     #[inline(always)]
     pub(crate) fn local_end(self, port: u16) -> Peer {
         self.end(Field::LocalAddr4, Field::LocalAddr6, port)
     }
 
-    /// The end whose address is in one of these fields, by the family of the socket.
+    /// Returns the end whose address is in one of these fields, depending on the socket's family.
     #[inline(always)]
     fn end(self, v4: Field, v6: Field, port: u16) -> Peer {
         if self.family() == AF_INET {
@@ -291,7 +304,7 @@ impl Sock {
     }
 }
 
-/// An IPv6 address and port as a peer; an IPv4-mapped address is the IPv4 address that it is.
+/// Returns an IPv6 address and a port as a peer. An IPv4-mapped address becomes its IPv4 address.
 #[inline(always)]
 pub(crate) fn peer6(address: [u32; 4], port: u16) -> Peer {
     match address {

@@ -7,10 +7,10 @@ use tcp_udp_trace_common::Head;
 
 use crate::counters;
 
-/// What a program was called with. The kernel wants to see it from one that writes into a perf buffer.
+/// The context of a program. The helper that writes into a perf buffer requires it.
 pub(crate) type Context = *mut c_void;
 
-/// Something that begins with a [`Head`].
+/// A record, which begins with a [`Head`].
 pub(crate) trait Record: 'static {
     fn head(&mut self) -> &mut Head;
 }
@@ -39,24 +39,25 @@ impl Record for tcp_udp_trace_common::Image {
     }
 }
 
-/// What it would mean to miss a record.
+/// How bad it would be to lose a record.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Priority {
-    /// It tells the end of a socket, and the final numbers: nothing could make up for it.
+    /// The end of a socket with its final numbers. No later record could replace it.
     Final,
-    /// It tells another beginning or end. An eighth of the room is kept for these and those above.
+    /// Another lifecycle event. An eighth of the ring is reserved for this priority and the one
+    /// above.
     Lifecycle,
-    /// The picture would soon be right again.
+    /// A record whose loss later records make up for.
     Normal,
 }
 
-/// The head of a record that is written now.
+/// Returns the head of a record that is written now.
 #[inline(always)]
 pub(super) fn head(kind: u32) -> Head {
     Head {
         kind,
         lost: counters::lost_so_far(),
-        // SAFETY: the helper takes nothing and cannot fail.
+        // SAFETY: the helper takes no argument and cannot fail.
         time: unsafe { bpf_ktime_get_boot_ns() },
     }
 }

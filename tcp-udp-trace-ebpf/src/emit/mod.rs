@@ -1,6 +1,7 @@
-//! From a record to the reader, and when to wake it.
+//! Writes records to the reader and decides when to wake the reader.
 //!
-//! The programs are built twice: with a ring buffer, and with perf buffers for kernels that have no ring buffer.
+//! The programs are built twice: with a ring buffer, and with perf buffers for kernels that have no
+//! ring buffer.
 
 mod head;
 #[cfg(feature = "perf")]

@@ -1,12 +1,12 @@
-//! When a record wakes the reader.
+//! The flag by which the reader requests a wake-up.
 
 use aya_ebpf::{macros::map, maps::Array};
 
-/// Not 0 while the reader sleeps and wants to be woken by the next record.
+/// Not 0 while the reader sleeps until the next record.
 #[map]
 static ARMED: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Lets the next record wake the reader.
+/// Makes the next record wake the reader.
 #[inline(always)]
 pub(crate) fn arm() {
     if let Some(armed) = ARMED.get_ptr_mut(0) {
@@ -15,14 +15,18 @@ pub(crate) fn arm() {
     }
 }
 
-/// Whether the reader has asked to be woken, and nobody has done it yet. Waking is the most expensive thing that an event can do
-/// (about 1.7 of 1.9 µs when every record does it), so records gather meanwhile.
+/// Returns whether the reader requested a wake-up that no record has given yet, and clears the
+/// request.
+///
+/// A wake-up is the most expensive part of an event: about 1.7 of 1.9 µs if every record wakes the
+/// reader. So the records between two requests are collected.
 #[inline(always)]
 pub(super) fn is_armed() -> bool {
     let Some(armed) = ARMED.get_ptr_mut(0) else {
         return false;
     };
-    // SAFETY: a valid pointer to the map's only value. Two CPUs may both find it armed: one wake-up too many.
+    // SAFETY: a valid pointer to the map's only value. If two CPUs both find the request, the
+    // reader is woken once too often.
     unsafe {
         let is_armed = armed.read_volatile() != 0;
         if is_armed {

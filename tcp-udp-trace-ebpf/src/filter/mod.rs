@@ -1,4 +1,5 @@
-//! Which events are wanted: decided before a record is made, so what is not wanted takes no room in the ring.
+//! Decides which events are reported. The decision comes before the record, so an event that does
+//! not pass takes no room in the ring.
 
 pub(crate) mod sets;
 pub(crate) mod tree;
@@ -20,11 +21,11 @@ use crate::{
     sock::{Sock, Socket as _, tcp_state::CLOSE},
 };
 
-/// How many events of each kind were not wanted.
+/// How many events of each kind did not pass.
 #[map]
 static REJECTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT as u32, 0);
 
-/// Whether an event of TCP is wanted; `states` has the bits of the states it is about.
+/// Returns whether an event of TCP passes the filter. `states` has the bits of the event's states.
 #[inline(always)]
 pub(crate) fn passes_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     decide(kind, |word| {
@@ -32,8 +33,8 @@ pub(crate) fn passes_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked
     })
 }
 
-/// Whether a `connect` between these ends (local, remote) that failed is wanted. Its socket is
-/// closed.
+/// Returns whether a failed `connect` between these ends (local, remote) passes the filter. Its
+/// socket is in the state `CLOSE`.
 #[inline(always)]
 pub(crate) fn passes_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
     decide(kind::CONNECT_FAILED_TCP, |word| {
@@ -41,17 +42,18 @@ pub(crate) fn passes_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer
     })
 }
 
-/// Whether an event of UDP is wanted.
+/// Returns whether an event of UDP passes the filter.
 #[inline(always)]
 pub(crate) fn passes_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
     kind == kind::CLOSE && tracked.has_flows()
         || decide(kind, |word| matches_udp(word, tracked, at))
 }
 
-/// Whether an event is wanted; counts it if it is not.
+/// Returns whether an event passes the filter, and counts the event if not.
 ///
-/// The filter may change meanwhile, and the sets of the one before be emptied: a "no" counts only if it is still there. Otherwise the event is
-/// wanted: to ask the new one would be twice the work for the verifier, at each start.
+/// User space may replace the filter meanwhile, and remove the values of the old one from the sets.
+/// A negative result therefore counts only if the word is still the same. Otherwise the event
+/// passes: to evaluate the new filter would double the verifier's work at each start.
 #[inline(always)]
 fn decide(kind: u32, matches: impl FnOnce(u64) -> bool) -> bool {
     let word = current();
@@ -64,13 +66,15 @@ fn decide(kind: u32, matches: impl FnOnce(u64) -> bool) -> bool {
 #[inline(always)]
 fn count(kind: u32) -> bool {
     if let Some(count) = REJECTED.get_ptr_mut(kind) {
-        // SAFETY: a valid pointer to this CPU's value; atomic, because another program may interrupt this one.
+        // SAFETY: a valid pointer to this CPU's value. The addition is atomic, because another
+        // program may interrupt this one.
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, 1) };
     }
     false
 }
 
-// Not inlined: it stands in the program once, and without a filter the verifier's work is all that it costs.
+// Not inlined: the function is in the program once, and without a filter it costs only the
+// verifier's work.
 #[inline(never)]
 fn matches_tcp(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
     let sk = Sock::new(sk);
@@ -91,13 +95,13 @@ fn matches_connect(word: u64, sk: u64, tracked: &mut Tracked, ends: &(Peer, Peer
     matches_socket(word, Sock::new(sk), tracked) && matches_ends(word, &ends.0, &ends.1)
 }
 
-/// Whether a socket of TCP is wanted, whatever its ends are.
+/// Returns whether a TCP socket matches the filter apart from its ends.
 #[inline(always)]
 fn matches_socket(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     let cgroup = tracked.cgroup;
     let netns = [tracked.netns.into(), tracked.netns_cookie];
     let owner: *const Owner = owner::of_socket(tracked);
-    // SAFETY: it is in `tracked`, apart from what is written to here.
+    // SAFETY: a pointer into `tracked`. The owner does not overlap the field that is written here.
     let owner = unsafe { &*owner };
     matches_owner(word, owner, &mut tracked.tree_generation)
         && matches_environment(word, sk, cgroup, netns)
@@ -114,7 +118,7 @@ fn matches_udp(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
         tree_generation,
         ..
     } = tracked;
-    // Put together late: what is kept from before would take too much of the stack.
+    // The arguments are assembled late, because values kept from before would take too much stack.
     matches_owner(word, owner, tree_generation)
         && matches_environment(
             word,
@@ -145,13 +149,14 @@ fn matches_owner(word: u64, owner: &Owner, tree_generation: &mut u16) -> bool {
     word & filter::COMMS == 0 || has(word, filter::COMM, name(owner.comm))
 }
 
-/// A name without what stands behind its end: the kernel leaves the end of a longer one there.
+/// Returns a name without the bytes after its NUL, where the kernel leaves the rest of a longer
+/// name.
 #[inline(always)]
 fn name([first, second]: [u64; 2]) -> [u64; 2] {
     const EACH: u64 = 0x0101_0101_0101_0101;
-    // The highest bit of the first byte that is 0, and perhaps of some behind it.
+    // Sets the highest bit of the first byte that is 0, and perhaps of some bytes after it.
     let zeros = |word: u64| word.wrapping_sub(EACH) & !word & (EACH << 7);
-    // What is before that byte; without one, all.
+    // Keeps the bytes before that byte, or all bytes if there is none.
     let before_zero = |word: u64| {
         let zeros = zeros(word);
         word & ((zeros & zeros.wrapping_neg()) >> 7).wrapping_sub(1)

@@ -1,4 +1,4 @@
-//! The filter as user space has set it.
+//! The filter as user space has set it: a word, and the sets of values that the word refers to.
 
 use core::ptr;
 
@@ -12,7 +12,8 @@ use tcp_udp_trace_common::{
     filter::{self, Network, Value},
 };
 
-/// The filter's word, and one that is being prepared: of that, only the generation counts.
+/// The word of the current filter, and the word of the next one, of which only the generation is
+/// set.
 #[map]
 static FILTER: Array<u64> = Array::with_max_entries(2, 0);
 
@@ -20,11 +21,11 @@ pub(crate) const CURRENT: u32 = 0;
 
 pub(crate) const NEXT: u32 = 1;
 
-/// The sets.
+/// The values of the sets.
 #[map]
 pub(crate) static VALUES: HashMap<Value, u8> = HashMap::with_max_entries(2 * filter::MAX_VALUES, 0);
 
-/// The networks.
+/// The networks of the filter.
 #[map]
 pub(crate) static NETWORKS: LpmTrie<[u32; 5], u8> =
     LpmTrie::with_max_entries(2 * filter::MAX_VALUES, BPF_F_NO_PREALLOC);
@@ -41,11 +42,11 @@ pub(super) fn current() -> u64 {
 
 #[inline(always)]
 pub(crate) fn set(which: u32, word: u64) -> i32 {
-    let Some(place) = FILTER.get_ptr_mut(which) else {
+    let Some(slot) = FILTER.get_ptr_mut(which) else {
         return -1;
     };
-    // SAFETY: a valid pointer to the map's value; an aligned word is written as a whole.
-    unsafe { place.write_volatile(word) };
+    // SAFETY: a valid pointer to the map's value. An aligned word is written as a whole.
+    unsafe { slot.write_volatile(word) };
     0
 }
 
@@ -72,6 +73,7 @@ pub(super) fn is_in_network(word: u64, side: u8, end: &Peer) -> bool {
 #[inline(always)]
 pub(crate) fn key(network: &Network) -> &Key<[u32; 5]> {
     const { assert!(size_of::<Network>() == size_of::<Key<[u32; 5]>>()) };
-    // SAFETY: both are plain integers, of one size, and the latter needs no alignment. A network begins with what it calls the length.
+    // SAFETY: both types are plain integers of the same size, and the key needs no alignment. The
+    // first 32 bits of a network are the key's prefix length.
     unsafe { &*ptr::from_ref(network).cast() }
 }

@@ -1,4 +1,4 @@
-//! The process trees of a filter.
+//! The members of the process trees that a filter names.
 
 use aya_ebpf::{bindings::BPF_ANY, macros::map, maps::HashMap};
 use tcp_udp_trace_common::{
@@ -9,11 +9,13 @@ use tcp_udp_trace_common::{
 use super::sets::{CURRENT, NEXT, has, word};
 use crate::{counters, iter_context::Step, owner::leader, read::read};
 
-/// The processes of a filter's trees, and the filters' generations: of two that follow each other, each has its place.
+/// The members, each with the generations of the filters that it belongs to. Consecutive
+/// generations use different slots.
 #[map]
 static TREE: HashMap<TreeMember, [u16; 2]> = HashMap::with_max_entries(filter::MAX_TREE_MEMBERS, 0);
 
-/// How many ancestors of a process are looked at; the walk visits parents before children, mostly.
+/// How many ancestors of a process are checked. The iterator usually visits parents before
+/// children, so a parent is usually a member already.
 const MAX_ANCESTORS: u32 = 32;
 
 #[inline(always)]
@@ -24,7 +26,7 @@ pub(crate) fn member(pid: u32, started: u64) -> TreeMember {
     }
 }
 
-/// The process of a main thread.
+/// Returns the process of a main thread.
 #[inline(always)]
 fn member_of_leader(leader: u64) -> TreeMember {
     member(read(leader, Field::Tgid), read(leader, Field::Started))
@@ -37,7 +39,8 @@ fn slot(generation: u16) -> usize {
 
 #[inline(always)]
 pub(crate) fn is_member(generation: u16, process: &TreeMember) -> bool {
-    // SAFETY: the map is preallocated, so its memory stays; if another process moves in meanwhile, this one has ended.
+    // SAFETY: the map is preallocated, so its memory stays. If another process takes the entry
+    // meanwhile, this process has ended.
     let generations = unsafe { TREE.get(process) };
     generations.is_some_and(|generations| generations[slot(generation)] == generation)
 }
@@ -45,7 +48,7 @@ pub(crate) fn is_member(generation: u16, process: &TreeMember) -> bool {
 #[inline(always)]
 fn add_member(generation: u16, process: &TreeMember) {
     if let Some(generations) = TREE.get_ptr_mut(process) {
-        // SAFETY: a valid pointer into the map; an aligned write of a whole place.
+        // SAFETY: a valid pointer into the map. The write is aligned and covers a whole slot.
         unsafe { (*generations)[slot(generation)] = generation };
         return;
     }
@@ -62,11 +65,11 @@ fn add_member(generation: u16, process: &TreeMember) {
     }
 }
 
-/// `sched_process_fork(parent, child)`: the child of a member is one.
+/// `sched_process_fork(parent, child)`: the child of a member becomes a member.
 #[inline(always)]
 pub(crate) fn process_forked(parent: u64, child: u64) {
     if leader(child) != child {
-        // A thread of the same process.
+        // The child is a thread of the same process.
         return;
     }
     let parent = member_of_leader(leader(parent));
@@ -77,7 +80,7 @@ pub(crate) fn process_forked(parent: u64, child: u64) {
     }
 }
 
-/// `sched_process_free(task)`: it has ended, and nobody will ask for it any more.
+/// `sched_process_free(task)`: the process has ended, and no lookup for it follows.
 #[inline(always)]
 pub(crate) fn process_freed(task: u64) {
     if leader(task) == task {
@@ -85,8 +88,8 @@ pub(crate) fn process_freed(task: u64) {
     }
 }
 
-/// `iter/task`: a task that is there when a filter is being prepared. It is a member if a root is among its ancestors, or itself; roots
-/// are counted.
+/// `iter/task`: adds an existing process to the filter that is being prepared, if the process or
+/// one of its ancestors is a root. Counts roots.
 #[inline(always)]
 pub(crate) fn add_existing(step: Step) {
     let task = step.pointer(1);

@@ -1,4 +1,4 @@
-//! What happens to a TCP socket.
+//! TCP sockets: state changes and other events.
 
 pub(crate) mod accept;
 mod record;
@@ -24,21 +24,23 @@ use crate::{
     syscall,
 };
 
-/// States of a `struct socket`: a `connect` has begun, and has not returned how it ended; it has
-/// succeeded.
+/// States of a `struct socket`. In the first, a `connect` has begun and has not returned its result
+/// yet. In the second, it has succeeded.
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/net.h>
 const SS_CONNECTING: u32 = 2;
 const SS_CONNECTED: u32 = 3;
 
-/// Which of the two programs on a tracepoint is asking.
+/// Which of the two programs on a tracepoint is running.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
-    /// The one that is always there.
+    /// The program that is always attached.
     First,
-    /// The one that hears what the kernel kept from the first.
+    /// The program that also sees the events for which the kernel skips the first.
     Second,
 }
 
-/// The socket goes from one state to another.
+/// The socket changes from one state to another.
 #[inline(always)]
 pub(crate) fn state_changed(
     ctx: Context,
@@ -51,7 +53,7 @@ pub(crate) fn state_changed(
     let (from, to) = (from as u8, to as u8);
     let tracked = sockets::get(sk);
     if from == to || tracked.as_ref().is_some_and(|tracked| tracked.state == to) {
-        // Not a change, or one that the other program has reported.
+        // The state did not change, or the other program has reported the change.
         return;
     }
     if !socket.is_tcp() {
@@ -90,7 +92,7 @@ pub(crate) fn state_changed(
             None => (syn::NOT_COUNTED, owner::UNKNOWN),
         },
         _ => {
-            // One that is not known is older than the tracer.
+            // A socket that is not tracked is older than the tracer.
             let tracked = match tracked {
                 Some(tracked) => Some(tracked),
                 None => sockets::adopt(sk, from),
@@ -109,7 +111,7 @@ pub(crate) fn state_changed(
                     tracked.set_syn(syn::NOT_SENT);
                 }
                 if to == CLOSE {
-                    // A socket that nobody has open any more has none of these states.
+                    // A socket without an open descriptor has neither of these states.
                     let is_unreturned =
                         from != LISTEN && !matches!(sk.socket_state(), 0 | SS_CONNECTED);
                     tracked.set_unreturned(is_unreturned);
@@ -124,11 +126,12 @@ pub(crate) fn state_changed(
     if listener != 0 {
         tracked.listener = listener;
     }
-    // Where there is no room to remember the socket, only the first program reports, or both would.
+    // If there is no room to remember the socket, only the first program reports, because otherwise
+    // both would.
     let begins = from == CLOSE || to == SYN_RECV;
     if begins && last_state != 0 {
         if last_state != CLOSE {
-            // No hook saw the close and the end of the socket that had this address before.
+            // No hook saw the close and the end of the previous socket at this address.
             counters::missed();
         }
         sockets::forget(sk);
@@ -142,8 +145,8 @@ pub(crate) fn state_changed(
     }
 }
 
-/// Whether a socket that was connecting, and now is connected, has taken over a connection
-/// (`TCP_REPAIR`): the kernel sends no SYN, so none was acknowledged.
+/// Returns whether a socket that changes from connecting to connected has taken over a connection
+/// (`TCP_REPAIR`). The kernel then sends no SYN, so no SYN is acknowledged.
 ///
 /// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
 #[inline(always)]
@@ -151,9 +154,9 @@ fn is_repaired(socket: impl Socket) -> bool {
     socket.get::<u64>(Field::BytesAcked) == 0
 }
 
-/// Whether a socket begins to listen without a port, and a later hook sees which one it gets.
+/// Returns whether a socket begins to listen without a port, and a later hook sees the port.
 ///
-/// The kernel chooses the port after the change of the state (`inet_csk_listen_start`).
+/// The kernel chooses the port after the state change (`inet_csk_listen_start`).
 ///
 /// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/inet_connection_sock.c>
 #[inline(always)]
@@ -166,7 +169,7 @@ fn is_to_be_held(socket: impl Socket) -> bool {
         }
 }
 
-/// A socket that listens has got its port.
+/// A listener has got its port.
 #[inline(always)]
 pub(crate) fn listener_has_port(ctx: Context, sk: Sock) {
     if let Some(tracked) = sockets::get(sk) {
@@ -187,7 +190,7 @@ pub(crate) fn listen_returned(ctx: Context) {
     }
 }
 
-/// The current process's `connect` has returned this.
+/// The current process's `connect` has returned this result.
 #[inline(always)]
 pub(crate) fn connect_returned(ctx: Context, result: i64) {
     let Some(errno) = connect::errno(result) else {
@@ -206,7 +209,7 @@ pub(crate) fn connect_returned(ctx: Context, result: i64) {
     {
         return;
     }
-    // It is not remembered: if the socket connects later, that is another life.
+    // The socket is not remembered. If it connects later, that is another life.
     let mut tracked = sockets::fresh(sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
     owner::set_current_once(ctx, &mut tracked.creator, origin::CREATOR);
     let ends = connect.ends();
@@ -221,42 +224,43 @@ pub(crate) fn connect_returned(ctx: Context, result: i64) {
         |record: &mut Tcp| {
             let socket = &mut record.socket;
             sk.describe(&tracked, family, CLOSE, local.port, socket);
-            // Each end may be of another family.
+            // The two ends may have different families.
             socket.family = AF_INET6;
             socket.local = connect::mapped(&local);
             socket.remote = connect::mapped(&remote);
             socket.remote_port = remote.port;
             socket.error = errno;
-            // What the kernel has there is of a connection that the socket was before.
+            // The kernel's counts belong to an earlier connection of the socket.
             (socket.tx_bytes, socket.rx_bytes) = (0, 0);
             (socket.tx_packets, socket.rx_packets) = (0, 0);
         },
     );
 }
 
-/// Whether a `connect` that returned this errno for a closed socket has changed its state, or has
-/// returned why the state changed meanwhile. Then the change has been reported.
+/// Returns whether the `connect` that returned this errno for a closed socket has changed the
+/// socket's state, or has returned the reason of an earlier change. That change has been reported.
 #[inline(always)]
 fn has_changed(sk: Sock, errno: u32) -> bool {
     let Some(tracked) = sockets::get(sk) else {
-        // A socket that never tried has no sequence number. One that found no port has none either,
-        // and is remembered, unless there was no room.
+        // A socket that never tried to connect has no sequence number. A socket that found no port
+        // has none either, but it is remembered, unless there was no room.
         return sk.get::<u32>(Field::WriteSeq) != 0
             || errno == EADDRNOTAVAIL && counters::has_missed();
     };
     if tracked.state != CLOSE {
-        // Its close has escaped, and will be reported with its end.
+        // No program saw its close, which is reported with its end.
         return true;
     }
-    // The call that returns how a `connect` ended resets this state.
+    // The call that returns the result of a `connect` resets this state.
     sk.socket_state() != SS_CONNECTING && tracked.set_unreturned(false)
 }
 
-/// What is known of a socket that is alive, from now on at least.
+/// Returns the state of a live socket, which is remembered from now on at the latest.
 #[inline(always)]
 pub(crate) fn live_socket(sk: Sock) -> Option<&'static mut Tracked> {
     let state = sk.get::<u8>(Field::State);
-    // TIME_WAIT and NEW_SYN_RECV are not of a whole socket. What the null pointer points to has no family.
+    // `TIME_WAIT` and `NEW_SYN_RECV` are not full sockets. A read through a null pointer returns
+    // family 0.
     let is_alive = !matches!(state, TIME_WAIT | NEW_SYN_RECV | CLOSE);
     let family = sk.family();
     if is_alive && !is_stopping() && (family == AF_INET || family == AF_INET6) && sk.is_tcp() {
@@ -266,7 +270,8 @@ pub(crate) fn live_socket(sk: Sock) -> Option<&'static mut Tracked> {
     }
 }
 
-/// Reports the socket as it is; false if that is not wanted, or did not fit into the ring.
+/// Reports a sample of the socket. Returns false if the sample does not pass the filter, or finds
+/// the buffer full.
 #[inline(always)]
 pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &mut Tracked) -> bool {
     let state = sk.get(Field::State);
@@ -282,8 +287,8 @@ pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &mut Tracked) -> bool {
         )
 }
 
-/// Something happened to a socket that its state does not tell. One that is closed is still known until the kernel frees it: a reset is sent
-/// after the close.
+/// Reports an event that does not change the socket's state. A closed socket is tracked until the
+/// kernel frees it, because a reset is sent after the close.
 #[inline(always)]
 pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock) {
     let tracked = match sockets::get(sk) {
@@ -300,23 +305,23 @@ pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock) {
     }
 }
 
-/// The listener of a child, whose owner the child has until a process accepts it.
+/// Returns the listener of a child. The child has the listener's owner until a process accepts it.
 #[inline(always)]
 fn listener_of(child: Sock) -> Option<&'static Tracked> {
     let listener = child.listener()?;
     let found = sockets::get(listener)?;
-    // Proves that the address is a listener's, and on the child's port.
+    // This proves that the address is a listener's, and that the listener has the child's port.
     (found.state == LISTEN && listener.bound_port() == child.bound_port()).then_some(found)
 }
 
-/// The owner of the connection of Multipath TCP that a subflow joins: that of its first subflow.
-/// None if it is no such subflow.
+/// Returns the owner of the Multipath TCP connection that a subflow joins, which is the owner of
+/// its first subflow, or `None` if it is not such a subflow.
 ///
-/// A worker of the kernel begins subflows, and no process accepts those that the peer begins.
+/// A kernel worker starts subflows, and no process accepts those that the peer starts.
 #[inline(always)]
 fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     let context = socket.get::<u64>(Field::UlpData);
-    // Others have data there, too, but none that points back.
+    // Other protocols store data there as well, but theirs does not point back to the socket.
     if context == 0 || read::<u64>(context, Field::SubflowSock) != sk.0 {
         return None;
     }
@@ -327,7 +332,7 @@ fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     sockets::get(first).map(|tracked| *owner::of_socket(tracked))
 }
 
-/// Reports a change of state; before it, that the socket began to listen, if that was held back.
+/// Reports a state change. If the change to `LISTEN` was held back, reports that one first.
 #[inline(always)]
 fn report(
     ctx: Context,
@@ -389,12 +394,12 @@ fn write(
     );
 }
 
-/// The kernel gives the socket up.
+/// The kernel frees the socket.
 #[inline(always)]
 pub(crate) fn destroyed(ctx: Context, sk: Sock) {
     if let Some(tracked) = sockets::get(sk) {
         if tracked.state != CLOSE && !is_stopping() {
-            // Its close escaped both programs.
+            // Neither program saw its close.
             counters::missed();
             let state = tracked.state;
             report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));

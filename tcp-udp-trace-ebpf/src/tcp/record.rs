@@ -1,4 +1,4 @@
-//! The contents of a record of TCP.
+//! The contents of a TCP record.
 
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{AF_INET, Field, TcpSocket, Tracked, syn};
@@ -14,24 +14,28 @@ use crate::{
 
 const EADDRINUSE: u32 = 98;
 pub(super) const EADDRNOTAVAIL: u32 = 99;
-/// Bit of `sk_flags`: the peer's FIN has arrived (`enum sock_flags`).
+/// The bit of `sk_flags` that is set when the peer's FIN has arrived (`enum sock_flags`).
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/net/sock.h>
 const SOCK_DONE: u64 = 1 << 1;
 
-/// The bit of `sock.sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not known.
+/// The bit of `sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not
+/// known. User space sets it.
 #[unsafe(no_mangle)]
 static HAS_LISTENED: Global<u64> = Global::new(0);
 
-/// The part of a record that is about the socket.
+/// Writes a socket into a record.
 pub(super) trait Describe: Socket {
-    /// Payload bytes put on the wire, each once, for a socket that leaves `state`.
+    /// Returns the payload bytes put on the wire, each counted once, for a socket that leaves
+    /// `state`.
     #[inline(always)]
     fn tx_bytes(self, tracked: &Tracked, state: u8) -> u64 {
         if tracked.syn() == syn::UNKNOWN {
             let sent = self.get::<u64>(Field::BytesSent);
             return sent.wrapping_sub(self.get::<u64>(Field::BytesRetrans));
         }
-        // What was acknowledged and what is on its way, less SYN and FIN. Not `bytes_sent`: that counts a
-        // segment again each time this machine's own queue refused it.
+        // The sum of the acknowledged bytes and those in flight, minus SYN and FIN. `bytes_sent`
+        // would count a segment again each time that this machine's own queue refuses it.
         let next = self.get::<u32>(Field::SndNxt);
         let in_flight = next.wrapping_sub(self.get::<u32>(Field::SndUna));
         let sequence = self
@@ -42,10 +46,11 @@ pub(super) trait Describe: Socket {
         sequence.saturating_sub(u64::from(tracked.syn() == syn::COUNTED) + u64::from(fin_sent))
     }
 
-    /// Payload bytes received in order, given what the kernel counted a moment ago.
+    /// Returns the payload bytes received in order, given the kernel's count of a moment ago.
     ///
-    /// The kernel counts the FIN first and marks its arrival then. A hook that does not hold the socket's lock may
-    /// come in between, so the mark is looked at late, and where it is set, the count is read again: it is final.
+    /// The kernel counts the FIN first and marks its arrival afterwards. A hook that does not hold
+    /// the socket's lock may run in between. So the mark is read late, and if it is set, the count,
+    /// which is now final, is read again.
     #[inline(always)]
     fn rx_bytes(self, counted: u64) -> u64 {
         if self.get::<u64>(Field::Flags) & SOCK_DONE == 0 {
@@ -97,21 +102,22 @@ pub(super) trait Describe: Socket {
 
 impl<S: Socket> Describe for S {}
 
-/// The errno with which a socket closes; 0 if there is none.
+/// Returns the errno with which a socket closes, or 0 if there is none.
 ///
-/// Some calls return theirs and do not leave it in the socket. They are known by what they did not do.
+/// Some calls return their errno and do not leave it in the socket. They are recognized by the
+/// fields that they have not set.
 #[inline(always)]
 pub(super) fn error(socket: impl Socket, from: u8) -> u32 {
     if from == LISTEN {
-        // What there is in the socket is of a connection that it was before. A listener that ends was shut down, or has
-        // listened.
+        // The errno in the socket belongs to an earlier connection. A listener that ends was either
+        // shut down or has listened.
         let has_listened = socket.get::<u64>(Field::Flags) & HAS_LISTENED.load() != 0;
         let is_refused =
             HAS_LISTENED.load() != 0 && !has_listened && socket.get::<u8>(Field::Shutdown) == 0;
         return if is_refused { EADDRINUSE } else { 0 };
     }
     let error = socket.get(Field::Error);
-    // A port is found before the first sequence number is.
+    // The kernel chooses the port before the first sequence number.
     if from == SYN_SENT
         && error == 0
         && (socket.get::<u16>(Field::LocalPort) == 0 || socket.get::<u32>(Field::WriteSeq) == 0)

@@ -1,4 +1,4 @@
-//! What the programs remember of a socket between two hooks.
+//! The state that the programs remember of TCP sockets.
 
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
@@ -14,53 +14,55 @@ use crate::{
     stopping::{is_stopping, met},
 };
 
-/// The sockets by address. Preallocated: a map that allocates makes Linux 5.10 warn under a raw tracepoint.
-/// Not LRU: that evicts live sockets long before it is full.
+/// The sockets by address. The map is preallocated, because a map that allocates makes Linux 5.10
+/// warn under a raw tracepoint. It is not an LRU map, because those evict live sockets long before
+/// they are full.
 #[map]
 static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, 0);
 
-/// Of listeners, by their ids, the last process that accepted a connection.
+/// The last process that accepted a connection, by the id of the listener.
 #[map]
 static ACCEPTING: LruHashMap<u64, User> = LruHashMap::with_max_entries(4096, 0);
 
-/// In the programs' memory: on the stack it would take too much.
+/// Kept in the programs' memory, because it would take too much stack.
 static NO_USER: User = User::NONE;
 
-/// One of [`hold`]; set by user space when the hooks are attached.
+/// One of [`hold`]. User space sets it when the hooks are attached.
 #[map]
 static HOLD: Array<u32> = Array::with_max_entries(1, 0);
 
-/// What is known of a socket.
+/// Returns the state of a socket.
 ///
-/// The reference lives as long as the program: the map is preallocated, so its memory stays, and the
-/// socket's lock, which nearly every hook runs under, keeps other hooks of the same socket away. Those that run without it (an
-/// accept seen at its system call's exit, a walk) write only what no other one writes at that time.
+/// The reference lives as long as the program. The map is preallocated, so its memory stays. Nearly
+/// every hook runs under the socket's lock, which excludes other hooks of the same socket. The
+/// hooks that run without the lock (an accept seen at the exit of its system call, an iterator)
+/// write only fields that no other hook writes at that time.
 #[inline(always)]
 pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {
-    // SAFETY: the map gives a valid pointer or null; for aliasing see above.
+    // SAFETY: the map returns a valid pointer or null. The documentation above covers aliasing.
     SOCKETS
         .get_ptr_mut(sk.0)
         .and_then(|tracked| unsafe { tracked.as_mut() })
 }
 
-/// One of [`hold`]: which listeners a later hook sees when they have a port.
+/// Returns which listeners a later hook sees when they have a port: one of [`hold`].
 #[inline(always)]
 pub(crate) fn holds() -> u32 {
     match HOLD.get(0) {
-        // While the programs are being detached, that hook may be gone already.
+        // While the programs are being detached, that hook may already be gone.
         Some(hold) if !is_stopping() => *hold,
         _ => hold::NONE,
     }
 }
 
-/// A new life of the socket at this address.
+/// Returns the state of a new life of the socket at this address.
 #[inline(always)]
 pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
     let (netns, netns_cookie) = sk.netns();
     let id = id::next();
     Tracked {
         id,
-        // SAFETY: the helper takes nothing and cannot fail.
+        // SAFETY: the helper takes no argument and cannot fail.
         born: unsafe { bpf_ktime_get_boot_ns() },
         cgroup: sk.cgroup(),
         netns_cookie,
@@ -76,18 +78,18 @@ pub(crate) fn fresh(sk: Sock, state: u8, syn: u8, creator: Owner) -> Tracked {
     }
 }
 
-/// Makes the process that has accepted a connection the user of its listener.
-// Not inlined: the verifier would follow each way to the end of an accept.
+/// Makes the process that has accepted a connection the user of the listener.
+// Not inlined: the verifier would follow each path to the end of an accept.
 #[inline(never)]
 pub(crate) fn set_user(listener: &u64, owner: &Owner) -> u32 {
     let mut found = ACCEPTING.get_ptr_mut(listener);
     if found.is_none() {
-        // Another CPU may be first.
+        // Another CPU may insert the entry first.
         let _ = ACCEPTING.insert(listener, &NO_USER, u64::from(BPF_NOEXIST));
         found = ACCEPTING.get_ptr_mut(listener);
     }
-    // SAFETY: a valid pointer into the map, which is preallocated. Whether another CPU writes to it at the
-    // same time, shows in its checksum.
+    // SAFETY: a valid pointer into the map, which is preallocated. The checksum shows whether
+    // another CPU wrote the entry at the same time.
     if let Some(user) = found.and_then(|user| unsafe { user.as_mut() }) {
         if user.pid() != owner.pid {
             owner::set_user_to(user, owner);
@@ -96,11 +98,12 @@ pub(crate) fn set_user(listener: &u64, owner: &Owner) -> u32 {
     0
 }
 
-/// Copies who uses the socket, if it is a listener or waits to be accepted.
+/// Copies the user of a socket that listens or waits to be accepted.
 #[inline(always)]
 pub(crate) fn copy_user(tracked: &Tracked, to: &mut User) {
     let found = if tracked.listener != 0 && tracked.acceptor.origin == origin::NONE {
-        // SAFETY: the map is preallocated; for a copy made during a write see above.
+        // SAFETY: the map is preallocated. The checksum shows whether the copy was made during a
+        // write.
         unsafe { ACCEPTING.get(&tracked.listener) }
     } else {
         None
@@ -108,7 +111,8 @@ pub(crate) fn copy_user(tracked: &Tracked, to: &mut User) {
     *to = *found.unwrap_or(&NO_USER);
 }
 
-/// Remembers a socket whose address is not in the map. False if there is no room, which is counted.
+/// Remembers a socket whose address is not in the map. If there is no room, counts that and returns
+/// false.
 #[inline(always)]
 pub(crate) fn remember(sk: Sock, tracked: &Tracked) -> bool {
     if !room::is_left(tracked.room_uid) {
@@ -121,7 +125,8 @@ pub(crate) fn remember(sk: Sock, tracked: &Tracked) -> bool {
     remembered
 }
 
-/// Puts a socket into the map; false if there is no room, or it is there.
+/// Inserts a socket into the map. Returns false if there is no room, or if the socket is already
+/// there.
 #[inline(always)]
 fn insert(sk: Sock, tracked: &Tracked) -> bool {
     let is_new = SOCKETS
@@ -133,8 +138,8 @@ fn insert(sk: Sock, tracked: &Tracked) -> bool {
     is_new
 }
 
-/// What is known of a socket in this state; one that is older than the tracer is remembered from now on, unless there is no room,
-/// which is counted.
+/// Returns the state of a socket. A socket that is older than the tracer is remembered from now on.
+/// If there is no room for it, counts that and returns `None`.
 #[inline(always)]
 pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     if let Some(tracked) = get(sk) {
@@ -144,7 +149,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     if !room::is_left(fresh.room_uid) {
         return None;
     }
-    // Two hooks may find it at the same time: the first makes its name.
+    // Two hooks may find the socket at the same time. The first one determines its id.
     let is_new = insert(sk, &fresh);
     let tracked = get(sk);
     if !is_new && tracked.is_none() {
@@ -153,7 +158,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     tracked
 }
 
-/// Forgets the socket, if it is known.
+/// Forgets the socket, if it is tracked.
 #[inline(always)]
 pub(crate) fn forget(sk: Sock) {
     let Some(user) = get(sk).map(|tracked| tracked.room_uid) else {

@@ -1,4 +1,4 @@
-//! A process gives a socket a peer.
+//! A process connects a UDP socket.
 
 use core::ptr;
 
@@ -21,7 +21,7 @@ use crate::{
     syscall,
 };
 
-/// Threads that are in a `connect`, and with which socket.
+/// The threads that are in a `connect`, with the key of the socket.
 #[map]
 static CONNECTING: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 
@@ -38,11 +38,11 @@ pub(crate) fn connect_started(key: u64) {
         return;
     }
     let thread = bpf_get_current_pid_tgid();
-    // If it does not fit, the event will be missing; with 4096 threads in `connect` at once.
+    // If the map is full (4096 threads are in `connect` at once), the event will be missing.
     let _ = CONNECTING.insert(thread, key, u64::from(BPF_ANY));
 }
 
-/// The current thread's `connect`, if it was in one, has ended with this result.
+/// The current thread's `connect`, if it was in one, has returned this result.
 #[inline(always)]
 pub(crate) fn connect_returned(ctx: Context, result: i64) {
     let thread = bpf_get_current_pid_tgid();
@@ -54,7 +54,7 @@ pub(crate) fn connect_returned(ctx: Context, result: i64) {
     report_connect(ctx, key, result);
 }
 
-/// A `connect` of the socket has ended with this result.
+/// Reports a `connect` of the socket that has ended with this result.
 #[inline(always)]
 fn report_connect(ctx: Context, key: u64, result: i64) {
     let Some(tracked) = get(key) else { return };
@@ -100,7 +100,7 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
     };
     let (mut local, mut peer) = connect.ends();
     if local.family != peer.family {
-        // A record has one family.
+        // A record has only one family.
         [local, peer] = [local, peer].map(|end| Peer {
             address: connect::mapped(&end),
             port: end.port,
@@ -124,13 +124,13 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
     }
 }
 
-/// An io_uring has finished a request, which perhaps another thread has carried out.
+/// An io_uring has completed a request, which another thread may have executed.
 #[inline(always)]
 pub(crate) fn request_completed(ctx: Context, request: u64, result: i32) {
     if read::<u8>(request, Field::IoOpcode) != IORING_OP_CONNECT {
         return;
     }
-    // If it was this thread, it made an entry that nobody needs.
+    // If this thread executed the request, it has left an entry that is not used.
     let _ = CONNECTING.remove(bpf_get_current_pid_tgid());
     if let Some(sk) = Sock::of_file(read(request, Field::IoFile)) {
         if sk.is_udp() {

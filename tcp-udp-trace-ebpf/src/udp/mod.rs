@@ -1,4 +1,5 @@
-//! What happens to a UDP socket: datagrams are counted in maps, per socket and per flow, and few things are records.
+//! UDP sockets. Datagrams are counted in maps, for each socket and each flow, and few events become
+//! records.
 
 pub(crate) mod connect;
 pub(crate) mod drop;
@@ -31,7 +32,7 @@ use crate::{
     sock::{Sock, Socket as _},
 };
 
-/// Datagrams went through the socket.
+/// Counts datagrams of the socket and of their flow, and reports them if each datagram is reported.
 #[inline(always)]
 fn count(
     ctx: Context,
@@ -61,10 +62,10 @@ fn count(
     }
 }
 
-/// The socket's last descriptor is closed.
+/// The last descriptor of the socket is closed.
 #[inline(always)]
 pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
-    // One that is older than the tracer and was never used gets its only event here.
+    // For a socket that is older than the tracer and was never used, this is its only event.
     let Some(tracked) = track_for_holder(ctx, key, sk) else {
         return;
     };
@@ -73,10 +74,10 @@ pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     forget(key);
 }
 
-/// How many datagrams found the receive buffer full.
+/// Returns how many datagrams found the receive buffer full.
 #[inline(always)]
 fn drops(sk: Sock) -> u64 {
-    // Since 6.18, a busy socket counts them apart for even and odd NUMA nodes.
+    // Since 6.18, a busy socket counts them separately for even and odd NUMA nodes.
     let counters = sk.get::<u64>(Field::DropCounters);
     if counters == 0 {
         return u64::from(sk.get::<u32>(Field::Drops));

@@ -8,7 +8,7 @@ use crate::{
     read::{read, read_at},
 };
 
-/// All ones if the receive hook does not tell the local address of a datagram; set by user space.
+/// All ones if the receive hook does not see the local address of a datagram. User space sets it.
 #[map]
 static HIDES_LOCAL: Array<u32> = Array::with_max_entries(1, 0);
 
@@ -20,26 +20,27 @@ pub(super) const UDP_HEADER: u64 = 8;
 /// `skb->protocol` of IPv4, network byte order.
 pub(super) const ETH_P_IP: u16 = 0x0800_u16.to_be();
 
-/// What can be asked of the packet of some datagrams.
+/// The packet of some datagrams.
 pub(super) trait Packet: Copy {
-    /// Whether it may have other addresses than those that the socket knows.
+    /// Whether the packet's addresses may differ from those that the socket knows.
     const MAY_BE_TRANSLATED: bool;
 
-    /// Puts back the addresses that the packet had when the socket sent it. False if netfilter has
-    /// not translated them.
+    /// Restores the addresses that the packet had when the socket sent it. Returns false if
+    /// netfilter has not translated them.
     #[inline(always)]
     fn undo_nat(self, _datagrams: &mut Datagrams) -> bool {
         false
     }
 
-    /// Whether another program at the cgroup has refused it, as far as that is known yet.
+    /// Returns whether another program at the cgroup has refused the packet, as far as is known
+    /// yet.
     #[inline(always)]
     fn is_refused(self) -> bool {
         false
     }
 }
 
-/// The headers of a packet that the kernel has at this address.
+/// The headers of a packet.
 #[derive(Clone, Copy)]
 pub(super) struct Headers {
     pub(super) family: u16,
@@ -47,9 +48,9 @@ pub(super) struct Headers {
     pub(super) destination: [u32; 4],
     pub(super) source_port: u16,
     pub(super) destination_port: u16,
-    /// Of the UDP header: its own bytes are among them.
+    /// The length in the UDP header, which includes the header itself.
     pub(super) length: u16,
-    /// How many datagrams it is.
+    /// How many datagrams the packet contains.
     pub(super) packets: u64,
 }
 
@@ -79,24 +80,25 @@ pub(super) fn headers(skb: u64) -> Headers {
     }
 }
 
-/// The local address in the key of a flow: that of the packet, or that which the socket is bound to
-/// where a receive would tell no other.
+/// Returns the local address in the key of a flow: that of the packet or, if a receive would not
+/// see the local address, the one that the socket is bound to.
 ///
-/// Without a branch: the verifier would follow each way to the end.
+/// Without a branch, because the verifier would follow each path to the end.
 #[inline(always)]
 pub(super) fn local_of_flow(packet: &[u32; 4], own: &[u32; 4]) -> [u32; 4] {
     let hides = HIDES_LOCAL.get(0).copied().unwrap_or(0);
     core::array::from_fn(|index| packet[index] ^ (packet[index] ^ own[index]) & hides)
 }
 
-/// Whether an address is not the unspecified one.
+/// Returns whether an address is not the unspecified one.
 #[inline(always)]
 pub(super) const fn is_set([a, b, c, d]: &[u32; 4]) -> bool {
     *a | *b | *c | *d != 0
 }
 
-/// The interface that the addresses of datagrams belong to: the one that the socket is bound to
-/// (0 for none), or the one they went through if one of them is a link-local address.
+/// Returns the interface that the addresses of datagrams belong to. This is the interface that the
+/// socket is bound to (0 for none), or the one that the datagrams went through if an address is
+/// link-local.
 #[inline(always)]
 pub(super) fn scope(
     device: u32,

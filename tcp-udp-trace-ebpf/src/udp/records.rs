@@ -1,4 +1,4 @@
-//! Records of UDP.
+//! The contents of a UDP record.
 
 use tcp_udp_trace_common::{AF_INET, Field, Peer, Traffic, Udp, UdpTracked, kind, mark};
 
@@ -10,12 +10,12 @@ use crate::{
     sock::{Sock, Socket, peer6, tcp_state::ESTABLISHED},
 };
 
-/// What a socket or a flow has carried.
+/// The totals of a socket or a flow.
 #[derive(Clone, Copy)]
 pub(super) struct Totals<'a> {
     pub(super) traffic: &'a Traffic,
     pub(super) approximate: bool,
-    /// It is the first report of them.
+    /// Whether this is the first report of them.
     pub(super) first: bool,
 }
 
@@ -68,13 +68,15 @@ pub(super) fn record(
     })
 }
 
-/// Reports the socket as it is; false if that is not wanted, or did not fit into the ring.
+/// Reports a sample of the socket. Returns false if the sample does not pass the filter, or finds
+/// the buffer full.
 #[inline(always)]
 pub(crate) fn sample(ctx: Context, key: u64, sk: Sock, tracked: &mut UdpTracked) -> bool {
     report(ctx, kind::SAMPLE_UDP, key, tracked, sk, 0)
 }
 
-/// Reports something about the socket itself, if it is wanted; false if it is not, or did not fit into the ring.
+/// Reports an event of the socket itself. Returns false if the event does not pass the filter, or
+/// finds the buffer full.
 #[inline(always)]
 pub(super) fn report(
     ctx: Context,
@@ -97,10 +99,10 @@ pub(super) fn report(
         )
 }
 
-/// Nothing was carried; for records about the socket itself, with the addresses that it has.
+/// Returns the addresses of a socket without any traffic, for records about the socket itself.
 #[inline(always)]
 pub(super) fn addresses(sk: impl Socket) -> Datagrams {
-    // A socket that was disconnected still shows parts of its last peer.
+    // A disconnected socket still has parts of its last peer.
     let connected = sk.get::<u8>(Field::State) == ESTABLISHED;
     let port = if connected {
         u16::from_be(sk.get(Field::RemotePort))
@@ -144,11 +146,11 @@ pub(super) fn addresses(sk: impl Socket) -> Datagrams {
     }
 }
 
-/// The local address of an IPv6 socket, for a peer of this family.
+/// Returns the local address of an IPv6 socket, for a peer of this family.
 #[inline(always)]
 pub(super) fn local6(sk: impl Socket, family: u16) -> [u32; 4] {
     let local = sk.get::<[u32; 4]>(Field::LocalAddr6);
-    // Of an IPv4-mapped address, and of `::`, the last word is the IPv4 address.
+    // The last word of an IPv4-mapped address, and of `::`, is the IPv4 address.
     if family == AF_INET {
         [local[3], 0, 0, 0]
     } else {

@@ -22,10 +22,10 @@ use crate::{
     stopping::met,
 };
 
-/// `sk_type` of a socket that is not a raw one.
+/// `sk_type` of a socket that is not a raw socket.
 const SOCK_DGRAM: u16 = 2;
 
-/// Not 0 if each datagram shall be a record.
+/// Not 0 if each datagram is reported. User space sets it.
 #[unsafe(no_mangle)]
 pub(super) static PER_DATAGRAM: Global<u8> = Global::new(0);
 
@@ -33,20 +33,22 @@ pub(super) static PER_DATAGRAM: Global<u8> = Global::new(0);
 #[map]
 static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536, 0);
 
-/// What is known of the socket of this key.
+/// Returns the state of the socket of this key.
 #[inline(always)]
 pub(crate) fn get(key: u64) -> Option<&'static mut UdpTracked> {
-    // SAFETY: the map is preallocated, so its memory stays. Other CPUs write to the same entry: the totals are added to
-    // atomically, the rest is written once or is the same whoever writes it.
+    // SAFETY: the map is preallocated, so its memory stays. Other CPUs write to the same entry.
+    // They add to the totals atomically, and the other fields are written once or have the same
+    // value whichever CPU writes them.
     UDP_SOCKETS
         .get_ptr_mut(key)
         .and_then(|tracked| unsafe { tracked.as_mut() })
 }
 
-/// Starts to track the socket of this key. `sk` is a pointer that the verifier may have a type for: it is stored, and so
-/// loses the type, but nothing is computed with it.
+/// Starts to track the socket of this key. The verifier may have a type for the pointer `sk`. The
+/// pointer is stored, which drops the type, and not used in computations.
 ///
-/// It is put together under a name that nobody else knows: whoever finds it under its own finds all of it.
+/// The entry is built under a key that no other program knows, so an entry that is found under its
+/// final key is complete.
 #[inline(always)]
 pub(crate) fn track_new(
     key: u64,
@@ -67,14 +69,15 @@ pub(crate) fn track_new(
     tracked.born = now();
     tracked.owner = owner;
     tracked.user.thread = User::thread(owner.pid, owner.tid);
-    // SAFETY: a valid pointer into the map. Volatile, for the compiler not to keep the typed pointer.
+    // SAFETY: a valid pointer into the map. Volatile, so that the compiler does not keep the typed
+    // pointer.
     let sk = unsafe {
         (&raw mut tracked.sk)
             .cast::<*const core::ffi::c_void>()
             .write_volatile(sk);
         Sock::new((&raw const tracked.sk).read_volatile())
     };
-    // Not a raw socket that makes its UDP headers itself.
+    // A raw socket, which makes its UDP headers itself, is not tracked.
     if sk.get::<u16>(Field::SockType) == SOCK_DGRAM {
         tracked.cgroup = sk.cgroup();
         (tracked.netns, tracked.netns_cookie) = sk.netns();
@@ -84,7 +87,7 @@ pub(crate) fn track_new(
         }
         let old = if key == sk.0 { None } else { get(sk.0) };
         if let Some(old) = old {
-            // It has got its cookie: what was known of it by its address is known by its cookie from now on.
+            // The socket has got its cookie. Its entry moves from its address to its cookie.
             tracked.id = old.id;
             tracked.born = old.born;
             tracked.approximate = old.approximate;
@@ -104,7 +107,7 @@ pub(crate) fn track_new(
             tracked.flows = if sk.has_file() {
                 met()
             } else {
-                // No hook sees the beginning of the kernel's own sockets.
+                // No hook sees the creation of the kernel's own sockets.
                 older::UNKNOWN << older::SHIFT
             };
         }
@@ -120,7 +123,7 @@ pub(crate) fn track_new(
                     forget(sk.0);
                 }
             } else if get(key).is_none() {
-                // Nor has another CPU been first.
+                // Another CPU has not inserted the socket either.
                 counters::untracked();
             }
         }
@@ -129,7 +132,8 @@ pub(crate) fn track_new(
     get(key)
 }
 
-/// What a new entry begins with. In the programs' memory: on the stack it would take too much.
+/// The initial contents of an entry. Kept in the programs' memory, because they would take too much
+/// stack.
 static NOTHING_KNOWN: UdpTracked = UdpTracked {
     sk: 0,
     id: 0,
@@ -158,7 +162,7 @@ static NOTHING_KNOWN: UdpTracked = UdpTracked {
     },
 };
 
-/// Stops to track the socket of this key, if it is tracked.
+/// Stops tracking the socket of this key, if it is tracked.
 #[inline(always)]
 pub(super) fn forget(key: u64) {
     let Some(user) = get(key).map(|tracked| tracked.room_uid) else {
@@ -169,10 +173,10 @@ pub(super) fn forget(key: u64) {
     }
 }
 
-/// Marks the name of an entry that is not complete yet; the rest is its id.
+/// Marks the key of an entry that is not complete yet. The other bits are the id.
 const DRAFT: u64 = 1 << 62;
 
-/// The name of a socket where no helper tells its cookie.
+/// Returns the key of a socket, where no helper returns its cookie.
 #[inline(always)]
 pub(crate) fn key_of(sk: Sock) -> u64 {
     key(sk, sk.get(Field::Cookie))
@@ -183,7 +187,7 @@ pub(super) fn key(sk: Sock, cookie: u64) -> u64 {
     if cookie == 0 { sk.0 } else { cookie }
 }
 
-/// The socket, tracked from now on if it was not; the current process uses it.
+/// Returns the socket, tracked from now on at the latest. The current process uses it.
 #[inline(always)]
 pub(crate) fn track_for_current_task(
     ctx: Context,
@@ -196,16 +200,17 @@ pub(crate) fn track_for_current_task(
 }
 
 /// How often the user of a socket may change in one tick of the kernel's clock (1 to 10 ms), unless
-/// each datagram is a record: to find out about a process takes longer than to count a datagram.
+/// each datagram is reported. To read the fields of a process takes longer than to count a
+/// datagram.
 const MAX_USER_CHANGES: u32 = 8;
 
-/// The process of this pid, the current one, uses the socket; see [`owner::set_user`].
+/// Makes the current process, which has this pid, the user of the socket, see [`owner::set_user`].
 #[inline(always)]
 pub(super) fn set_user(tracked: &mut UdpTracked, pid: u32, sent_by: u64) {
     if tracked.user.pid() == pid || tracked.owner.pid == 0 {
         return;
     }
-    // SAFETY: the helper takes nothing and cannot fail.
+    // SAFETY: the helper takes no argument and cannot fail.
     let tick = unsafe { bpf_jiffies64() } as u32;
     if tracked.user_tick != tick {
         tracked.user_tick = tick;
@@ -217,7 +222,7 @@ pub(super) fn set_user(tracked: &mut UdpTracked, pid: u32, sent_by: u64) {
     }
 }
 
-/// The socket, tracked from now on if it was not; the current process has it open.
+/// Returns the socket, tracked from now on at the latest. The current process has it open.
 #[inline(always)]
 pub(super) fn track_for_holder(
     ctx: Context,
@@ -233,7 +238,8 @@ pub(super) fn track_for_holder(
     Some(tracked)
 }
 
-/// The socket, tracked from now on if it was not; the current process has perhaps nothing to do with it.
+/// Returns the socket, tracked from now on at the latest. The current process may have no relation
+/// to it.
 #[inline(always)]
 pub(crate) fn track(key: u64, sk: *const core::ffi::c_void) -> Option<&'static mut UdpTracked> {
     match get(key) {
@@ -242,7 +248,8 @@ pub(crate) fn track(key: u64, sk: *const core::ffi::c_void) -> Option<&'static m
     }
 }
 
-/// What is known of the socket, if anything is. By its address too: it may just have got its cookie.
+/// Returns the socket if it is tracked, by its cookie or by its address. It may just have got its
+/// cookie.
 #[inline(always)]
 pub(crate) fn find(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
     if let Some(tracked) = get(key) {
@@ -254,23 +261,26 @@ pub(crate) fn find(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
 
 #[inline(always)]
 pub(super) fn now() -> u64 {
-    // SAFETY: the helper takes nothing and cannot fail.
+    // SAFETY: the helper takes no argument and cannot fail.
     unsafe { bpf_ktime_get_boot_ns() }
 }
 
-/// So many packets more (or, wrapping, fewer) were found to be refused and are yet to be freed.
+/// Adds to the packets that were found to be refused and are not freed yet, or subtracts by
+/// wrapping.
 #[inline(always)]
 pub(super) fn add_unsent(tracked: &mut UdpTracked, packets: u32) {
-    // SAFETY: a pointer into a map's value; other CPUs add to it too, so it is atomic.
+    // SAFETY: a pointer into a map's value. The addition is atomic, because other CPUs also add to
+    // it.
     unsafe {
         atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(&raw mut tracked.unsent, packets)
     };
 }
 
-/// How many datagrams wait to be received, or more.
+/// Returns how many datagrams wait to be received, or a larger number.
 #[inline(always)]
 pub(super) fn queued(sk: Sock) -> u32 {
-    // Datagrams move from the first queue to the second. In this order, one that moves meanwhile is counted twice, and none is missed.
+    // The kernel moves datagrams from the first queue to the second. In this order, a datagram that
+    // moves meanwhile is counted twice, and none is missed.
     let waiting = sk.get::<u32>(Field::ReceiveQueued);
     waiting.wrapping_add(sk.get(Field::ReaderQueued))
 }
