@@ -1,5 +1,6 @@
-//! The fields of kernel structures that the programs read: the offsets differ from kernel to kernel, so
-//! user space looks them up in the running kernel's BTF and hands them over as a read-only global.
+//! The fields of kernel structures that the programs read. Their offsets differ from kernel to
+//! kernel, so user space finds them in the running kernel's BTF and passes them as a read-only
+//! global.
 
 /// The offset of a field that this kernel does not have.
 pub const ABSENT: u32 = u32::MAX;
@@ -7,13 +8,14 @@ pub const ABSENT: u32 = u32::MAX;
 /// The offset of every [`Field`], in bytes, or [`ABSENT`].
 pub type Offsets = [u32; FIELDS.len()];
 
-/// A field to look up.
+/// A field to find.
 #[derive(Clone, Copy, Debug)]
 pub struct WantedField {
-    /// The structure, then the members down to the field; ` | ` separates the names it has had.
+    /// The structure, then the members down to the field. ` | ` separates alternative names of
+    /// different kernels.
     pub path: &'static str,
     /// Its size in bytes, of which the programs may read fewer. A field of another size is not the
-    /// one they know.
+    /// expected one.
     pub size: u32,
 }
 

@@ -1,28 +1,29 @@
-//! A filter as the programs have it: a word, which is swapped as a whole, and sets of values, which carry its generation.
+//! A filter in the form that the programs use: a word, which is replaced as a whole, and sets of
+//! values, which carry the word's generation.
 //!
-//! The word is 0 if everything is wanted, so that a tracer without a filter asks one thing only.
+//! The word is 0 if every event passes, so a tracer without a filter checks only the word.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Events of this [kind](crate::kind) are not wanted.
+/// Returns the bit that excludes events of this [kind](crate::kind).
 #[must_use]
 pub const fn no_kind(kind: u32) -> u64 {
     1 << kind
 }
 
-/// This TCP state is not wanted.
+/// Returns the bit that excludes this TCP state.
 #[must_use]
 pub const fn no_state(state: u8) -> u64 {
     1 << (16 + state)
 }
 
-/// Any state at all is not wanted.
+/// Excludes all TCP states.
 pub const STATES: u64 = 0xffff << 16;
-/// IPv4 is not wanted.
+/// Excludes IPv4.
 pub const NO_IPV4: u64 = 1 << 32;
-/// IPv6 is not wanted.
+/// Excludes IPv6.
 pub const NO_IPV6: u64 = 1 << 33;
-/// The owner must be a process in the set [`PID`], or of a tree.
+/// The owner must be a process in the set [`PID`], or a member of a tree.
 pub const PROCESS: u64 = 1 << 34;
 /// The owner must not be in the set [`OWN`].
 pub const NOT_OWN: u64 = 1 << 35;
@@ -34,20 +35,21 @@ pub const UIDS: u64 = 1 << 37;
 pub const CGROUPS: u64 = 1 << 38;
 /// The network namespace must be in the set [`NETNS`].
 pub const NAMESPACES: u64 = 1 << 39;
-/// One of the ports must be in the set [`PORT`].
+/// At least one of the ports must be in the set [`PORT`].
 pub const PORTS: u64 = 1 << 40;
-/// The local address must be in one of the networks of this side ([`Network`]).
+/// The local address must be in one of the networks of the local side ([`Network`]).
 pub const LOCAL: u64 = 1 << 41;
-/// The remote address must be in one of the networks of this side ([`Network`]).
+/// The remote address must be in one of the networks of the remote side ([`Network`]).
 pub const REMOTE: u64 = 1 << 42;
 
-/// What tells one filter's values from another's; never 0.
+/// Returns the generation, which distinguishes the values of one filter from those of another. It
+/// is never 0.
 #[must_use]
 pub const fn generation(word: u64) -> u16 {
     (word >> 48) as u16
 }
 
-/// A word of this generation.
+/// Returns a word of this generation.
 #[must_use]
 pub const fn of_generation(generation: u16) -> u64 {
     (generation as u64) << 48
@@ -70,21 +72,22 @@ pub const NETNS: u16 = 6;
 /// Ports.
 pub const PORT: u16 = 7;
 
-// What follows are keys of maps. They are whole words: of a word that is written in pieces, the verifier believes that what was there
-// before still matters, and so takes the same code for different again and again.
+// The following types are keys of maps. They consist of whole words. If a program writes a word in
+// pieces, the verifier assumes that the previous contents still matter, and verifies the same code
+// again and again.
 
-/// A value that is wanted.
+/// A value that passes the filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Value {
-    /// The value; what is shorter is in the first word.
+    /// The value. A value shorter than two words is in the first one.
     pub value: [u64; 2],
     /// The filter's generation, and the set.
     pub tag: u64,
 }
 
 impl Value {
-    /// A value in a set of a filter.
+    /// Returns a value in a set of a filter.
     #[must_use]
     #[inline(always)]
     pub const fn new(generation: u16, set: u16, value: [u64; 2]) -> Self {
@@ -95,19 +98,19 @@ impl Value {
     }
 }
 
-/// A network that is wanted, as the key of a trie.
+/// A network that passes the filter, as the key of a trie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Network {
-    /// How many bits count of what follows, in the lower half; in the upper one the generation, the side (0 for the local address, 1 for the
-    /// remote one), and the family.
+    /// In the lower half, how many of the following bits count. In the upper half, the generation,
+    /// the side (0 for the local address, 1 for the remote one), and the family.
     pub head: u64,
-    /// The address, network byte order; IPv4 in the first half of the first word.
+    /// The address, network byte order. An IPv4 address is in the first half of the first word.
     pub address: [u64; 2],
 }
 
 impl Network {
-    /// The network of which so many bits of an address count, or one address.
+    /// Returns the network whose addresses share this number of bits, or a single address.
     #[must_use]
     #[inline(always)]
     pub const fn new(generation: u16, side: u8, family: u16, bits: u32, address: [u64; 2]) -> Self {
@@ -122,86 +125,87 @@ impl Network {
     }
 }
 
-/// How many values, and how many networks, a filter may have.
+/// The maximum number of values, and of networks, in a filter.
 pub const MAX_VALUES: u32 = 512;
-/// How many processes may be in the trees of a filter at a time.
-pub const MAX_KIN: u32 = 4096;
+/// The maximum number of processes in the trees of a filter at a time.
+pub const MAX_TREE_MEMBERS: u32 = 4096;
 
-/// How many bits of a [`Network`] stand before its address.
+/// How many bits of a [`Network`] precede its address.
 pub const NETWORK_HEAD_BITS: u32 = 32;
 
-/// A process, named for good.
+/// A member of a process tree: a process, identified uniquely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct Kin {
-    /// When it was made: `CLOCK_BOOTTIME`, nanoseconds.
+pub struct TreeMember {
+    /// The time when the process was created: `CLOCK_BOOTTIME`, nanoseconds.
     pub started: u64,
     /// Process id (`tgid`).
     pub pid: u64,
 }
 
-/// What user space tells the programs about a filter, as the first argument of `control_filter`.
+/// The operations on a filter: the first argument of `control_filter`.
 pub mod op {
-    /// The filter is this word from now on.
+    /// Replace the current filter's word by this one.
     pub const SWITCH: u64 = 0;
-    /// A filter of this generation is being prepared.
+    /// Prepare a filter of this generation.
     pub const PREPARE: u64 = 1;
-    /// Add a value: its words.
+    /// Add a value, passed as its words.
     pub const ADD: u64 = 2;
     /// Remove a value.
     pub const REMOVE: u64 = 3;
-    /// The answer is the pid of the calling process, as the programs know it.
+    /// Return the pid of the calling process in the initial pid namespace.
     pub const CALLER: u64 = 4;
-    /// Add a network: its words.
+    /// Add a network, passed as its words.
     pub const ADD_NETWORK: u64 = 5;
     /// Remove a network.
     pub const REMOVE_NETWORK: u64 = 6;
-    /// What is this process to the filter? pid, start; the answer has the bits of [`standing`](super::standing).
-    pub const STANDING: u64 = 7;
-    /// The answer is the level of the calling process's pid namespace: 0 for the initial one.
+    /// Return the bits of [`membership`](super::membership) of a process, passed as its pid and its
+    /// start time.
+    pub const MEMBERSHIP: u64 = 7;
+    /// Return the level of the calling process's pid namespace: 0 for the initial one.
     pub const LEVEL: u64 = 8;
-    /// Look for the network namespace that has this inode now. The answer is one of
+    /// Search for the network namespace that has this inode now. Returns one of
     /// [`netns`](super::netns).
     pub const FIND_NETNS: u64 = 9;
-    /// Go on with the search for this inode, which has paused. The answer is as before.
+    /// Continue the search for this inode, which has paused. Returns the same as [`FIND_NETNS`].
     pub const GO_ON: u64 = 10;
-    /// The answer is [`netns::COOKIE_BITS`](super::netns::COOKIE_BITS) bits of the cookie of the
-    /// namespace that was found, from this bit on.
+    /// Return [`netns::COOKIE_BITS`](super::netns::COOKIE_BITS) bits of the cookie of the namespace
+    /// that was found, from this bit on.
     pub const NETNS_COOKIE: u64 = 11;
 }
 
-/// The two numbers of a process, as the iterator that translates them writes them: the one in the
-/// reader's pid namespace, and the one in the initial pid namespace (`tgid`).
+/// Returns the bytes that the iterator of pids writes for a process: its pid in the reader's pid
+/// namespace, and its pid in the initial one (`tgid`).
 #[must_use]
 pub const fn numbers(here: u32, initial: u32) -> [u8; 8] {
     (here as u64 | (initial as u64) << 32).to_ne_bytes()
 }
 
-/// The inverse of [`numbers`].
+/// Reverses [`numbers`].
 #[must_use]
 pub const fn from_numbers(bytes: [u8; 8]) -> (u32, u32) {
     let word = u64::from_ne_bytes(bytes);
     (word as u32, (word >> 32) as u32)
 }
 
-/// The answers about the network namespace that has an inode.
+/// Results of the search for the network namespace that has an inode.
 pub mod netns {
-    /// No network namespace has it.
+    /// No network namespace has the inode.
     pub const NONE: i32 = 0;
-    /// One has it.
+    /// A network namespace has it.
     pub const FOUND: i32 = 1;
-    /// The program has looked at as many namespaces as it may at a time.
+    /// The program has checked as many namespaces as it may in one run.
     pub const PAUSED: i32 = 2;
-    /// The kernel's structures are not the known ones: `EOPNOTSUPP`.
+    /// The kernel's structures are not the expected ones: `EOPNOTSUPP`.
     pub const UNKNOWN: i32 = -95;
-    /// How many bits of a cookie are told at a time: a negative answer is an error.
+    /// How many bits of a cookie are returned at a time. A negative result would be an error.
     pub const COOKIE_BITS: u32 = 31;
 }
 
-/// What a process is to a filter.
-pub mod standing {
-    /// It is in one of its trees.
-    pub const KIN: i32 = 1;
-    /// It is the tracing process itself.
+/// The relation of a process to a filter.
+pub mod membership {
+    /// The process is a member of one of the filter's trees.
+    pub const TREE: i32 = 1;
+    /// The process is the tracing process itself.
     pub const OWN: i32 = 2;
 }

@@ -1,8 +1,10 @@
-//! The contract between the eBPF programs and user space: one record per kind of event, the state that the
-//! programs keep of a socket, the counters of what went wrong, and the kernel fields that the programs read.
+//! The contract between the eBPF programs and user space. It consists of a record for each kind of
+//! event, the state that the programs keep of a socket, the counters of anomalies, and the kernel
+//! fields that the programs read.
 //!
-//! Everything is plain integers and bytes with explicit padding, in the byte order of the machine. Not a
-//! public API: the library and its eBPF object always come from the same commit.
+//! All types are plain integers and bytes with explicit padding, in the byte order of the machine.
+//! This is not a public API, because the library and its eBPF object always come from the same
+//! commit.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -14,7 +16,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The kind of a record, in [`Head::kind`].
 pub mod kind {
-    /// Nothing but this number: it wakes the reader of perf buffers.
+    /// Only this number. It wakes the reader of perf buffers.
     pub const BELL: u32 = 0;
     /// A [`StateChange`](super::StateChange).
     pub const STATE_CHANGE: u32 = 1;
@@ -28,69 +30,70 @@ pub mod kind {
     pub const SEND: u32 = 5;
     /// A [`Udp`](super::Udp): a datagram was received.
     pub const RECEIVE: u32 = 6;
-    /// A [`Udp`](super::Udp): the socket is gone.
+    /// A [`Udp`](super::Udp): the socket has been closed.
     pub const CLOSE: u32 = 7;
-    /// A [`Tcp`](super::Tcp): the socket is alive, and this is how it is.
+    /// A [`Tcp`](super::Tcp): a sample of a live socket.
     pub const SAMPLE_TCP: u32 = 8;
-    /// A [`Udp`](super::Udp): the same.
+    /// A [`Udp`](super::Udp): a sample of a live socket.
     pub const SAMPLE_UDP: u32 = 9;
-    /// A [`Tcp`](super::Tcp): a segment was sent again.
+    /// A [`Tcp`](super::Tcp): a segment was retransmitted.
     pub const RETRANSMIT: u32 = 10;
     /// A [`Tcp`](super::Tcp): a reset was sent.
     pub const RESET_SENT: u32 = 11;
     /// A [`Tcp`](super::Tcp): a reset was received.
     pub const RESET_RECEIVED: u32 = 12;
-    /// A [`Tcp`](super::Tcp): a `connect` failed before any change of state.
+    /// A [`Tcp`](super::Tcp): a `connect` failed without a state change.
     pub const CONNECT_FAILED_TCP: u32 = 13;
     /// A [`Udp`](super::Udp): a `connect` failed.
     pub const CONNECT_FAILED_UDP: u32 = 14;
-    /// One more than the last.
+    /// The number of kinds of events.
     pub const COUNT: usize = 15;
-    /// A piece of an [`Image`](super::Image). It is no event, and is not among the counts of events.
+    /// A piece of an [`Image`](super::Image). It is not an event, and not among the counts of
+    /// events.
     pub const IMAGE: u32 = 32;
 }
 
-/// How an owner is known, in [`Owner::origin`].
+/// How the owner was determined, in [`Owner::origin`].
 pub mod origin {
     /// The owner is not known.
     pub const NONE: u16 = 0;
-    /// It made the socket (UDP), or called `connect` or `listen` (TCP).
+    /// The owner created the socket (UDP), or called `connect` or `listen` (TCP).
     pub const CREATOR: u16 = 1;
-    /// It called `accept`.
+    /// The owner called `accept`.
     pub const ACCEPTOR: u16 = 2;
-    /// It was the first seen sending or receiving.
+    /// The owner was the first process seen sending or receiving.
     pub const USER: u16 = 3;
-    /// It held a descriptor of the socket when the tracer started.
+    /// The owner had a descriptor of the socket when the tracer started.
     pub const SNAPSHOT: u16 = 4;
 }
 
 /// Whether the socket's own SYN is part of `tcp_sock.bytes_acked`, in [`Tracked::syn`].
 pub mod syn {
-    /// The socket is older than the tracer: not known.
+    /// Not known, because the socket is older than the tracer.
     pub const UNKNOWN: u8 = 0;
-    /// It called `connect`: its SYN counts one byte once it is acknowledged.
+    /// The socket called `connect`. Its SYN counts as one byte once it is acknowledged.
     pub const COUNTED: u8 = 1;
-    /// It came from a listener: the kernel starts counting after its SYN.
+    /// The socket came from a listener. The kernel begins to count after its SYN.
     pub const NOT_COUNTED: u8 = 2;
-    /// It called `connect` to take over a connection (`TCP_REPAIR`): no SYN was sent.
+    /// The socket called `connect` to take over a connection (`TCP_REPAIR`). No SYN was sent.
     pub const NOT_SENT: u8 = 3;
-    /// The bits of these.
+    /// The bits of the values above.
     pub const MASK: u8 = 3;
 
-    /// A bit beside these: the socket listens, and the event of that waits for its port.
+    /// An additional bit: the socket listens, and its event is held until its port is known.
     pub const HELD: u8 = 1 << 2;
-    /// A bit beside these: the life has ended, and a `connect` has yet to return its errno.
+    /// An additional bit: the connection has ended, and a `connect` has not returned its errno yet.
     pub const UNRETURNED: u8 = 1 << 3;
 }
 
-/// Which listeners without a port wait for one before they are reported: those that a later hook
-/// sees.
+/// Which listeners without a port are held before they are reported. They must be those that a
+/// later hook sees.
 pub mod hold {
-    /// None of them: there is no such hook.
+    /// None, because there is no such hook.
     pub const NONE: u32 = 0;
-    /// Those of the system call `listen`: the hook is at its exit.
+    /// Those of the system call `listen`, because the hook is at its exit.
     pub const OF_SYSTEM_CALL: u32 = 1;
-    /// All of them.
+    /// All listeners.
     pub const ALL: u32 = 2;
 }
 
@@ -99,15 +102,15 @@ pub mod hold {
 pub mod older {
     /// No: the programs saw its beginning.
     pub const NO: u8 = 0;
-    /// Yes: the programs saw it for the first time, and not at its beginning.
+    /// Yes: the programs saw the socket first after its beginning.
     pub const YES: u8 = 1;
-    /// Not known: it may be one whose beginning the programs missed.
+    /// Not known: the programs may have missed its beginning.
     pub const UNKNOWN: u8 = 2;
 
-    /// [`Tracked::syn`](super::Tracked::syn) and [`UdpTracked::flows`](super::UdpTracked::flows)
-    /// have one of these above so many bits.
+    /// The position of these values in [`Tracked::syn`](super::Tracked::syn) and
+    /// [`UdpTracked::flows`](super::UdpTracked::flows), in bits.
     pub const SHIFT: u32 = 4;
-    /// The bits below.
+    /// The bits below that position.
     pub const REST: u8 = (1 << SHIFT) - 1;
 }
 
@@ -116,13 +119,13 @@ pub const AF_INET: u16 = 2;
 /// `AF_INET6`.
 pub const AF_INET6: u16 = 10;
 
-/// What every record starts with.
+/// The head of every record.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Head {
     /// One of [`kind`].
     pub kind: u32,
-    /// How many records the full buffer has refused before this one, modulo 2³².
+    /// How many records the full buffer has refused before this record, modulo 2³².
     pub lost: u32,
     /// `CLOCK_BOOTTIME`, nanoseconds.
     pub time: u64,
@@ -140,26 +143,27 @@ pub struct Owner {
     pub uid: u32,
     /// One of [`origin`].
     pub origin: u16,
-    /// How many programs the process and its ancestors had executed (`self_exec_id`), modulo 2¹⁶:
-    /// with the pid and the start, it names the program that the process ran.
+    /// How many programs the process and its ancestors had executed (`self_exec_id`), modulo 2¹⁶.
+    /// With the pid and the start time, it identifies the program that the process ran.
     pub exec: u16,
-    /// The main thread's `comm`, byte by byte in memory.
+    /// The main thread's `comm`, as its bytes are in memory.
     pub comm: [u64; 2],
-    /// When the process was made: `CLOCK_BOOTTIME`, nanoseconds. With the pid, names it for good.
+    /// The time when the process was created: `CLOCK_BOOTTIME`, nanoseconds. With the pid, it
+    /// identifies the process uniquely.
     pub started: u64,
-    /// Id of its cgroup (v2), 0 when unknown.
+    /// Id of its cgroup (v2), 0 if it is not known.
     pub cgroup: u64,
 }
 
 /// The last process that was seen using a socket.
 ///
-/// Programs of several CPUs may write it at the same time, and others may read it meanwhile.
-/// [`check`](Self::check) proves that all of it is of one process.
+/// Programs on several CPUs may write it at the same time, and others may read it meanwhile.
+/// [`check`](Self::check) proves that all fields belong to one process.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct User {
-    /// Process id above thread id, in one word, which is written as a whole. 0 for none. If it is the
-    /// owner's process, the other fields mean nothing.
+    /// Process id above thread id, in one word, which is written as a whole. 0 for none. If the
+    /// process is the owner's, the other fields have no meaning.
     pub thread: u64,
     /// User id.
     pub uid: u32,
@@ -184,22 +188,23 @@ impl User {
         cgroup: 0,
     };
 
-    /// Puts a process id and a thread id into one word.
+    /// Returns a process id and a thread id in one word.
     #[inline(always)]
     pub const fn thread(pid: u32, tid: u32) -> u64 {
         (pid as u64) << 32 | tid as u64
     }
 
-    /// Process id.
+    /// Returns the process id.
     #[inline(always)]
     pub const fn pid(&self) -> u32 {
         (self.thread >> 32) as u32
     }
 
-    /// The checksum of all fields but [`check`](Self::check).
+    /// Returns the checksum of all fields except [`check`](Self::check).
     #[inline(always)]
     pub const fn checksum(&self) -> u32 {
-        /// Odd, so that no bit of a sum gets lost: 2⁶⁴ divided by the golden ratio.
+        /// 2⁶⁴ divided by the golden ratio. The factor is odd, so a multiplication loses no bit of
+        /// the sum.
         const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
         let mut sum = self.thread.wrapping_mul(FACTOR);
         sum = (sum ^ sum >> 32 ^ self.uid as u64).wrapping_mul(FACTOR);
@@ -211,19 +216,19 @@ impl User {
     }
 }
 
-/// A TCP socket as a record shows it.
+/// A TCP socket in a record.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct TcpSocket {
-    /// Names this life of the socket.
+    /// The id of this life of the socket.
     pub id: u64,
-    /// When it began: `CLOCK_BOOTTIME`, nanoseconds.
+    /// The time when this life began: `CLOCK_BOOTTIME`, nanoseconds.
     pub born: u64,
-    /// `SO_COOKIE`, 0 when none was made yet.
+    /// `SO_COOKIE`, 0 if the socket has none yet.
     pub cookie: u64,
-    /// cgroup v2 id, 0 when unknown.
+    /// cgroup v2 id, 0 if it is not known.
     pub cgroup: u64,
-    /// Cookie of the network namespace, 0 where the kernel has none.
+    /// Cookie of the network namespace, 0 if the kernel has none.
     pub netns_cookie: u64,
     /// Payload bytes sent.
     pub tx_bytes: u64,
@@ -239,11 +244,12 @@ pub struct TcpSocket {
     pub netns: u32,
     /// The owner.
     pub owner: Owner,
-    /// The last process seen using it: of a listener, the last process that accepted a connection.
+    /// The last process seen using the socket. For a listener, this is the last process that accepted
+    /// a connection.
     pub user: User,
-    /// Local address, network byte order; IPv4 in the first word.
+    /// Local address, network byte order. An IPv4 address is in the first word.
     pub local: [u32; 4],
-    /// Remote address, network byte order; IPv4 in the first word.
+    /// Remote address, network byte order. An IPv4 address is in the first word.
     pub remote: [u32; 4],
     /// Local port, host byte order.
     pub local_port: u16,
@@ -253,41 +259,41 @@ pub struct TcpSocket {
     pub family: u16,
     /// One of [`older`].
     pub older: u16,
-    /// The interface that it is bound to, 0 for none.
+    /// The interface that the socket is bound to, 0 for none.
     pub device: u32,
-    /// Of a [`kind::CONNECT_FAILED_TCP`], what the call returned: an `errno`. Else 0.
+    /// In a [`kind::CONNECT_FAILED_TCP`], the `errno` that the call returned. Otherwise 0.
     pub error: u32,
 }
 
-/// A TCP socket went from one state to another.
+/// A TCP socket changed from one state to another.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct StateChange {
-    /// The head, of [`kind::STATE_CHANGE`].
+    /// The head, with [`kind::STATE_CHANGE`].
     pub head: Head,
     /// The socket.
     pub socket: TcpSocket,
-    /// The state it left.
+    /// The previous state.
     pub from: u8,
-    /// The state it entered.
+    /// The new state.
     pub to: u8,
     /// Padding.
     pub _pad: [u8; 2],
-    /// `sk_err`.
+    /// The `errno` of a change to `CLOSE`, 0 if there is none: usually `sk_err`.
     pub error: u32,
 }
 
-/// Something about a TCP socket that its state and traffic tell.
+/// Another event of a TCP socket.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Tcp {
     /// The head.
     pub head: Head,
-    /// The socket; in a [`kind::ACCEPT`] its owner is already the acceptor.
+    /// The socket. In a [`kind::ACCEPT`], its owner is already the acceptor.
     pub socket: TcpSocket,
 }
 
-/// What a socket or a flow has carried.
+/// The traffic of a socket or a flow.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -303,13 +309,13 @@ pub struct Traffic {
     pub rx_packets: u64,
 }
 
-/// The other side of a datagram.
+/// The remote end of a datagram.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
 pub struct Peer {
-    /// Its address, network byte order; IPv4 in the first word.
+    /// Its address, network byte order. An IPv4 address is in the first word.
     pub address: [u32; 4],
     /// Its port, host byte order.
     pub port: u16,
@@ -319,7 +325,7 @@ pub struct Peer {
 
 /// A flow: a UDP socket, one of its local addresses, and a peer.
 ///
-/// The socket is named by its id and not by its key, which may change once (see [`Udp::key`]).
+/// The socket is identified by its id, because its key may change once (see [`Udp::key`]).
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
@@ -331,96 +337,104 @@ pub struct FlowKey {
     pub peer: Peer,
     /// The interface that link-local addresses belong to, 0 for none.
     pub scope: u32,
-    /// Local address, of the family of the peer. Unspecified if the socket is bound to none and the
-    /// receive hook does not tell it.
+    /// Local address, of the peer's family. Unspecified if the socket is bound to none and the
+    /// receive hook does not see it.
     pub local: [u32; 4],
 }
 
-/// What the programs remember of a flow.
+/// The state that the programs remember of a flow.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Flow {
     /// Its totals.
     pub traffic: Traffic,
-    /// Whether the next datagram shall be reported: one of [`report`]. Of a flow that nobody wants, when that was found
-    /// (`CLOCK_BOOTTIME`, nanoseconds).
+    /// Whether the next datagram is reported: one of [`report`]. For a flow that did not pass the
+    /// filter, the time of that check (`CLOCK_BOOTTIME`, nanoseconds).
     pub report: u64,
-    /// When its first datagram was counted: `CLOCK_BOOTTIME`, nanoseconds.
+    /// The time when its first datagram was counted: `CLOCK_BOOTTIME`, nanoseconds.
     pub born: u64,
-    /// Not 0 if a number of its totals may be too small, see [`mark::APPROXIMATE`].
+    /// Not 0 if one of the totals may be too small, see [`mark::APPROXIMATE`].
     pub approximate: u32,
-    /// Not 0 once datagrams of several local addresses were counted: then it has none.
+    /// Not 0 once datagrams of several local addresses were counted. The flow then has no local
+    /// address.
     pub is_mixed: u32,
     /// The local address, unspecified until it is known.
     pub local: [u32; 4],
 }
 
-/// Values of [`Flow::report`].
+/// Values of [`Flow::report`] for a flow that passed the filter.
 pub mod report {
-    /// It shall.
-    pub const NEXT: u64 = 0;
-    /// User space will look by itself.
-    pub const LATER: u64 = u64::MAX;
+    /// The kernel reports the flow at its next datagram.
+    pub const NEXT_DATAGRAM: u64 = 0;
+    /// User space reads the totals by itself, one interval after the last report.
+    pub const BY_USER_SPACE: u64 = u64::MAX;
+    /// Added to [`BY_USER_SPACE`], results in [`NEXT_DATAGRAM`] by wrapping.
+    pub const ARM: u64 = 1;
+    /// Added to either value when the flow is removed, results in neither.
+    pub const REMOVED: u64 = 2;
 }
 
-/// A question about a flow, in the form of a packet: the programs that can be asked take packets.
+/// A query of a flow, in the form of a packet, because the programs that user space can run with
+/// data take packets.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct FlowQuery {
-    /// Where a packet has its Ethernet header, and padding.
+    /// The Ethernet header of the packet, and padding.
     pub _header: [u64; 2],
     /// The flow.
     pub key: FlowKey,
-    /// The totals that are known. If there is nothing new, the next datagram shall be reported.
+    /// The totals that user space knows. If they have not changed, the kernel reports the next
+    /// datagram.
     pub known: Traffic,
-    /// The answer: its totals.
+    /// The result: its totals.
     pub traffic: Traffic,
-    /// The answer: see [`Flow::local`].
+    /// The result: see [`Flow::local`].
     pub local: [u32; 4],
-    /// The answer: see [`Flow::approximate`].
+    /// The result: see [`Flow::approximate`].
     pub approximate: u32,
     /// Padding.
     pub _pad: u32,
-    /// The key of the flow's socket, see [`Udp::key`]; 0 if it is not known.
+    /// The key of the flow's socket, see [`Udp::key`], or 0 if it is not known.
     pub socket: u64,
-    /// The answer: see [`UdpTracked::user`].
+    /// The result: see [`UdpTracked::user`].
     pub user: User,
-    /// Not 0 if the flow has ended and shall be forgotten.
+    /// Not 0 if the flow has ended and is to be removed.
     pub forget: u64,
 }
 
 /// Bits of [`Udp::marks`].
 pub mod mark {
     /// [`Traffic::rx_packets`](super::Traffic::rx_packets) counts reads that may have been several
-    /// datagrams each, or datagrams of the socket were counted for no flow before this flow began.
+    /// datagrams each. Or datagrams of the socket were counted for no flow before this flow began.
     pub const APPROXIMATE: u8 = 1;
-    /// The first report of a [`kind::FLOW`](super::kind::FLOW).
+    /// This is the first report of a [`kind::FLOW`](super::kind::FLOW).
     pub const FIRST: u8 = 2;
     /// The key of the flow has no local address.
     pub const HIDES_LOCAL: u8 = 4;
 }
 
-/// Something happened to a UDP socket.
+/// An event of a UDP socket.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Udp {
     /// The head.
     pub head: Head,
-    /// The socket's cookie. A socket that has none (it is older than the tracer and was never asked for it) is named by its address,
-    /// which has the highest bit set, until it gets one.
+    /// The socket's cookie. A socket that is older than the tracer may have no cookie yet. Until it
+    /// gets one, its key is its address, whose highest bit is set.
     pub key: u64,
-    /// Names this socket in the tracer.
+    /// The id of this socket in the tracer.
     pub id: u64,
-    /// When it was first seen: `CLOCK_BOOTTIME`, nanoseconds.
+    /// The time when the socket was first seen: `CLOCK_BOOTTIME`, nanoseconds.
     pub born: u64,
-    /// cgroup v2 id, 0 when unknown.
+    /// cgroup v2 id, 0 if it is not known.
     pub cgroup: u64,
     /// See [`TcpSocket::netns_cookie`].
     pub netns_cookie: u64,
-    /// The totals: of the flow in a [`kind::FLOW`], else of the socket.
+    /// The totals: those of the flow in a [`kind::FLOW`], otherwise those of the socket.
     pub traffic: Traffic,
-    /// Bytes of a datagram; of a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full; of a [`kind::FLOW`],
-    /// [`Flow::born`]; of a [`kind::CONNECT_FAILED_UDP`], the `errno`.
+    /// In a [`kind::CLOSE`], the datagrams dropped because the receive buffer was full. In a
+    /// [`kind::FLOW`], [`Flow::born`]. In a [`kind::CONNECT_FAILED_UDP`], the `errno`. Otherwise,
+    /// the bytes of a datagram.
     pub amount: u64,
     /// The owner.
     pub owner: Owner,
@@ -430,9 +444,9 @@ pub struct Udp {
     pub uid: u32,
     /// Inode of the network namespace.
     pub netns: u32,
-    /// The peer; its family is the socket's on this occasion.
+    /// The peer. Its family is the socket's family in this event.
     pub peer: Peer,
-    /// Local address, of the family of the peer.
+    /// Local address, of the peer's family.
     pub local: [u32; 4],
     /// Local port, host byte order.
     pub local_port: u16,
@@ -446,17 +460,17 @@ pub struct Udp {
     pub scope: u32,
 }
 
-/// What the programs remember of a UDP socket, keyed like [`Udp::key`].
+/// The state that the programs remember of a UDP socket, by [`Udp::key`].
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct UdpTracked {
     /// The address of its `struct sock`.
     pub sk: u64,
-    /// Names this socket in the tracer.
+    /// The id of this socket in the tracer.
     pub id: u64,
-    /// When it was first seen: `CLOCK_BOOTTIME`, nanoseconds.
+    /// The time when the socket was first seen: `CLOCK_BOOTTIME`, nanoseconds.
     pub born: u64,
-    /// cgroup v2 id, 0 when unknown.
+    /// cgroup v2 id, 0 if it is not known.
     pub cgroup: u64,
     /// See [`TcpSocket::netns_cookie`].
     pub netns_cookie: u64,
@@ -464,72 +478,77 @@ pub struct UdpTracked {
     pub netns: u32,
     /// See [`mark::APPROXIMATE`].
     pub approximate: u8,
-    /// 1 once a flow of it has been reported: then its close must be, too, for user space to report its flows for the last time.
-    /// And above that, one of [`older`].
+    /// The lowest bit is 1 once a flow of the socket has been reported. The close of the socket is
+    /// then reported as well, so that user space reports the flows for the last time. The bits
+    /// above hold one of [`older`].
     pub flows: u8,
-    /// See [`Tracked::kin`].
-    pub kin: u16,
+    /// See [`Tracked::tree_generation`].
+    pub tree_generation: u16,
     /// 1 once a datagram was counted for no flow, see [`Counters::unassigned`].
     pub unassigned: u16,
-    /// 1 once netfilter has translated the addresses of a packet that it sent.
+    /// 1 once netfilter has translated the addresses of a packet that the socket sent.
     pub is_translated: u8,
-    /// 1 once another program at the cgroup has refused a packet that it sent.
+    /// 1 once another program at the cgroup has refused a packet that the socket sent.
     pub is_refused: u8,
-    /// How many packets were found to be refused before they were counted, and are yet to be freed.
+    /// How many packets were found to be refused before they were counted, and are not freed yet.
     pub unsent: u32,
-    /// How many datagrams that have not been received yet may have come before the socket got its peer, so from anybody. At or below 0 (as a
-    /// signed number): none.
+    /// How many datagrams that are still to be received may have arrived before the socket was
+    /// connected, and so from any peer. Read as a signed number, 0 or less means none.
     pub strangers: u32,
     /// See [`Tracked::room_uid`].
     pub room_uid: u32,
     /// The owner.
     pub owner: Owner,
-    /// The last process seen connecting it, sending or receiving; the owner at first.
+    /// The last process seen connecting the socket, sending or receiving. At first, this is the
+    /// owner.
     pub user: User,
     /// The tick of the kernel's clock in which the user last changed, modulo 2³².
     pub user_tick: u32,
-    /// How often it changed in that tick.
+    /// How often the user changed in that tick.
     pub user_changes: u32,
     /// The totals.
     pub traffic: Traffic,
 }
 
-/// What the programs remember of a TCP socket, keyed by the address of its `struct sock`.
+/// The state that the programs remember of a TCP socket, by the address of its `struct sock`.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Tracked {
-    /// Names this life of the socket.
+    /// The id of this life of the socket.
     pub id: u64,
-    /// When it began: `CLOCK_BOOTTIME`, nanoseconds.
+    /// The time when this life began: `CLOCK_BOOTTIME`, nanoseconds.
     pub born: u64,
-    /// cgroup v2 id, 0 when unknown.
+    /// cgroup v2 id, 0 if it is not known.
     pub cgroup: u64,
     /// See [`TcpSocket::netns_cookie`].
     pub netns_cookie: u64,
     /// Inode of the network namespace.
     pub netns: u32,
-    /// The TCP state last reported.
+    /// The TCP state that was last reported.
     pub state: u8,
-    /// One of [`syn`], perhaps with [`syn::HELD`] or [`syn::UNRETURNED`], and above that one of
-    /// [`older`].
+    /// One of [`syn`], perhaps with [`syn::HELD`] or [`syn::UNRETURNED`]. The bits above hold one
+    /// of [`older`].
     pub syn: u8,
-    /// The [generation](filter::generation) of the filter whose process trees its owner was found to be in: it stays so when the process has ended.
-    pub kin: u16,
-    /// `sk_uid` when it was put into the map, which its room there is counted for.
+    /// The [generation](filter::generation) of the filter in one of whose process trees the owner
+    /// was found. It stays when the process has ended.
+    pub tree_generation: u16,
+    /// `sk_uid` when the socket was put into the map. Its room there is counted for this user.
     pub room_uid: u32,
     /// Padding.
     pub _pad: u32,
-    /// Of a child of a listener, the listener's id; of a listener, its own; else 0.
+    /// For a child of a listener, the listener's id. For a listener, its own id. Otherwise 0.
     pub listener: u64,
-    /// Who called `connect` or `listen`, or had the socket open when the tracer started; of a listener's child, the listener's owner.
+    /// The process that called `connect` or `listen`, or had the socket open when the tracer
+    /// started. For a listener's child, the listener's owner.
     pub creator: Owner,
-    /// Who called `accept`, the owner from then on. In a place of its own, because another CPU may read the first while this is written:
-    /// its origin, written last, tells whether it is there.
+    /// The process that called `accept`, which is the owner from then on. It is a separate field,
+    /// because another CPU may read `creator` while this one is written. Its origin is written
+    /// last, and marks it as present.
     pub acceptor: Owner,
 }
 
 impl Tracked {
-    /// One of [`syn`].
+    /// Returns one of [`syn`].
     #[inline(always)]
     pub const fn syn(&self) -> u8 {
         self.syn & syn::MASK
@@ -541,14 +560,15 @@ impl Tracked {
         self.syn = self.syn & !syn::MASK | syn;
     }
 
-    /// Whether the socket listens and has not been reported, because its port was not known.
+    /// Returns whether the socket listens and has not been reported, because its port was not
+    /// known.
     #[inline(always)]
     pub const fn is_held(&self) -> bool {
         self.syn & syn::HELD != 0
     }
 
-    /// Takes note of whether a `connect` has yet to return the errno of its end; returns whether
-    /// that was so before.
+    /// Stores whether a `connect` has not returned the errno of its end yet. Returns the previous
+    /// value.
     #[inline(always)]
     pub const fn set_unreturned(&mut self, unreturned: bool) -> bool {
         let before = self.syn & syn::UNRETURNED != 0;
@@ -560,7 +580,7 @@ impl Tracked {
         before
     }
 
-    /// One of [`older`].
+    /// Returns one of [`older`].
     #[inline(always)]
     pub const fn older(&self) -> u8 {
         self.syn >> older::SHIFT
@@ -568,33 +588,33 @@ impl Tracked {
 }
 
 impl UdpTracked {
-    /// Whether a flow of it has been reported.
+    /// Returns whether a flow of the socket has been reported.
     #[inline(always)]
     pub const fn has_flows(&self) -> bool {
         self.flows & older::REST != 0
     }
 
-    /// One of [`older`].
+    /// Returns one of [`older`].
     #[inline(always)]
     pub const fn older(&self) -> u8 {
         self.flows >> older::SHIFT
     }
 }
 
-/// What a piece of an [`Image`] is, in [`Image::part`].
+/// The kinds of pieces of an [`Image`], in [`Image::part`].
 pub mod part {
-    /// A component of the executable's path and its NUL, empty for a mount point. The last
+    /// A component of the executable's path and its NUL. It is empty for a mount point. The last
     /// component comes first.
     pub const NAME: u16 = 1;
     /// Bytes of the command line, each argument with its NUL.
     pub const ARGUMENTS: u16 = 2;
-    /// The end: all pieces have been written.
+    /// The end of the image: all pieces have been written.
     pub const END: u16 = 3;
-    /// The end of the path. [`Image::size`](super::Image::size) is 1 if it is whole.
+    /// The end of the path. [`Image::size`](super::Image::size) is 1 if the path is complete.
     pub const PATH_END: u16 = 4;
 }
 
-/// The most bytes that are read of a command line.
+/// The maximum number of bytes that are read of a command line.
 pub const MAX_ARGUMENTS: usize = 4096;
 
 /// A piece of the program that a process ran when it became the owner of a socket.
@@ -611,41 +631,42 @@ pub struct Image {
     pub exec: u16,
     /// One of [`part`].
     pub part: u16,
-    /// How many pieces of the path, or of the arguments, came before it.
+    /// How many pieces of the path, or of the arguments, precede this one.
     pub index: u32,
-    /// How many bytes of `bytes` count.
+    /// How many of `bytes` are in use.
     pub size: u32,
     /// The bytes.
     pub bytes: [u8; PIECE],
 }
 
-/// The most bytes that a piece of an [`Image`] has.
+/// The maximum number of bytes in a piece of an [`Image`].
 pub const PIECE: usize = 136;
 
-/// What went wrong in the kernel, counted there.
+/// Counters of anomalies in the kernel.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Counters {
     /// Records that found the buffer full.
     pub lost: u64,
-    /// Of them, those of each [`kind`].
+    /// The same for each [`kind`].
     pub lost_of: [u64; kind::COUNT],
-    /// Times that a socket could not be remembered because the map of sockets was full.
+    /// How often a socket could not be remembered because its map was full, or had no room for its
+    /// user.
     pub untracked: u64,
     /// State changes that no hook saw, noticed at the socket's next one.
     pub missed: u64,
-    /// Sockets of TCP that are neither IPv4 nor IPv6, left out.
+    /// TCP sockets that are neither IPv4 nor IPv6. They are not reported.
     pub unknown_family: u64,
-    /// Processes of a filter's trees that could not be remembered because the map of them was full.
-    pub untracked_kin: u64,
+    /// Members of a filter's process trees that could not be remembered because their map was full.
+    pub untracked_processes: u64,
     /// Pieces of [`Image`]s that found the buffer full.
     pub lost_pieces: u64,
-    /// Datagrams that were counted for their socket and for no flow: the map of flows was full, or the first report of a flow found
-    /// the buffer full.
+    /// Datagrams that were counted for their socket and for no flow, because the map of flows was
+    /// full, or because the first report of a flow found the buffer full.
     pub unassigned: u64,
 }
 
-// The layouts are the contract: a change here is a change of both sides.
+// The layouts are the contract. A change here changes both sides.
 const _: () = {
     assert!(size_of::<Head>() == 16);
     assert!(size_of::<Owner>() == 48);

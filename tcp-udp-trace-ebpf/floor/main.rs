@@ -1,5 +1,6 @@
-//! What the least costs: programs on the same hooks as ours that do hardly anything. `cargo xtask bench` runs them beside ours, to tell what
-//! of a cost is the hook's, what is the ring's or a map's, and what is ours. The library does not have them.
+//! The baseline of the benchmarks: programs on the same hooks that do hardly anything.
+//! `cargo xtask bench` runs them beside the library's programs, to separate the cost of a hook, of
+//! the ring and of a map from the cost of our code. The library does not contain them.
 #![no_std]
 #![no_main]
 #![allow(
@@ -22,7 +23,7 @@ use aya_ebpf::{
     programs::{RawTracePointContext, SkBuffContext},
 };
 
-/// A record as large as a floor is agreed to be: 128 bytes.
+/// A record of 128 bytes, the agreed size of the baseline.
 #[repr(C)]
 struct Record {
     time: u64,
@@ -47,7 +48,7 @@ static LOST: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 static TOTALS: HashMap<u64, [u64; 2]> = HashMap::with_max_entries(65_536, 0);
 
-/// An eighth of the ring is this power of two, as in ours.
+/// The binary logarithm of an eighth of the ring's size in bytes, as in the library's programs.
 #[unsafe(no_mangle)]
 static WAKE_SHIFT: Global<u32> = Global::new(18);
 
@@ -56,7 +57,8 @@ fn tcp_empty(_ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// A whole record each time; it wakes the reader when an eighth of the ring has been filled.
+/// Writes a record for each event. The record wakes the reader each time that another eighth of the
+/// ring is full.
 #[raw_tracepoint(tracepoint = "inet_sock_set_state")]
 fn tcp_record(ctx: RawTracePointContext) -> i32 {
     let before = RECORDS.query(u64::from(BPF_RB_AVAIL_DATA));
@@ -68,7 +70,7 @@ fn tcp_record(ctx: RawTracePointContext) -> i32 {
     };
     let sk: u64 = ctx.arg(0);
     entry.write(Record {
-        // SAFETY: the helper takes nothing and cannot fail.
+        // SAFETY: the helper takes no argument and cannot fail.
         time: unsafe { bpf_ktime_get_boot_ns() },
         pid_tgid: bpf_get_current_pid_tgid(),
         sk,
@@ -95,7 +97,7 @@ fn udp_empty(_ctx: SkBuffContext) -> i32 {
     1
 }
 
-/// One lookup in a hash map by the socket, two additions.
+/// Looks a socket up in a hash map, and adds to two numbers.
 #[cgroup_skb(egress)]
 fn udp_count(ctx: SkBuffContext) -> i32 {
     // SAFETY: the context is an skb with a socket.
@@ -118,7 +120,8 @@ fn add(to: *mut u64, count: u64) {
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(to, count) };
 }
 
-// For the helpers that the kernel only calls for it; under MIT, Apache-2.0 or GPL-2.0 like the others.
+// For the helpers that the kernel offers only to GPL programs. Under MIT, Apache-2.0 or GPL-2.0,
+// like the other object.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 4] = *b"GPL\0";

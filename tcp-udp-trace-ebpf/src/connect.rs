@@ -1,4 +1,4 @@
-//! A `connect` that failed, and where it wanted to go.
+//! A `connect` that failed, and the address that it was called with.
 
 use core::mem::MaybeUninit;
 
@@ -6,26 +6,27 @@ use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Peer};
 
 use crate::{
-    sock::{Plain, Sock, Socket as _},
+    read::Plain,
+    sock::{Sock, Socket as _, peer6},
     syscall,
-    udp::peer6,
 };
 
 const EINTR: i64 = 4;
 const EISCONN: i64 = 106;
 const EALREADY: i64 = 114;
 const EINPROGRESS: i64 = 115;
-/// The first of the numbers that no process sees: the kernel makes the call again, or returns
-/// `EINTR`.
+/// The first of the errnos that no process sees. The kernel restarts the call, or returns `EINTR`.
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/linux/errno.h>
 const ERESTARTSYS: i64 = 512;
 
-/// The sizes of a `sockaddr_in`, and of the shortest `sockaddr_in6` that the kernel takes
+/// The size of a `sockaddr_in`, and of the shortest `sockaddr_in6` that the kernel accepts
 /// (`SIN6_LEN_RFC2133`).
 const LEN4: u64 = 16;
 const LEN6: u64 = 24;
 
-/// The errno with which a `connect` of this result failed. None if it succeeded, if it goes on, or
-/// if there was nothing to be done.
+/// Returns the errno with which a `connect` of this result failed, or `None` if it succeeded,
+/// continues in the background, or was interrupted.
 #[inline(always)]
 pub(crate) fn errno(result: i64) -> Option<u32> {
     let errno = -result;
@@ -44,7 +45,7 @@ pub(crate) struct Connect {
 }
 
 impl Connect {
-    /// The one that the current task, which has these registers, returns from.
+    /// Returns the `connect` that the current task, which has these registers, returns from.
     #[inline(always)]
     pub(crate) fn new(regs: u64) -> Option<Self> {
         let [fd, address, len] = syscall::arguments(regs);
@@ -53,12 +54,12 @@ impl Connect {
         Some(Self { sk, address, len })
     }
 
-    /// The ends of the connection that was wanted: this one as the socket has it, and the other one
-    /// as the caller gave it, unspecified if that is no address of IPv4 or IPv6. An IPv4-mapped
-    /// address is the IPv4 address that it is.
+    /// Returns the ends of the attempted connection. The local end is the one that the socket has.
+    /// The remote end is the address that the caller gave, or the unspecified address if that is
+    /// not an address of IPv4 or IPv6. An IPv4-mapped address becomes its IPv4 address.
     #[inline(always)]
     pub(crate) fn ends(&self) -> (Peer, Peer) {
-        // Of a socket that was connected before, only this port is its own.
+        // If the socket was connected before, only this port belongs to the socket itself.
         let local = self.sk.local_end(self.sk.bound_port());
         let remote = self.remote().unwrap_or(Peer {
             address: [0; 4],
@@ -74,7 +75,7 @@ impl Connect {
 
     #[inline(always)]
     fn remote(&self) -> Option<Peer> {
-        // Family, port, and of IPv4 the address.
+        // The family, the port, and the address if the family is IPv4.
         let head = read_user::<u64>(self.address).to_le();
         let port = u16::from_be((head >> 16) as u16);
         match head as u16 {
@@ -89,7 +90,7 @@ impl Connect {
     }
 }
 
-/// An address in the words of an IPv6 address.
+/// Returns an address as the four words of an IPv6 address.
 #[inline(always)]
 pub(crate) fn mapped(peer: &Peer) -> [u32; 4] {
     if peer.family == AF_INET {
@@ -99,11 +100,11 @@ pub(crate) fn mapped(peer: &Peer) -> [u32; 4] {
     }
 }
 
-/// Reads what is at an address of the current process; zeros if it is a bad one.
+/// Reads memory of the current process, or zeros if the address is bad.
 #[inline(always)]
 fn read_user<T: Plain>(address: u64) -> T {
     let mut value = MaybeUninit::<T>::uninit();
-    // SAFETY: the helper writes `size_of::<T>()` bytes whatever the address: what it found, or
+    // SAFETY: the helper writes `size_of::<T>()` bytes whatever the address: the memory there, or
     // zeros. A `Plain` may have any bytes.
     unsafe {
         bpf_probe_read_user(

@@ -1,5 +1,6 @@
-//! Which program the owner of a socket runs: written once, in the owner's own context, before the
-//! first record that names it. A process may end before user space can look at `/proc`.
+//! The program that the owner of a socket runs. It is written once, in the owner's own context,
+//! before the first record that names the owner. A process may end before user space can read
+//! `/proc`.
 
 use aya_ebpf::{
     Global,
@@ -11,26 +12,25 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{Field, Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
 
 use crate::{
-    emit::{self, Context, Weight},
-    owner::current_task,
-    sock::{has, offset, read},
+    emit::{self, Context, Priority},
+    read::{current_task, has, offset, read},
 };
 
-/// Whether user space wants images.
+/// Not 0 if user space has enabled images.
 #[unsafe(no_mangle)]
 static IMAGES: Global<u8> = Global::new(0);
 
-/// The images that have been written: start, then pid and exec.
+/// The images that have been written. The key is the start time, then pid and exec.
 #[map]
 static SEEN: LruHashMap<[u64; 2], u8> = LruHashMap::with_max_entries(4096, 0);
 
-/// The most components and mount points of a path.
+/// The maximum number of components and mount points of a path.
 const MAX_STEPS: u32 = 40;
 
-/// The most pieces of a command line.
+/// The maximum number of pieces of a command line.
 const MAX_PIECES: u32 = MAX_ARGUMENTS.div_ceil(PIECE) as u32;
 
-/// See [`Owner::exec`]. Without images it is not read.
+/// Returns [`Owner::exec`], or 0 if images are disabled.
 #[inline(always)]
 pub(crate) fn exec(leader: u64) -> u16 {
     if IMAGES.load() == 0 {
@@ -39,9 +39,9 @@ pub(crate) fn exec(leader: u64) -> u16 {
     read::<u64>(leader, Field::ExecId) as u16
 }
 
-/// Writes the image of the current process, if images are wanted and this one is new.
+/// Writes the image of the current process, if images are enabled and this image is new.
 #[inline(always)]
-pub(crate) fn note(ctx: Context, owner: &Owner) {
+pub(crate) fn write_if_new(ctx: Context, owner: &Owner) {
     if IMAGES.load() != 0 {
         write(
             ctx,
@@ -51,7 +51,7 @@ pub(crate) fn note(ctx: Context, owner: &Owner) {
     }
 }
 
-/// Writes pieces of one image.
+/// Writes the pieces of one image.
 #[derive(Clone, Copy)]
 struct Writer {
     ctx: Context,
@@ -60,13 +60,13 @@ struct Writer {
 }
 
 impl Writer {
-    /// Writes a piece; `fill` writes its bytes and returns their number.
+    /// Writes a piece. `fill` writes the piece's bytes and returns their number.
     #[inline(always)]
     fn piece(self, part: u16, index: u32, fill: impl Fn(&mut [u8; PIECE]) -> u32) {
         emit::record(
             self.ctx,
             kind::IMAGE,
-            Weight::Other,
+            Priority::Normal,
             |record: &mut Image| {
                 record.started = self.started;
                 record.pid = self.name as u32;
@@ -79,11 +79,12 @@ impl Writer {
     }
 }
 
-// Not inlined: it has a stack of its own, and the programs that call it twice have it once.
+// Not inlined: the function has a stack frame of its own, and programs that call it twice contain
+// it once.
 #[inline(never)]
 fn write(ctx: Context, started: u64, name: u64) -> u32 {
     let key = [started, name];
-    // SAFETY: the value is not looked at.
+    // SAFETY: the value is not read.
     if unsafe { SEEN.get(key) }.is_some()
         || SEEN.insert(key, 0, u64::from(BPF_NOEXIST)).is_err()
         || !has(Field::ExecId)
@@ -99,9 +100,9 @@ fn write(ctx: Context, started: u64, name: u64) -> u32 {
 
 /// Writes the path of the executable, up to the root of its mount namespace.
 ///
-/// Each step writes one piece, with the step's number, and nothing of the path is alive after its end.
-/// So the verifier of old kernels, which compares all numbers of a program with functions, sees each
-/// step once.
+/// Each step writes one piece with the step's number, and no byte of the path stays in a register
+/// or on the stack after the step. Old kernels' verifiers compare all numbers of a program that has
+/// functions, so they see each step once.
 #[inline(always)]
 fn path(writer: Writer, mm: u64) {
     let file = read::<u64>(mm, Field::ExeFile);
@@ -110,7 +111,7 @@ fn path(writer: Writer, mm: u64) {
     let in_mount = offset(Field::MountRoot).wrapping_sub(offset(Field::VfsMountRoot));
     let mut mount = vfsmount.wrapping_sub(u64::from(in_mount));
     let mut step = 0;
-    // The kernel marks the path of a deleted file, and user space finds the mark in `/proc`.
+    // The kernel marks the path of a deleted file. User space finds that mark in `/proc`.
     let mut is_whole = false;
     if mm != 0 && read::<u64>(dentry, Field::DentryHashed) != 0 {
         while step < MAX_STEPS {
@@ -132,7 +133,8 @@ fn path(writer: Writer, mm: u64) {
                 dentry = parent;
             }
             writer.piece(part::NAME, step, |bytes| {
-                // SAFETY: the helper writes at most the bytes of a piece, also if the pointer is bad.
+                // SAFETY: the helper writes at most the bytes of a piece, even if the pointer is
+                // bad.
                 let size = unsafe {
                     bpf_probe_read_kernel_str(
                         bytes.as_mut_ptr().cast(),
@@ -141,7 +143,7 @@ fn path(writer: Writer, mm: u64) {
                     )
                 };
                 if name == 0 {
-                    // A mount point, which adds no name.
+                    // A mount point adds no name.
                     bytes[0] = 0;
                     1
                 } else if size > 0 {
@@ -165,8 +167,9 @@ fn arguments(writer: Writer, mm: u64) {
     while piece < MAX_PIECES && address < end {
         let left = end - address;
         writer.piece(part::ARGUMENTS, piece, |bytes| {
-            // Linux 5.10 loses the bounds of a plain minimum. The compiler knows none here, so it
-            // keeps both steps, which the verifier follows.
+            // The verifier of Linux 5.10 loses the bounds of a plain minimum. `black_box` hides the
+            // bounds from the compiler, so the compiler keeps both steps, which the verifier
+            // follows.
             let left = if left < PIECE as u64 {
                 left
             } else {

@@ -1,33 +1,44 @@
 //! The eBPF programs of tcp-udp-trace.
 //!
-//! One way through: a hook (this file) finds the socket; [`tcp`], [`accept`] or [`udp`] decides what happened to it, with
-//! what is remembered of it ([`track`] for TCP); [`emit`] writes the record into the ring. [`sock`] reads the kernel's structures,
-//! [`owner`] the current task's.
+//! Each event takes the same path. A hook in this file finds the socket. [`tcp`] or [`udp`]
+//! determines the event from the state that it remembers of the socket. [`filter`] decides whether
+//! the event is reported, and [`emit`] writes the record.
 //!
-//! A program has 512 bytes of stack and no unbounded loops; records are built in the ring's memory.
+//! A program has 512 bytes of stack and no unbounded loops. Records are built in the ring's memory.
 #![no_std]
 #![no_main]
 #![allow(
     internal_features,
     reason = "atomic additions without a result are the only atomics that Linux 5.10 has"
 )]
+#![allow(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a value in place of a reference would be copied to the stack"
+)]
 #![feature(core_intrinsics)]
 
-mod accept;
-mod anomaly;
+// Layers, each uses only those after it: iter, query -> tcp, udp -> connect, filter, id, netns,
+// room -> owner, stopping -> image, syscall -> emit, iter_context, datagrams, sock -> counters
+// -> read.
 mod connect;
+mod counters;
+mod datagrams;
 mod emit;
 mod filter;
+mod id;
 mod image;
+mod iter;
+mod iter_context;
 mod netns;
 mod owner;
+mod query;
+mod read;
 mod room;
 mod sock;
+mod stopping;
 mod syscall;
 mod tcp;
-mod track;
 mod udp;
-mod walk;
 
 use core::ffi::c_void;
 
@@ -46,21 +57,25 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET, Field, Peer, kind, origin};
 
 use crate::{
-    sock::{Sock, Socket as _, TcpSock},
-    tcp::Program,
-    walk::Step,
+    filter::tree,
+    iter_context::Step,
+    sock::{Sock, Socket as _, TcpSock, peer6},
+    tcp::{Program, accept},
 };
 
-// ---- signal `state`: inet_sock_set_state(sk, old, new) ------------------------------------------------------
+// ---- Signal `state`: inet_sock_set_state(sk, old, new) ------------------------------------------
 //
-// Two programs hear each transition, because the kernel skips a program that is already active on the CPU
-// (a softirq, or on preemptible kernels another task, interrupted it). Whichever comes first reports it.
+// Two programs run at each transition, because the kernel skips a program that is already active on
+// the CPU (a softirq interrupted it or, on preemptible kernels, another task did). The first one to
+// run reports.
+//
+// <https://github.com/torvalds/linux/blob/v6.12/kernel/trace/bpf_trace.c>
 
 #[btf_tracepoint(function = "inet_sock_set_state")]
 fn tcp_state_btf(ctx: BtfTracePointContext) -> i32 {
     let sk: *mut c_void = ctx.arg(0);
     if let Some(socket) = TcpSock::new(sk) {
-        tcp::changed(
+        tcp::state_changed(
             ctx.as_ptr(),
             Program::First,
             Sock::new(sk as u64),
@@ -74,17 +89,18 @@ fn tcp_state_btf(ctx: BtfTracePointContext) -> i32 {
 
 #[tracepoint]
 fn tcp_state_tp(ctx: TracePointContext) -> u32 {
-    // Layout: events/sock/inet_sock_set_state/format, the same on every kernel since 4.16.
+    // The layout is in events/sock/inet_sock_set_state/format, and the same on every kernel since
+    // 4.16.
     let sk = Sock::new(field(&ctx, 8));
     let (old, new) = (field(&ctx, 16), field(&ctx, 20));
-    tcp::changed(ctx.as_ptr(), Program::Second, sk, sk, old, new);
+    tcp::state_changed(ctx.as_ptr(), Program::Second, sk, sk, old, new);
     0
 }
 
 #[raw_tracepoint(tracepoint = "inet_sock_set_state")]
 fn tcp_state_raw(ctx: RawTracePointContext) -> i32 {
     let sk = Sock::new(ctx.arg(0));
-    tcp::changed(
+    tcp::state_changed(
         ctx.as_ptr(),
         Program::Second,
         sk,
@@ -95,27 +111,27 @@ fn tcp_state_raw(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-// ---- signal `end`: tcp_destroy_sock(sk) ---------------------------------------------------------------------
+// ---- Signal `end`: tcp_destroy_sock(sk) ---------------------------------------------------------
 
 #[raw_tracepoint(tracepoint = "tcp_destroy_sock")]
 fn tcp_end_raw(ctx: RawTracePointContext) -> i32 {
-    tcp::ended(ctx.as_ptr(), Sock::new(ctx.arg(0)));
+    tcp::destroyed(ctx.as_ptr(), Sock::new(ctx.arg(0)));
     0
 }
 
 #[tracepoint]
 fn tcp_end_tp(ctx: TracePointContext) -> u32 {
-    tcp::ended(ctx.as_ptr(), Sock::new(field(&ctx, 8)));
+    tcp::destroyed(ctx.as_ptr(), Sock::new(field(&ctx, 8)));
     0
 }
 
-// ---- signals `retransmit` and `reset`: only on request --------------------------------------------------------------
+// ---- Signals `retransmit` and `reset`, only on request ------------------------------------------
 
-/// `tcp_retransmit_skb(sk, skb, err)`, since 6.17 or so: also when it failed.
+/// `tcp_retransmit_skb(sk, skb, err)`, since about 6.17. It runs even if the retransmission failed.
 #[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
 fn tcp_retransmit_err(ctx: RawTracePointContext) -> i32 {
     if ctx.arg::<i32>(2) == 0 {
-        tcp::happened(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+        tcp::report_event(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
     }
     0
 }
@@ -123,25 +139,25 @@ fn tcp_retransmit_err(ctx: RawTracePointContext) -> i32 {
 /// `tcp_retransmit_skb(sk, skb)`
 #[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
 fn tcp_retransmit(ctx: RawTracePointContext) -> i32 {
-    tcp::happened(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+    tcp::report_event(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
     0
 }
 
-/// `tcp_send_reset(sk, …)`: for a socket, or for none.
+/// `tcp_send_reset(sk, …)`: the reset may belong to no socket.
 #[raw_tracepoint(tracepoint = "tcp_send_reset")]
 fn tcp_reset_sent(ctx: RawTracePointContext) -> i32 {
-    tcp::happened(ctx.as_ptr(), kind::RESET_SENT, Sock::new(ctx.arg(0)));
+    tcp::report_event(ctx.as_ptr(), kind::RESET_SENT, Sock::new(ctx.arg(0)));
     0
 }
 
 /// `tcp_receive_reset(sk)`
 #[raw_tracepoint(tracepoint = "tcp_receive_reset")]
 fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
-    tcp::happened(ctx.as_ptr(), kind::RESET_RECEIVED, Sock::new(ctx.arg(0)));
+    tcp::report_event(ctx.as_ptr(), kind::RESET_RECEIVED, Sock::new(ctx.arg(0)));
     0
 }
 
-// ---- signal `accept` ----------------------------------------------------------------------------------------
+// ---- Signal `accept` ----------------------------------------------------------------------------
 
 /// `security_sock_graft(sk, parent)`: the last step of every accept, in the accepting task.
 #[kprobe]
@@ -159,22 +175,23 @@ fn accept_fentry(ctx: FEntryContext) -> i32 {
 /// `syscalls:sys_exit_accept` and `sys_exit_accept4`: the result is the new socket's descriptor.
 #[tracepoint]
 fn accept_exit(ctx: TracePointContext) -> u32 {
-    accept::accepted_as(ctx.as_ptr(), field(&ctx, 16));
+    accept::accepted_descriptor(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
-/// `sys_exit(regs, ret)`, of every system call.
+/// `sys_exit(regs, ret)`: the exit of every system call.
 #[raw_tracepoint(tracepoint = "sys_exit")]
 fn accept_sys_exit(ctx: RawTracePointContext) -> i32 {
-    accept::returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
+    accept::syscall_returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
     0
 }
 
-/// `io_uring:io_uring_complete(ctx, req, user_data, res, cflags, …)`: an accept by io_uring makes no system call.
+/// `io_uring:io_uring_complete(ctx, req, user_data, res, cflags, …)`: an accept by io_uring makes
+/// no system call.
 #[tracepoint]
 fn accept_uring(ctx: TracePointContext) -> u32 {
     let (ring, request) = (field(&ctx, 8), field(&ctx, 16));
-    accept::completed(
+    accept::request_completed(
         ctx.as_ptr(),
         ring,
         request,
@@ -184,10 +201,11 @@ fn accept_uring(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// `io_uring:io_uring_cqe_overflow(ctx, user_data, res, cflags, …)`: the same, if the process is slow to take its results.
+/// `io_uring:io_uring_cqe_overflow(ctx, user_data, res, cflags, …)`: the same, if the process is
+/// slow to take its completions.
 #[tracepoint]
 fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
-    accept::completed(
+    accept::request_completed(
         ctx.as_ptr(),
         field(&ctx, 8),
         0,
@@ -197,48 +215,49 @@ fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
     0
 }
 
-// ---- signal `connect_failed` ------------------------------------------------------------------------------------
+// ---- Signal `connect_failed` --------------------------------------------------------------------
 
-/// `connect` returns: 0, or an error.
+/// `connect` returns 0 or an error.
 #[kretprobe]
 fn tcp_connect_kretprobe(ctx: RetProbeContext) -> u32 {
-    tcp::connected(ctx.as_ptr(), ctx.ret::<i32>().into());
+    tcp::connect_returned(ctx.as_ptr(), ctx.ret::<i32>().into());
     0
 }
 
-/// `syscalls:sys_exit_connect`: the result is 0, or an error.
+/// `syscalls:sys_exit_connect`: the result is 0 or an error.
 #[tracepoint]
 fn tcp_connect_exit(ctx: TracePointContext) -> u32 {
-    tcp::connected(ctx.as_ptr(), field(&ctx, 16));
+    tcp::connect_returned(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
-// ---- signal `listen`: the port that the kernel has chosen for a listener -------------------------------------------
+// ---- Signal `listen`: the port that the kernel has chosen for a listener ------------------------
 
-/// `inet_hash(sk)` and `inet6_hash(sk)`: a listener, which has its port, becomes one that can be found.
+/// `inet_hash(sk)` and `inet6_hash(sk)`: the listener has its port, and SYNs will find it from now
+/// on.
 #[kprobe]
 fn tcp_hash(ctx: ProbeContext) -> u32 {
-    tcp::listening(ctx.as_ptr(), Sock::new(ctx.arg(0).unwrap_or(0)));
+    tcp::listener_has_port(ctx.as_ptr(), Sock::new(ctx.arg(0).unwrap_or(0)));
     0
 }
 
 /// `syscalls:sys_exit_listen`
 #[tracepoint]
 fn tcp_listen_exit(ctx: TracePointContext) -> u32 {
-    tcp::listened(ctx.as_ptr());
+    tcp::listen_returned(ctx.as_ptr());
     0
 }
 
-// ---- UDP: the life of a socket -------------------------------------------------------------------------------
+// ---- UDP: the life of a socket ------------------------------------------------------------------
 //
-// A program at a cgroup returns whether the kernel may go on: always 1.
+// A program at a cgroup returns 1, which lets the kernel continue.
 
 #[cgroup_sock(sock_create)]
 fn udp_create(ctx: SockContext) -> i32 {
-    // SAFETY: the context is the socket that is being made.
+    // SAFETY: the context is the socket that is being created.
     let (protocol, key) = unsafe { ((*ctx.sock).protocol, bpf_get_socket_cookie(ctx.as_ptr())) };
     if protocol == IPPROTO_UDP {
-        udp::begin(
+        udp::track_new(
             key,
             ctx.as_ptr(),
             owner::current(ctx.as_ptr(), origin::CREATOR),
@@ -257,7 +276,7 @@ fn udp_release(ctx: SockContext) -> i32 {
     1
 }
 
-// ---- UDP: connect; begun at the cgroup, ended when the system call returns ------------------------------------
+// ---- UDP: connect, which begins at the cgroup and ends with the system call ---------------------
 
 #[cgroup_sock_addr(connect4)]
 fn udp_connect4(ctx: SockAddrContext) -> i32 {
@@ -280,31 +299,33 @@ fn connect(ctx: &SockAddrContext) -> i32 {
             bpf_get_socket_cookie(ctx.as_ptr()),
         )
     };
-    if protocol == IPPROTO_UDP && udp::used(ctx.as_ptr(), key, sk.cast()).is_some() {
-        udp::connect::connecting(key);
+    if protocol == IPPROTO_UDP
+        && udp::track_for_current_task(ctx.as_ptr(), key, sk.cast()).is_some()
+    {
+        udp::connect::connect_started(key);
     }
     1
 }
 
 #[tracepoint]
 fn udp_connect_exit(ctx: TracePointContext) -> u32 {
-    udp::connect::exited(ctx.as_ptr(), field(&ctx, 16));
+    udp::connect::connect_exited(ctx.as_ptr(), field(&ctx, 16));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sys_exit")]
 fn udp_connect_sys_exit(ctx: RawTracePointContext) -> i32 {
-    udp::connect::returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
+    udp::connect::syscall_returned(ctx.as_ptr(), ctx.arg(0), ctx.arg(1));
     0
 }
 
 #[tracepoint]
 fn udp_connect_uring(ctx: TracePointContext) -> u32 {
-    udp::connect::completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
+    udp::connect::request_completed(ctx.as_ptr(), field(&ctx, 16), field::<i32>(&ctx, 32));
     0
 }
 
-// ---- UDP: send -------------------------------------------------------------------------------------------------
+// ---- UDP: send ----------------------------------------------------------------------------------
 
 #[cgroup_skb(egress)]
 fn udp_egress(ctx: SkBuffContext) -> i32 {
@@ -319,7 +340,7 @@ fn udp_drop(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-// ---- UDP: receive ----------------------------------------------------------------------------------------------
+// ---- UDP: receive -------------------------------------------------------------------------------
 
 #[kprobe]
 fn udp_consume_kprobe(ctx: ProbeContext) -> u32 {
@@ -356,7 +377,7 @@ fn udp_recvmsg4(ctx: SockAddrContext) -> i32 {
 fn udp_recvmsg6(ctx: SockAddrContext) -> i32 {
     // SAFETY: the context of a receive.
     let (address, port) = unsafe { ((*ctx.sock_addr).user_ip6, (*ctx.sock_addr).user_port) };
-    let peer = udp::peer6(address, u16::from_be(port as u16));
+    let peer = peer6(address, u16::from_be(port as u16));
     udp::receive::receiving(ctx.as_ptr(), peer);
     1
 }
@@ -382,82 +403,83 @@ fn udp_recv_length_raw(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-// ---- walks ------------------------------------------------------------------------------------------------------
+// ---- Iterators, which user space starts ---------------------------------------------------------
 //
-// Iterators, which user space starts. aya-ebpf has no macro for them.
+// aya-ebpf has no macro for them.
 
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 fn iter_files_tcp(ctx: *mut c_void) -> i32 {
-    walk::file_of_tcp(Step::new(ctx))
+    iter::file_of_tcp(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/task_file")]
 #[unsafe(no_mangle)]
 fn iter_files_udp(ctx: *mut c_void) -> i32 {
-    walk::file_of_udp(Step::new(ctx))
+    iter::file_of_udp(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/tcp")]
 #[unsafe(no_mangle)]
 fn iter_tcp(ctx: *mut c_void) -> i32 {
-    walk::tcp_socket(Step::new(ctx))
+    iter::tcp_socket(Step::new(ctx))
 }
 
 #[unsafe(link_section = "iter/udp")]
 #[unsafe(no_mangle)]
 fn iter_udp(ctx: *mut c_void) -> i32 {
-    walk::udp_socket(Step::new(ctx))
+    iter::udp_socket(Step::new(ctx))
 }
 
-// ---- the trees of a filter: only where one has any ---------------------------------------------------------------
+// ---- Process trees, only if the filter has one --------------------------------------------------
 
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
 fn tree_fork(ctx: RawTracePointContext) -> i32 {
-    filter::forked(ctx.arg(0), ctx.arg(1));
+    tree::process_forked(ctx.arg(0), ctx.arg(1));
     0
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_free")]
 fn tree_free(ctx: RawTracePointContext) -> i32 {
-    filter::freed(ctx.arg(0));
+    tree::process_freed(ctx.arg(0));
     0
 }
 
 #[unsafe(link_section = "iter/task")]
 #[unsafe(no_mangle)]
 fn iter_tasks(ctx: *mut c_void) -> i32 {
-    filter::task(Step::new(ctx));
-    walk::NEXT
+    tree::add_existing(Step::new(ctx));
+    iter::CONTINUE
 }
 
-// ---- pids of another namespace: only where a filter names some ---------------------------------------------------
+// ---- Pids of another namespace, only if the filter names one ------------------------------------
 
 #[unsafe(link_section = "iter/task")]
 #[unsafe(no_mangle)]
 fn iter_pids(ctx: *mut c_void) -> i32 {
-    filter::numbers(Step::new(ctx));
-    walk::NEXT
+    iter::pids(Step::new(ctx))
 }
 
-// ---- questions of user space -----------------------------------------------------------------------------------
+// ---- Programs that user space runs --------------------------------------------------------------
 //
-// Attached nowhere; user space runs them (BPF_PROG_TEST_RUN) instead of reading and writing maps by system calls. While such a
-// system call is in a map, the kernel skips every kprobe and classic tracepoint program on that CPU, and on a preemptible
-// kernel that lasts as long as the caller is preempted there.
+// These programs are attached to no hook. User space runs them by `BPF_PROG_TEST_RUN`, instead of
+// reading and writing maps by system calls. During such a system call, the kernel skips every
+// kprobe and classic tracepoint program on that CPU. On a preemptible kernel this lasts as long as
+// the caller is preempted in it.
+//
+// <https://github.com/torvalds/linux/blob/v6.12/include/linux/bpf.h>
 
-// aya-ebpf's macro for raw tracepoints returns 0 whatever the function returns, so these do without it.
+// aya-ebpf's macro for raw tracepoints always returns 0, so these programs do not use it.
 
-/// The reader is about to sleep; returns how many records the ring has refused so far.
+/// Arms the wake-up before the reader sleeps. Returns how many records the buffer has refused so
+/// far.
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
 fn arm_wakeup(_ctx: *mut c_void) -> i32 {
-    emit::arm();
-    anomaly::tell();
-    anomaly::lost_so_far().cast_signed()
+    query::arm_wakeup()
 }
 
-/// How many eighths of the ring are filled.
+/// Returns how many eighths of the ring are full.
 #[cfg(not(feature = "perf"))]
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
@@ -465,17 +487,17 @@ fn ring_fill(_ctx: *mut c_void) -> i32 {
     emit::fill().cast_signed()
 }
 
-/// The filter changes, or what it says is asked.
+/// Changes or queries the filter.
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
 fn control_filter(ctx: *mut c_void) -> i32 {
-    filter::asked(&RawTracePointContext::new(ctx))
+    query::control_filter(&RawTracePointContext::new(ctx))
 }
 
-/// The totals of a flow.
+/// Returns the totals of a flow.
 #[classifier]
 fn query_flow(ctx: TcContext) -> i32 {
-    udp::flow::query(&ctx).unwrap_or(0)
+    query::query_flow(&ctx).unwrap_or(0)
 }
 
 const IPPROTO_UDP: u32 = 17;
@@ -483,13 +505,14 @@ const IPPROTO_UDP: u32 = 17;
 /// Reads a field of a tracepoint's record, which the program may read directly.
 #[inline(always)]
 fn field<T: Copy>(ctx: &TracePointContext, offset: usize) -> T {
-    // SAFETY: the verifier refuses the program unless `offset` lies in the context of a tracepoint, and
-    // attaching fails if the tracepoint's record is shorter. Volatile, because the verifier refuses one load of two fields.
+    // SAFETY: the verifier refuses the program unless `offset` is in the context of a tracepoint,
+    // and attaching fails if the tracepoint's record is shorter. Volatile, because the verifier
+    // refuses a single load of two fields.
     unsafe { ctx.as_ptr().byte_add(offset).cast::<T>().read_volatile() }
 }
 
-// The kernel calls licence-protected helpers only for a program that says "GPL". The object is under
-// MIT, Apache-2.0 or GPL-2.0, at the user's choice: this is the GPL.
+// The kernel lets only a program that states "GPL" call GPL-only helpers. The object is under MIT,
+// Apache-2.0 or GPL-2.0, at the user's choice. This is the GPL.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 4] = *b"GPL\0";

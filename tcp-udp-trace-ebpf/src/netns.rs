@@ -2,45 +2,43 @@
 //!
 //! The kernel links all network namespaces of the machine. User space alone does not find those of
 //! other pid and mount namespaces, nor those that only a descriptor or a socket keeps alive.
-//! <https://elixir.bootlin.com/linux/v6.12/source/include/net/net_namespace.h>
+//!
+//! <https://github.com/torvalds/linux/blob/v6.12/include/net/net_namespace.h>
 
 use aya_ebpf::{macros::map, maps::Array};
 use tcp_udp_trace_common::{Field, filter::netns};
 
-use crate::{
-    owner::current_task,
-    sock::{has, offset, read},
-};
+use crate::read::{current_task, has, offset, read};
 
-/// How many namespaces are looked at in one run: the verifier goes through each turn of the loop.
+/// How many namespaces one run checks. The verifier processes each iteration of the loop.
 const STEPS: u32 = 32;
 
-/// The search. User space makes one at a time.
+/// The state of the search. User space runs one search at a time.
 #[map]
 static SEARCH: Array<Search> = Array::with_max_entries(1, 0);
 
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Search {
-    /// The address of the `struct net` at which it goes on.
+    /// The address of the `struct net` at which the next run begins.
     next: u64,
-    /// The cookie of the namespace that was found, 0 where the kernel has none.
+    /// The cookie of the namespace that was found, 0 if the kernel has none.
     cookie: u64,
 }
 
 #[inline(always)]
 fn search() -> Option<&'static mut Search> {
-    // SAFETY: a valid pointer to the map's value, and no other program uses it.
+    // SAFETY: a valid pointer to the map's value, which no other program uses.
     SEARCH
         .get_ptr_mut(0)
         .and_then(|search| unsafe { search.as_mut() })
 }
 
-/// Begins the search for an inode, or goes on with it. The answer is one of [`netns`].
+/// Begins or continues the search for an inode. Returns one of [`netns`].
 ///
-/// The program runs in an RCU read-side critical section, which keeps the namespaces where they
-/// are. Between two runs, the namespace at which the search goes on may be freed. Then its memory
-/// is either another namespace's, or is not taken for one.
+/// The program runs in an RCU read-side critical section, which keeps the namespaces in memory. The
+/// namespace at which the next run begins may be freed between two runs. Its memory then holds
+/// another namespace, or is not mistaken for one.
 #[inline(always)]
 pub(crate) fn find(begins: bool, inode: u64) -> i32 {
     let namespaces = read::<u64>(current_task(), Field::Namespaces);
@@ -54,7 +52,8 @@ pub(crate) fn find(begins: bool, inode: u64) -> i32 {
     let operations = read::<u64>(own, Field::NetOps);
     let mut net = if begins { own } else { search.next };
     for _ in 0..STEPS {
-        // The list's head is no namespace: it lacks the operations that all of them have.
+        // The head of the list is not a namespace. It lacks the operations that all namespaces
+        // have.
         let is_other = read::<u64>(net, Field::NetOps) ^ operations;
         if (is_other | (u64::from(read::<u32>(net, Field::NetInode)) ^ inode)) == 0 {
             search.cookie = read(net, Field::NetCookie);
@@ -69,7 +68,7 @@ pub(crate) fn find(begins: bool, inode: u64) -> i32 {
     netns::PAUSED
 }
 
-/// Some bits of the cookie of the namespace that was found.
+/// Returns some bits of the cookie of the namespace that was found.
 #[inline(always)]
 pub(crate) fn cookie(from: u64) -> i32 {
     let cookie = search().map_or(0, |search| search.cookie);

@@ -1,19 +1,22 @@
-//! A task as the owner of a socket. Only hooks that run in the owner's own system call may ask for the current one.
+//! The current task, or another one, as the owner or the user of a socket. Only hooks that run in
+//! the owner's own system call may use the current task.
+
+use core::sync::atomic::{Ordering, compiler_fence};
 
 use aya_ebpf::{
     Global,
     helpers::{
         bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-        generated::{bpf_get_current_cgroup_id, bpf_get_current_task, bpf_get_current_task_btf},
+        generated::{bpf_get_current_cgroup_id, bpf_get_current_task_btf},
     },
 };
-use core::sync::atomic::{Ordering, compiler_fence};
-use tcp_udp_trace_common::{ABSENT, Field, Owner, User, origin};
+use tcp_udp_trace_common::{ABSENT, Field, Owner, Tracked, User, origin};
 
 use crate::{
     emit::Context,
     image,
-    sock::{Sock, cgroup_id, offset, read, read_at, read_into},
+    read::{current_task, offset, read, read_at, read_into},
+    sock::{Sock, cgroup_id},
     syscall,
 };
 
@@ -29,44 +32,46 @@ pub(crate) const UNKNOWN: Owner = Owner {
     cgroup: 0,
 };
 
-/// `PF_WQ_WORKER`: a thread of the kernel that does what others have left to it.
+/// `PF_WQ_WORKER`: a kernel thread that does deferred work for other tasks.
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/linux/sched.h>
 const WORKER: u32 = 0x20;
-/// `PF_KTHREAD`: a thread of the kernel.
+/// `PF_KTHREAD`: a kernel thread.
 const KERNEL_THREAD: u32 = 0x20_0000;
 
-/// The current process as the owner of a socket, see [`settle_current`].
+/// Returns the current process as the owner of a socket, see [`set_current_once`].
 #[inline(always)]
 pub(crate) fn current(ctx: Context, origin: u16) -> Owner {
     let mut owner = UNKNOWN;
-    settle_current(ctx, &mut owner, origin);
+    set_current_once(ctx, &mut owner, origin);
     owner
 }
 
-/// Lets the current process be the owner of what nobody owned, unless it is a worker of the kernel,
-/// which works on behalf of some process. Writes what it runs, if that is wanted and new.
+/// Makes the current process the owner of a socket that has none, and writes its image. A kernel
+/// worker does not become an owner, because it acts on behalf of another process.
 ///
-/// Others may read it meanwhile, see [`settle`].
+/// Other CPUs may read the owner meanwhile, see [`set_once`].
 #[inline(always)]
-pub(crate) fn settle_current(ctx: Context, place: &mut Owner, origin: u16) {
+pub(crate) fn set_current_once(ctx: Context, to: &mut Owner, origin: u16) {
     let task = current_task();
     if read::<u32>(task, Field::TaskFlags) & WORKER != 0 {
         return;
     }
     let pid_tgid = bpf_get_current_pid_tgid();
     let leader = leader(task);
-    place.pid = (pid_tgid >> 32) as u32;
-    place.tid = pid_tgid as u32;
-    place.uid = bpf_get_current_uid_gid() as u32;
-    place.exec = image::exec(leader);
-    read_into(&mut place.comm, leader, Field::Comm);
-    read_into(&mut place.started, leader, Field::Started);
-    // SAFETY: the helper takes nothing and cannot fail.
-    place.cgroup = unsafe { bpf_get_current_cgroup_id() };
-    image::note(ctx, place);
-    set_origin(place, origin);
+    to.pid = (pid_tgid >> 32) as u32;
+    to.tid = pid_tgid as u32;
+    to.uid = bpf_get_current_uid_gid() as u32;
+    to.exec = image::exec(leader);
+    read_into(&mut to.comm, leader, Field::Comm);
+    read_into(&mut to.started, leader, Field::Started);
+    // SAFETY: the helper takes no argument and cannot fail.
+    to.cgroup = unsafe { bpf_get_current_cgroup_id() };
+    image::write_if_new(ctx, to);
+    set_origin(to, origin);
 }
 
-/// The process of another task. Which of its threads, is not known.
+/// Returns the process of another task as an owner. The thread is not known.
 #[inline(always)]
 pub(crate) fn of_task(task: u64, origin: u16) -> Owner {
     let leader = leader(task);
@@ -83,24 +88,24 @@ pub(crate) fn of_task(task: u64, origin: u16) -> Owner {
     }
 }
 
-/// The id of the cgroup (v2) of a task.
+/// Returns the id of a task's cgroup (v2).
 #[inline(always)]
 fn cgroup(task: u64) -> u64 {
     cgroup_id(read(read(task, Field::TaskCgroups), Field::CssSetCgroup))
 }
 
-/// Not 0 if all types of programs may load the fields of the current task; set by user space.
+/// Not 0 if programs of all types may load the fields of the current task. User space sets it.
 #[unsafe(no_mangle)]
 static TYPED_TASK: Global<u8> = Global::new(0);
 
-/// The pid of the current process, also where no helper returns it.
+/// Returns the pid of the current process, also in programs that cannot call the helper for it.
 #[inline(always)]
 pub(crate) fn current_tgid() -> u32 {
     match offset(Field::Tgid) {
         ABSENT => 0,
         offset if TYPED_TASK.load() == 0 => read_at(current_task() + u64::from(offset)),
-        // SAFETY: the helper returns the current task, and the verifier makes sure that the field is
-        // in it.
+        // SAFETY: the helper returns the current task, and the verifier checks that the field is in
+        // it.
         offset => unsafe {
             bpf_get_current_task_btf()
                 .cast::<u8>()
@@ -111,10 +116,11 @@ pub(crate) fn current_tgid() -> u32 {
     }
 }
 
-/// Makes the current process the user of a socket, unless it is a thread of the kernel. If `sent_by`
-/// is not 0, only if it is sending through this `struct sock`: the kernel may be passing on
-/// another process's packet.
-// Not inlined: it has a stack of its own, and stands once in the programs that call it.
+/// Makes the current process the user of a socket, unless the current task is a kernel thread. If
+/// `sent_by` is not 0, the process must be sending through this `struct sock`, because the kernel
+/// may be passing on another process's packet.
+// Not inlined: the function has a stack frame of its own, and programs that call it contain it
+// once.
 #[inline(never)]
 pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) -> u32 {
     let task = current_task();
@@ -127,7 +133,7 @@ pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) -> u32 {
     if pid != owner {
         let leader = leader(task);
         user.uid = read(read(task, Field::Cred), Field::CredUid);
-        // Not `read`: to return zeros it calls `memset`, which is one more frame on the stack.
+        // Not `read`: to return zeros, it calls `memset`, which takes one more stack frame.
         let comm = offset(Field::Comm);
         if comm != ABSENT {
             user.comm = read_at(leader + u64::from(comm));
@@ -139,7 +145,7 @@ pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) -> u32 {
     1
 }
 
-/// Makes the owner of a socket the user of another one.
+/// Makes the owner of one socket the user of another.
 #[inline(always)]
 pub(crate) fn set_user_to(user: &mut User, owner: &Owner) {
     user.uid = owner.uid;
@@ -155,7 +161,7 @@ fn finish_user(user: &mut User, thread: u64) {
     user.check = user.checksum();
 }
 
-/// Whether the current process is in a system call that sends, and whose first argument is a
+/// Returns whether the current process is in a send system call whose first argument is a
 /// descriptor of this socket.
 #[inline(always)]
 fn is_sending(sk: u64) -> bool {
@@ -164,54 +170,60 @@ fn is_sending(sk: u64) -> bool {
         .is_some_and(|found| found.0 == sk)
 }
 
-/// Lets somebody be the owner of what nobody owned. Others may read it meanwhile: its origin, which tells that it is known, comes last.
+/// Sets the owner of a socket that has none. Other CPUs may read the owner meanwhile, so its
+/// origin, which marks it as known, is written last.
 #[inline(always)]
-pub(crate) fn settle(place: &mut Owner, owner: Owner) {
-    place.pid = owner.pid;
-    place.tid = owner.tid;
-    place.uid = owner.uid;
-    place.exec = owner.exec;
-    place.comm = owner.comm;
-    place.started = owner.started;
-    place.cgroup = owner.cgroup;
-    set_origin(place, owner.origin);
+pub(crate) fn set_once(to: &mut Owner, owner: Owner) {
+    to.pid = owner.pid;
+    to.tid = owner.tid;
+    to.uid = owner.uid;
+    to.exec = owner.exec;
+    to.comm = owner.comm;
+    to.started = owner.started;
+    to.cgroup = owner.cgroup;
+    set_origin(to, owner.origin);
 }
 
 #[inline(always)]
-fn set_origin(place: &mut Owner, origin: u16) {
-    // SAFETY: a valid pointer. Volatile after a fence, for the compiler to keep the order.
+fn set_origin(to: &mut Owner, origin: u16) {
+    // SAFETY: a valid pointer. Volatile after a fence, so that the compiler keeps the order.
     unsafe {
         compiler_fence(Ordering::Release);
-        (&raw mut place.origin).write_volatile(origin);
+        (&raw mut to.origin).write_volatile(origin);
     }
 }
 
-/// The main thread: the process has its name, because threads are named for what they do in it.
+/// Returns the main thread. The process has the main thread's name, because other threads are named
+/// for their tasks.
 #[inline(always)]
 pub(crate) fn leader(task: u64) -> u64 {
     read(task, Field::GroupLeader)
 }
 
-/// The address of the current process's `struct pid`; 0 where it is not known.
+/// Returns the address of the current process's `struct pid`, or 0 if it is not known.
 #[inline(always)]
 pub(crate) fn current_pid() -> u64 {
     read(leader(current_task()), Field::ThreadPid)
 }
 
-/// The number of a process in its pid namespace of this level: of its `struct pid`, `numbers[level].nr`.
+/// Returns the number of a process in its pid namespace of this level: `numbers[level].nr` of its
+/// `struct pid`.
 ///
 /// <https://elixir.bootlin.com/linux/v6.12/source/include/linux/pid.h#L50>
 #[inline(always)]
 pub(crate) fn number(leader: u64, level: u32) -> u32 {
-    /// The size of a `struct upid`: a number, and a pointer to its namespace.
+    /// The size of a `struct upid`, which is a number and a pointer to its namespace.
     const EACH: u64 = 16;
     let pid = read::<u64>(leader, Field::ThreadPid);
     read(pid + u64::from(level) * EACH, Field::PidNumbers)
 }
 
-/// The address of the current `task_struct`.
+/// Returns the owner of a TCP socket: the acceptor if there is one, otherwise the creator.
 #[inline(always)]
-pub(crate) fn current_task() -> u64 {
-    // SAFETY: the helper takes nothing and cannot fail.
-    unsafe { bpf_get_current_task() }
+pub(crate) fn of_socket(tracked: &Tracked) -> &Owner {
+    if tracked.acceptor.origin == origin::NONE {
+        &tracked.creator
+    } else {
+        &tracked.acceptor
+    }
 }

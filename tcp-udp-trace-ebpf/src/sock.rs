@@ -1,116 +1,44 @@
-//! Reading the kernel's structures.
+//! Reads `struct sock` and the structures around it.
 
-use aya_ebpf::helpers::generated::{bpf_probe_read_kernel, bpf_skc_to_tcp_sock};
-use core::{ffi::c_void, mem::MaybeUninit};
-use tcp_udp_trace_common::{
-    ABSENT, AF_INET, FIELDS, Field, Offsets, Peer, TcpSocket, Tracked, syn,
-};
+use core::ffi::c_void;
 
-use crate::{owner, track, udp::peer6};
+use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
+use tcp_udp_trace_common::{ABSENT, AF_INET, AF_INET6, Field, Peer};
 
-/// Where the fields are on the running kernel; user space fills it in before the programs are loaded, so
-/// the verifier knows each offset and drops the code for fields that this kernel lacks.
-#[unsafe(no_mangle)]
-static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
+use crate::read::{Plain, current_task, has, offset, read, read_at, read_into};
 
 const IPPROTO_TCP: u16 = 6;
 pub(crate) const IPPROTO_UDP: u16 = 17;
 const IPPROTO_MPTCP: u16 = 262;
-const TCP_FIN_WAIT1: u8 = 4;
-const TCP_FIN_WAIT2: u8 = 5;
-const TCP_LAST_ACK: u8 = 9;
-const TCP_CLOSING: u8 = 11;
-/// Bit of `sk_flags`: the peer's FIN has arrived (`enum sock_flags`).
-const SOCK_DONE: u64 = 1 << 1;
 
-/// An integer, or words of a larger value: any bytes are one.
-pub(crate) trait Plain: Copy {
-    const ZERO: Self;
+/// The states of TCP, in [`Field::State`]. A UDP socket with a peer is also in `ESTABLISHED`.
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/net/tcp_states.h>
+pub(crate) mod tcp_state {
+    pub(crate) const ESTABLISHED: u8 = 1;
+    pub(crate) const SYN_SENT: u8 = 2;
+    pub(crate) const SYN_RECV: u8 = 3;
+    pub(crate) const FIN_WAIT1: u8 = 4;
+    pub(crate) const FIN_WAIT2: u8 = 5;
+    pub(crate) const TIME_WAIT: u8 = 6;
+    pub(crate) const CLOSE: u8 = 7;
+    pub(crate) const LAST_ACK: u8 = 9;
+    pub(crate) const LISTEN: u8 = 10;
+    pub(crate) const CLOSING: u8 = 11;
+    pub(crate) const NEW_SYN_RECV: u8 = 12;
 }
 
-macro_rules! plain {
-    ($($type:ty = $zero:expr,)+) => { $(impl Plain for $type { const ZERO: Self = $zero; })+ };
-}
-
-plain! {
-    u8 = 0,
-    u16 = 0,
-    u32 = 0,
-    u64 = 0,
-    // An address, and a name: words rather than bytes, for the compiler to copy them as such.
-    [u32; 4] = [0; 4],
-    [u64; 2] = [0; 2],
-    // Two addresses or ports side by side.
-    [u32; 2] = [0; 2],
-    [u16; 2] = [0; 2],
-    // The header of UDP.
-    [u16; 4] = [0; 4],
-    // The beginning of a socket.
-    [u64; COMMON / 8] = [0; COMMON / 8],
-}
-
-/// Whether this kernel has `field`.
-#[inline(always)]
-pub(crate) fn has(field: Field) -> bool {
-    offset(field) != ABSENT
-}
-
-#[inline(always)]
-pub(crate) fn offset(field: Field) -> u32 {
-    // SAFETY: `field` indexes FIELDS, and OFFSETS has its length. Volatile, because the compiler must not
-    // take the initial value for the one that user space puts there.
-    unsafe {
-        (&raw const OFFSETS)
-            .cast::<u32>()
-            .add(field as usize)
-            .read_volatile()
-    }
-}
-
-/// Reads `field` of the structure at `base`; 0 where the kernel lacks the field or the address is bad.
-#[inline(always)]
-pub(crate) fn read<T: Plain>(base: u64, field: Field) -> T {
-    match offset(field) {
-        ABSENT => T::ZERO,
-        offset => read_at(base + u64::from(offset)),
-    }
-}
-
-/// Reads what is at a kernel address; 0 if it is a bad one.
-#[inline(always)]
-pub(crate) fn read_at<T: Plain>(address: u64) -> T {
-    let mut value = MaybeUninit::<T>::uninit();
-    probe_read(value.as_mut_ptr(), address);
-    // SAFETY: the helper has written all of it.
-    unsafe { value.assume_init() }
-}
-
-/// Reads `field` of the structure at `base` to where it is wanted, which saves a copy.
-#[inline(always)]
-pub(crate) fn read_into<T: Plain>(to: &mut T, base: u64, field: Field) {
-    match offset(field) {
-        ABSENT => *to = T::ZERO,
-        offset => probe_read(to, base + u64::from(offset)),
-    }
-}
-
-#[inline(always)]
-fn probe_read<T: Plain>(to: *mut T, address: u64) {
-    // SAFETY: the helper writes `size_of::<T>()` bytes to `to` whatever the address: what it found, or zeros.
-    // A `Plain` may have any bytes, and the callers' pointers are to memory for one.
-    unsafe { bpf_probe_read_kernel(to.cast(), size_of::<T>() as u32, address as *const _) };
-}
-
-/// A socket whose fields can be read. How, depends on what the verifier knows of the pointer.
+/// A socket whose fields can be read. The implementations differ in the verifier's knowledge of the
+/// pointer.
 pub(crate) trait Socket: Copy {
-    /// The value of a field; 0 where the kernel lacks the field or the address is bad.
+    /// Returns the value of a field, or 0 if the kernel lacks the field or the address is bad.
     fn get<T: Plain>(self, field: Field) -> T;
 
-    /// Puts it where it is wanted, which saves a copy.
+    /// Reads a field into its destination, which saves a copy.
     fn get_into<T: Plain>(self, to: &mut T, field: Field);
 
-    /// Whether it is a TCP socket over IPv4 or IPv6. MPTCP has a socket of its own above its TCP ones,
-    /// with the same ports; it is not TCP.
+    /// Returns whether this is a TCP socket over IPv4 or IPv6. MPTCP has a socket of its own above
+    /// its TCP sockets, with the same ports. That one is not TCP.
     #[inline(always)]
     fn is_tcp(self) -> bool {
         self.get::<u16>(Field::Protocol) == IPPROTO_TCP
@@ -121,101 +49,27 @@ pub(crate) trait Socket: Copy {
         self.get(Field::Family)
     }
 
-    /// The port it is bound to; 0 once the port has been given back.
+    /// Returns the port that the socket is bound to, or 0 once the socket has given it back.
     #[inline(always)]
     fn bound_port(self) -> u16 {
         self.get(Field::BoundPort)
     }
 
-    /// The port of its connection: of the last one, if it has none.
+    /// Returns the local port of the connection, or of the last one.
     #[inline(always)]
     fn connected_port(self) -> u16 {
         u16::from_be(self.get(Field::LocalPort))
     }
 
-    /// Payload bytes put on the wire, each once, for a socket that leaves `state`.
-    #[inline(always)]
-    fn tx_bytes(self, tracked: &Tracked, state: u8) -> u64 {
-        if tracked.syn() == syn::UNKNOWN {
-            let sent = self.get::<u64>(Field::BytesSent);
-            return sent.wrapping_sub(self.get::<u64>(Field::BytesRetrans));
-        }
-        // What was acknowledged and what is on its way, less SYN and FIN. Not `bytes_sent`: that counts a
-        // segment again each time this machine's own queue refused it.
-        let next = self.get::<u32>(Field::SndNxt);
-        let in_flight = next.wrapping_sub(self.get::<u32>(Field::SndUna));
-        let sequence = self
-            .get::<u64>(Field::BytesAcked)
-            .wrapping_add(u64::from(in_flight));
-        let fin_queued = matches!(
-            state,
-            TCP_FIN_WAIT1 | TCP_FIN_WAIT2 | TCP_LAST_ACK | TCP_CLOSING
-        );
-        let fin_sent = fin_queued && next == self.get::<u32>(Field::WriteSeq);
-        sequence.saturating_sub(u64::from(tracked.syn() == syn::COUNTED) + u64::from(fin_sent))
-    }
-
-    /// Payload bytes received in order, given what the kernel counted a moment ago.
-    ///
-    /// The kernel counts the FIN first and marks its arrival then. A hook that does not hold the socket's lock may
-    /// come in between, so the mark is looked at late, and where it is set, the count is read again: it is final.
-    #[inline(always)]
-    fn rx_bytes(self, counted: u64) -> u64 {
-        if self.get::<u64>(Field::Flags) & SOCK_DONE == 0 {
-            counted
-        } else {
-            self.get::<u64>(Field::BytesReceived).saturating_sub(1)
-        }
-    }
-
-    /// The inode and the cookie of its network namespace.
+    /// Returns the inode and the cookie of the socket's network namespace.
     #[inline(always)]
     fn netns(self) -> (u32, u64) {
         let net = self.get::<u64>(Field::Net);
         (read(net, Field::NetInode), read(net, Field::NetCookie))
     }
-
-    /// Writes the socket, which leaves or is in `state`, into a record.
-    #[inline(always)]
-    fn describe(
-        self,
-        tracked: &Tracked,
-        family: u16,
-        state: u8,
-        local_port: u16,
-        to: &mut TcpSocket,
-    ) {
-        let received = self.get(Field::BytesReceived);
-        to.id = tracked.id;
-        to.born = tracked.born;
-        self.get_into(&mut to.cookie, Field::Cookie);
-        to.cgroup = tracked.cgroup;
-        to.netns_cookie = tracked.netns_cookie;
-        to.tx_bytes = self.tx_bytes(tracked, state);
-        self.get_into(&mut to.tx_packets, Field::SegsOut);
-        self.get_into(&mut to.rx_packets, Field::SegsIn);
-        self.get_into(&mut to.uid, Field::SkUid);
-        to.netns = tracked.netns;
-        to.owner = *track::owner(tracked);
-        if family == AF_INET {
-            to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
-            to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];
-        } else {
-            self.get_into(&mut to.local, Field::LocalAddr6);
-            self.get_into(&mut to.remote, Field::RemoteAddr6);
-        }
-        to.local_port = local_port;
-        to.remote_port = u16::from_be(self.get(Field::RemotePort));
-        to.family = family;
-        to.older = tracked.older().into();
-        self.get_into(&mut to.device, Field::Device);
-        to.error = 0;
-        to.rx_bytes = self.rx_bytes(received);
-        track::copy_user(tracked, &mut to.user);
-    }
 }
 
-/// The address of a `struct sock`: its fields are read by a helper.
+/// The address of a `struct sock`. A helper reads its fields.
 #[derive(Clone, Copy)]
 pub(crate) struct Sock(pub(crate) u64);
 
@@ -231,16 +85,21 @@ impl Socket for Sock {
     }
 }
 
-/// A copy of what is read most of a socket, made at once.
-pub(crate) struct Copied {
+/// A copy of the most used fields of a socket, read in one call.
+pub(crate) struct SockCopy {
     sk: Sock,
     common: [u64; COMMON / 8],
 }
 
-/// How much of `struct sock` is copied: addresses, ports, state, cookie and flags, on every kernel so far.
+/// How many bytes of `struct sock` are copied. On every supported kernel, they hold the addresses,
+/// ports, state, cookie and flags.
 const COMMON: usize = 104;
 
-impl Copied {
+impl Plain for [u64; COMMON / 8] {
+    const ZERO: Self = [0; COMMON / 8];
+}
+
+impl SockCopy {
     #[inline(always)]
     pub(crate) fn new(sk: Sock) -> Self {
         Self {
@@ -250,14 +109,15 @@ impl Copied {
     }
 }
 
-impl Socket for &Copied {
+impl Socket for &SockCopy {
     #[inline(always)]
     fn get<T: Plain>(self, field: Field) -> T {
         let offset = offset(field) as usize;
         if offset > COMMON - size_of::<T>() {
             return self.sk.get(field);
         }
-        // SAFETY: it is in the copy. Volatile, for the compiler not to make one load of several.
+        // SAFETY: the field is in the copy. Volatile, so that the compiler does not merge several
+        // loads.
         unsafe {
             (&raw const self.common)
                 .byte_add(offset)
@@ -272,15 +132,18 @@ impl Socket for &Copied {
     }
 }
 
-/// A pointer that the verifier knows to be to a `struct tcp_sock`: its fields are loaded like any other memory's, which is ten times as fast.
+/// A pointer that the verifier knows to be to a `struct tcp_sock`. Its fields are loaded like any
+/// other memory, which is ten times as fast as the helper.
 #[derive(Clone, Copy)]
 pub(crate) struct TcpSock(*const u8);
 
 impl TcpSock {
-    /// The TCP socket that the program's first argument is, if it is one. The verifier must know that argument to be a socket.
+    /// Returns the TCP socket at `sk`, or `None` if it is not a TCP socket. The verifier must know
+    /// that `sk`, an argument of the program, is a socket.
     #[inline(always)]
     pub(crate) fn new(sk: *mut c_void) -> Option<Self> {
-        // SAFETY: the helper looks whether it is one; the verifier refuses the program if `sk` is not a socket.
+        // SAFETY: the helper checks the type. The verifier refuses the program if `sk` is not a
+        // socket.
         let tcp = unsafe { bpf_skc_to_tcp_sock(sk) };
         (!tcp.is_null()).then_some(Self(tcp.cast_const().cast()))
     }
@@ -291,8 +154,9 @@ impl Socket for TcpSock {
     fn get<T: Plain>(self, field: Field) -> T {
         match offset(field) {
             ABSENT => T::ZERO,
-            // SAFETY: the kernel has made sure that it is a TCP socket, and the verifier that the field is in it. Volatile, because the compiler
-            // must not load another size than the field's.
+            // SAFETY: the kernel has checked that this is a TCP socket, and the verifier checks
+            // that the field is in it. Volatile, because the compiler must not load another size
+            // than the field's.
             offset => unsafe { self.0.add(offset as usize).cast::<T>().read_volatile() },
         }
     }
@@ -302,14 +166,14 @@ impl Socket for TcpSock {
         *to = self.get(field);
     }
 
-    /// That is how it became one.
+    /// [`TcpSock::new`] has checked that.
     #[inline(always)]
     fn is_tcp(self) -> bool {
         true
     }
 }
 
-/// The id of the cgroup (v2) at this address.
+/// Returns the id of the cgroup (v2) at this address.
 #[inline(always)]
 pub(crate) fn cgroup_id(cgroup: u64) -> u64 {
     read(read::<u64>(cgroup, Field::CgroupNode), Field::CgroupNodeId)
@@ -325,11 +189,11 @@ impl Sock {
         self.get::<u16>(Field::Protocol) == IPPROTO_UDP
     }
 
-    /// The socket behind an open file, if it is one.
+    /// Returns the socket of an open file, if the file is a socket.
     #[inline(always)]
     pub(crate) fn of_file(file: u64) -> Option<Self> {
         let socket = read::<u64>(file, Field::FilePrivate);
-        // Only a socket and its file know each other; and the file may just have been replaced.
+        // Only a socket and its file point to each other. The file may just have been replaced.
         if file == 0 || read::<u64>(socket, Field::SocketFile) != file {
             return None;
         }
@@ -337,10 +201,10 @@ impl Sock {
         (sk.0 != 0 && sk.get::<u64>(Field::SkSocket) == socket).then_some(sk)
     }
 
-    /// The socket behind a descriptor of the current process.
+    /// Returns the socket of a descriptor of the current process.
     #[inline(always)]
     pub(crate) fn of_descriptor(fd: i64) -> Option<Self> {
-        let files = read::<u64>(owner::current_task(), Field::Files);
+        let files = read::<u64>(current_task(), Field::Files);
         let table = read::<u64>(files, Field::FdTable);
         if fd < 0 || fd >= i64::from(read::<u32>(table, Field::FdCount)) {
             return None;
@@ -349,7 +213,8 @@ impl Sock {
         Self::of_file(read_at(array + (fd as u64) * 8))
     }
 
-    /// The socket of TCP that it is; of Multipath TCP, the first subflow.
+    /// Returns the TCP socket: the first subflow if this is a socket of Multipath TCP, otherwise
+    /// itself.
     #[inline(always)]
     pub(crate) fn of_tcp(self) -> Self {
         if self.get::<u16>(Field::Protocol) == IPPROTO_MPTCP {
@@ -359,8 +224,8 @@ impl Sock {
         }
     }
 
-    /// The state of the `struct socket` above it, 0 if it has none. Not to be confused with the
-    /// state of TCP.
+    /// Returns the state of the `struct socket` above this socket, 0 if there is none. That is not
+    /// the state of TCP.
     #[inline(always)]
     pub(crate) fn socket_state(self) -> u32 {
         match self.get::<u64>(Field::SkSocket) {
@@ -369,27 +234,29 @@ impl Sock {
         }
     }
 
-    /// Whether a process has, or had, a descriptor of it: the kernel's own sockets have no file.
+    /// Returns whether a process has, or had, a descriptor of this socket. The kernel's own sockets
+    /// have no file.
     #[inline(always)]
     pub(crate) fn has_file(self) -> bool {
         read::<u64>(self.get(Field::SkSocket), Field::SocketFile) != 0
     }
 
-    /// The id of its cgroup (v2); 0 when it has none.
+    /// Returns the id of the socket's cgroup (v2), or 0 if it has none.
     #[inline(always)]
     pub(crate) fn cgroup(self) -> u64 {
         let cgroup = self.get::<u64>(Field::Cgroup);
-        // Before 5.15 an odd value is not a pointer, but a network class of cgroup v1.
+        // Before 5.15, an odd value is not a pointer but a network class of cgroup v1.
         if cgroup == 0 || cgroup & 1 == 1 {
             return 0;
         }
         cgroup_id(cgroup)
     }
 
-    /// The listener that this socket was just cloned from, if it can be told.
+    /// Returns the listener that this socket was just cloned from, if the listener can be found.
     ///
-    /// A clone is made byte by byte, and an empty list points to itself: until the clone's own list is
-    /// set up, it still points into the listener. Undocumented, so the caller checks what it finds there.
+    /// The kernel clones a socket byte by byte, and an empty list points to itself. Until the
+    /// kernel initializes the clone's own list, that list points into the listener. This is not
+    /// documented, so the caller checks the result.
     #[inline(always)]
     pub(crate) fn listener(self) -> Option<Self> {
         if !has(Field::SentQueue) {
@@ -400,10 +267,11 @@ impl Sock {
         (listener != self.0).then_some(Self(listener))
     }
 
-    /// The two ends of a connection, or of what may become one; an IPv4-mapped address is the IPv4 address that it is.
+    /// Returns the two ends of a connection, or of a future one. An IPv4-mapped address becomes its
+    /// IPv4 address.
     #[inline(always)]
     pub(crate) fn ends(self) -> (Peer, Peer) {
-        // A listener, and a socket that is about to connect, has no other port than the one it is bound to.
+        // A listener, or a socket that is about to connect, has only the port that it is bound to.
         let bound = self.bound_port();
         let port = if bound == 0 {
             self.connected_port()
@@ -415,13 +283,13 @@ impl Sock {
         (self.local_end(port), remote)
     }
 
-    /// This end, with a port that it has.
+    /// Returns the local end with this port.
     #[inline(always)]
     pub(crate) fn local_end(self, port: u16) -> Peer {
         self.end(Field::LocalAddr4, Field::LocalAddr6, port)
     }
 
-    /// The end whose address is in one of these fields, by the family of the socket.
+    /// Returns the end whose address is in one of these fields, depending on the socket's family.
     #[inline(always)]
     fn end(self, v4: Field, v6: Field, port: u16) -> Peer {
         if self.family() == AF_INET {
@@ -433,5 +301,22 @@ impl Sock {
         } else {
             peer6(self.get(v6), port)
         }
+    }
+}
+
+/// Returns an IPv6 address and a port as a peer. An IPv4-mapped address becomes its IPv4 address.
+#[inline(always)]
+pub(crate) fn peer6(address: [u32; 4], port: u16) -> Peer {
+    match address {
+        [0, 0, mapped, v4] if mapped == 0xffff_u32.to_be() => Peer {
+            address: [v4, 0, 0, 0],
+            port,
+            family: AF_INET,
+        },
+        address => Peer {
+            address,
+            port,
+            family: AF_INET6,
+        },
     }
 }

@@ -1,23 +1,20 @@
-//! System calls by number, and their arguments. The numbers, and the registers, are the
-//! architecture's own.
+//! System calls by number, and their arguments. The numbers and the registers depend on the
+//! architecture.
 
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{ABSENT, Field};
 
-use crate::{
-    owner,
-    sock::{offset, read, read_at},
-};
+use crate::read::{current_task, offset, read, read_at};
 
-/// How far above the beginning of a task's kernel stack its user registers (`struct pt_regs`) are
-/// saved, in bytes; 0 if that is not known.
+/// The distance in bytes from the beginning of a task's kernel stack to its saved user registers
+/// (`struct pt_regs`), or 0 if it is not known.
 #[unsafe(no_mangle)]
 static REGISTERS: Global<u64> = Global::new(0);
 
 #[cfg(not(bpf_target_arch = "aarch64"))]
 mod arch {
     pub(crate) type Number = u64;
-    /// A kernel that is built with FRED keeps some bytes above the registers free
+    /// A kernel that is built with FRED leaves some bytes above the registers unused
     /// (`TOP_OF_KERNEL_STACK_PADDING`).
     ///
     /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/thread_info.h#L36>
@@ -32,12 +29,12 @@ mod arch {
     pub(crate) const SENDS: &[Number] = &[1, 20, 44, 46, 307];
 }
 
-/// As in `asm-generic/unistd.h`.
+/// The numbers are those of `asm-generic/unistd.h`.
 #[cfg(bpf_target_arch = "aarch64")]
 mod arch {
     pub(crate) type Number = u32;
     pub(super) const PADDINGS: [u64; 2] = [0, 0];
-    /// In the array of registers.
+    /// The offset in the array of registers.
     pub(super) const SECOND: u64 = 8;
     pub(super) const THIRD: u64 = 16;
     pub(crate) const CONNECT: Number = 203;
@@ -50,26 +47,26 @@ mod arch {
 
 pub(crate) use arch::{ACCEPT, ACCEPT4, CONNECT, LISTEN, SENDS};
 
-/// The number of the system call that a task with these registers (`struct pt_regs`) is in.
+/// Returns the number of the system call that a task with these registers (`struct pt_regs`) is in.
 #[inline(always)]
 pub(crate) fn number(regs: u64) -> arch::Number {
     read(regs, Field::SyscallNumber)
 }
 
-/// The registers of the current task, if it is in the system call of this number. The number proves
-/// that they are where they were looked for.
+/// Returns the registers of the current task, if the task is in the system call of this number. The
+/// number proves that the registers are at the expected address.
 #[inline(always)]
 pub(crate) fn registers(of: arch::Number) -> Option<u64> {
     registers_of_any(&[of])
 }
 
-/// The same for a system call of one of these numbers.
+/// Returns the same for a system call of any of these numbers.
 #[inline(always)]
 pub(crate) fn registers_of_any(of: &[arch::Number]) -> Option<u64> {
     if REGISTERS.load() == 0 {
         return None;
     }
-    let stack = read::<u64>(owner::current_task(), Field::TaskStack);
+    let stack = read::<u64>(current_task(), Field::TaskStack);
     let [first, second] = arch::PADDINGS.map(|padding| stack + REGISTERS.load() - padding);
     if of.contains(&number(first)) {
         return Some(first);
@@ -77,7 +74,7 @@ pub(crate) fn registers_of_any(of: &[arch::Number]) -> Option<u64> {
     (second != first && of.contains(&number(second))).then_some(second)
 }
 
-/// The first three arguments of the system call that a task with these registers is in.
+/// Returns the first three arguments of the system call that a task with these registers is in.
 #[inline(always)]
 pub(crate) fn arguments(regs: u64) -> [u64; 3] {
     let argument = |field, within| match offset(field) {

@@ -1,8 +1,9 @@
-//! Perf buffers, two for each CPU, for kernels without the ring buffer.
+//! Perf buffers, two for each CPU, for kernels that have no ring buffer.
 //!
-//! When the reader of a perf buffer is woken is settled when it is made: the large one wakes it each time that it has filled by an eighth, the
-//! small one at once. So where a record shall wake it, a bell goes into the small one. That also takes the records that would be
-//! missed most when the large one is full.
+//! The fill level at which a perf buffer wakes the reader is fixed when the buffer is created. The
+//! large buffer wakes the reader each time that another eighth of it is full, and the small one at
+//! every record. To wake the reader for one record, the program writes a bell into the small
+//! buffer. The small buffer also takes the lifecycle records that find the large one full.
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
@@ -15,45 +16,49 @@ use aya_ebpf::{
 
 use tcp_udp_trace_common::{Udp, kind};
 
-use super::{Context, Record, Weight, head, is_armed};
-use crate::anomaly;
+use super::{
+    head::{Context, Priority, Record, head},
+    wakeup::is_armed,
+};
+use crate::counters;
 
-/// The large one of each CPU.
+/// The large buffer of each CPU.
 #[map]
 static EVENTS: PerfEventByteArray = PerfEventByteArray::new(0);
 
-/// The small one, an eighth of its size.
+/// The small buffer of each CPU, an eighth of the large one's size.
 #[map]
 static URGENT: PerfEventByteArray = PerfEventByteArray::new(0);
 
-/// Where the records of this CPU are built: a program may interrupt another one, or preempt it, so one place is not enough. They
-/// are too large for the stack.
+/// The slots in which the records of this CPU are built. A program may interrupt or preempt another
+/// one, so one slot is not enough. Records are too large for the stack.
 #[map]
-static PLACES: PerCpuArray<Place> = PerCpuArray::with_max_entries(PLACE_COUNT, 0);
-const PLACE_COUNT: u32 = 4;
+static SLOTS: PerCpuArray<Slot> = PerCpuArray::with_max_entries(SLOT_COUNT, 0);
+const SLOT_COUNT: u32 = 4;
 
-/// Room for the largest record.
-type Room = Udp;
+/// The largest record, which is the size of a slot.
+type LargestRecord = Udp;
 
 #[repr(C)]
-struct Place {
+struct Slot {
     claims: u64,
-    room: Room,
+    space: LargestRecord,
 }
 
-impl Place {
-    /// A place that no other program has.
+impl Slot {
+    /// Claims a slot that no other program uses.
     #[inline(always)]
     fn claim() -> Option<*mut Self> {
-        for index in 0..PLACE_COUNT {
-            let place = PLACES.get_ptr_mut(index)?;
-            // SAFETY: a valid pointer to this CPU's value. Whoever finds its own claim to be the only one has the place: later claims
-            // find two. If two come at once, perhaps neither gets it.
+        for index in 0..SLOT_COUNT {
+            let slot = SLOTS.get_ptr_mut(index)?;
+            // SAFETY: a valid pointer to this CPU's value. A program that finds its own claim to be
+            // the only one has the slot, because later claims count two. If two claims come at
+            // once, both may fail.
             unsafe {
-                let claims = &raw mut (*place).claims;
+                let claims = &raw mut (*slot).claims;
                 atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(claims, 1);
                 if claims.read_volatile() == 1 {
-                    return Some(place);
+                    return Some(slot);
                 }
                 atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(claims, u64::MAX);
             }
@@ -62,50 +67,58 @@ impl Place {
     }
 
     #[inline(always)]
-    fn leave(place: *mut Self) {
-        // SAFETY: `claim` gave the pointer.
+    fn release(slot: *mut Self) {
+        // SAFETY: the pointer comes from `claim`.
         unsafe {
-            let claims = &raw mut (*place).claims;
+            let claims = &raw mut (*slot).claims;
             atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(claims, u64::MAX);
         }
     }
 }
 
-/// Writes a record; `fill` sets every byte but the head's. A full buffer is counted, and then this is false.
+/// Writes a record. `fill` sets every byte except those of the head. If the buffer is full, counts
+/// that and returns false.
 #[inline(always)]
 pub(crate) fn record<R: Record>(
     ctx: Context,
     kind: u32,
-    weight: Weight,
+    priority: Priority,
     fill: impl FnOnce(&mut R),
 ) -> bool {
-    const { assert!(size_of::<R>() <= size_of::<Room>() && align_of::<R>() <= align_of::<Room>()) };
-    let Some(place) = Place::claim() else {
-        anomaly::lost(kind);
+    const {
+        assert!(
+            size_of::<R>() <= size_of::<LargestRecord>()
+                && align_of::<R>() <= align_of::<LargestRecord>()
+        )
+    };
+    let Some(slot) = Slot::claim() else {
+        counters::lost(kind);
         return false;
     };
-    // SAFETY: the room is large enough and aligned, and this program's alone; a record is integers and bytes only, so what was
-    // there before is one.
-    let record = unsafe { &mut *(&raw mut (*place).room).cast::<R>() };
+    // SAFETY: the slot is large enough, aligned, and used by this program only. A record consists
+    // of integers and bytes, so the old contents are a valid record.
+    let record = unsafe { &mut *(&raw mut (*slot).space).cast::<R>() };
     fill(record);
-    // Last, because user space puts the records of different CPUs in the order of their times.
+    // The time is taken last, because user space sorts the records of different CPUs by their
+    // times.
     *record.head() = head(kind);
-    let written =
-        output(&EVENTS, ctx, record) || weight != Weight::Other && output(&URGENT, ctx, record);
-    Place::leave(place);
+    let written = output(&EVENTS, ctx, record)
+        || priority != Priority::Normal && output(&URGENT, ctx, record);
+    Slot::release(slot);
     if !written {
-        anomaly::lost(kind);
+        counters::lost(kind);
     } else if kind != kind::IMAGE && is_armed() {
-        // Where there is no room for it, the reader has been woken already.
+        // If the bell finds the small buffer full, the reader has already been woken.
         output(&URGENT, ctx, &kind::BELL);
     }
     written
 }
 
-/// False if the buffer is full, or if this CPU has none, because it was brought up later.
+/// Returns false if the buffer is full, or if this CPU has none because it came online later.
 #[inline(always)]
 fn output<T>(buffer: &'static PerfEventByteArray, ctx: Context, data: &T) -> bool {
-    // SAFETY: the context is the program's own, the map one of perf buffers, and the data whole.
+    // SAFETY: the context is the program's own, the map is one of perf buffers, and the data is
+    // complete.
     let error = unsafe {
         bpf_perf_event_output(
             ctx,
@@ -118,7 +131,7 @@ fn output<T>(buffer: &'static PerfEventByteArray, ctx: Context, data: &T) -> boo
     error == 0
 }
 
-/// Whether there is no room to spare for records that could come later just as well: that cannot be told.
+/// Returns false, because no helper returns the fill level of a perf buffer.
 #[inline(always)]
 pub(crate) fn is_crowded() -> bool {
     false

@@ -1,4 +1,4 @@
-//! A ring buffer, of all CPUs.
+//! A ring buffer that all CPUs share.
 
 use aya_ebpf::{
     Global,
@@ -9,52 +9,59 @@ use aya_ebpf::{
 
 use tcp_udp_trace_common::kind;
 
-use super::{Context, Record, Weight, head, is_armed};
-use crate::anomaly;
+use super::{
+    head::{Context, Priority, Record, head},
+    wakeup::is_armed,
+};
+use crate::counters;
 
-/// The records, in the order of their reservation.
+/// The ring, with the records in the order of their reservation.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(2 << 20, 0);
 
-/// The records of [`Weight::Last`] that have found that one full. The reader puts them where they belong by their time.
+/// The second ring, for records of [`Priority::Final`] that find the first one full. The reader
+/// inserts them by their times.
 #[map]
 static LATE: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
-/// An eighth of the ring's size is this power of two, in bytes; user space sets it. Each time the ring has filled by that much, a record
-/// wakes the reader though it did not ask.
+/// The binary logarithm of an eighth of the ring's size in bytes. User space sets it. Each time
+/// that another eighth is full, a record wakes the reader even if the reader is not armed.
 #[unsafe(no_mangle)]
 static WAKE_SHIFT: Global<u32> = Global::new(16);
 
-/// What the kernel puts before each record, in bytes (`BPF_RINGBUF_HDR_SZ`).
+/// The size of the header that the kernel puts before each record, in bytes (`BPF_RINGBUF_HDR_SZ`).
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/bpf.h>
 const RECORD_HEADER: u64 = 8;
 
-/// Writes a record; `fill` sets every byte but the head's. A full ring is counted, and then this is false.
+/// Writes a record. `fill` sets every byte except those of the head. If the ring is full, counts
+/// that and returns false.
 #[inline(always)]
 pub(crate) fn record<R: Record>(
     _ctx: Context,
     kind: u32,
-    weight: Weight,
+    priority: Priority,
     fill: impl Fn(&mut R),
 ) -> bool {
     let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
     let after = before + size_of::<R>() as u64 + RECORD_HEADER;
-    if weight == Weight::Other && after >> WAKE_SHIFT.load() >= 7 {
-        anomaly::lost(kind);
+    if priority == Priority::Normal && after >> WAKE_SHIFT.load() >= 7 {
+        counters::lost(kind);
         return false;
     }
     let (entry, wake) = match EVENTS.reserve::<R>(0) {
         Some(entry) => (Some(entry), wake(kind, before, after)),
-        // The reader has been woken long ago.
-        None if weight == Weight::Last => (LATE.reserve(0), u64::from(BPF_RB_NO_WAKEUP)),
+        // A full ring has already woken the reader.
+        None if priority == Priority::Final => (LATE.reserve(0), u64::from(BPF_RB_NO_WAKEUP)),
         None => (None, 0),
     };
-    // What is written is written in one place, whichever ring it goes to: half the work for the verifier.
+    // Both rings share the code that fills the record, which halves the verifier's work.
     let Some(mut entry) = entry else {
-        anomaly::lost(kind);
+        counters::lost(kind);
         return false;
     };
-    // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8; a record is integers and bytes
-    // only, and all of it is written before it is read or submitted.
+    // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8. A record consists of
+    // integers and bytes, and all of them are written before the record is read or submitted.
     let record = unsafe { entry.assume_init_mut() };
     *record.head() = head(kind);
     fill(record);
@@ -62,12 +69,15 @@ pub(crate) fn record<R: Record>(
     true
 }
 
-/// How to submit a record that fills the ring from `before` to `after`: it wakes the reader if that asked for it, or if the ring fills up.
+/// Returns the flags of the submission of a record that fills the ring from `before` to `after`.
+/// The record wakes the reader if the reader is armed, or if the record crosses into another
+/// eighth.
 #[inline(always)]
 fn wake(kind: u32, before: u64, after: u64) -> u64 {
-    // Only the record that crosses the line wakes: past it, each one would. Two CPUs may cross it together and both
-    // believe that the other did; the next line, or the reader's timer, makes up for that.
-    // An image is followed by the record of a socket, which wakes the reader for both.
+    // Only the record that crosses into another eighth wakes the reader, because otherwise every
+    // later record would. If two CPUs cross together, both may leave the wake-up to the other. The
+    // next eighth or the reader's timer then wakes the reader. An image is followed by the record
+    // of a socket, which wakes the reader for both.
     if kind != kind::IMAGE && is_armed()
         || after >> WAKE_SHIFT.load() != before >> WAKE_SHIFT.load()
     {
@@ -77,13 +87,13 @@ fn wake(kind: u32, before: u64, after: u64) -> u64 {
     }
 }
 
-/// How many eighths of the ring are filled.
+/// Returns how many eighths of the ring are full.
 #[inline(always)]
 pub(crate) fn fill() -> u32 {
     (EVENTS.query(u64::from(BPF_RB_AVAIL_DATA)) >> WAKE_SHIFT.load()) as u32
 }
 
-/// Whether the ring has no room to spare for records that could come later just as well.
+/// Returns whether the ring has no room to spare for records that could as well be written later.
 #[inline(always)]
 pub(crate) fn is_crowded() -> bool {
     fill() != 0

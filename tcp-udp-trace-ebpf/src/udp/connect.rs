@@ -1,4 +1,4 @@
-//! A process gives a socket a peer.
+//! A process connects a UDP socket.
 
 use core::ptr;
 
@@ -8,17 +8,20 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET6, Field, Peer, kind};
 
 use super::{
-    Datagrams, Direction, TCP_ESTABLISHED, flow_with, get, key_of, record, report, seen, totals_of,
+    records::{record, report, totals_of},
+    sockets::{get, key_of, queued, track},
 };
 use crate::{
     connect::{self, Connect},
+    datagrams::{Datagrams, Direction, flow_with},
     emit::Context,
-    filter, owner,
-    sock::{Sock, Socket as _, read},
+    filter,
+    read::{current_task, read},
+    sock::{Sock, Socket as _, tcp_state::ESTABLISHED},
     syscall,
 };
 
-/// Threads that are in a `connect`, and with which socket.
+/// The threads that are in a `connect`, with the key of the socket.
 #[map]
 static CONNECTING: LruHashMap<u64, u64> = LruHashMap::with_max_entries(4096, 0);
 
@@ -30,50 +33,42 @@ const IO_WORKER: u32 = 0x10;
 
 /// The current thread begins to connect the socket.
 #[inline(always)]
-pub(crate) fn connecting(key: u64) {
-    if read::<u32>(owner::current_task(), Field::TaskFlags) & IO_WORKER != 0 {
+pub(crate) fn connect_started(key: u64) {
+    if read::<u32>(current_task(), Field::TaskFlags) & IO_WORKER != 0 {
         return;
     }
     let thread = bpf_get_current_pid_tgid();
-    // If it does not fit, the event will be missing; with 4096 threads in `connect` at once.
+    // If the map is full (4096 threads are in `connect` at once), the event will be missing.
     let _ = CONNECTING.insert(thread, key, u64::from(BPF_ANY));
 }
 
-/// The current thread's `connect`, if it was in one, has ended with this result.
+/// The current thread's `connect`, if it was in one, has returned this result.
 #[inline(always)]
-pub(crate) fn connected(ctx: Context, result: i64) {
+pub(crate) fn connect_returned(ctx: Context, result: i64) {
     let thread = bpf_get_current_pid_tgid();
     // SAFETY: only this thread writes the entry.
     let Some(&key) = (unsafe { CONNECTING.get(thread) }) else {
         return;
     };
     let _ = CONNECTING.remove(thread);
-    ended(ctx, key, result);
+    report_connect(ctx, key, result);
 }
 
-/// A `connect` of the socket has ended with this result.
+/// Reports a `connect` of the socket that has ended with this result.
 #[inline(always)]
-fn ended(ctx: Context, key: u64, result: i64) {
+fn report_connect(ctx: Context, key: u64, result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
-    if result == 0 && sk.get::<u8>(Field::State) == TCP_ESTABLISHED {
+    if result == 0 && sk.get::<u8>(Field::State) == ESTABLISHED {
         tracked.strangers = queued(sk);
         report(ctx, kind::CONNECT, key, tracked, sk, 0);
     }
 }
 
-/// How many datagrams wait to be received, or more.
-#[inline(always)]
-pub(crate) fn queued(sk: Sock) -> u32 {
-    // Datagrams move from the first queue to the second. In this order, one that moves meanwhile is counted twice, and none is missed.
-    let waiting = sk.get::<u32>(Field::ReceiveQueued);
-    waiting.wrapping_add(sk.get(Field::ReaderQueued))
-}
-
 /// The current process returns from `connect`.
 #[inline(always)]
-pub(crate) fn exited(ctx: Context, result: i64) {
-    connected(ctx, result);
+pub(crate) fn connect_exited(ctx: Context, result: i64) {
+    connect_returned(ctx, result);
     if let Some(errno) = connect::errno(result) {
         if let Some(regs) = syscall::registers(syscall::CONNECT) {
             failed(ctx, regs, errno);
@@ -83,9 +78,9 @@ pub(crate) fn exited(ctx: Context, result: i64) {
 
 /// The current process returns from a system call.
 #[inline(always)]
-pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
+pub(crate) fn syscall_returned(ctx: Context, regs: u64, result: i64) {
     if syscall::number(regs) == syscall::CONNECT {
-        connected(ctx, result);
+        connect_returned(ctx, result);
         if let Some(errno) = connect::errno(result) {
             failed(ctx, regs, errno);
         }
@@ -100,12 +95,12 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
     };
     let key = key_of(connect.sk);
     let sk = ptr::without_provenance(connect.sk.0 as usize);
-    let Some(tracked) = seen(key, sk) else {
+    let Some(tracked) = track(key, sk) else {
         return;
     };
     let (mut local, mut peer) = connect.ends();
     if local.family != peer.family {
-        // A record has one family.
+        // A record has only one family.
         [local, peer] = [local, peer].map(|end| Peer {
             address: connect::mapped(&end),
             port: end.port,
@@ -122,24 +117,24 @@ fn failed(ctx: Context, regs: u64, errno: u32) {
         other_port: 0,
         device: Some(device),
     };
-    if filter::wants_udp(kind::CONNECT_FAILED_UDP, tracked, &ends) {
+    if filter::passes_udp(kind::CONNECT_FAILED_UDP, tracked, &ends) {
         let totals = totals_of(tracked);
         let (kind, errno) = (kind::CONNECT_FAILED_UDP, errno.into());
         record(ctx, kind, key, tracked, &ends, totals, errno);
     }
 }
 
-/// An io_uring has finished a request, which perhaps another thread has carried out.
+/// An io_uring has completed a request, which another thread may have executed.
 #[inline(always)]
-pub(crate) fn completed(ctx: Context, request: u64, result: i32) {
+pub(crate) fn request_completed(ctx: Context, request: u64, result: i32) {
     if read::<u8>(request, Field::IoOpcode) != IORING_OP_CONNECT {
         return;
     }
-    // If it was this thread, it made an entry that nobody needs.
+    // If this thread executed the request, it has left an entry that is not used.
     let _ = CONNECTING.remove(bpf_get_current_pid_tgid());
     if let Some(sk) = Sock::of_file(read(request, Field::IoFile)) {
         if sk.is_udp() {
-            ended(ctx, key_of(sk), result.into());
+            report_connect(ctx, key_of(sk), result.into());
         }
     }
 }

@@ -1,30 +1,33 @@
-//! What the hook of the send does not know: the kernel frees a packet instead of sending it.
+//! Packets that the kernel frees instead of sending. The hook of the send does not know about them.
 
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{AF_INET, Field, Peer};
 
 use super::{
-    Datagrams, Direction, ETH_P_IP, Headers, Packet, UDP_HEADER, add_unsent, count, flow,
-    flow_with, get, headers, key_of, local_of_flow, nat, scope,
+    count, flows, nat,
+    packet::{ETH_P_IP, Headers, Packet, UDP_HEADER, headers, local_of_flow, scope},
+    sockets::{add_unsent, get, key_of},
 };
 use crate::{
+    datagrams::{Datagrams, Direction, flow_with},
     emit::Context,
-    sock::{Sock, Socket as _, read, read_at},
+    read::{read, read_at},
+    sock::{Sock, Socket as _},
 };
 
-/// The reason for which the kernel frees a packet that a program at the cgroup refused
-/// (`enum skb_drop_reason`).
+/// The reason with which the kernel frees a packet that a program at the cgroup has refused
+/// (`enum skb_drop_reason`). User space sets it.
 #[unsafe(no_mangle)]
 static REFUSED: Global<u32> = Global::new(u32::MAX);
-/// The reason where it says none.
+/// The reason with which the kernel frees a packet without stating one. User space sets it.
 #[unsafe(no_mangle)]
 static NOT_SPECIFIED: Global<u32> = Global::new(u32::MAX);
 
-/// A packet that is being freed.
+/// A packet that the kernel frees.
 #[derive(Clone, Copy)]
-struct Freed(u64);
+struct FreedPacket(u64);
 
-impl Packet for Freed {
+impl Packet for FreedPacket {
     const MAY_BE_TRANSLATED: bool = true;
 
     #[inline(always)]
@@ -35,9 +38,9 @@ impl Packet for Freed {
 
 /// `kfree_skb(skb, location, reason)`: the kernel drops a packet.
 ///
-/// One that a program at the cgroup refused was counted by ours, and its send call fails. One for a
-/// multicast group that may not leave this host (`IP_MULTICAST_TTL` of 0) has not reached ours, and
-/// its send call succeeds.
+/// Two kinds of packets matter. A packet that another program at the cgroup refused was counted by
+/// our program, and its send call fails. A packet for a multicast group that may not leave this
+/// host (`IP_MULTICAST_TTL` of 0) has not reached our program, and its send call succeeds.
 #[inline(always)]
 pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     let is_refused = reason == REFUSED.load();
@@ -68,7 +71,7 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
         length,
         packets,
     } = headers(skb);
-    // A packet that arrives has another socket's port.
+    // A packet that arrives has the port of another socket.
     if source_port != sk.bound_port() && !is_refused {
         return;
     }
@@ -102,15 +105,15 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     if is_refused {
         datagrams.bytes = bytes.wrapping_neg();
         datagrams.packets = packets.wrapping_neg();
-        super::add(&mut tracked.traffic, &datagrams);
-        flow::take_back(tracked, &mut datagrams, Freed(skb));
+        flows::add(&mut tracked.traffic, &datagrams);
+        flows::take_back(tracked, &mut datagrams, FreedPacket(skb));
     } else {
-        count(ctx, key, tracked, &mut datagrams, Freed(skb));
+        count(ctx, key, tracked, &mut datagrams, FreedPacket(skb));
     }
 }
 
-/// Whether a packet goes to a group, and only to members on this host. The kernel lets no other
-/// packet of a socket have a time to live of 0.
+/// Returns whether a packet goes only to those members of a multicast group that are on this host.
+/// The kernel does not let any other packet of a socket have a time to live of 0.
 #[inline(always)]
 fn stays_here(skb: u64) -> bool {
     const TIME_TO_LIVE: u64 = 8;

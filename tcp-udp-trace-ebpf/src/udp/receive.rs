@@ -1,7 +1,8 @@
-//! A process receives.
+//! A process receives datagrams.
 //!
-//! Where the kernel has kprobes, at the one place where a datagram is handed over, with its headers. Where it has
-//! none, from what the system call returns, and from whom the kernel says it was.
+//! If the kernel has kprobes, the hook is the function that hands a datagram over, with its
+//! headers. Without kprobes, the events come from the result of the receive and from the peer that
+//! the kernel returned.
 
 use core::{
     intrinsics::{AtomicOrdering, atomic_xadd},
@@ -14,29 +15,34 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{Field, Peer, UdpTracked};
 
 use super::{
-    Datagrams, Direction, Headers, Packet, addresses, count, flow_with, headers, key, key_of,
-    local6, scope, used,
+    count,
+    packet::{Headers, Packet, headers, scope},
+    records::{addresses, local6},
+    sockets::{key, key_of, track_for_current_task},
 };
 use crate::{
+    datagrams::{Datagrams, Direction, flow_with},
     emit::Context,
-    sock::{Copied, IPPROTO_UDP, Sock, Socket as _, read, read_at},
+    read::{read, read_at},
+    sock::{IPPROTO_UDP, Sock, SockCopy, Socket as _},
 };
 
-/// Threads that receive, and from which peer.
+/// The threads that receive, with the peer of their receive.
 #[map]
-static RECEIVING: LruHashMap<u64, From> = LruHashMap::with_max_entries(4096, 0);
+static RECEIVING: LruHashMap<u64, PendingReceive> = LruHashMap::with_max_entries(4096, 0);
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct From {
+struct PendingReceive {
     peer: Peer,
     /// The interface of a link-local address.
     scope: u32,
-    /// Not 0 until the receive has ended. The entry stays: to make one takes ten times as long as to find it.
+    /// Not 0 until the receive has ended. The entry stays, because to create one takes ten times as
+    /// long as to find it.
     is_receiving: u32,
 }
 
-/// What a socket receives has the addresses that it knows.
+/// A received packet has the addresses that the socket knows.
 #[derive(Clone, Copy)]
 struct Received;
 
@@ -51,17 +57,22 @@ const UDP_FLAGS_GRO_ENABLED: u64 = 1 << 3;
 const MSG_PEEK: i32 = 2;
 const MSG_ERRQUEUE: i32 = 0x2000;
 
-/// `skb_consume_udp(sk, skb, len)`: the socket gave a datagram to the application, or lent it one for a peek.
+/// `skb_consume_udp(sk, skb, len)`: the socket gave a datagram to the application, or showed it for
+/// a peek.
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/udp.c>
 #[inline(always)]
 pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
-    // The kernel says "peek" by a negative length. That cannot be told from 0; but what is only peeked at stays in its queue.
+    // The kernel marks a peek by a negative length. For an empty datagram that is no mark, but a
+    // datagram that is only peeked at stays in its queue.
     let peeked = len < 0 || len == 0 && read::<u64>(skb, Field::SkbNext) != 0;
     if peeked || !sk.is_udp() {
         return;
     }
-    // Before the rest: the verifier follows what this may do, once for each way that leads here.
+    // Before the rest: the verifier follows this code once for each path that leads here.
     let key = key_of(sk);
-    let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) else {
+    let Some(tracked) = track_for_current_task(ctx, key, ptr::without_provenance(sk.0 as usize))
+    else {
         return;
     };
     let Headers {
@@ -97,33 +108,36 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
 }
 
 /// The current thread receives from this peer (`user_ip`, `user_port` of the hook). The address
-/// that the kernel fills in has the interface of a link-local one.
+/// that the kernel fills in has the interface of a link-local address.
 #[inline(always)]
 pub(crate) fn receiving(hook: Context, peer: Peer) {
-    /// Of a `struct sockaddr_in6`.
+    /// The offset in a `struct sockaddr_in6`.
     const SCOPE_ID: u64 = 24;
     let thread = bpf_get_current_pid_tgid();
     let scope = scope(0, &peer, &[0; 4], || {
         let address = read::<u64>(hook as u64, Field::SockAddrUser);
         read_at(address + SCOPE_ID)
     });
-    let from = From {
+    let from = PendingReceive {
         peer,
         scope,
         is_receiving: 1,
     };
     match RECEIVING.get_ptr_mut(thread) {
-        // SAFETY: a valid pointer into the map, which is preallocated; only this thread has this entry.
+        // SAFETY: a valid pointer into the map, which is preallocated. Only this thread uses this
+        // entry.
         Some(entry) => unsafe { *entry = from },
         None => drop(RECEIVING.insert(thread, from, u64::from(BPF_ANY))),
     }
 }
 
-/// Whether the current thread has been told in this receive from whom; and if ever, where that is.
+/// Ends the receive of the current thread. Returns whether the kernel returned a peer in this
+/// receive, and the thread's entry if it has one.
 #[inline(always)]
-fn end_of_receive() -> (bool, Option<&'static From>) {
+fn end_of_receive() -> (bool, Option<&'static PendingReceive>) {
     let from = RECEIVING.get_ptr_mut(bpf_get_current_pid_tgid());
-    // SAFETY: a valid pointer into the map, which is preallocated; only this thread has this entry.
+    // SAFETY: a valid pointer into the map, which is preallocated. Only this thread uses this
+    // entry.
     let from = from.and_then(|from| unsafe { from.as_mut() });
     match from {
         Some(from) => {
@@ -141,21 +155,22 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
     if protocol != IPPROTO_UDP {
         return;
     }
-    let (is_told, from) = end_of_receive();
-    // After a shutdown, reading gives 0 without a datagram.
+    let (has_peer, from) = end_of_receive();
+    // After a shutdown, a receive returns 0 without a datagram.
     let shut = result == 0 && sk.get::<u8>(Field::Shutdown) & RCV_SHUTDOWN != 0;
     if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {
         return;
     }
-    // The copy ends with the block: its room on the stack is needed for what comes.
+    // The copy ends with the block, because the code below needs its room on the stack.
     let (mut datagrams, key) = {
-        let socket = &Copied::new(sk);
-        // Without an address to fill in, the kernel has not told from whom; a connected socket has one peer only.
+        let socket = &SockCopy::new(sk);
+        // If the caller passed no address to fill in, the kernel has not returned the peer. A
+        // connected socket has only one peer.
         let mut datagrams = addresses(socket);
         datagrams.direction = Direction::Received;
         datagrams.bytes = result as u64;
         datagrams.packets = 1;
-        if let Some(From { peer, scope, .. }) = from.filter(|_| is_told) {
+        if let Some(PendingReceive { peer, scope, .. }) = from.filter(|_| has_peer) {
             if peer.family != datagrams.flow.peer.family {
                 datagrams.local.address = local6(socket, peer.family);
                 datagrams.local.family = peer.family;
@@ -168,13 +183,14 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
         }
         (datagrams, key(sk, socket.get(Field::Cookie)))
     };
-    if let Some(tracked) = used(ctx, key, ptr::without_provenance(sk.0 as usize)) {
+    if let Some(tracked) = track_for_current_task(ctx, key, ptr::without_provenance(sk.0 as usize))
+    {
         if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
             tracked.approximate = 1;
         }
         if tracked.strangers.cast_signed() > 0 {
             take_stranger(tracked);
-            if !is_told {
+            if !has_peer {
                 let peer = &mut datagrams.flow.peer;
                 (peer.address, peer.port) = ([0; 4], 0);
             }
@@ -183,10 +199,11 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
     }
 }
 
-/// One of the datagrams that may have come before the socket got its peer has been received.
+/// Subtracts a received datagram that may have arrived before the socket was connected.
 #[inline(always)]
 fn take_stranger(tracked: &mut UdpTracked) {
-    // SAFETY: a pointer into a map's value; atomic, because several threads may receive at once.
+    // SAFETY: a pointer into a map's value. The addition is atomic, because several threads may
+    // receive at once.
     unsafe {
         atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(&raw mut tracked.strangers, u32::MAX);
     }

@@ -1,4 +1,4 @@
-//! A datagram is sent.
+//! A process sends datagrams.
 
 use aya_ebpf::{
     EbpfContext as _, helpers::generated::bpf_get_socket_cookie, programs::SkBuffContext,
@@ -6,14 +6,19 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use super::{
-    Datagrams, Direction, ETH_P_IP, IPPROTO_UDP, Packet, UDP_HEADER, add_unsent, count, flow_with,
-    local_of_flow, nat, scope, seen, set_user,
+    count, nat,
+    packet::{ETH_P_IP, IPPROTO_UDP, Packet, UDP_HEADER, local_of_flow, scope},
+    sockets::{add_unsent, set_user, track},
 };
-use crate::{owner, sock::read};
+use crate::{
+    datagrams::{Datagrams, Direction, flow_with},
+    owner,
+    read::{current_task, read},
+};
 
 /// `skb->protocol` of IPv6, network byte order.
 const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
-/// How many extension headers of IPv6 may stand before the UDP header.
+/// How many extension headers of IPv6 may precede the UDP header.
 const MAX_EXTENSIONS: u32 = 4;
 
 #[repr(C)]
@@ -46,23 +51,24 @@ struct UdpHeader {
     _checksum: u16,
 }
 
-/// A packet's headers, if nothing stands between them.
+/// The headers of a packet without options or extensions in between.
 #[repr(C)]
 struct Headers<Ip> {
     ip: Ip,
     udp: UdpHeader,
 }
 
-/// A packet leaves a socket: past netfilter, so it was not refused, and before it is cut up, so it is one datagram or one batch
-/// of equal ones.
+/// A packet leaves a socket. It has passed netfilter, so netfilter has not refused it. It is not
+/// segmented yet, so it is one datagram, or one batch of datagrams of equal size.
 #[inline(always)]
 pub(crate) fn sent(ctx: &SkBuffContext) {
-    // SAFETY: the verifier knows the context and turns each access into one to the kernel's skb.
+    // SAFETY: the verifier knows the context, and translates each access into one to the kernel's
+    // skb.
     let (protocol, segments, sk) = unsafe {
         let skb = &*ctx.skb.skb;
         (skb.protocol as u16, skb.gso_segs, skb.__bindgen_anon_2.sk)
     };
-    // One load for the headers as they nearly always are.
+    // The usual form of the headers takes one load.
     let (source, destination, family, udp) = match protocol {
         ETH_P_IP => {
             let Ok(Headers { ip, mut udp }) = ctx.load::<Headers<Ipv4Header>>(0) else {
@@ -98,12 +104,12 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
     }
     // SAFETY: the context is an skb with a socket.
     let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    let Some(tracked) = seen(key, sk.cast()) else {
+    let Some(tracked) = track(key, sk.cast()) else {
         return;
     };
-    let packet = Leaving(ctx);
+    let packet = SentPacket(ctx);
     if tracked.is_refused != 0 && packet.is_refused() {
-        // Nobody shall see it counted, not even until the kernel frees it.
+        // The packet is not counted at all, so that no reader sees it before the kernel frees it.
         add_unsent(tracked, 1);
         return;
     }
@@ -114,8 +120,8 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
         port: u16::from_be(udp.destination),
         family,
     };
-    // SAFETY: as above; it is not null. Volatile, because the verifier refuses one load of two
-    // words.
+    // SAFETY: as above, and it is not null. Volatile, because the verifier refuses a single load of
+    // two words.
     let (own_port, own, device) = unsafe {
         let own = if family == AF_INET {
             [(*sk).src_ip4, 0, 0, 0]
@@ -123,7 +129,7 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
             let words = (&raw const (*sk).src_ip6).cast::<u32>();
             core::array::from_fn(|index| words.add(index).read_volatile())
         };
-        // In host byte order, as the kernel shows it here.
+        // The kernel shows this port in host byte order.
         let port = (&raw const (*sk).src_port).read_volatile();
         (port as u16, own, (*sk).bound_dev_if)
     };
@@ -147,11 +153,11 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
     count(ctx.as_ptr(), key, tracked, &mut datagrams, packet);
 }
 
-/// A packet that a program at the cgroup sees.
+/// A packet in a program at the cgroup.
 #[derive(Clone, Copy)]
-struct Leaving<'a>(&'a SkBuffContext);
+struct SentPacket<'a>(&'a SkBuffContext);
 
-impl Packet for Leaving<'_> {
+impl Packet for SentPacket<'_> {
     const MAY_BE_TRANSLATED: bool = true;
 
     #[inline(always)]
@@ -159,15 +165,15 @@ impl Packet for Leaving<'_> {
         nat::undo(self.0.as_ptr() as u64, datagrams)
     }
 
-    /// Programs of a cgroup run before those of the cgroup around it.
+    /// The kernel runs the programs of a cgroup before those of its parent.
     #[inline(always)]
     fn is_refused(self) -> bool {
-        let run = read::<u64>(owner::current_task(), Field::BpfContext);
+        let run = read::<u64>(current_task(), Field::BpfContext);
         run != 0 && read::<u32>(run, Field::CgroupResult) != 0
     }
 }
 
-/// Where the UDP header is, behind IPv6's own and its extensions.
+/// Returns the offset of the UDP header behind the IPv6 header and its extensions.
 #[inline(always)]
 fn skip_extensions(ctx: &SkBuffContext, mut next: u8) -> Option<usize> {
     const HOP_BY_HOP: u8 = 0;

@@ -8,7 +8,7 @@
 use std::error::Error as StdError;
 
 use aya::{Ebpf, programs::ProgramError};
-use tcp_udp_trace_common::filter::{self as wire, Network, Value, op, standing as membership};
+use tcp_udp_trace_common::filter::{self as wire, Network, Value, membership, op};
 
 use super::{
     control::control_filter,
@@ -219,9 +219,9 @@ fn network_args(op: u64, network: &Network) -> [u64; 4] {
 /// Returns the relation of a process to the filter; none if the query fails.
 fn membership(ebpf: &Ebpf, process: &Process) -> Membership {
     let started = u64::try_from(process.started.as_nanos()).unwrap_or(u64::MAX);
-    let bits = control_filter(ebpf, &[op::STANDING, process.pid.into(), started]).unwrap_or(0);
+    let bits = control_filter(ebpf, &[op::MEMBERSHIP, process.pid.into(), started]).unwrap_or(0);
     Membership {
-        is_in_tree: bits & membership::KIN != 0,
+        is_in_tree: bits & membership::TREE != 0,
         is_own: bits & membership::OWN != 0,
     }
 }

@@ -87,7 +87,7 @@ impl Source {
             untracked,
             missed,
             unknown_family,
-            untracked_kin,
+            untracked_processes,
             unassigned,
         } = self.kernel.counters();
         let rejected = self.kernel.rejected();
@@ -109,7 +109,7 @@ impl Source {
             untracked,
             missed,
             unknown_family,
-            untracked_processes: untracked_kin,
+            untracked_processes,
             flows_evicted: self.flows.evicted(),
             unassigned,
             recursion_misses: self.kernel.recursion_misses(),

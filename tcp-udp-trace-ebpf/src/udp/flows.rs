@@ -1,37 +1,44 @@
-//! What a UDP socket has exchanged with one of its peers by one of its addresses, and when it is a
-//! record.
+//! Flows: the traffic of a UDP socket with one of its peers by one of its addresses. Decides when a
+//! flow is reported.
 
-use core::{
-    intrinsics::{AtomicOrdering, atomic_xadd},
-    mem::offset_of,
-};
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
     Global,
     bindings::BPF_NOEXIST,
     macros::map,
     maps::{HashMap, LruHashMap},
-    programs::TcContext,
 };
-use tcp_udp_trace_common::{Flow, FlowKey, FlowQuery, Traffic, UdpTracked, kind, report};
+use tcp_udp_trace_common::{Flow, FlowKey, Traffic, UdpTracked, kind, report};
 
-use super::{Datagrams, Direction, Packet, Totals, add, get, is_set, now, record};
-use crate::{anomaly, emit::Context, filter};
+use super::{
+    packet::{Packet, is_set},
+    records::{Totals, record},
+    sockets::now,
+};
+use crate::{
+    counters,
+    datagrams::{Datagrams, Direction},
+    emit::Context,
+    filter,
+};
 
-/// The flows, each of which has a record. User space removes them: when their sockets end, and the least recently used when there are too
-/// many. There is room for more, because user space does not know yet of those whose records are on their way.
+/// The flows that have been reported. User space removes them when their socket ends, and the least
+/// recently used ones if there are too many. The map has additional room for flows that user space
+/// does not know yet, because their records are on their way.
 #[map]
-static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(65_536, 0);
+pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(65_536, 0);
 
-/// Flows that nobody wants: no record tells of them, so they have to make room by themselves.
+/// Flows that do not pass the filter. User space does not learn about them, so the map evicts.
 #[map]
 static UNWANTED: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(16_384, 0);
 
-/// How long nobody is asked again whether a flow is wanted, in nanoseconds.
+/// The time in nanoseconds after which a flow that did not pass the filter is checked again. User
+/// space sets it.
 #[unsafe(no_mangle)]
 static INTERVAL: Global<u64> = Global::new(1_000_000_000);
 
-/// Datagrams went through the socket: counts them for the flow, and reports it if that is due.
+/// Counts datagrams for their flow, and reports the flow if that is due.
 #[inline(always)]
 pub(super) fn count(
     ctx: Context,
@@ -43,7 +50,7 @@ pub(super) fn count(
     let found = find(tracked, datagrams, packet);
     let found = match found {
         Some(flow) => Some((flow, false)),
-        None => begin(tracked, datagrams, packet),
+        None => create(tracked, datagrams, packet),
     };
     let Some((flow, is_first)) = found else {
         return;
@@ -54,26 +61,28 @@ pub(super) fn count(
         reveal(flow, &datagrams.local.address);
     }
     if datagrams.direction == Direction::Received && tracked.approximate != 0 {
-        // Before the datagrams are counted: whoever finds them finds this, too.
+        // Set before the datagrams are counted, so that a reader of the totals sees the mark, too.
         flow.approximate = 1;
     }
     add(&mut flow.traffic, datagrams);
-    // SAFETY: a valid pointer into the map. Volatile, so that it is read after the datagrams are counted.
+    // SAFETY: a valid pointer into the map. Volatile, so that it is read after the datagrams are
+    // counted.
     let next = unsafe { (&raw const flow.report).read_volatile() };
-    // Most datagrams end here, without a look at the clock: that would take as long as finding the flow.
-    if next == report::LATER && !is_first {
+    // Most datagrams end here. To read the clock would take as long as to find the flow.
+    if next == report::BY_USER_SPACE && !is_first {
         return;
     }
-    if next != report::LATER && next != report::NEXT {
-        // The flow is being removed: its last totals were read before this datagram was counted, or after.
+    if next != report::BY_USER_SPACE && next != report::NEXT_DATAGRAM {
+        // The flow is being removed. Its last totals were read either before or after this datagram
+        // was counted.
         unassigned(tracked);
         return;
     }
     if !is_first && packet.is_refused() {
-        // It will be taken back. The next one is reported.
+        // The datagram will be subtracted. The next one is reported.
         return;
     }
-    flow.report = report::LATER;
+    flow.report = report::BY_USER_SPACE;
     tracked.flows |= 1;
     datagrams.local.address = flow.local;
     let totals = Totals {
@@ -82,9 +91,9 @@ pub(super) fn count(
         first: is_first,
     };
     if !record(ctx, kind::FLOW, key, tracked, datagrams, totals, flow.born) {
-        flow.report = report::NEXT;
+        flow.report = report::NEXT_DATAGRAM;
         if is_first {
-            // User space removes the flows that it knows.
+            // User space removes only flows that it knows.
             let key = &datagrams.flow;
             let _ = FLOWS.remove(key);
             unassigned(tracked);
@@ -92,7 +101,8 @@ pub(super) fn count(
     }
 }
 
-/// Datagrams that were counted for the flow were not sent: `datagrams` has the negative numbers.
+/// Subtracts datagrams that were counted for the flow and not sent. `datagrams` has the negative
+/// numbers.
 #[inline(always)]
 pub(super) fn take_back(tracked: &mut UdpTracked, datagrams: &mut Datagrams, packet: impl Packet) {
     let found = find(tracked, datagrams, packet);
@@ -101,10 +111,11 @@ pub(super) fn take_back(tracked: &mut UdpTracked, datagrams: &mut Datagrams, pac
     }
 }
 
-/// The flow that datagrams belong to, which get the addresses that the socket knows.
+/// Returns the flow that datagrams belong to, and gives the datagrams the addresses that the socket
+/// knows.
 ///
-/// Only a socket whose packets netfilter translates needs more than a look into the map: the
-/// translated address of one peer may be another peer's own.
+/// One lookup is enough unless netfilter translates the socket's packets. Then the translated
+/// address of one peer may be the own address of another peer.
 #[inline(always)]
 fn find<P: Packet>(
     tracked: &mut UdpTracked,
@@ -127,7 +138,7 @@ fn find<P: Packet>(
     get_flow(&datagrams.flow)
 }
 
-/// The local address is seen of a flow whose key has none.
+/// Notes the local address of a datagram, for a flow whose key has none.
 #[inline(always)]
 fn reveal(flow: &mut Flow, local: &[u32; 4]) {
     if !is_set(local) || flow.is_mixed != 0 || flow.local == *local {
@@ -141,10 +152,10 @@ fn reveal(flow: &mut Flow, local: &[u32; 4]) {
     }
 }
 
-/// A flow that is not known yet, and whether this has made it. None if nobody wants it, or if there
-/// is no room for it.
+/// Returns a new flow, and whether this call has created it. Returns `None` if the flow does not
+/// pass the filter, or if there is no room for it.
 #[inline(always)]
-fn begin(
+fn create(
     tracked: &mut UdpTracked,
     datagrams: &Datagrams,
     packet: impl Packet,
@@ -162,13 +173,13 @@ fn begin(
             tx_packets: 0,
             rx_packets: 0,
         },
-        report: report::LATER,
+        report: report::BY_USER_SPACE,
         born: now(),
         approximate: tracked.unassigned.into(),
         is_mixed: 0,
         local: datagrams.local.address,
     };
-    if !is_due || !filter::wants_udp(kind::FLOW, tracked, datagrams) {
+    if !is_due || !filter::passes_udp(kind::FLOW, tracked, datagrams) {
         let unwanted = match unwanted {
             Some(flow) => flow,
             None => {
@@ -184,12 +195,12 @@ fn begin(
     }
     let start = match unwanted {
         Some(flow) => {
-            flow.report = report::LATER;
+            flow.report = report::BY_USER_SPACE;
             &*flow
         }
         None => &fresh,
     };
-    // Another CPU may have been first: then it reports.
+    // If another CPU was first, that one reports.
     let is_first = FLOWS.insert(key, start, u64::from(BPF_NOEXIST)).is_ok();
     if is_first {
         let _ = UNWANTED.remove(key);
@@ -202,8 +213,8 @@ fn begin(
 }
 
 #[inline(always)]
-fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
-    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
+pub(crate) fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
+    // SAFETY: the map is preallocated, so its memory stays. The totals are added to atomically.
     FLOWS
         .get_ptr_mut(key)
         .and_then(|flow| unsafe { flow.as_mut() })
@@ -211,56 +222,35 @@ fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
 
 #[inline(always)]
 fn get_unwanted(key: &FlowKey) -> Option<&'static mut Flow> {
-    // SAFETY: the map is preallocated, so its memory stays; the totals are added to atomically.
+    // SAFETY: the map is preallocated, so its memory stays. The totals are added to atomically.
     UNWANTED
         .get_ptr_mut(key)
         .and_then(|flow| unsafe { flow.as_mut() })
 }
 
-/// A datagram was counted for no flow.
+/// Counts a datagram that could not be added to a flow.
 #[inline(always)]
 fn unassigned(tracked: &mut UdpTracked) {
     tracked.unassigned = 1;
-    anomaly::unassigned();
+    counters::unassigned();
 }
 
-/// Whether it is long ago that nobody wanted the flow.
+/// Returns whether a flow that did not pass the filter at this time is due to be checked again.
 #[inline(always)]
 fn is_due(report: u64) -> bool {
     now().wrapping_sub(report) >= INTERVAL.load()
 }
 
-/// User space asks for the totals of a flow; 1 if it is there.
 #[inline(always)]
-pub(crate) fn query(ctx: &TcContext) -> Result<i32, i64> {
-    let key = ctx.load::<FlowKey>(offset_of!(FlowQuery, key))?;
-    let forget = ctx.load::<u64>(offset_of!(FlowQuery, forget))?;
-    let known = ctx.load::<Traffic>(offset_of!(FlowQuery, known))?;
-    let Some(flow) = get_flow(&key) else {
-        return Ok(0);
+pub(super) fn add(traffic: &mut Traffic, datagrams: &Datagrams) {
+    let (bytes, packets) = match datagrams.direction {
+        Direction::Sent => (&raw mut traffic.tx_bytes, &raw mut traffic.tx_packets),
+        Direction::Received => (&raw mut traffic.rx_bytes, &raw mut traffic.rx_packets),
     };
-    let report = &raw mut flow.report;
-    let is_unchanged =
-        flow.traffic.tx_packets == known.tx_packets && flow.traffic.rx_packets == known.rx_packets;
-    // SAFETY: a valid pointer. Atomic, and so before what follows: a datagram is counted before it looks at this, and this is written before
-    // the counts are read again. One of the two finds the other.
+    // SAFETY: pointers into a map's value. The additions are atomic, because other CPUs also add to
+    // them.
     unsafe {
-        if forget != 0 {
-            // Neither of the two numbers that say when there is a record.
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 2);
-        } else if is_unchanged && report.read_volatile() == report::LATER {
-            // One more than the highest number.
-            atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(report, 1);
-        }
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(bytes, datagrams.bytes);
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(packets, datagrams.packets);
     }
-    ctx.store(offset_of!(FlowQuery, traffic), &flow.traffic, 0)?;
-    ctx.store(offset_of!(FlowQuery, local), &flow.local, 0)?;
-    ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
-    if let Some(tracked) = get(ctx.load(offset_of!(FlowQuery, socket))?) {
-        ctx.store(offset_of!(FlowQuery, user), &tracked.user, 0)?;
-    }
-    if forget != 0 {
-        let _ = FLOWS.remove(key);
-    }
-    Ok(1)
 }

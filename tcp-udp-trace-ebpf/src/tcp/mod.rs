@@ -1,52 +1,48 @@
-//! What happens to a TCP socket.
+//! TCP sockets: state changes and other events.
 
-use aya_ebpf::Global;
+pub(crate) mod accept;
+mod record;
+mod sockets;
+
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, filter::no_state, hold, kind,
     origin, syn,
 };
 
+use self::record::{Describe as _, EADDRNOTAVAIL, error};
 use crate::{
-    anomaly,
     connect::{self, Connect},
-    emit::{self, Context, Weight},
+    counters,
+    emit::{self, Context, Priority},
     filter, owner,
-    sock::{Sock, Socket, read},
-    syscall, track,
+    read::read,
+    sock::{
+        Sock, Socket,
+        tcp_state::{CLOSE, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_RECV, SYN_SENT, TIME_WAIT},
+    },
+    stopping::{is_stopping, met},
+    syscall,
 };
 
-const ESTABLISHED: u8 = 1;
-const SYN_SENT: u8 = 2;
-const SYN_RECV: u8 = 3;
-const TIME_WAIT: u8 = 6;
-pub(crate) const CLOSE: u8 = 7;
-pub(crate) const LISTEN: u8 = 10;
-const NEW_SYN_RECV: u8 = 12;
-
-const EADDRINUSE: u32 = 98;
-const EADDRNOTAVAIL: u32 = 99;
-
-/// States of a `struct socket`: a `connect` has begun, and has not returned how it ended; it has
-/// succeeded.
+/// States of a `struct socket`. In the first, a `connect` has begun and has not returned its result
+/// yet. In the second, it has succeeded.
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/net.h>
 const SS_CONNECTING: u32 = 2;
 const SS_CONNECTED: u32 = 3;
 
-/// The bit of `sock.sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not known.
-#[unsafe(no_mangle)]
-static HAS_LISTENED: Global<u64> = Global::new(0);
-
-/// Which of the two programs on a tracepoint is asking.
+/// Which of the two programs on a tracepoint is running.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
-    /// The one that is always there.
+    /// The program that is always attached.
     First,
-    /// The one that hears what the kernel kept from the first.
+    /// The program that also sees the events for which the kernel skips the first.
     Second,
 }
 
-/// The socket goes from one state to another.
+/// The socket changes from one state to another.
 #[inline(always)]
-pub(crate) fn changed(
+pub(crate) fn state_changed(
     ctx: Context,
     program: Program,
     sk: Sock,
@@ -55,22 +51,22 @@ pub(crate) fn changed(
     to: i32,
 ) {
     let (from, to) = (from as u8, to as u8);
-    let tracked = track::get(sk);
+    let tracked = sockets::get(sk);
     if from == to || tracked.as_ref().is_some_and(|tracked| tracked.state == to) {
-        // Not a change, or one that the other program has reported.
+        // The state did not change, or the other program has reported the change.
         return;
     }
     if !socket.is_tcp() {
         return;
     }
     // No `Option`: the verifier refuses a copy of the value that `None` leaves undefined.
-    let (known, room_uid) = tracked
+    let (last_state, room_uid) = tracked
         .as_ref()
         .map_or((0, 0), |tracked| (tracked.state, tracked.room_uid));
     let family = socket.family();
     if family != AF_INET && family != AF_INET6 {
         if program == Program::First {
-            anomaly::unknown_family();
+            counters::unknown_family();
         }
         return;
     }
@@ -95,19 +91,19 @@ pub(crate) fn changed(
             (syn::NOT_COUNTED, owner::UNKNOWN)
         }
         _ => {
-            // One that is not known is older than the tracer.
+            // A socket that is not tracked is older than the tracer.
             let tracked = match tracked {
                 Some(tracked) => Some(tracked),
-                None => track::adopt(sk, from),
+                None => sockets::adopt(sk, from),
             };
             if let Some(tracked) = tracked {
                 if program == Program::First && tracked.is_held() {
-                    // The second program reports both changes. In this one, the code for that would
-                    // cost every event.
+                    // The second program reports both changes. The code for that would make each
+                    // event of this program more expensive.
                     return;
                 }
                 if tracked.state != from {
-                    anomaly::missed();
+                    counters::missed();
                 }
                 tracked.state = to;
                 if from == SYN_RECV && to == ESTABLISHED {
@@ -119,7 +115,7 @@ pub(crate) fn changed(
                     tracked.set_syn(syn::NOT_SENT);
                 }
                 if to == CLOSE {
-                    // A socket that nobody has open any more has none of these states.
+                    // A socket without an open descriptor has neither of these states.
                     let is_unreturned =
                         from != LISTEN && !matches!(sk.socket_state(), 0 | SS_CONNECTED);
                     tracked.set_unreturned(is_unreturned);
@@ -127,27 +123,28 @@ pub(crate) fn changed(
                 if program == Program::First {
                     report(ctx, sk, socket, family, tracked, (from, to));
                 } else {
-                    report_all(ctx, sk, socket, family, tracked, (from, to));
+                    report_with_held(ctx, sk, socket, family, tracked, (from, to));
                 }
                 return;
             }
-            (syn::UNKNOWN | track::met(), owner::UNKNOWN)
+            (syn::UNKNOWN | met(), owner::UNKNOWN)
         }
     };
     let mut tracked = match listener {
-        Some(listener) => track::child_of(listener, to, syn),
-        None => track::fresh(sk, socket, to, syn, owner),
+        Some(listener) => sockets::child_of(listener, to, syn),
+        None => sockets::fresh(sk, socket, to, syn, owner),
     };
-    // Where there is no room to remember the socket, only the first program reports, or both would.
+    // If there is no room to remember the socket, only the first program reports, because otherwise
+    // both would.
     let begins = from == CLOSE || to == SYN_RECV;
-    if begins && known != 0 {
-        if known != CLOSE {
-            // No hook saw the close and the end of the socket that had this address before.
-            anomaly::missed();
+    if begins && last_state != 0 {
+        if last_state != CLOSE {
+            // No hook saw the close and the end of the previous socket at this address.
+            counters::missed();
         }
-        track::end(sk, room_uid);
+        sockets::forget(sk, room_uid);
     }
-    let is_remembered = begins && track::remember(sk, &tracked);
+    let is_remembered = begins && sockets::remember(sk, &tracked);
     if is_remembered && tracked.is_held() {
         return;
     }
@@ -156,8 +153,8 @@ pub(crate) fn changed(
     }
 }
 
-/// Whether a socket that was connecting, and now is connected, has taken over a connection
-/// (`TCP_REPAIR`): the kernel sends no SYN, so none was acknowledged.
+/// Returns whether a socket that changes from connecting to connected has taken over a connection
+/// (`TCP_REPAIR`). The kernel then sends no SYN, so no SYN is acknowledged.
 ///
 /// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
 #[inline(always)]
@@ -165,26 +162,26 @@ fn is_repaired(socket: impl Socket) -> bool {
     socket.get::<u64>(Field::BytesAcked) == 0
 }
 
-/// Whether a socket begins to listen without a port, and a later hook sees which one it gets.
+/// Returns whether a socket begins to listen without a port, and a later hook sees the port.
 ///
-/// The kernel chooses the port after the change of the state (`inet_csk_listen_start`).
+/// The kernel chooses the port after the state change (`inet_csk_listen_start`).
 ///
 /// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/inet_connection_sock.c>
 #[inline(always)]
 fn is_to_be_held(socket: impl Socket) -> bool {
     socket.bound_port() == 0
-        && match track::holds() {
+        && match sockets::holds() {
             hold::ALL => true,
             hold::OF_SYSTEM_CALL => syscall::registers(syscall::LISTEN).is_some(),
             _ => false,
         }
 }
 
-/// A socket that listens has got its port.
+/// A listener has got its port.
 #[inline(always)]
-pub(crate) fn listening(ctx: Context, sk: Sock) {
-    if let Some(tracked) = track::get(sk) {
-        if tracked.state == LISTEN && tracked.is_held() && !track::is_stopping() {
+pub(crate) fn listener_has_port(ctx: Context, sk: Sock) {
+    if let Some(tracked) = sockets::get(sk) {
+        if tracked.state == LISTEN && tracked.is_held() && !is_stopping() {
             tracked.syn &= !syn::HELD;
             report(ctx, sk, sk, sk.family(), tracked, (CLOSE, LISTEN));
         }
@@ -193,18 +190,18 @@ pub(crate) fn listening(ctx: Context, sk: Sock) {
 
 /// The current process's `listen` has returned.
 #[inline(always)]
-pub(crate) fn listened(ctx: Context) {
+pub(crate) fn listen_returned(ctx: Context) {
     if let Some(regs) = syscall::registers(syscall::LISTEN) {
         let [fd, _, _] = syscall::arguments(regs);
         if let Some(sk) = Sock::of_descriptor(i64::from(fd as i32)) {
-            listening(ctx, sk.of_tcp());
+            listener_has_port(ctx, sk.of_tcp());
         }
     }
 }
 
-/// The current process's `connect` has returned this.
+/// The current process's `connect` has returned this result.
 #[inline(always)]
-pub(crate) fn connected(ctx: Context, result: i64) {
+pub(crate) fn connect_returned(ctx: Context, result: i64) {
     let Some(errno) = connect::errno(result) else {
         return;
     };
@@ -216,118 +213,124 @@ pub(crate) fn connected(ctx: Context, result: i64) {
     if sk.get::<u8>(Field::State) != CLOSE
         || (family != AF_INET && family != AF_INET6)
         || !sk.is_tcp()
-        || track::is_stopping()
+        || is_stopping()
         || has_changed(sk, errno)
     {
         return;
     }
-    // It is not remembered: if the socket connects later, that is another life.
-    let mut tracked = track::fresh(sk, sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
-    owner::settle_current(ctx, &mut tracked.creator, origin::CREATOR);
+    // The socket is not remembered. If it connects later, that is another life.
+    let mut tracked = sockets::fresh(sk, sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
+    owner::set_current_once(ctx, &mut tracked.creator, origin::CREATOR);
     let ends = connect.ends();
-    if !filter::wants_connect(sk, &mut tracked, &ends) {
+    if !filter::passes_connect(sk, &mut tracked, &ends) {
         return;
     }
     let (local, remote) = ends;
     emit::record(
         ctx,
         kind::CONNECT_FAILED_TCP,
-        Weight::Vital,
+        Priority::Lifecycle,
         |record: &mut Tcp| {
             let socket = &mut record.socket;
             sk.describe(&tracked, family, CLOSE, local.port, socket);
-            // Each end may be of another family.
+            // The two ends may have different families.
             socket.family = AF_INET6;
             socket.local = connect::mapped(&local);
             socket.remote = connect::mapped(&remote);
             socket.remote_port = remote.port;
             socket.error = errno;
-            // What the kernel has there is of a connection that the socket was before.
+            // The kernel's counts belong to an earlier connection of the socket.
             (socket.tx_bytes, socket.rx_bytes) = (0, 0);
             (socket.tx_packets, socket.rx_packets) = (0, 0);
         },
     );
 }
 
-/// Whether a `connect` that returned this errno for a closed socket has changed its state, or has
-/// returned why the state changed meanwhile. Then the change has been reported.
+/// Returns whether the `connect` that returned this errno for a closed socket has changed the
+/// socket's state, or has returned the reason of an earlier change. That change has been reported.
 #[inline(always)]
 fn has_changed(sk: Sock, errno: u32) -> bool {
-    let Some(tracked) = track::get(sk) else {
-        // A socket that never tried has no sequence number. One that found no port has none either,
-        // and is remembered, unless there was no room.
+    let Some(tracked) = sockets::get(sk) else {
+        // A socket that never tried to connect has no sequence number. A socket that found no port
+        // has none either, but it is remembered, unless there was no room.
         return sk.get::<u32>(Field::WriteSeq) != 0
-            || errno == EADDRNOTAVAIL && anomaly::has_missed();
+            || errno == EADDRNOTAVAIL && counters::has_missed();
     };
     if tracked.state != CLOSE {
-        // Its close has escaped, and will be reported with its end.
+        // No program saw its close, which is reported with its end.
         return true;
     }
-    // The call that returns how a `connect` ended resets this state.
+    // The call that returns the result of a `connect` resets this state.
     sk.socket_state() != SS_CONNECTING && tracked.set_unreturned(false)
 }
 
-/// What is known of a socket that is alive, from now on at least.
+/// Returns the state of a live socket, which is remembered from now on at the latest.
 #[inline(always)]
-pub(crate) fn known(sk: Sock) -> Option<&'static mut Tracked> {
+pub(crate) fn live_socket(sk: Sock) -> Option<&'static mut Tracked> {
     let state = sk.get::<u8>(Field::State);
-    // TIME_WAIT and NEW_SYN_RECV are not of a whole socket. What the null pointer points to has no family.
+    // `TIME_WAIT` and `NEW_SYN_RECV` are not full sockets. A read through a null pointer returns
+    // family 0.
     let is_alive = !matches!(state, TIME_WAIT | NEW_SYN_RECV | CLOSE);
     let family = sk.family();
-    if is_alive && !track::is_stopping() && (family == AF_INET || family == AF_INET6) && sk.is_tcp()
-    {
-        track::adopt(sk, state)
+    if is_alive && !is_stopping() && (family == AF_INET || family == AF_INET6) && sk.is_tcp() {
+        sockets::adopt(sk, state)
     } else {
         None
     }
 }
 
-/// Reports the socket as it is; false if that is not wanted, or did not fit into the ring.
+/// Reports a sample of the socket. Returns false if the sample does not pass the filter, or finds
+/// the buffer full.
 #[inline(always)]
 pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &mut Tracked) -> bool {
     let state = sk.get(Field::State);
-    filter::wants_tcp(kind::SAMPLE_TCP, no_state(state & 0xf), sk, tracked)
-        && emit::record(ctx, kind::SAMPLE_TCP, Weight::Other, |record: &mut Tcp| {
-            let port = sk.connected_port();
-            sk.describe(tracked, sk.family(), state, port, &mut record.socket);
-        })
+    filter::passes_tcp(kind::SAMPLE_TCP, no_state(state & 0xf), sk, tracked)
+        && emit::record(
+            ctx,
+            kind::SAMPLE_TCP,
+            Priority::Normal,
+            |record: &mut Tcp| {
+                let port = sk.connected_port();
+                sk.describe(tracked, sk.family(), state, port, &mut record.socket);
+            },
+        )
 }
 
-/// Something happened to a socket that its state does not tell. One that is closed is still known until the kernel frees it: a reset is sent
-/// after the close.
+/// Reports an event that does not change the socket's state. A closed socket is tracked until the
+/// kernel frees it, because a reset is sent after the close.
 #[inline(always)]
-pub(crate) fn happened(ctx: Context, kind: u32, sk: Sock) {
-    let tracked = match track::get(sk) {
+pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock) {
+    let tracked = match sockets::get(sk) {
         Some(tracked) => Some(tracked),
-        None => known(sk),
+        None => live_socket(sk),
     };
     let Some(tracked) = tracked else { return };
     let state = tracked.state;
-    if filter::wants_tcp(kind, no_state(state & 0xf), sk, tracked) {
-        emit::record(ctx, kind, Weight::Other, |record: &mut Tcp| {
+    if filter::passes_tcp(kind, no_state(state & 0xf), sk, tracked) {
+        emit::record(ctx, kind, Priority::Normal, |record: &mut Tcp| {
             let port = sk.connected_port();
             sk.describe(tracked, sk.family(), state, port, &mut record.socket);
         });
     }
 }
 
-/// The listener of a child, whose owner the child has until a process accepts it.
+/// Returns the listener of a child. The child has the listener's owner until a process accepts it.
 #[inline(always)]
 fn listener_of(child: Sock) -> Option<&'static Tracked> {
     let listener = child.listener()?;
-    let found = track::get(listener)?;
-    // Proves that the address is a listener's, and on the child's port.
+    let found = sockets::get(listener)?;
+    // This proves that the address is a listener's, and that the listener has the child's port.
     (found.state == LISTEN && listener.bound_port() == child.bound_port()).then_some(found)
 }
 
-/// The owner of the connection of Multipath TCP that a subflow joins: that of its first subflow.
-/// None if it is no such subflow.
+/// Returns the owner of the Multipath TCP connection that a subflow joins, which is the owner of
+/// its first subflow, or `None` if it is not such a subflow.
 ///
-/// A worker of the kernel begins subflows, and no process accepts those that the peer begins.
+/// A kernel worker starts subflows, and no process accepts those that the peer starts.
 #[inline(always)]
 fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     let context = socket.get::<u64>(Field::UlpData);
-    // Others have data there, too, but none that points back.
+    // Other protocols store data there as well, but theirs does not point back to the socket.
     if context == 0 || read::<u64>(context, Field::SubflowSock) != sk.0 {
         return None;
     }
@@ -335,12 +338,12 @@ fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     if first.0 == sk.0 {
         return None;
     }
-    track::get(first).map(|tracked| *track::owner(tracked))
+    sockets::get(first).map(|tracked| *owner::of_socket(tracked))
 }
 
-/// Reports a change of state; before it, that the socket began to listen, if that was held.
+/// Reports a state change. If the change to `LISTEN` was held, reports that one first.
 #[inline(always)]
-fn report_all(
+fn report_with_held(
     ctx: Context,
     sk: Sock,
     socket: impl Socket,
@@ -360,7 +363,7 @@ fn report_all(
     }
 }
 
-/// Reports a change of state.
+/// Reports a state change.
 #[inline(always)]
 fn report(
     ctx: Context,
@@ -371,21 +374,21 @@ fn report(
     (from, to): (u8, u8),
 ) {
     let states = no_state(from & 0xf) | no_state(to & 0xf);
-    if !filter::wants_tcp(kind::STATE_CHANGE, states, sk, tracked) {
+    if !filter::passes_tcp(kind::STATE_CHANGE, states, sk, tracked) {
         return;
     }
-    let is_vital = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
-    let weight = if to == CLOSE {
-        Weight::Last
-    } else if is_vital(from) || is_vital(to) {
-        Weight::Vital
+    let is_lifecycle = |state| matches!(state, CLOSE | LISTEN | ESTABLISHED);
+    let priority = if to == CLOSE {
+        Priority::Final
+    } else if is_lifecycle(from) || is_lifecycle(to) {
+        Priority::Lifecycle
     } else {
-        Weight::Other
+        Priority::Normal
     };
     emit::record(
         ctx,
         kind::STATE_CHANGE,
-        weight,
+        priority,
         |record: &mut StateChange| {
             let port = if from == CLOSE {
                 socket.bound_port()
@@ -401,40 +404,16 @@ fn report(
     );
 }
 
-/// The errno with which a socket closes; 0 if there is none.
-///
-/// Some calls return theirs and do not leave it in the socket. They are known by what they did not do.
+/// The kernel frees the socket.
 #[inline(always)]
-fn error(socket: impl Socket, from: u8) -> u32 {
-    if from == LISTEN {
-        // What there is in the socket is of a connection that it was before. A listener that ends was shut down, or has
-        // listened.
-        let has_listened = socket.get::<u64>(Field::Flags) & HAS_LISTENED.load() != 0;
-        let is_refused =
-            HAS_LISTENED.load() != 0 && !has_listened && socket.get::<u8>(Field::Shutdown) == 0;
-        return if is_refused { EADDRINUSE } else { 0 };
-    }
-    let error = socket.get(Field::Error);
-    // A port is found before the first sequence number is.
-    if from == SYN_SENT
-        && error == 0
-        && (socket.get::<u16>(Field::LocalPort) == 0 || socket.get::<u32>(Field::WriteSeq) == 0)
-    {
-        return EADDRNOTAVAIL;
-    }
-    error
-}
-
-/// The kernel gives the socket up.
-#[inline(always)]
-pub(crate) fn ended(ctx: Context, sk: Sock) {
-    if let Some(tracked) = track::get(sk) {
-        if tracked.state != CLOSE && !track::is_stopping() {
-            // Its close escaped both programs.
-            anomaly::missed();
+pub(crate) fn destroyed(ctx: Context, sk: Sock) {
+    if let Some(tracked) = sockets::get(sk) {
+        if tracked.state != CLOSE && !is_stopping() {
+            // Neither program saw its close.
+            counters::missed();
             let state = tracked.state;
-            report_all(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
+            report_with_held(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
         }
-        track::end(sk, tracked.room_uid);
+        sockets::forget(sk, tracked.room_uid);
     }
 }

@@ -4,78 +4,87 @@ use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Tcp, Tracked, filter::no_state, kind, origin, syn,
 };
 
+use super::{record::Describe as _, sockets};
 use crate::{
-    emit::{self, Context, Weight},
+    emit::{self, Context, Priority},
     filter, owner,
-    sock::{Copied, Sock, Socket as _, has, read, read_at},
+    read::{has, read, read_at},
+    sock::{
+        Sock, SockCopy, Socket as _,
+        tcp_state::{CLOSE, LISTEN},
+    },
+    stopping::{is_stopping, met},
     syscall,
-    tcp::{CLOSE, LISTEN},
-    track,
 };
 
 /// `IORING_OP_ACCEPT` of `io_uring.h`.
 const IORING_OP_ACCEPT: u8 = 13;
 /// `IORING_FILE_INDEX_ALLOC`: the kernel chooses the slot, which is the result.
 const IORING_FILE_INDEX_ALLOC: u32 = u32::MAX;
-/// `IORING_CQE_F_BUFFER`: the completion is of a receive or a read.
+/// `IORING_CQE_F_BUFFER`: the completion belongs to a receive or a read.
 const IORING_CQE_F_BUFFER: u32 = 1;
 /// The bits of a slot that belong to the address of its file.
 const FILE_ADDRESS: u64 = !7;
 
-/// The current process has accepted this socket, if it is one of TCP. Of Multipath TCP, that is the
-/// first subflow.
+/// The current process has accepted this socket, if it is a TCP socket. For Multipath TCP, this is
+/// the first subflow.
 #[inline(always)]
 pub(crate) fn accepted(ctx: Context, sk: Sock) {
     let sk = sk.of_tcp();
-    let socket = &Copied::new(sk);
+    let socket = &SockCopy::new(sk);
     let family = socket.family();
-    if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || track::is_stopping() {
+    if (family != AF_INET && family != AF_INET6) || !sk.is_tcp() || is_stopping() {
         return;
     }
     let state = socket.get::<u8>(Field::State);
     if state == CLOSE {
-        // The peer reset it while it waited: its life is over, and its end was reported.
+        // The peer reset the connection before the accept. Its end has been reported.
         return;
     }
     let mut fresh;
-    let tracked = if let Some(tracked) = track::adopt(sk, state) {
+    let tracked = if let Some(tracked) = sockets::adopt(sk, state) {
         if !is_acceptable(tracked) {
             return;
         }
         if tracked.syn() == syn::UNKNOWN {
-            // Its handshake is older than the tracer, but it is one that this side has not begun.
+            // The handshake is older than the tracer, but the peer started the connection.
             tracked.syn |= syn::NOT_COUNTED;
         }
         tracked
     } else {
-        // There is no room to remember it.
-        let syn = syn::NOT_COUNTED | track::met();
-        fresh = track::fresh(sk, sk, state, syn, owner::UNKNOWN);
+        // There is no room to remember the socket.
+        let syn = syn::NOT_COUNTED | met();
+        fresh = sockets::fresh(sk, sk, state, syn, owner::UNKNOWN);
         &mut fresh
     };
-    owner::settle_current(ctx, &mut tracked.acceptor, origin::ACCEPTOR);
-    // The owner before may have been of another tree.
-    tracked.kin = 0;
+    owner::set_current_once(ctx, &mut tracked.acceptor, origin::ACCEPTOR);
+    // The previous owner may have been in another tree.
+    tracked.tree_generation = 0;
     if tracked.listener != 0 {
-        track::set_user(&tracked.listener, &tracked.acceptor);
+        sockets::set_user(&tracked.listener, &tracked.acceptor);
     }
-    if !filter::wants_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
+    if !filter::passes_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
         return;
     }
-    emit::record(ctx, kind::ACCEPT, Weight::Vital, |record: &mut Tcp| {
-        socket.describe(
-            tracked,
-            family,
-            state,
-            socket.connected_port(),
-            &mut record.socket,
-        );
-    });
+    emit::record(
+        ctx,
+        kind::ACCEPT,
+        Priority::Lifecycle,
+        |record: &mut Tcp| {
+            socket.describe(
+                tracked,
+                family,
+                state,
+                socket.connected_port(),
+                &mut record.socket,
+            );
+        },
+    );
 }
 
 /// The current process has accepted a socket as this descriptor (negative: an error).
 #[inline(always)]
-pub(crate) fn accepted_as(ctx: Context, fd: i64) {
+pub(crate) fn accepted_descriptor(ctx: Context, fd: i64) {
     if let Some(sk) = Sock::of_descriptor(fd) {
         accepted(ctx, sk);
     }
@@ -83,17 +92,19 @@ pub(crate) fn accepted_as(ctx: Context, fd: i64) {
 
 /// The current process returns from a system call.
 #[inline(always)]
-pub(crate) fn returned(ctx: Context, regs: u64, result: i64) {
+pub(crate) fn syscall_returned(ctx: Context, regs: u64, result: i64) {
     if matches!(syscall::number(regs), syscall::ACCEPT | syscall::ACCEPT4) {
-        accepted_as(ctx, result);
+        accepted_descriptor(ctx, result);
     }
 }
 
-/// A request to an io_uring has finished. The current task belongs to the process that made it.
+/// A request to an io_uring has completed. The current task belongs to the process that made the
+/// request.
 #[inline(always)]
-pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flags: u32) {
+pub(crate) fn request_completed(ctx: Context, ring: u64, request: u64, result: i32, flags: u32) {
     let (fd, slot) = if request == 0 {
-        // One of the results of a multishot request. Which request that is, the kernel does not say.
+        // This is one of several results of a multishot request. The kernel does not pass the
+        // request.
         if flags & IORING_CQE_F_BUFFER != 0 {
             return;
         }
@@ -102,7 +113,7 @@ pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flag
         match read::<u32>(request, Field::IoAcceptSlot) {
             0 => (i64::from(result), -1),
             IORING_FILE_INDEX_ALLOC => (-1, i64::from(result)),
-            // It is counted from 1, and the result is an error or 0.
+            // The slot is counted from 1, and the result is an error or 0.
             slot => (-1, if result < 0 { -1 } else { i64::from(slot) - 1 }),
         }
     } else {
@@ -115,8 +126,8 @@ pub(crate) fn completed(ctx: Context, ring: u64, request: u64, result: i32, flag
     }
 }
 
-/// Whether the socket may be one that `accept` returned: no listener, no connection that this side began, and none that another
-/// `accept` returned.
+/// Returns whether `accept` may have returned the socket. It must not be a listener, a connection
+/// that this side started, or a connection that another `accept` returned.
 #[inline(always)]
 fn is_acceptable(tracked: &Tracked) -> bool {
     tracked.state != LISTEN
@@ -124,14 +135,15 @@ fn is_acceptable(tracked: &Tracked) -> bool {
         && tracked.acceptor.origin == origin::NONE
 }
 
-/// Whether the socket is the child of a listener, and no process is known to have accepted it.
+/// Returns whether the socket is the child of a listener, and no process is known to have accepted
+/// it.
 #[inline(always)]
 fn is_waiting(sk: Sock) -> bool {
-    track::get(sk)
+    sockets::get(sk)
         .is_some_and(|tracked| tracked.syn() == syn::NOT_COUNTED && is_acceptable(tracked))
 }
 
-/// The socket in a slot of an io_uring's own table of files.
+/// Returns the socket in a slot of an io_uring's own table of files.
 #[inline(always)]
 fn socket_in(ring: u64, slot: i64) -> Option<Sock> {
     if slot < 0 || slot >= i64::from(read::<u32>(ring, Field::IoFileCount)) {
@@ -141,7 +153,7 @@ fn socket_in(ring: u64, slot: i64) -> Option<Sock> {
     let file = if has(Field::IoNodeFile) {
         read::<u64>(read_at(slot), Field::IoNodeFile)
     } else {
-        // Before 6.13 the slot holds the file itself.
+        // Before 6.13, the slot holds the file itself.
         read_at(slot)
     };
     Sock::of_file(file & FILE_ADDRESS)

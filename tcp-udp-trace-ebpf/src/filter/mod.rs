@@ -1,0 +1,202 @@
+//! Decides which events are reported. The decision comes before the record, so an event that does
+//! not pass takes no room in the ring.
+
+pub(crate) mod sets;
+pub(crate) mod tree;
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{macros::map, maps::PerCpuArray};
+use tcp_udp_trace_common::{
+    AF_INET, Field, Owner, Peer, Tracked, UdpTracked, filter, kind, origin,
+};
+
+use self::{
+    sets::{current, has, is_in_network},
+    tree::{is_member, member},
+};
+use crate::{
+    datagrams::Datagrams,
+    owner,
+    sock::{Sock, Socket as _, tcp_state::CLOSE},
+};
+
+/// How many events of each kind did not pass.
+#[map]
+static REJECTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT as u32, 0);
+
+/// Returns whether an event of TCP passes the filter. `states` has the bits of the event's states.
+#[inline(always)]
+pub(crate) fn passes_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked) -> bool {
+    decide(kind, |word| {
+        states & !word != 0 && matches_tcp(word, sk.0, tracked)
+    })
+}
+
+/// Returns whether a failed `connect` between these ends (local, remote) passes the filter. Its
+/// socket is in the state `CLOSE`.
+#[inline(always)]
+pub(crate) fn passes_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
+    decide(kind::CONNECT_FAILED_TCP, |word| {
+        filter::no_state(CLOSE) & !word != 0 && matches_connect(word, sk.0, tracked, ends)
+    })
+}
+
+/// Returns whether an event of UDP passes the filter.
+#[inline(always)]
+pub(crate) fn passes_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
+    kind == kind::CLOSE && tracked.has_flows()
+        || decide(kind, |word| matches_udp(word, tracked, at))
+}
+
+/// Returns whether an event passes the filter, and counts the event if not.
+///
+/// User space may replace the filter meanwhile, and remove the values of the old one from the sets.
+/// A negative result therefore counts only if the word is still the same. Otherwise the event
+/// passes: to evaluate the new filter would double the verifier's work at each start.
+#[inline(always)]
+fn decide(kind: u32, matches: impl FnOnce(u64) -> bool) -> bool {
+    let word = current();
+    if word == 0 || word & filter::no_kind(kind) == 0 && matches(word) {
+        return true;
+    }
+    current() != word || count(kind)
+}
+
+#[inline(always)]
+fn count(kind: u32) -> bool {
+    if let Some(count) = REJECTED.get_ptr_mut(kind) {
+        // SAFETY: a valid pointer to this CPU's value. The addition is atomic, because another
+        // program may interrupt this one.
+        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, 1) };
+    }
+    false
+}
+
+// Not inlined: the function is in the program once, and without a filter it costs only the
+// verifier's work.
+#[inline(never)]
+fn matches_tcp(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
+    let sk = Sock::new(sk);
+    if !matches_socket(word, sk, tracked) {
+        return false;
+    }
+    if word & (filter::NO_IPV4 | filter::NO_IPV6 | filter::PORTS | filter::LOCAL | filter::REMOTE)
+        == 0
+    {
+        return true;
+    }
+    let (local, remote) = sk.ends();
+    matches_ends(word, &local, &remote)
+}
+
+#[inline(never)]
+fn matches_connect(word: u64, sk: u64, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
+    matches_socket(word, Sock::new(sk), tracked) && matches_ends(word, &ends.0, &ends.1)
+}
+
+/// Returns whether a TCP socket matches the filter apart from its ends.
+#[inline(always)]
+fn matches_socket(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
+    let cgroup = tracked.cgroup;
+    let netns = [tracked.netns.into(), tracked.netns_cookie];
+    let owner: *const Owner = owner::of_socket(tracked);
+    // SAFETY: a pointer into `tracked`. The owner does not overlap the field that is written here.
+    let owner = unsafe { &*owner };
+    matches_owner(word, owner, &mut tracked.tree_generation)
+        && matches_environment(word, sk, cgroup, netns)
+}
+
+#[inline(never)]
+fn matches_udp(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
+    let UdpTracked {
+        sk,
+        cgroup,
+        netns_cookie,
+        netns,
+        owner,
+        tree_generation,
+        ..
+    } = tracked;
+    // The arguments are assembled late, because values kept from before would take too much stack.
+    matches_owner(word, owner, tree_generation)
+        && matches_environment(
+            word,
+            Sock::new(*sk),
+            *cgroup,
+            [(*netns).into(), *netns_cookie],
+        )
+        && matches_ends(word, &at.local, &at.flow.peer)
+}
+
+#[inline(always)]
+fn matches_owner(word: u64, owner: &Owner, tree_generation: &mut u16) -> bool {
+    let pid = [u64::from(owner.pid), 0];
+    if word & filter::NOT_OWN != 0 && has(word, filter::OWN, pid) {
+        return false;
+    }
+    if word & filter::PROCESS != 0 && !has(word, filter::PID, pid) {
+        let generation = filter::generation(word);
+        if *tree_generation != generation {
+            if owner.origin == origin::NONE
+                || !is_member(generation, &member(owner.pid, owner.started))
+            {
+                return false;
+            }
+            *tree_generation = generation;
+        }
+    }
+    word & filter::COMMS == 0 || has(word, filter::COMM, name(owner.comm))
+}
+
+/// Returns a name without the bytes after its NUL, where the kernel leaves the rest of a longer
+/// name.
+#[inline(always)]
+fn name([first, second]: [u64; 2]) -> [u64; 2] {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    // Sets the highest bit of the first byte that is 0, and perhaps of some bytes after it.
+    let zeros = |word: u64| word.wrapping_sub(EACH) & !word & (EACH << 7);
+    // Keeps the bytes before that byte, or all bytes if there is none.
+    let before_zero = |word: u64| {
+        let zeros = zeros(word);
+        word & ((zeros & zeros.wrapping_neg()) >> 7).wrapping_sub(1)
+    };
+    let [first, second] = [first, second].map(u64::from_le);
+    let rest = if zeros(first) == 0 {
+        before_zero(second)
+    } else {
+        0
+    };
+    [before_zero(first), rest].map(u64::to_le)
+}
+
+#[inline(always)]
+fn matches_environment(word: u64, sk: Sock, cgroup: u64, netns: [u64; 2]) -> bool {
+    let one_of = |bit, set, value| word & bit == 0 || has(word, set, value);
+    one_of(filter::NAMESPACES, filter::NETNS, netns)
+        && one_of(filter::CGROUPS, filter::CGROUP, [cgroup, 0])
+        && (word & filter::UIDS == 0
+            || has(
+                word,
+                filter::UID,
+                [u64::from(sk.get::<u32>(Field::SkUid)), 0],
+            ))
+}
+
+#[inline(always)]
+fn matches_ends(word: u64, local: &Peer, remote: &Peer) -> bool {
+    let unwanted = if local.family == AF_INET {
+        filter::NO_IPV4
+    } else {
+        filter::NO_IPV6
+    };
+    if word & unwanted != 0 {
+        return false;
+    }
+    let port = |end: &Peer| has(word, filter::PORT, [u64::from(end.port), 0]);
+    if word & filter::PORTS != 0 && !port(local) && !port(remote) {
+        return false;
+    }
+    (word & filter::LOCAL == 0 || is_in_network(word, 0, local))
+        && (word & filter::REMOTE == 0 || is_in_network(word, 1, remote))
+}

@@ -1,0 +1,79 @@
+//! The filter as user space has set it: a word, and the sets of values that the word refers to.
+
+use core::ptr;
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, lpm_trie::Key},
+};
+use tcp_udp_trace_common::{
+    Peer,
+    filter::{self, Network, Value},
+};
+
+/// The word of the current filter, and the word of the next one, of which only the generation is
+/// set.
+#[map]
+static FILTER: Array<u64> = Array::with_max_entries(2, 0);
+
+pub(crate) const CURRENT: u32 = 0;
+
+pub(crate) const NEXT: u32 = 1;
+
+/// The values of the sets.
+#[map]
+pub(crate) static VALUES: HashMap<Value, u8> = HashMap::with_max_entries(2 * filter::MAX_VALUES, 0);
+
+/// The networks of the filter.
+#[map]
+pub(crate) static NETWORKS: LpmTrie<[u32; 5], u8> =
+    LpmTrie::with_max_entries(2 * filter::MAX_VALUES, BPF_F_NO_PREALLOC);
+
+#[inline(always)]
+pub(crate) fn word(of: u32) -> u64 {
+    FILTER.get(of).copied().unwrap_or(0)
+}
+
+#[inline(always)]
+pub(super) fn current() -> u64 {
+    word(CURRENT)
+}
+
+#[inline(always)]
+pub(crate) fn set(which: u32, word: u64) -> i32 {
+    let Some(slot) = FILTER.get_ptr_mut(which) else {
+        return -1;
+    };
+    // SAFETY: a valid pointer to the map's value. An aligned word is written as a whole.
+    unsafe { slot.write_volatile(word) };
+    0
+}
+
+#[inline(always)]
+pub(crate) fn has(word: u64, set: u16, value: [u64; 2]) -> bool {
+    let value = Value::new(filter::generation(word), set, value);
+    VALUES.get_ptr(value).is_some()
+}
+
+#[inline(always)]
+pub(super) fn is_in_network(word: u64, side: u8, end: &Peer) -> bool {
+    let [a, b, c, d] = end.address.map(u64::from);
+    let generation = filter::generation(word);
+    let address = Network::new(
+        generation,
+        side,
+        end.family,
+        128,
+        [a | b << 32, c | d << 32],
+    );
+    NETWORKS.get(key(&address)).is_some()
+}
+
+#[inline(always)]
+pub(crate) fn key(network: &Network) -> &Key<[u32; 5]> {
+    const { assert!(size_of::<Network>() == size_of::<Key<[u32; 5]>>()) };
+    // SAFETY: both types are plain integers of the same size, and the key needs no alignment. The
+    // first 32 bits of a network are the key's prefix length.
+    unsafe { &*ptr::from_ref(network).cast() }
+}

@@ -1,0 +1,97 @@
+//! Reads of kernel memory.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_probe_read_kernel};
+use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
+
+/// The offsets of the fields on the running kernel. User space sets them before it loads the
+/// programs. So the verifier knows each offset, and drops the code for fields that this kernel
+/// lacks.
+#[unsafe(no_mangle)]
+static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
+
+/// An integer, or the words of a larger value. Any bytes are a valid value.
+pub(crate) trait Plain: Copy {
+    const ZERO: Self;
+}
+
+macro_rules! plain {
+    ($($type:ty = $zero:expr,)+) => { $(impl Plain for $type { const ZERO: Self = $zero; })+ };
+}
+
+plain! {
+    u8 = 0,
+    u16 = 0,
+    u32 = 0,
+    u64 = 0,
+    // An address, and a name: words rather than bytes, so that the compiler copies them as words.
+    [u32; 4] = [0; 4],
+    [u64; 2] = [0; 2],
+    // Two addresses or ports, which are adjacent.
+    [u32; 2] = [0; 2],
+    [u16; 2] = [0; 2],
+    // The header of UDP.
+    [u16; 4] = [0; 4],
+}
+
+/// Returns whether this kernel has `field`.
+#[inline(always)]
+pub(crate) fn has(field: Field) -> bool {
+    offset(field) != ABSENT
+}
+
+#[inline(always)]
+pub(crate) fn offset(field: Field) -> u32 {
+    // SAFETY: `field` indexes FIELDS, and OFFSETS has its length. Volatile, because the compiler
+    // must not use the initial value in place of the one that user space sets.
+    unsafe {
+        (&raw const OFFSETS)
+            .cast::<u32>()
+            .add(field as usize)
+            .read_volatile()
+    }
+}
+
+/// Reads `field` of the structure at `base`, or 0 if the kernel lacks the field or the address is
+/// bad.
+#[inline(always)]
+pub(crate) fn read<T: Plain>(base: u64, field: Field) -> T {
+    match offset(field) {
+        ABSENT => T::ZERO,
+        offset => read_at(base + u64::from(offset)),
+    }
+}
+
+/// Reads memory at a kernel address, or 0 if the address is bad.
+#[inline(always)]
+pub(crate) fn read_at<T: Plain>(address: u64) -> T {
+    let mut value = MaybeUninit::<T>::uninit();
+    probe_read(value.as_mut_ptr(), address);
+    // SAFETY: the helper has written all of it.
+    unsafe { value.assume_init() }
+}
+
+/// Reads `field` of the structure at `base` into its destination, which saves a copy.
+#[inline(always)]
+pub(crate) fn read_into<T: Plain>(to: &mut T, base: u64, field: Field) {
+    match offset(field) {
+        ABSENT => *to = T::ZERO,
+        offset => probe_read(to, base + u64::from(offset)),
+    }
+}
+
+#[inline(always)]
+fn probe_read<T: Plain>(to: *mut T, address: u64) {
+    // SAFETY: the helper writes `size_of::<T>()` bytes to `to` whatever the address: the memory
+    // there, or zeros. A `Plain` may have any bytes, and the callers' pointers are to memory for
+    // one.
+    unsafe { bpf_probe_read_kernel(to.cast(), size_of::<T>() as u32, address as *const _) };
+}
+
+/// Returns the address of the current `task_struct`.
+#[inline(always)]
+pub(crate) fn current_task() -> u64 {
+    // SAFETY: the helper takes no argument and cannot fail.
+    unsafe { bpf_get_current_task() }
+}

@@ -1,0 +1,128 @@
+//! The contents of a TCP record.
+
+use aya_ebpf::Global;
+use tcp_udp_trace_common::{AF_INET, Field, TcpSocket, Tracked, syn};
+
+use super::sockets;
+use crate::{
+    owner,
+    sock::{
+        Socket,
+        tcp_state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK, LISTEN, SYN_SENT},
+    },
+};
+
+const EADDRINUSE: u32 = 98;
+pub(super) const EADDRNOTAVAIL: u32 = 99;
+/// The bit of `sk_flags` that is set when the peer's FIN has arrived (`enum sock_flags`).
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/net/sock.h>
+const SOCK_DONE: u64 = 1 << 1;
+
+/// The bit of `sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not
+/// known. User space sets it.
+#[unsafe(no_mangle)]
+static HAS_LISTENED: Global<u64> = Global::new(0);
+
+/// Writes a socket into a record.
+pub(super) trait Describe: Socket {
+    /// Returns the payload bytes put on the wire, each counted once, for a socket that leaves
+    /// `state`.
+    #[inline(always)]
+    fn tx_bytes(self, tracked: &Tracked, state: u8) -> u64 {
+        if tracked.syn() == syn::UNKNOWN {
+            let sent = self.get::<u64>(Field::BytesSent);
+            return sent.wrapping_sub(self.get::<u64>(Field::BytesRetrans));
+        }
+        // The sum of the acknowledged bytes and those in flight, minus SYN and FIN. `bytes_sent`
+        // would count a segment again each time that this machine's own queue refuses it.
+        let next = self.get::<u32>(Field::SndNxt);
+        let in_flight = next.wrapping_sub(self.get::<u32>(Field::SndUna));
+        let sequence = self
+            .get::<u64>(Field::BytesAcked)
+            .wrapping_add(u64::from(in_flight));
+        let fin_queued = matches!(state, FIN_WAIT1 | FIN_WAIT2 | LAST_ACK | CLOSING);
+        let fin_sent = fin_queued && next == self.get::<u32>(Field::WriteSeq);
+        sequence.saturating_sub(u64::from(tracked.syn() == syn::COUNTED) + u64::from(fin_sent))
+    }
+
+    /// Returns the payload bytes received in order, given the kernel's count of a moment ago.
+    ///
+    /// The kernel counts the FIN first and marks its arrival afterwards. A hook that does not hold
+    /// the socket's lock may run in between. So the mark is read late, and if it is set, the count,
+    /// which is now final, is read again.
+    #[inline(always)]
+    fn rx_bytes(self, counted: u64) -> u64 {
+        if self.get::<u64>(Field::Flags) & SOCK_DONE == 0 {
+            counted
+        } else {
+            self.get::<u64>(Field::BytesReceived).saturating_sub(1)
+        }
+    }
+
+    /// Writes the socket, which leaves or is in `state`, into a record.
+    #[inline(always)]
+    fn describe(
+        self,
+        tracked: &Tracked,
+        family: u16,
+        state: u8,
+        local_port: u16,
+        to: &mut TcpSocket,
+    ) {
+        let received = self.get(Field::BytesReceived);
+        to.id = tracked.id;
+        to.born = tracked.born;
+        self.get_into(&mut to.cookie, Field::Cookie);
+        to.cgroup = tracked.cgroup;
+        to.netns_cookie = tracked.netns_cookie;
+        to.tx_bytes = self.tx_bytes(tracked, state);
+        self.get_into(&mut to.tx_packets, Field::SegsOut);
+        self.get_into(&mut to.rx_packets, Field::SegsIn);
+        self.get_into(&mut to.uid, Field::SkUid);
+        to.netns = tracked.netns;
+        to.owner = *owner::of_socket(tracked);
+        if family == AF_INET {
+            to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
+            to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];
+        } else {
+            self.get_into(&mut to.local, Field::LocalAddr6);
+            self.get_into(&mut to.remote, Field::RemoteAddr6);
+        }
+        to.local_port = local_port;
+        to.remote_port = u16::from_be(self.get(Field::RemotePort));
+        to.family = family;
+        to.older = tracked.older().into();
+        self.get_into(&mut to.device, Field::Device);
+        to.error = 0;
+        to.rx_bytes = self.rx_bytes(received);
+        sockets::copy_user(tracked, &mut to.user);
+    }
+}
+
+impl<S: Socket> Describe for S {}
+
+/// Returns the errno with which a socket closes, or 0 if there is none.
+///
+/// Some calls return their errno and do not leave it in the socket. They are recognized by the
+/// fields that they have not set.
+#[inline(always)]
+pub(super) fn error(socket: impl Socket, from: u8) -> u32 {
+    if from == LISTEN {
+        // The errno in the socket belongs to an earlier connection. A listener that ends was either
+        // shut down or has listened.
+        let has_listened = socket.get::<u64>(Field::Flags) & HAS_LISTENED.load() != 0;
+        let is_refused =
+            HAS_LISTENED.load() != 0 && !has_listened && socket.get::<u8>(Field::Shutdown) == 0;
+        return if is_refused { EADDRINUSE } else { 0 };
+    }
+    let error = socket.get(Field::Error);
+    // The kernel chooses the port before the first sequence number.
+    if from == SYN_SENT
+        && error == 0
+        && (socket.get::<u16>(Field::LocalPort) == 0 || socket.get::<u32>(Field::WriteSeq) == 0)
+    {
+        return EADDRNOTAVAIL;
+    }
+    error
+}
