@@ -320,7 +320,7 @@ fn killed_server() -> anyhow::Result<()> {
     server.kill()?;
     ensure!(client.receive_all(&connection.client)? == 0);
     client.close(&connection.client)?;
-    let client = client.expected(&connection.client, PASSIVE_CLIENT)?;
+    let client = ExpectedTcp::of_actor(&client, &connection.client, PASSIVE_CLIENT)?;
     let server =
         ExpectedTcp::of_child(&identity, &connection.client, ACTIVE_SERVER).bytes(0, 1_000);
     let server = server.accepted(&identity, &connection.server);
@@ -491,9 +491,17 @@ fn connection_older_than_the_tracer() -> anyhow::Result<()> {
     ensure!(server.receive_all(&accepted)? == 0);
     server.close(&accepted)?;
     let mut observed = collector.finish(2)?;
-    let client = client.expected(&connected, &[Established, FinWait1, FinWait2, Close])?;
+    let client = ExpectedTcp::of_actor(
+        &client,
+        &connected,
+        &[Established, FinWait1, FinWait2, Close],
+    )?;
     observed.check(&client.older_than_the_tracer())?;
-    let server = server.expected(&accepted, &[Established, CloseWait, LastAck, Close])?;
+    let server = ExpectedTcp::of_actor(
+        &server,
+        &accepted,
+        &[Established, CloseWait, LastAck, Close],
+    )?;
     observed.check(&server.older_than_the_tracer())?;
     observed.nothing_else()
 }

@@ -77,7 +77,7 @@ fn connection_in_another_namespace() -> anyhow::Result<()> {
     );
     let mut observed = ObservedTcp::new(events.clone(), sample.time - sample.socket.age);
     let states = [Established, CloseWait, LastAck, Close];
-    let client_is = client.expected(&connected, &states)?;
+    let client_is = ExpectedTcp::of_actor(&client, &connected, &states)?;
     observed.check(&client_is.older_than_the_tracer())?;
     observed.check(
         &ExpectedTcp::of(&server.identity()?, &listener, &[Listen, Close]).older_than_the_tracer(),

@@ -184,9 +184,8 @@ fn reset_before_accept() -> anyhow::Result<()> {
     pair.client.abort(&client)?;
     // Some kernels return the dead socket, some report that the connection was aborted.
     let _ = pair.server.accept(&pair.listener);
-    let expected = pair
-        .client
-        .expected(&client, &[Close, SynSent, Established, Close])?;
+    let expected =
+        ExpectedTcp::of_actor(&pair.client, &client, &[Close, SynSent, Established, Close])?;
     let child = ExpectedTcp::of_child(
         &pair.server.identity()?,
         &client,
@@ -373,7 +372,7 @@ fn simultaneous_open_with_itself() -> anyhow::Result<()> {
         Close,
     ];
     let mut observed = collector.finish(1)?;
-    observed.check(&actor.expected(&socket, &states)?)?;
+    observed.check(&ExpectedTcp::of_actor(&actor, &socket, &states)?)?;
     observed.nothing_else()
 }
 

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use tcp_udp_trace::{Comm, Event, EventKind, Origin, Process, Protocol, TcpState, Traffic};
 
-use crate::actor::{Endpoint, Exchange, Identity};
+use crate::actor::{Actor, Endpoint, Exchange, Identity};
 
 use TcpState::{
     Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent,
@@ -122,6 +122,13 @@ impl ExpectedTcp {
         }
     }
 
+    /// Returns the events of a socket that `actor` connected or let listen, with the bytes that
+    /// this actor sent and received.
+    pub fn of_actor(actor: &Actor, socket: &Endpoint, states: &[TcpState]) -> anyhow::Result<Self> {
+        let (sent, received) = actor.carried(socket);
+        Ok(Self::of(&actor.identity()?, socket, states).bytes(sent, received))
+    }
+
     /// Returns the events of the server's end of a connection, which `client` made through a
     /// listener of `owner`, before an accept.
     #[must_use]
@@ -224,8 +231,7 @@ impl ExpectedTcp {
         }
     }
 
-    /// Sets the payload bytes that the socket sent and received in all. An actor's
-    /// [`expected`](crate::actor::Actor::expected) has those that this actor sent and received.
+    /// Sets the payload bytes that the socket sent and received in all.
     #[must_use]
     pub fn bytes(self, sent: u64, received: u64) -> Self {
         Self {

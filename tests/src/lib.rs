@@ -28,8 +28,8 @@
 //! with its other events.
 //!
 //! Each actor records the bytes of its TCP sockets. UDP has an [`expected_udp`] of its own. A
-//! [`udp_actor`] is an actor with one socket, which records each transfer, and a [`udp_pair`] is two
-//! of them.
+//! [`udp_actor`] is an actor with one socket, which records each transfer, and a [`udp_pair`] is
+//! two of them.
 #![deny(unsafe_code)]
 #![allow(
     clippy::unwrap_used,

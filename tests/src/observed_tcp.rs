@@ -100,7 +100,7 @@ impl ObservedTcp {
         let (stillborn, rest): (Vec<_>, Vec<_>) = self
             .rest()
             .into_iter()
-            .partition(|expected| is_stillborn(expected));
+            .partition(|events| is_stillborn(events));
         ensure!(
             stillborn.len() <= MOST_STILLBORN,
             "{} stillborn children:{}",

@@ -31,10 +31,11 @@ pub(crate) fn check(samples: &[SampleOrder], events: &[Event]) -> anyhow::Result
     // over UDP sockets on every kernel.
     let iterator_holds_lock = kernel::is_at_least(5, 15)?;
     for SampleOrder { event, position } in samples {
-        let expected = observed
+        let of_socket = observed
             .get(&event.socket.id)
             .map_or(&[][..], Vec::as_slice);
-        let (before, after) = expected.split_at(expected.partition_point(|(at, _)| at < position));
+        let (before, after) =
+            of_socket.split_at(of_socket.partition_point(|(at, _)| at < position));
         // A flow has totals of its own.
         let is_of_socket = |event: &&Event| !matches!(event.kind, EventKind::Flow { .. });
         let before = before
@@ -82,11 +83,14 @@ pub(crate) fn check(samples: &[SampleOrder], events: &[Event]) -> anyhow::Result
             Ok(())
         };
         if let Err(error) = fits() {
-            let expected: Vec<_> = expected.iter().map(|(_, event)| (*event).clone()).collect();
+            let of_socket: Vec<_> = of_socket
+                .iter()
+                .map(|(_, event)| (*event).clone())
+                .collect();
             bail!(
                 "{error:#}: {event} {:?} between {before:?} and {after:?} of{}",
                 event.socket,
-                show(&expected)
+                show(&of_socket)
             );
         }
     }

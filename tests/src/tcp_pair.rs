@@ -147,7 +147,7 @@ impl TcpPair {
         connection: &Connection,
         states: &[TcpState],
     ) -> anyhow::Result<ExpectedTcp> {
-        self.client.expected(&connection.client, states)
+        ExpectedTcp::of_actor(&self.client, &connection.client, states)
     }
 
     /// Returns the events that the server's end must have produced, if the server accepted it

@@ -29,8 +29,6 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use book::Book;
-
 pub use batch::Exchange;
 pub use brief::Brief;
 pub use datagram::{
@@ -40,9 +38,9 @@ pub use heir::{Heir, Inheritance};
 pub use protocol::{Command, Endpoint, Failure, Moment, Outcome, UringAccept};
 pub use udp::receive_queue;
 
-use tcp_udp_trace::TcpState;
+use book::Book;
 
-use crate::{cgroup, expected_tcp::ExpectedTcp, netns::Netns};
+use crate::{cgroup, netns::Netns};
 
 const FLAG: &str = "--actor";
 /// The part that the actor's parent uses.
@@ -193,13 +191,6 @@ impl Actor {
     #[must_use]
     pub fn carried(&self, socket: &Endpoint) -> (u64, u64) {
         self.book.carried(socket)
-    }
-
-    /// Returns the events that a TCP socket of the actor must have produced, if the actor connected
-    /// it or let it listen, and no other process used it.
-    pub fn expected(&self, socket: &Endpoint, states: &[TcpState]) -> anyhow::Result<ExpectedTcp> {
-        let (sent, received) = self.carried(socket);
-        Ok(ExpectedTcp::of(&self.identity()?, socket, states).bytes(sent, received))
     }
 
     /// Returns when and where the actor did the last command.
