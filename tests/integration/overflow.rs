@@ -418,10 +418,10 @@ fn closes_outlive_a_flood_of_datagrams() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The ring has room for twenty events, and the reader does not run. Events of ten connections are
-/// lost, but not their ends.
+/// Each of the two rings has room for sixteen events, and the reader does not run. Events of eight
+/// connections are lost, but not their ends.
 fn closes_that_find_the_ring_full_come_late() -> anyhow::Result<()> {
-    const CONNECTIONS: u64 = 10;
+    const CONNECTIONS: u64 = 8;
     let mut pair = TcpPair::new()?;
     let netns = Netns::current()?.inode()?;
     let runtime = tokio::runtime::Builder::new_current_thread()
