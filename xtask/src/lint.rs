@@ -4,6 +4,7 @@ mod files;
 mod layers;
 pub(crate) mod links;
 mod off_linux;
+mod prose;
 
 use std::process::Command;
 
@@ -35,6 +36,7 @@ pub(crate) fn run() -> Result<()> {
     forbidden_files()?;
     links::check()?;
     layers::check()?;
+    prose::check()?;
     spelling()?;
     cargo(&["fmt", "--all", "--check"])?;
     cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"])?;

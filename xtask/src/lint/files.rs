@@ -1,8 +1,8 @@
 //! The files that the rules read.
 
-use std::process::Command;
+use std::{fs, process::Command};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::{process, workspace};
 
@@ -16,4 +16,14 @@ pub(super) fn tracked(patterns: &[&str]) -> Result<Vec<String>> {
             .current_dir(workspace::root()),
     )?;
     Ok(files.lines().map(str::to_owned).collect())
+}
+
+/// Returns the text of a tracked file; `None` if it is a symbolic link to another file of the tree.
+pub(super) fn read(file: &str) -> Result<Option<String>> {
+    let path = workspace::root().join(file);
+    if path.is_symlink() {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {file}"))?;
+    Ok(Some(text))
 }
