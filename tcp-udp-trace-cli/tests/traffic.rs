@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use integration_tests::{
     actor::{Actor, Command, Endpoint, ReceiveCall, SendCall},
     netns::Netns,
-    scene::loopback,
-    talker::Talker,
+    tcp_pair::loopback,
+    udp_actor::UdpActor,
 };
 
 /// A filter for everything in the network namespace of the test.
@@ -89,8 +89,8 @@ impl Pair {
 
 /// Sends datagrams of these sizes from one process to another, and closes the sockets: the processes.
 pub(crate) fn datagrams(from: &str, to: &str, sizes: &[usize]) -> anyhow::Result<[Actor; 2]> {
-    let mut to = Talker::bind(to, loopback(false))?;
-    let mut from = Talker::open(from, loopback(false))?;
+    let mut to = UdpActor::bind(to, loopback(false))?;
+    let mut from = UdpActor::open(from, loopback(false))?;
     from.send(SendCall::SendTo, Some(to.local()), sizes)?;
     to.receive(ReceiveCall::RecvFrom, sizes.len())?;
     let ((_, from), (_, to)) = (from.close_socket()?, to.close_socket()?);

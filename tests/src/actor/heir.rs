@@ -1,7 +1,7 @@
 //! Processes that use a socket which another process has made.
 
 use std::{
-    io::{self, BufRead as _, BufReader, Read as _},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, TcpListener, UdpSocket},
     os::{fd::AsFd as _, unix::process::CommandExt as _},
     process::{Command, Stdio, id},
@@ -79,9 +79,14 @@ pub(super) fn run(part: &str, protocol: &str) -> io::Result<()> {
     }
 }
 
+/// Writes the pid and the address of this server.
+fn report(address: SocketAddr) -> io::Result<()> {
+    writeln!(io::stdout(), "{} {address}", id())
+}
+
 fn serve_udp() -> io::Result<()> {
     let socket = UdpSocket::from(io::stdin().as_fd().try_clone_to_owned()?);
-    println!("{} {}", id(), socket.local_addr()?);
+    report(socket.local_addr()?)?;
     let mut buffer = [0; 100];
     loop {
         let (size, from) = socket.recv_from(&mut buffer)?;
@@ -94,7 +99,7 @@ fn serve_udp() -> io::Result<()> {
 
 fn serve_tcp() -> io::Result<()> {
     let listener = TcpListener::from(io::stdin().as_fd().try_clone_to_owned()?);
-    println!("{} {}", id(), listener.local_addr()?);
+    report(listener.local_addr()?)?;
     loop {
         let (mut connection, _) = listener.accept()?;
         if connection.read_to_end(&mut Vec::new())? == 0 {
