@@ -244,8 +244,8 @@ pub struct TcpSocket {
     pub netns: u32,
     /// The owner.
     pub owner: Owner,
-    /// The last process seen using the socket. For a listener, this is the last process that accepted
-    /// a connection.
+    /// The last process seen using the socket. For a listener, this is the last process that
+    /// accepted a connection.
     pub user: User,
     /// Local address, network byte order. An IPv4 address is in the first word.
     pub local: [u32; 4],

@@ -32,7 +32,8 @@ const ARCHES: &[Arch] = &[
         qemu: "qemu-system-x86_64",
         qemu_package: &deps::QEMU_X86_64,
         linker: &deps::LINKER_X86_64,
-        // An early CPU has fewer features to emulate: the tests take a sixth less time than with `max`.
+        // An early CPU has fewer features to emulate. The tests take a sixth less time than with
+        // `max`.
         // QEMU's emulation of `cmpxchg16b` crashes two-CPU guests of 6.12.
         machine: &["-cpu", "Nehalem,cx16=off"],
         console: "ttyS0",

@@ -125,11 +125,11 @@ pub(in crate::kernel) fn registers(btf: &Btf<'_>) -> u64 {
     STACK.max(page).saturating_sub(size)
 }
 
-/// Returns whether programs of all types may call the helper that returns the current task with its
-/// type.
+/// Returns whether programs of all types may call the helper that returns the current task with
+/// its type.
 ///
-/// Linux 5.19 has both this and the structure. Some earlier kernels allow the helper only to tracing
-/// programs.
+/// Linux 5.19 has both this and the structure. Some earlier kernels allow the helper only to
+/// tracing programs.
 pub(in crate::kernel) fn types_task(btf: &Btf<'_>) -> bool {
     btf.id(super::kind::STRUCT, "bpf_dynptr_kern").is_some()
 }
