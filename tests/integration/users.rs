@@ -395,8 +395,8 @@ fn socket_activation() -> anyhow::Result<()> {
     };
     let events = tcp.finish_in_order(3)?;
     let is_server = |event: &&Event| event.socket.remote == connected.local;
-    let accepts = events.iter().filter(is_server);
-    let end = accepts.last().context("no connection")?;
+    let mut accepts = events.iter().filter(is_server);
+    let end = accepts.next_back().context("no connection")?;
     ensure!(names(end, service.pid(), None), "{end:?}");
     ensure!(cgroups(end) == (manager_group, service_group), "{end:?}");
     let events = udp.finish_in_order(1)?;
