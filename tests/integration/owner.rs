@@ -141,9 +141,10 @@ fn mptcp_subflows() -> anyhow::Result<()> {
     );
     for events in &observed {
         let last = events.last().unwrap();
-        let pid = match last.socket.local.port() {
+        // The two ends may have the same port.
+        let pid = match last.socket.local {
             _ if last.socket.remote.port() == 0 => parent.pid(),
-            port if port == listener.local.port() => worker.pid(),
+            local if local == listener.local => worker.pid(),
             _ => client.pid(),
         };
         let owner = last.process.as_ref().map(|process| process.pid);
