@@ -53,12 +53,16 @@ pub(crate) fn current(ctx: Context, origin: u16) -> Owner {
 /// Other CPUs may read the owner meanwhile, see [`set_once`].
 #[inline(always)]
 pub(crate) fn set_current_once(ctx: Context, to: &mut Owner, origin: u16) {
-    let task = current_task();
-    if read::<u32>(task, Field::TaskFlags) & WORKER != 0 {
-        return;
+    if read::<u32>(current_task(), Field::TaskFlags) & WORKER == 0 {
+        set_current(ctx, to, origin);
     }
+}
+
+/// Does the same in a system call, where the current task is never a kernel worker.
+#[inline(always)]
+pub(crate) fn set_current(ctx: Context, to: &mut Owner, origin: u16) {
     let pid_tgid = bpf_get_current_pid_tgid();
-    let leader = leader(task);
+    let leader = leader(current_task());
     to.pid = (pid_tgid >> 32) as u32;
     to.tid = pid_tgid as u32;
     to.uid = bpf_get_current_uid_gid() as u32;

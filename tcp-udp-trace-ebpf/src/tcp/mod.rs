@@ -97,15 +97,18 @@ pub(crate) fn state_changed(
                 None => sockets::adopt(sk, from),
             };
             if let Some(tracked) = tracked {
-                if program == Program::First && tracked.is_held() {
-                    // The second program reports both changes. The code for that would make each
-                    // event of this program more expensive.
-                    return;
-                }
                 if tracked.state != from {
                     counters::missed();
                 }
-                tracked.state = to;
+                let change = if tracked.is_held() {
+                    // This program reports that the socket began to listen. The other program finds
+                    // the old state, and reports this change.
+                    tracked.syn &= !syn::HELD;
+                    (CLOSE, LISTEN)
+                } else {
+                    tracked.state = to;
+                    (from, to)
+                };
                 if from == SYN_RECV && to == ESTABLISHED {
                     if let Some(owner) = owner_of_connection(sk, socket) {
                         tracked.creator = owner;
@@ -120,11 +123,7 @@ pub(crate) fn state_changed(
                         from != LISTEN && !matches!(sk.socket_state(), 0 | SS_CONNECTED);
                     tracked.set_unreturned(is_unreturned);
                 }
-                if program == Program::First {
-                    report(ctx, sk, socket, family, tracked, (from, to));
-                } else {
-                    report_with_held(ctx, sk, socket, family, tracked, (from, to));
-                }
+                report(ctx, sk, socket, family, tracked, change);
                 return;
             }
             (syn::UNKNOWN | met(), owner::UNKNOWN)
@@ -220,7 +219,7 @@ pub(crate) fn connect_returned(ctx: Context, result: i64) {
     }
     // The socket is not remembered. If it connects later, that is another life.
     let mut tracked = sockets::fresh(sk, sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
-    owner::set_current_once(ctx, &mut tracked.creator, origin::CREATOR);
+    owner::set_current(ctx, &mut tracked.creator, origin::CREATOR);
     let ends = connect.ends();
     if !filter::passes_connect(sk, &mut tracked, &ends) {
         return;
@@ -341,28 +340,6 @@ fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     sockets::get(first).map(|tracked| *owner::of_socket(tracked))
 }
 
-/// Reports a state change. If the change to `LISTEN` was held, reports that one first.
-#[inline(always)]
-fn report_with_held(
-    ctx: Context,
-    sk: Sock,
-    socket: impl Socket,
-    family: u16,
-    tracked: &mut Tracked,
-    change: (u8, u8),
-) {
-    let mut is_held = tracked.is_held() && change.1 != LISTEN;
-    tracked.syn &= !syn::HELD;
-    loop {
-        let change = if is_held { (CLOSE, LISTEN) } else { change };
-        report(ctx, sk, socket, family, tracked, change);
-        if !is_held {
-            break;
-        }
-        is_held = false;
-    }
-}
-
 /// Reports a state change.
 #[inline(always)]
 fn report(
@@ -412,7 +389,7 @@ pub(crate) fn destroyed(ctx: Context, sk: Sock) {
             // Neither program saw its close.
             counters::missed();
             let state = tracked.state;
-            report_with_held(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
+            report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
         }
         sockets::forget(sk, tracked.room_uid);
     }
