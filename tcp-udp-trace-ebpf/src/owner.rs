@@ -123,15 +123,13 @@ pub(crate) fn current_tgid() -> u32 {
 /// Makes the current process the user of a socket, unless the current task is a kernel thread. If
 /// `sent_by` is not 0, the process must be sending through this `struct sock`, because the kernel
 /// may be passing on another process's packet.
-// Not inlined: the function has a stack frame of its own, and programs that call it contain it
-// once.
-#[inline(never)]
-pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) -> u32 {
+#[inline(always)]
+pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) {
     let task = current_task();
     if read::<u32>(task, Field::TaskFlags) & (WORKER | KERNEL_THREAD) != 0
         || sent_by != 0 && !is_sending(sent_by)
     {
-        return 0;
+        return;
     }
     let pid = read(task, Field::Tgid);
     if pid != owner {
@@ -146,7 +144,6 @@ pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) -> u32 {
         user.cgroup = cgroup(task);
     }
     finish_user(user, User::thread(pid, read(task, Field::Tid)));
-    1
 }
 
 /// Makes the owner of one socket the user of another.

@@ -207,8 +207,18 @@ const MAX_USER_CHANGES: u32 = 8;
 /// Makes the current process, which has this pid, the user of the socket, see [`owner::set_user`].
 #[inline(always)]
 pub(super) fn set_user(tracked: &mut UdpTracked, pid: u32, sent_by: u64) {
-    if tracked.user.pid() == pid || tracked.owner.pid == 0 {
-        return;
+    if tracked.user.pid() != pid {
+        change_user(tracked, sent_by);
+    }
+}
+
+/// Does the same if the user is another process than before.
+// Not inlined: the function has a stack frame of its own, and the verifier follows fewer paths
+// through the programs that call it.
+#[inline(never)]
+fn change_user(tracked: &mut UdpTracked, sent_by: u64) -> u32 {
+    if tracked.owner.pid == 0 {
+        return 0;
     }
     // SAFETY: the helper takes no argument and cannot fail.
     let tick = unsafe { bpf_jiffies64() } as u32;
@@ -220,6 +230,7 @@ pub(super) fn set_user(tracked: &mut UdpTracked, pid: u32, sent_by: u64) {
     if tracked.user_changes <= MAX_USER_CHANGES || PER_DATAGRAM.load() != 0 {
         owner::set_user(&mut tracked.user, tracked.owner.pid, sent_by);
     }
+    0
 }
 
 /// Returns the socket, tracked from now on at the latest. The current process has it open.
