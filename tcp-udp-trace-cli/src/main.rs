@@ -29,8 +29,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::Context as _;
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand, error::ErrorKind::InvalidValue};
 use clap_complete::Shell;
 use futures_util::TryFutureExt as _;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -171,10 +170,13 @@ fn man(command: Option<&str>) -> anyhow::Result<()> {
     let mut cli = Cli::command();
     cli.build();
     let command = match command {
-        Some(name) => cli
-            .find_subcommand(name)
-            .with_context(|| format!("there is no command {name:?}"))?
-            .clone(),
+        Some(name) => match cli.find_subcommand(name) {
+            Some(command) => command.clone(),
+            None => {
+                let message = format!("there is no command {name:?}");
+                cli.error(InvalidValue, message).exit()
+            }
+        },
         None => cli,
     };
     clap_mangen::Man::new(command).render(&mut io::stdout().lock())?;

@@ -64,6 +64,7 @@ pub(crate) fn wrong_command_line_has_its_exit_code() -> anyhow::Result<()> {
         &["trace", "--filter", "port=x"],
         &["life", "--filter", "pid_tree=4194303"],
         &["depmap", "--json", "--dot"],
+        &["man", "no-such-command"],
     ] {
         let output = run(args)?;
         ensure!(output.status.code() == Some(2), "{args:?}: {output:?}");
