@@ -2,8 +2,8 @@
 //! Prometheus, at `http://127.0.0.1:9798/metrics`.
 //!
 //! Each value of a label costs Prometheus a time series, and any user can start a process with a
-//! new name. So only the first 100 process names (`--names`) have their own time series, and no address
-//! or port is a label.
+//! new name. So only the first 100 process names (`--names`) have their own time series, and no
+//! address or port is a label.
 //!
 //! ```text
 //! tcp-udp-trace prometheus --retransmits
