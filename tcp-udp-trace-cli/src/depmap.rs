@@ -1,4 +1,4 @@
-//! Who talks to whom: each process and the addresses that it exchanges data with.
+//! The command `depmap`: each process and the addresses that it exchanges data with.
 
 use std::{
     collections::HashMap,
@@ -21,20 +21,20 @@ use crate::growth::Growth;
 
 /// Print which process talks to which address and port, with bytes and connections.
 ///
-/// It watches for a while, or until Ctrl-C, and then prints one line for each process, direction,
-/// address and port.
+/// The command traces for `--duration`, or until Ctrl-C, and then prints one line for each process,
+/// direction, address and port.
 ///
 /// The direction is `out` if the process connected (TCP) or sent the first datagram (UDP). The port
 /// is then the peer's. It is `in` if the process accepted the connection or received the first
 /// datagram. The port is then its own. It is `?` if the connection is older than the trace, and the
 /// port is the peer's.
 ///
-/// Bytes are those since the start. Those of a connection that is still open are as of its last
-/// sample, which is at most a second old. A UDP flow counts as one connection.
+/// Bytes are counted from the start of the trace. The bytes of an open connection are those of its
+/// last sample, which is at most a second old. A UDP flow counts as one connection.
 #[derive(clap::Args)]
 #[command(group(ArgGroup::new("format").args(["json", "dot"])))]
 pub(crate) struct Args {
-    /// How many seconds to watch.
+    /// How many seconds to trace.
     #[arg(long, value_name = "SECS", value_parser = crate::trace::seconds, default_value = "10")]
     duration: Duration,
     /// Print one JSON object.
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     /// Print a graph for Graphviz: `tcp-udp-trace depmap --dot | dot -Tsvg > map.svg`
     #[arg(long)]
     dot: bool,
-    /// How many lines to keep. Everything beyond them is one sum, which is printed too.
+    /// The most lines to print. One more line sums up the rest.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     max: usize,
     /// Only sockets that pass this filter, such as "comm=nginx remote=10.0.0.0/8".
@@ -89,7 +89,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Which side began.
+/// The side that opened the connection or the flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Direction {
@@ -98,7 +98,7 @@ enum Direction {
     Unknown,
 }
 
-/// A line of the report.
+/// The key of a line of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Edge {
     process: Option<Comm>,
@@ -108,7 +108,7 @@ struct Edge {
     port: u16,
 }
 
-/// The sums of an edge.
+/// The sums of one edge.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 struct Sums {
     connections: u64,
@@ -119,14 +119,14 @@ struct Sums {
 /// A TCP socket or a UDP flow.
 type Key = (Protocol, u64, SocketAddr);
 
-/// Counts events.
+/// Sums up the events by edge.
 struct Map {
     edges: HashMap<Edge, Sums>,
     max: usize,
     /// The sums of all edges beyond `max`.
     other: Sums,
     growth: Growth,
-    /// Live connections. The edge is unknown as long as the connection waits to be accepted.
+    /// Live connections. The edge is `None` until a process accepts the connection.
     live: LruCache<Key, (Direction, Option<Edge>)>,
 }
 
@@ -205,7 +205,7 @@ impl Map {
         sums.rx_bytes += rx_bytes;
     }
 
-    /// The edges with most bytes first.
+    /// Returns the report, the edges with the most bytes first.
     fn report(self, stats: Stats) -> Report {
         let edges = self.edges.into_iter().map(|(edge, sums)| Line {
             process: edge.process.map(|comm| comm.to_string()),
@@ -231,7 +231,7 @@ impl Map {
     }
 }
 
-/// What is printed.
+/// The content of the output.
 #[derive(Debug, Serialize)]
 struct Report {
     edges: Vec<Line>,
@@ -329,7 +329,8 @@ impl Report {
         row(["(others)", "", "", "", "", &connections, &tx, &rx])
     }
 
-    /// An arrow points from the side that began to the other one.
+    /// Writes a Graphviz graph. An arrow points from the side that opened the connection to the
+    /// other side.
     fn dot(&self, out: &mut impl Write) -> io::Result<()> {
         writeln!(
             out,
@@ -377,7 +378,7 @@ impl Report {
     }
 }
 
-/// A string of Graphviz.
+/// Returns the text as a quoted string of Graphviz.
 fn quoted(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
@@ -388,7 +389,7 @@ mod tests {
 
     use super::*;
 
-    /// An event of a TCP socket, as JSON has it.
+    /// Returns an event of a TCP socket, deserialized from JSON.
     fn tcp(id: u64, comm: &str, remote: &str, kind: serde_json::Value, bytes: u64) -> Event {
         serde_json::from_value(json!({
             "time": "2026-01-31T12:00:00Z", "uptime_ns": 0, "kind": kind,
@@ -419,7 +420,8 @@ mod tests {
         text.lines().skip(1).map(words).collect()
     }
 
-    /// Two clients of one server, each with a port of its own; the acceptor is the owner.
+    /// Returns the events of two connections to one server, each from its own client port. The
+    /// process that accepts becomes the owner.
     fn served() -> Vec<Event> {
         let accept = || json!({"type": "accept"});
         let close = || change("LAST_ACK", "CLOSE");
@@ -449,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_no_room_is_summed_up() {
+    fn edges_beyond_the_maximum_are_summed_up() {
         let open = || change("SYN_SENT", "ESTABLISHED");
         let mut events = served();
         events.push(tcp(3, "curl", "10.0.0.2:80", open(), 0));

@@ -1,4 +1,4 @@
-//! What this machine allows: kernel, privileges, limits, and the hooks that each tracer gets.
+//! The command `doctor`: kernel, privileges, limits, and the hooks that each tracer can attach.
 
 use std::{
     env::consts::ARCH,
@@ -10,27 +10,30 @@ use std::{
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use tcp_udp_trace::{Error, Hook, TcpTracer, UdpTracer};
 
-/// Check what this machine allows, and print how to get more.
+/// Check whether the tracers can start on this machine, and print advice.
 ///
-/// It prints the kernel, the privileges and limits of this process, and the hooks that each tracer
-/// gets. A line with `note:` is a cost of a hook, and a line with `->` is advice. The exit code is 0
-/// if both tracers start, and else that of the first that does not.
+/// The command prints the kernel, the privileges and limits of this process, and the hooks that
+/// each tracer attaches. A line with `note:` names a cost of a hook. A line with `->` is advice.
+///
+/// The exit code is 0 if both tracers start. Otherwise it is the exit code of the first error.
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 
-/// A capability: its number in `capability.h`, its name, and what is missing without it.
+/// Capabilities: the number in `capability.h`, the name, and the consequence of its absence.
 #[rustfmt::skip]
 const CAPABILITIES: &[(u32, &str, &str)] = &[
     (39, "CAP_BPF", "no tracer starts"),
     (38, "CAP_PERFMON", "no tracer starts"),
     (12, "CAP_NET_ADMIN", "the UDP tracer does not start"),
-    (21, "CAP_SYS_ADMIN", "sockets of other network namespaces are not sampled; tracefs must be mounted; with \
-                           kernel.perf_event_paranoid over 2 there are no kprobes and no classic tracepoints"),
-    (19, "CAP_SYS_PTRACE", "network namespaces of other users' processes are not sampled; their process details may be absent"),
-    (2, "CAP_DAC_READ_SEARCH", "only root can read tracefs, which gives better hooks"),
+    (21, "CAP_SYS_ADMIN", "sockets of other network namespaces are not sampled; tracefs must be \
+                           mounted already; with kernel.perf_event_paranoid over 2 there are no \
+                           kprobes and no classic tracepoints"),
+    (19, "CAP_SYS_PTRACE", "network namespaces of other users' processes are not sampled; their \
+                            process details may be absent"),
+    (2, "CAP_DAC_READ_SEARCH", "only root can read tracefs, which enables better hooks"),
 ];
 
-/// A check of the machine: its name, its result, and what to do about it.
+/// A check of the machine: its name, its result, and advice.
 struct Check {
     name: &'static str,
     result: String,
@@ -111,11 +114,11 @@ fn print_hooks(
     Ok(())
 }
 
-/// What to do about a note that has this word in it.
+/// A word of a note, and the advice for notes that contain the word.
 const ADVICE: &[(&str, &str)] = &[
     (
         "no kprobes",
-        "a kernel with CONFIG_KPROBES, and CAP_SYS_ADMIN if kernel.perf_event_paranoid is over 2, gives more",
+        "kprobes need CONFIG_KPROBES, and CAP_SYS_ADMIN if kernel.perf_event_paranoid is over 2",
     ),
     ("tracefs", MOUNT_TRACEFS),
     (
@@ -127,7 +130,7 @@ const ADVICE: &[(&str, &str)] = &[
 const MOUNT_TRACEFS: &str = "mount -t tracefs nodev /sys/kernel/tracing, and let this user read it";
 
 fn checks() -> Vec<Check> {
-    // A file that this kernel lacks has no influence.
+    // An absent file counts as empty.
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let status = read("/proc/self/status");
     let lockdown = read("/sys/kernel/security/lockdown");
@@ -149,13 +152,13 @@ fn checks() -> Vec<Check> {
         ),
         Check::new("BTF", if has_btf { "/sys/kernel/btf/vmlinux" } else { "absent" }).advise(
             !has_btf,
-            "tracing needs a kernel with CONFIG_DEBUG_INFO_BTF, as most distributions have, and a mounted /sys",
+            "tracing needs a mounted /sys, and a kernel with CONFIG_DEBUG_INFO_BTF (most distributions)",
         ),
         capabilities(&status),
         Check::new("user namespace", if is_whole_range { "initial" } else { "not the initial one" })
             .advise(
                 !is_whole_range,
-                "capabilities of a user namespace do not count: run it outside of the rootless container",
+                "capabilities of a user namespace do not count: run outside of the rootless container",
             ),
         Check::new("seccomp", if has_seccomp { "a filter" } else { "no filter" }).advise(
             has_seccomp,
@@ -184,7 +187,7 @@ fn tracefs_advice(status: &str) -> &'static str {
     }
 }
 
-/// A field of `/proc/self/status`.
+/// Returns the value of a field of `/proc/self/status`.
 fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
     let mut values = status.lines().filter_map(|line| line.strip_prefix(name));
     values.next().map(str::trim)
@@ -212,7 +215,7 @@ fn capabilities(status: &str) -> Check {
     })
 }
 
-/// The major and the minor number of a kernel.
+/// Returns the major and the minor version of a kernel release.
 fn version(release: &str) -> (u32, u32) {
     let mut numbers = release
         .split(|letter: char| !letter.is_ascii_digit())
@@ -245,16 +248,16 @@ fn locked_memory(release: &str) -> Check {
 }
 
 fn open_files() -> Check {
-    // 80 for each tracer, and some for the program.
+    // 80 file descriptors for each tracer, and some for the program.
     const NEEDED: u64 = 200;
     let limit = limit(Resource::RLIMIT_NOFILE);
     Check::new("open files", amount(limit)).advise(
         limit.is_some_and(|limit| limit < NEEDED),
-        format!("both tracers together need about {NEEDED}: ulimit -n {NEEDED}"),
+        format!("both tracers together need about {NEEDED} file descriptors: ulimit -n {NEEDED}"),
     )
 }
 
-/// Whether a file system of this type is mounted.
+/// Checks whether a file system of this type is mounted.
 fn mount(name: &'static str, mounts: &str, kind: &str, advice: &str) -> Check {
     let points = mounts.lines().filter_map(|line| {
         let mut words = line.split(' ').skip(1);

@@ -1,4 +1,4 @@
-//! From totals to what was added.
+//! Converts the totals of events into increments.
 
 use std::{net::SocketAddr, num::NonZeroUsize};
 
@@ -11,7 +11,7 @@ type Key = (Protocol, u64, SocketAddr);
 /// Turns the totals of events into increments for counters. Bytes from before the tracer started
 /// are not counted.
 ///
-/// It remembers as many sockets and flows as the tracers do by default.
+/// The number of tracked sockets and flows is the tracers' default.
 #[derive(Debug)]
 pub(crate) struct Growth {
     known: LruCache<Key, Traffic>,
@@ -33,18 +33,19 @@ impl Growth {
         let key = (socket.protocol, socket.id, socket.remote);
         let before = match (socket.protocol, &event.kind) {
             (_, EventKind::Lost { .. } | EventKind::ConnectFailed { .. }) => return (0, 0),
-            // The first event of a socket is its beginning, with no bytes, or the socket is older.
+            // The first event of a socket has no bytes yet, unless the socket is older than the
+            // tracer.
             (Protocol::Tcp, _) => self.known.put(key, total).unwrap_or(total),
             // Flows are counted from their first datagram that the tracer saw.
             (_, EventKind::Flow { .. }) => self.known.put(key, total).unwrap_or_default(),
-            // Other events of a UDP socket have the totals of all its flows.
+            // Other events of a UDP socket carry the totals of all its flows.
             _ => return (0, 0),
         };
         let is_last = matches!(event.kind, EventKind::Flow { last: true, .. });
         if event.is_end() || is_last {
             self.known.pop(&key);
         }
-        // Fewer than before: the report in which the flow ended was lost, and it has begun again.
+        // A smaller total: the flow's last report was lost, and the flow has started again.
         let since = |total: u64, before| total.checked_sub(before).unwrap_or(total);
         (
             since(total.tx_bytes, before.tx_bytes),

@@ -1,8 +1,8 @@
-//! The command `tcp-udp-trace`: the library's events as text, as a screen, as files, as metrics.
+//! The program `tcp-udp-trace`: shows the library's events as text, screen, files or metrics.
 #![allow(
     clippy::print_stderr,
     clippy::print_stdout,
-    reason = "it is a program for a terminal, or a service"
+    reason = "this is a program for a terminal, or a service"
 )]
 
 mod depmap;
@@ -10,7 +10,7 @@ mod doctor;
 mod growth;
 #[expect(
     dead_code,
-    reason = "it has a `main` of its own as the library's example"
+    reason = "as an example of the library, the file has its own `main`"
 )]
 mod life;
 mod ndjson;
@@ -19,7 +19,7 @@ mod prometheus;
 mod top;
 #[expect(
     dead_code,
-    reason = "it has a `main` of its own as the library's example"
+    reason = "as an example of the library, the file has its own `main`"
 )]
 mod trace;
 
@@ -29,8 +29,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::Context as _;
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand, error::ErrorKind::InvalidValue};
 use clap_complete::Shell;
 use futures_util::TryFutureExt as _;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -39,15 +38,15 @@ use tokio::signal::unix::{SignalKind, signal};
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0   The command did its work, or was ended by a signal, or its reader has gone away.
-  1   It failed; standard error says why.
-  2   The command line is wrong, or a filter or a setting in it.
-  77  A privilege is missing; standard error names it.";
+  0   The command succeeded, a signal ended it, or the reader of its output went away.
+  1   The command failed. Standard error has the reason.
+  2   The command line or the value of an option is invalid.
+  77  A privilege is missing. Standard error names it.";
 
-/// Trace the TCP and UDP sockets of this machine: who talks to whom, and how much.
+/// Trace the TCP and UDP sockets of this machine: processes, peers and byte counts.
 ///
 /// Tracing needs root, or CAP_BPF, CAP_PERFMON and, for UDP, CAP_NET_ADMIN. `tcp-udp-trace doctor`
-/// says what this machine allows.
+/// checks whether the tracers can start on this machine.
 #[derive(Parser)]
 #[command(name = "tcp-udp-trace", version, after_help = EXIT_CODES)]
 struct Cli {
@@ -69,7 +68,7 @@ enum Command {
     ///
     /// To read it: `tcp-udp-trace man top | man -l -`
     Man {
-        /// The command; the program itself if none is named.
+        /// The command. Default: the program itself.
         command: Option<String>,
     },
     /// Print a completion script for a shell.
@@ -84,7 +83,7 @@ enum Command {
 #[tokio::main]
 async fn main() -> ExitCode {
     let command = Cli::parse().command;
-    // Before Linux 5.11, maps count against this limit. Without the privilege it stays as it is.
+    // Before Linux 5.11, maps count against this limit. Raising it fails without the privilege.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     match run(command).await {
         Ok(()) => ExitCode::SUCCESS,
@@ -95,7 +94,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// As [`EXIT_CODES`] documents them.
+/// Returns the exit code of an error, as documented in [`EXIT_CODES`].
 fn exit_code(error: &anyhow::Error) -> ExitCode {
     let kind = error
         .chain()
@@ -131,7 +130,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
     }
 }
 
-/// Converts the error of an example. Boxed, its type could not be found again.
+/// Converts the error of an example. [`exit_code`] could not downcast the boxed error.
 fn unboxed(error: Box<dyn Error + Send + Sync>) -> anyhow::Error {
     match error.downcast::<tcp_udp_trace::Error>() {
         Ok(error) => (*error).into(),
@@ -171,10 +170,13 @@ fn man(command: Option<&str>) -> anyhow::Result<()> {
     let mut cli = Cli::command();
     cli.build();
     let command = match command {
-        Some(name) => cli
-            .find_subcommand(name)
-            .with_context(|| format!("there is no command {name:?}"))?
-            .clone(),
+        Some(name) => match cli.find_subcommand(name) {
+            Some(command) => command.clone(),
+            None => {
+                let message = format!("there is no command {name:?}");
+                cli.error(InvalidValue, message).exit()
+            }
+        },
         None => cli,
     };
     clap_mangen::Man::new(command).render(&mut io::stdout().lock())?;
@@ -182,7 +184,7 @@ fn man(command: Option<&str>) -> anyhow::Result<()> {
 }
 
 fn completions(shell: Shell) -> anyhow::Result<()> {
-    // `generate` panics when its output is closed.
+    // `generate` panics if it cannot write, as to a closed pipe.
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "tcp-udp-trace", &mut script);
     io::stdout().lock().write_all(&script)?;
@@ -203,7 +205,7 @@ fn stop_at_signal(handles: Vec<TracerHandle>) -> io::Result<()> {
     Ok(())
 }
 
-/// The protocol of an event, as metrics call it.
+/// Returns the protocol of an event as the value of a metric's label.
 fn transport(event: &Event) -> &'static str {
     match event.socket.protocol {
         Protocol::Udp => "udp",

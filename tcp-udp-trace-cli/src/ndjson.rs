@@ -1,7 +1,9 @@
-//! The events of the machine as JSON, one a line, in a file that is set aside when it is full.
+//! The command `ndjson`: writes the events of the machine to a file, one JSON object per line, and
+//! rotates the file when it is full.
 //!
-//! `FILE` is written; full, it becomes `FILE.1`, what was `FILE.1` becomes `FILE.2`, and so on. A line is never in two files, and what had
-//! happened before SIGTERM or Ctrl-C is in the file when the program ends.
+//! The program writes to `FILE`. A full `FILE` is renamed to `FILE.1`, `FILE.1` to `FILE.2`, and so
+//! on. A line is never split over two files. When the program ends, the file has all events from
+//! before SIGTERM or Ctrl-C.
 //!
 //! ```text
 //! tcp-udp-trace ndjson events.ndjson --max-bytes 100000000 --keep 5
@@ -24,12 +26,12 @@ use tcp_udp_trace::{Event, Filter, TcpTracer, UdpTracer};
 /// Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The file; what it has already stays.
+    /// The file to append to.
     file: PathBuf,
-    /// How large it may become. Only a line that is longer by itself makes it larger.
+    /// The largest size of the file in bytes. Only a single line that is longer may exceed it.
     #[arg(long, value_name = "N", default_value_t = 100_000_000)]
     max_bytes: u64,
-    /// How many full files are kept.
+    /// How many full files to keep.
     #[arg(long, value_name = "N", default_value = "5")]
     keep: NonZeroU32,
     /// Only events that pass this filter, such as "comm=nginx kind=state_change,accept".
@@ -37,7 +39,7 @@ pub(crate) struct Args {
     filter: Filter,
 }
 
-/// How many events are written before the file is flushed, if there are always more.
+/// The most events that are written before the file is flushed.
 const BATCH: usize = 1024;
 
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
@@ -49,7 +51,8 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     eprintln!("ready");
     let mut batches = stream::select(&mut tcp, &mut udp).ready_chunks(BATCH);
     while let Some(events) = batches.next().await {
-        // This blocks the thread for as long as the disk does. Events wait meanwhile, and what has no room is counted.
+        // Writing blocks the thread. Events wait in the queues meanwhile, and the tracers count
+        // those that a full queue sheds.
         for event in &events {
             log.write(event)?;
         }
@@ -62,7 +65,8 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether the file has only whole lines: who wrote it before may have been killed.
+/// Returns whether the file has only whole lines. An earlier writer may have been killed in the
+/// middle of a line.
 fn ends_a_line(file: &File) -> io::Result<bool> {
     let mut last = [b'\n'];
     if let Some(end) = file.metadata()?.len().checked_sub(1) {
@@ -71,14 +75,14 @@ fn ends_a_line(file: &File) -> io::Result<bool> {
     Ok(last == [b'\n'])
 }
 
-/// A file of lines that is set aside before it would become too large.
+/// A file of lines that is rotated before it becomes too large.
 struct Log {
     path: PathBuf,
     max_bytes: u64,
     keep: u32,
     file: BufWriter<File>,
     size: u64,
-    /// Used again for each line.
+    /// A buffer that is reused for each line.
     line: Vec<u8>,
 }
 
@@ -131,7 +135,7 @@ impl Log {
         Ok(())
     }
 
-    /// `FILE.NUMBER`.
+    /// Returns the path `FILE.NUMBER`.
     fn number(&self, number: u32) -> PathBuf {
         let mut path = self.path.clone().into_os_string();
         path.push(format!(".{number}"));

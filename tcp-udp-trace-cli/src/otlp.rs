@@ -1,10 +1,13 @@
-//! Sends what the machine's processes send and receive as metrics, and each TCP connection that ends as a log record, to an OpenTelemetry
-//! collector, by OTLP over gRPC.
+//! The command `otlp`: sends the traffic of the machine's processes as metrics, and each TCP
+//! connection that ends as a log record, to an OpenTelemetry collector, by OTLP over gRPC.
 //!
-//! The environment variables of OpenTelemetry say where and how often: `OTEL_EXPORTER_OTLP_ENDPOINT` (`http://localhost:4317`),
-//! `OTEL_METRIC_EXPORT_INTERVAL` (60000 ms), `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`. Of 2,000 executables' metrics each is told
-//! apart, those beyond are summed up (`otel.metric.overflow`). A log record waits in a queue of `OTEL_BLRP_MAX_QUEUE_SIZE` (2,048) for the
-//! collector, and finds no place there if that is full.
+//! The environment variables of OpenTelemetry configure the export (in brackets the default):
+//! `OTEL_EXPORTER_OTLP_ENDPOINT` (`http://localhost:4317`), `OTEL_METRIC_EXPORT_INTERVAL`
+//! (60000 ms), `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`.
+//!
+//! Each metric has at most 2,000 sets of attributes. The rest is summed up
+//! (`otel.metric.overflow`). A log record waits for the collector in a queue of
+//! `OTEL_BLRP_MAX_QUEUE_SIZE` (2,048) records, and is dropped if the queue is full.
 //!
 //! ```text
 //! OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 tcp-udp-trace otlp
@@ -34,7 +37,7 @@ use tcp_udp_trace::{
 };
 use tracing_subscriber::filter::LevelFilter;
 
-/// Send what the machine's processes send and receive to an OpenTelemetry collector.
+/// Send metrics and TCP connections of the machine's processes to an OpenTelemetry collector.
 ///
 /// Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
 #[derive(clap::Args)]
@@ -47,7 +50,7 @@ pub(crate) struct Args {
 const NAME: &str = "tcp-udp-trace";
 
 pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
-    // That the collector cannot be reached, or the tracer must shed events.
+    // Prints warnings, such as that the collector is unreachable, or that a tracer sheds events.
     tracing_subscriber::fmt()
         .with_max_level(LevelFilter::WARN)
         .with_writer(io::stderr)
@@ -66,7 +69,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
         .with_resource(resource)
         .build();
 
-    // Else what is sent to the collector would be an event itself.
+    // Otherwise the traffic to the collector would cause events itself.
     let filter = args.filter.exclude_self();
     let tcp = TcpTracer::builder().filter(filter.clone());
     let mut tcp = tcp.process_details(true).start().await?;
@@ -83,15 +86,15 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     drop(events);
     tcp.close().await?;
     udp.close().await?;
-    // They block until the collector has what is left.
+    // `shutdown` blocks until the collector has received the rest.
     let flushed = tokio::task::spawn_blocking(move || (loggers.shutdown(), meters.shutdown()));
     let (records, metrics) = flushed.await?;
     records
         .and(metrics)
-        .context("the collector has not got everything")
+        .context("the collector has not received everything")
 }
 
-/// What becomes of events.
+/// Turns events into metrics and log records.
 struct Export {
     bytes: Counter<u64>,
     opened: Counter<u64>,
@@ -191,7 +194,7 @@ impl Export {
         record.set_severity_number(Severity::Info);
         record.set_body(event.to_string().into());
         let text = |value: String| AnyValue::from(value);
-        // Above 2⁶³ bytes it may be wrong.
+        // The conversion is exact below 2⁶³.
         let number = |value: u64| AnyValue::Int(value as i64);
         record.add_attributes([
             (attribute::NETWORK_TRANSPORT, "tcp".into()),
@@ -232,7 +235,7 @@ impl Export {
     }
 }
 
-/// What the process runs, or if that is not known, what it calls itself.
+/// Returns the file name of the process's executable. If that is unknown, returns its `comm`.
 fn executable_name(process: Option<&Process>) -> String {
     let Some(process) = process else {
         return "unknown".to_owned();

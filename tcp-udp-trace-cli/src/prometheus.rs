@@ -1,7 +1,9 @@
-//! What the machine's processes send and receive, for Prometheus: `http://127.0.0.1:9798/metrics`.
+//! The command `prometheus`: serves the traffic of the machine's processes as metrics for
+//! Prometheus, at `http://127.0.0.1:9798/metrics`.
 //!
-//! A label costs Prometheus a time series for each of its values, and anybody can start a process with a new name. So only the first 100
-//! names (`--names`) are told apart, and no address or port is a label.
+//! Each value of a label costs Prometheus a time series, and any user can start a process with a
+//! new name. So only the first 100 process names (`--names`) have their own time series, and no
+//! address or port is a label.
 //!
 //! ```text
 //! tcp-udp-trace prometheus --retransmits
@@ -24,15 +26,15 @@ use tcp_udp_trace::{
 };
 use tokio::net::TcpListener;
 
-/// Serve what the machine's processes send and receive as metrics.
+/// Serve the traffic of the machine's processes as metrics for Prometheus.
 ///
 /// Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Where to listen.
+    /// The address to listen on.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:9798")]
     listen: SocketAddr,
-    /// How many names of processes are told apart; the rest together is `other`.
+    /// How many process names have their own metrics. All further names are summed up as `other`.
     #[arg(long, value_name = "N", default_value_t = 100)]
     names: usize,
     /// Count TCP retransmissions.
@@ -77,7 +79,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The name of a process.
+/// The label of a metric by process.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Of {
     process: String,
@@ -90,7 +92,7 @@ struct Bytes {
     direction: &'static str,
 }
 
-/// What is counted of events.
+/// The metrics, and the state that is needed to count them.
 struct Metrics {
     bytes: Family<Bytes, Counter>,
     opened: Family<Of, Counter>,
@@ -100,7 +102,7 @@ struct Metrics {
     connections: Gauge,
 
     growth: Growth,
-    /// The connections that are open, by socket.
+    /// The open connections, by socket id.
     open: HashSet<u64>,
     names: HashSet<Comm>,
     max_names: usize,
@@ -144,7 +146,7 @@ impl Metrics {
             ),
             (
                 "tcp_retransmits",
-                "TCP segments sent again, if --retransmits",
+                "TCP segments retransmitted, counted only with --retransmits",
                 &metrics.retransmits,
             ),
         ] {
@@ -152,7 +154,7 @@ impl Metrics {
         }
         registry.register(
             "tcp_connections",
-            "TCP connections that are open, each end on this machine is one",
+            "Open TCP connections, counted once for each end on this machine",
             metrics.connections.clone(),
         );
         metrics
@@ -184,7 +186,7 @@ impl Metrics {
             EventKind::Sample {
                 info: SampleInfo::Tcp(info),
             } if info.state == Established as u8 => {
-                // One that is older than the tracer.
+                // The connection may be older than the tracer.
                 self.open.insert(event.socket.id);
             }
             EventKind::ConnectFailed { .. } if event.socket.protocol == Protocol::Tcp => {
@@ -208,7 +210,7 @@ impl Metrics {
         }
     }
 
-    /// The owner's name, if there are not too many.
+    /// Returns the owner's name, or `other` if there are already `max_names` names.
     fn name(&mut self, event: &Event) -> String {
         let Some(process) = &event.process else {
             return "unknown".to_owned();
@@ -223,7 +225,7 @@ impl Metrics {
     }
 }
 
-/// What the tracers themselves have missed, as they tell when they are asked.
+/// The tracers' statistics, which are read at each scrape.
 #[derive(Debug)]
 struct Losses([TracerHandle; 2]);
 
@@ -236,12 +238,12 @@ impl Collector for Losses {
         for (name, help, count) in [
             (
                 "tracer_events_delivered",
-                "Events that were counted here",
+                "Events that the tracers delivered to this program",
                 sum.delivered,
             ),
             (
                 "tracer_events_lost_ring",
-                "Events lost because the machine was too busy",
+                "Events lost because the buffer between kernel and reader was full",
                 sum.ring_lost,
             ),
             (
@@ -251,7 +253,7 @@ impl Collector for Losses {
             ),
             (
                 "tracer_sockets_untracked",
-                "Sockets that found no room to be remembered",
+                "Times that a hook had no room to track a socket",
                 sum.untracked,
             ),
             (

@@ -1,4 +1,4 @@
-//! The program around its commands: exit codes, `doctor`, `man`, `completions`, and plain pipes.
+//! Tests of the whole program: exit codes, `doctor`, `man`, `completions`, and output to pipes.
 
 use std::{
     fs,
@@ -11,7 +11,10 @@ use crate::tool::{Folder, PROGRAM};
 
 fn run(args: &[&str]) -> anyhow::Result<Output> {
     let mut command = Command::new(PROGRAM);
-    command.args(args).output().context("cannot start it")
+    command
+        .args(args)
+        .output()
+        .context("cannot start the program")
 }
 
 fn stdout_of(args: &[&str]) -> anyhow::Result<String> {
@@ -20,9 +23,9 @@ fn stdout_of(args: &[&str]) -> anyhow::Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-pub(crate) fn doctor_is_content_here() -> anyhow::Result<()> {
+pub(crate) fn doctor_reports_that_both_tracers_start() -> anyhow::Result<()> {
     let text = stdout_of(&["doctor"])?;
-    for wanted in [
+    for expected in [
         "\ntcp: starts",
         "\nudp: starts",
         "\nBTF ",
@@ -30,14 +33,14 @@ pub(crate) fn doctor_is_content_here() -> anyhow::Result<()> {
         "  state ",
         "  send ",
     ] {
-        ensure!(text.contains(wanted), "no {wanted:?} in {text}");
+        ensure!(text.contains(expected), "no {expected:?} in {text}");
     }
     Ok(())
 }
 
 /// The exit code shows that a capability is missing, and the message names it.
 pub(crate) fn missing_privilege_has_its_exit_code() -> anyhow::Result<()> {
-    // Root without capabilities may not be let into the folder of the build.
+    // Root without capabilities may have no access to the build folder.
     let folder = Folder::new("privilege")?;
     let program = folder.path().join("tcp-udp-trace");
     fs::copy(PROGRAM, &program)?;
@@ -61,6 +64,7 @@ pub(crate) fn wrong_command_line_has_its_exit_code() -> anyhow::Result<()> {
         &["trace", "--filter", "port=x"],
         &["life", "--filter", "pid_tree=4194303"],
         &["depmap", "--json", "--dot"],
+        &["man", "no-such-command"],
     ] {
         let output = run(args)?;
         ensure!(output.status.code() == Some(2), "{args:?}: {output:?}");

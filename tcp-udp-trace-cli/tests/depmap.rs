@@ -1,4 +1,4 @@
-//! `depmap`: each process and its peers, with the bytes and connections that the test made.
+//! Tests of `depmap`: each process and its peers, with the bytes and connections of the test.
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
@@ -8,8 +8,8 @@ use crate::{
     traffic::{Pair, datagrams, here},
 };
 
-/// Runs it beside two connections and a UDP flow of three datagrams. Returns the server's TCP port
-/// and the lines.
+/// Runs `depmap` during two connections and a UDP flow of three datagrams. Returns the server's TCP
+/// port and the lines of the output.
 fn run(format: &[&str]) -> anyhow::Result<(u16, Vec<String>)> {
     let filter = format!("{} comm=map-client,map-server", here()?);
     let args = [&["--duration", "60", "--filter", &filter], format].concat();
@@ -19,7 +19,7 @@ fn run(format: &[&str]) -> anyhow::Result<(u16, Vec<String>)> {
     pair.connection(23, 0)?;
     pair.fail_to_connect()?;
     datagrams("map-client", "map-server", &[7, 0, 900])?;
-    // Long before the minute is over.
+    // The signal comes long before the duration of 60 seconds is over.
     tool.terminate()?;
     Ok((pair.listener.local.port(), tool.output.rest()))
 }
@@ -39,19 +39,19 @@ pub(crate) fn client_and_server_have_the_bytes() -> anyhow::Result<()> {
         edge.with_context(|| format!("no {process} {direction} in {edges:#?}"))
     };
     ensure!(edges.len() == 4, "{edges:#?}");
-    let wanted = json!({
+    let expected = json!({
         "process": "map-client", "protocol": "tcp", "direction": "out", "peer": "127.0.0.1",
         "port": port, "connections": 2, "tx_bytes": 100_023, "rx_bytes": 5,
     });
     let client = edge("map-client", "tcp", "out")?;
-    ensure!(client == wanted, "{client:#} instead of {wanted:#}");
-    // The server's port, though each client had another.
-    let wanted = json!({
+    ensure!(client == expected, "{client:#} instead of {expected:#}");
+    // The port is the server's: the two clients' ports differ.
+    let expected = json!({
         "process": "map-server", "protocol": "tcp", "direction": "in", "peer": "127.0.0.1",
         "port": port, "connections": 2, "tx_bytes": 5, "rx_bytes": 100_023,
     });
     let server = edge("map-server", "tcp", "in")?;
-    ensure!(server == wanted, "{server:#} instead of {wanted:#}");
+    ensure!(server == expected, "{server:#} instead of {expected:#}");
     let (client, server) = (
         edge("map-client", "udp", "out")?,
         edge("map-server", "udp", "in")?,
@@ -72,8 +72,8 @@ pub(crate) fn other_formats_have_the_same() -> anyhow::Result<()> {
     let (port, lines) = run(&[])?;
     let words = |line: &String| line.split_whitespace().collect::<Vec<_>>().join(" ");
     let lines: Vec<_> = lines.iter().map(words).collect();
-    let wanted = format!("map-client tcp out 127.0.0.1 {port} 2 100023 5");
-    ensure!(lines.len() == 5 && lines.contains(&wanted), "{lines:#?}");
+    let expected = format!("map-client tcp out 127.0.0.1 {port} 2 100023 5");
+    ensure!(lines.len() == 5 && lines.contains(&expected), "{lines:#?}");
 
     let (port, lines) = run(&["--dot"])?;
     let graph = lines.join("\n");

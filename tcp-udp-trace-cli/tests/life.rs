@@ -1,4 +1,4 @@
-//! `life`: one line for each connection, with the bytes that were sent.
+//! Tests of `life`: one line for each connection, with the bytes that were sent.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -22,7 +22,7 @@ pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
         ends.push(format!("{near} life client {client} {server} {up} {down}"));
         ends.push(format!("{far} life-server {server} {client} {down} {up}"));
     }
-    // No connections: nothing may be said of these.
+    // A failed attempt and a listener are no connections: they must not have a line.
     pair.fail_to_connect()?;
     pair.server.close(&pair.listener)?;
     tool.terminate()?;
@@ -43,8 +43,8 @@ pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Its duration is unknown, so it is marked.
-pub(crate) fn connection_that_was_there_before_is_marked() -> anyhow::Result<()> {
+/// Checks the mark `>` of a connection whose duration is unknown.
+pub(crate) fn connection_older_than_the_tracer_is_marked() -> anyhow::Result<()> {
     let mut pair = Pair::new("old client", "old-server")?;
     let old = pair.connect()?;
     let mut tool = Tool::start("life", &["--filter", &here()?])?;
@@ -64,7 +64,7 @@ pub(crate) fn connection_that_was_there_before_is_marked() -> anyhow::Result<()>
     Ok(())
 }
 
-/// As in `life | head -1`, though no connection ends.
+/// Checks that `life` ends after its reader, as in `life | head -1`, even if no connection ends.
 pub(crate) fn ends_when_its_reader_does() -> anyhow::Result<()> {
     let mut life = Command::new(PROGRAM)
         .args(["life", "--filter", "port=1"])

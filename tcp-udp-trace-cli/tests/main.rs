@@ -1,8 +1,9 @@
-//! Each command, run on real traffic, and its output compared with what was sent. Run as root; takes
-//! the arguments of `cargo test`.
+//! Runs each command on real traffic, and compares its output with the traffic.
+//!
+//! The tests need root. The program takes the arguments of `cargo test`.
 #![allow(
     clippy::unwrap_used,
-    reason = "a test fails by panicking, and so its threads"
+    reason = "a test fails by a panic, also in its threads"
 )]
 
 use std::process::ExitCode;
@@ -12,7 +13,7 @@ use integration_tests::{
     suite::{Needs, Test},
 };
 
-/// Tests, named after their module and their function.
+/// Makes tests, named after their module and their function.
 macro_rules! tests {
     ($($topic:ident :: $name:ident),+ $(,)?) => {
         [$(Test {
@@ -45,19 +46,19 @@ fn main() -> ExitCode {
         trace::ends_after_its_duration,
         trace::ends_when_its_reader_does,
         life::each_connection_is_one_line,
-        life::connection_that_was_there_before_is_marked,
+        life::connection_older_than_the_tracer_is_marked,
         life::ends_when_its_reader_does,
         depmap::client_and_server_have_the_bytes,
         depmap::other_formats_have_the_same,
-        command::doctor_is_content_here,
+        command::doctor_reports_that_both_tracers_start,
         command::missing_privilege_has_its_exit_code,
         command::wrong_command_line_has_its_exit_code,
         command::manual_and_completions_are_complete,
         command::pipe_gets_no_escapes,
         top::pipe_is_refused,
         ndjson::no_line_is_lost_or_cut,
-        ndjson::old_files_go,
-        ndjson::what_was_there_stays,
+        ndjson::oldest_files_are_removed,
+        ndjson::existing_content_is_kept,
         prometheus::counters_have_the_bytes,
         prometheus::retransmissions_are_counted,
         otlp::collector_gets_everything_by_the_end,

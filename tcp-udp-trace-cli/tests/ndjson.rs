@@ -1,4 +1,4 @@
-//! `ndjson`: every event is one whole line of one of the files, and old files go.
+//! Tests of `ndjson`: every event is one whole line in one file, and the oldest files are removed.
 
 use std::{
     collections::BTreeSet,
@@ -16,9 +16,10 @@ use crate::{
 
 const CONNECTIONS: u64 = 40;
 
-/// Runs it beside this traffic: what it counted at the end.
+/// Runs `ndjson` during traffic. Returns the bytes (sent, received) of each socket, and the final
+/// statistics.
 fn run(file: &Path, max_bytes: u64, keep: u32) -> anyhow::Result<(BTreeSet<(u64, u64)>, Stats)> {
-    let (filter, file) = (here()?, file.to_str().context("a path that is no text")?);
+    let (filter, file) = (here()?, file.to_str().context("the path is not UTF-8")?);
     let (max_bytes, keep) = (max_bytes.to_string(), keep.to_string());
     let args = [
         file,
@@ -39,12 +40,12 @@ fn run(file: &Path, max_bytes: u64, keep: u32) -> anyhow::Result<(BTreeSet<(u64,
     }
     datagrams("json-client", "json-server", &[0, 1, 1000])?;
     sent.extend([(1001, 0), (0, 1001)]);
-    // Nothing to wait for: what has happened by now must be in the files.
+    // No wait: all events until now must be in the files.
     tool.terminate()?;
     Ok((sent, tool.stats()?))
 }
 
-/// `FILE`, `FILE.1` and so on.
+/// Returns `FILE`, `FILE.1` and so on.
 fn number(file: &Path, number: usize) -> PathBuf {
     match number {
         0 => file.to_owned(),
@@ -64,7 +65,7 @@ pub(crate) fn no_line_is_lost_or_cut() -> anyhow::Result<()> {
     ensure!(files.len() > 10, "only {} files", files.len());
     ensure!(folder.count()? == files.len());
     let (mut events, mut gaps) = (Vec::<Event>::new(), 0);
-    // The oldest first.
+    // The oldest file first.
     for path in files.iter().rev() {
         let text = fs::read_to_string(path)?;
         ensure!(text.len() as u64 <= MAX_BYTES && text.ends_with('\n'));
@@ -83,10 +84,10 @@ pub(crate) fn no_line_is_lost_or_cut() -> anyhow::Result<()> {
         "{stats:?}"
     );
     let ends = events.iter().filter(|event| event.is_end());
-    let told: BTreeSet<_> = ends
+    let reported: BTreeSet<_> = ends
         .map(|event| (event.traffic.tx_bytes, event.traffic.rx_bytes))
         .collect();
-    ensure!(told == sent, "{told:?} instead of {sent:?}");
+    ensure!(reported == sent, "{reported:?} instead of {sent:?}");
     for protocol in [tcp_udp_trace::Protocol::Tcp, tcp_udp_trace::Protocol::Udp] {
         let of_one = events
             .iter()
@@ -98,7 +99,7 @@ pub(crate) fn no_line_is_lost_or_cut() -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(crate) fn old_files_go() -> anyhow::Result<()> {
+pub(crate) fn oldest_files_are_removed() -> anyhow::Result<()> {
     let folder = Folder::new("ndjson-keep")?;
     let file = folder.path().join("events");
     for _ in 0..2 {
@@ -114,8 +115,9 @@ pub(crate) fn old_files_go() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A run goes on where the one before has ended; or with a new line, if that was killed in the middle of one.
-pub(crate) fn what_was_there_stays() -> anyhow::Result<()> {
+/// Checks that a run appends to the file. If an earlier run was killed in the middle of a line, the
+/// run starts a new line.
+pub(crate) fn existing_content_is_kept() -> anyhow::Result<()> {
     const CUT: &str = "{\"time\":";
     let folder = Folder::new("ndjson-stays")?;
     let file = folder.path().join("events");

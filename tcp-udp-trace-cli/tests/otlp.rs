@@ -1,4 +1,4 @@
-//! `otlp`, and a collector that takes what it sends: the counters and the records are what was sent.
+//! Tests of `otlp` with a collector: the counters and log records match the traffic.
 
 use std::{
     collections::BTreeMap,
@@ -35,7 +35,7 @@ use crate::{
     traffic::{Pair, datagrams, here},
 };
 
-/// What a collector has got.
+/// A collector of metrics and log records.
 #[derive(Debug, Clone, Default)]
 struct Collector(Arc<Mutex<Collected>>);
 
@@ -123,7 +123,7 @@ impl LogsService for Collector {
 }
 
 pub(crate) fn collector_gets_everything_by_the_end() -> anyhow::Result<()> {
-    // Client and server are the same program: this one.
+    // This program is both client and server.
     let us = this_program()?;
     check(&mut Command::new(PROGRAM), [&us, &us])
 }
@@ -134,10 +134,11 @@ fn this_program() -> anyhow::Result<String> {
     Ok(name.to_string_lossy().into_owned())
 }
 
-/// Those that the manifests in `deploy/` grant. Where the kernel's side does not report it, what processes with more privileges run is not
-/// known then, only what they are called.
+/// Checks `otlp` with the three capabilities that the manifests in `deploy/` grant. If the eBPF
+/// programs cannot report executables on this kernel, those of processes with more privileges are
+/// unknown, and `otlp` falls back to their `comm`.
 pub(crate) fn three_capabilities_are_enough() -> anyhow::Result<()> {
-    // Where it was built, root may not be let in without its capabilities.
+    // Root without capabilities may have no access to the build folder.
     let folder = Folder::new("otlp")?;
     let program = folder.path().join("otlp");
     fs::copy(PROGRAM, &program)?;
@@ -155,11 +156,11 @@ pub(crate) fn three_capabilities_are_enough() -> anyhow::Result<()> {
     check(&mut command, names)
 }
 
-/// Whether the collector gets everything that this command, which runs the program, sees of a client and a server; and that these are the
-/// names of their executables.
+/// Runs `otlp` by this command, during traffic of a client and a server with these executable
+/// names. Checks the sums and log records that the collector received.
 fn check(command: &mut Command, names: [&str; 2]) -> anyhow::Result<()> {
     let collector = Collector::default();
-    // Its threads are in the network namespace of this one.
+    // The runtime's threads inherit the network namespace of this thread.
     let runtime = Runtime::new()?;
     let endpoint = {
         let _context = runtime.enter();
@@ -180,11 +181,11 @@ fn check(command: &mut Command, names: [&str; 2]) -> anyhow::Result<()> {
     let client = pair.connection(100_000, 5)?;
     let open = pair.connect()?;
     pair.exchange(&open, 7, 8)?;
-    // What an executable is called can be found out only as long as it runs.
+    // The name of an executable can be looked up only while the process runs.
     let _alive = datagrams("otlp-client", "otlp-server", &[1, 0, 300])?;
     pair.fail_to_connect()?;
     pair.close(&open)?;
-    // Long before anything is sent by itself.
+    // The first periodic export would come much later.
     tool.terminate()?;
     runtime.shutdown_background();
 
@@ -197,7 +198,7 @@ fn check(command: &mut Command, names: [&str; 2]) -> anyhow::Result<()> {
             .all(|name| name == "tcp-udp-trace")
     );
     let [client_name, server_name] = names;
-    let mut wanted = BTreeMap::new();
+    let mut expected = BTreeMap::new();
     for (sum, name, value) in [
         ("process.network.io transmit tcp", client_name, 100_007),
         ("process.network.io receive tcp", client_name, 13),
@@ -211,25 +212,25 @@ fn check(command: &mut Command, names: [&str; 2]) -> anyhow::Result<()> {
         ("tcp_udp_trace.event.lost", "queue", 0),
         ("tcp_udp_trace.event.lost", "ring", 0),
     ] {
-        *wanted.entry(format!("{sum} {name}")).or_default() += value;
+        *expected.entry(format!("{sum} {name}")).or_default() += value;
     }
     ensure!(
-        collected.sums == wanted,
-        "{:#?} instead of {wanted:#?}",
+        collected.sums == expected,
+        "{:#?} instead of {expected:#?}",
         collected.sums
     );
 
     ensure!(collected.records.len() == 5, "{:#?}", collected.records);
-    let of = |wanted: &[(&str, &str)]| {
+    let of = |expected: &[(&str, &str)]| {
         let is_it = |record: &&BTreeMap<String, String>| {
             let has =
                 |(key, value): &(&str, &str)| record.get(*key).map(|text| &**text) == Some(value);
-            wanted.iter().all(has)
+            expected.iter().all(has)
         };
         let mut found = collected.records.iter().filter(is_it);
         found
             .next()
-            .with_context(|| format!("no {wanted:?} in {:#?}", collected.records))
+            .with_context(|| format!("no {expected:?} in {:#?}", collected.records))
     };
     let pid = pair.client.pid().to_string();
     let (port, listener) = (

@@ -1,4 +1,4 @@
-//! `prometheus`: the counters are what was sent.
+//! Tests of `prometheus`: the counters match the traffic.
 
 use std::{
     collections::BTreeMap,
@@ -39,7 +39,7 @@ pub(crate) fn counters_have_the_bytes() -> anyhow::Result<()> {
     wait_for(&tool, &[("tcp_connections", 2.0)])?;
     pair.exchange(&open, 3, 20_000)?;
     pair.close(&open)?;
-    // One name too many.
+    // A third name, with `--names 2`.
     datagrams("prom-late", "prom-server", &[10])?;
 
     let bytes = |process, protocol, direction| {
@@ -48,8 +48,8 @@ pub(crate) fn counters_have_the_bytes() -> anyhow::Result<()> {
         )
     };
     let connections =
-        |what, process| format!(r#"tcp_connections_{what}_total{{process="{process}"}}"#);
-    let wanted = [
+        |change, process| format!(r#"tcp_connections_{change}_total{{process="{process}"}}"#);
+    let expected = [
         (bytes("prom-client", "tcp", "transmit"), 100_003),
         (bytes("prom-client", "tcp", "receive"), 20_005),
         (bytes("prom-server", "tcp", "transmit"), 20_005),
@@ -63,16 +63,16 @@ pub(crate) fn counters_have_the_bytes() -> anyhow::Result<()> {
         (connections("closed", "prom-server"), 2),
         (connections("failed", "prom-client"), 1),
     ];
-    let wanted: BTreeMap<_, _> = wanted
+    let expected: BTreeMap<_, _> = expected
         .into_iter()
         .map(|(name, value)| (name, f64::from(value)))
         .collect();
-    let own: Vec<_> = wanted
+    let own: Vec<_> = expected
         .iter()
         .map(|(name, value)| (&**name, *value))
         .collect();
     wait_for(&tool, &own)?;
-    let told = scrape(&tool)?;
+    let scraped = scrape(&tool)?;
     let labelled = |metrics: &BTreeMap<String, f64>| -> BTreeMap<_, _> {
         metrics
             .clone()
@@ -81,21 +81,21 @@ pub(crate) fn counters_have_the_bytes() -> anyhow::Result<()> {
             .collect()
     };
     ensure!(
-        labelled(&told) == wanted,
-        "{told:#?} instead of {wanted:#?}"
+        labelled(&scraped) == expected,
+        "{scraped:#?} instead of {expected:#?}"
     );
     for (name, value) in [
         ("tcp_connections", 0.0),
         ("tracer_events_lost_ring_total", 0.0),
         ("tracer_events_lost_queue_total", 0.0),
     ] {
-        ensure!(told.get(name) == Some(&value), "{name} in {told:#?}");
+        ensure!(scraped.get(name) == Some(&value), "{name} in {scraped:#?}");
     }
-    ensure!(told["tracer_events_delivered_total"] > 20.0);
+    ensure!(scraped["tracer_events_delivered_total"] > 20.0);
     tool.terminate()
 }
 
-/// The far end loses its address for a while: what is sent meanwhile is sent again and again.
+/// Removes the address of the far end for a while, so that the kernel retransmits the data.
 pub(crate) fn retransmissions_are_counted() -> anyhow::Result<()> {
     let far = veth()?;
     let filter = format!("{} comm=prom-resender", here()?);
@@ -135,26 +135,26 @@ pub(crate) fn retransmissions_are_counted() -> anyhow::Result<()> {
     tool.terminate()
 }
 
-/// Scrapes until all of these are so.
-fn wait_for(tool: &Tool, wanted: &[(&str, f64)]) -> anyhow::Result<()> {
+/// Scrapes until all of these metrics have these values.
+fn wait_for(tool: &Tool, expected: &[(&str, f64)]) -> anyhow::Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let told = scrape(tool)?;
-        if wanted
+        let scraped = scrape(tool)?;
+        if expected
             .iter()
-            .all(|(name, value)| told.get(*name) == Some(value))
+            .all(|(name, value)| scraped.get(*name) == Some(value))
         {
             return Ok(());
         }
         ensure!(
             Instant::now() < deadline,
-            "{told:#?} instead of {wanted:#?}"
+            "{scraped:#?} instead of {expected:#?}"
         );
         thread::sleep(Duration::from_millis(50));
     }
 }
 
-/// The metrics, without the prefix that all of them have.
+/// Returns the metrics, without the prefix that all of them have.
 fn scrape(tool: &Tool) -> anyhow::Result<BTreeMap<String, f64>> {
     let address = tool
         .ready

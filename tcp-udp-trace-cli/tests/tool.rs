@@ -1,4 +1,4 @@
-//! The program that runs, and the lines that it writes.
+//! Runs the program, and reads the lines that it writes.
 
 use std::{
     env, fs,
@@ -17,7 +17,7 @@ use nix::{
 };
 use tcp_udp_trace::Stats;
 
-/// How long anything may take.
+/// The most time that a test waits for a line or for the end of the program.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The program under test.
@@ -26,26 +26,27 @@ pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_tcp-udp-trace");
 /// A running command. It is killed when dropped.
 pub(crate) struct Tool {
     child: Child,
-    /// What it writes to standard output, line by line.
+    /// The lines of standard output.
     pub(crate) output: Lines,
-    /// What it writes to standard error, line by line.
+    /// The lines of standard error.
     pub(crate) errors: Lines,
-    /// The line with which it said that it is ready.
+    /// The line by which the program reported that it is ready.
     pub(crate) ready: String,
 }
 
 impl Tool {
-    /// Starts this command in the network namespace of the calling thread, and waits until it is ready.
+    /// Starts this command in the network namespace of the calling thread, and waits until it is
+    /// ready.
     pub(crate) fn start(command: &str, args: &[&str]) -> anyhow::Result<Self> {
         Self::start_with(Command::new(PROGRAM).arg(command).args(args))
     }
 
-    /// [`start`](Self::start) of a command with an environment.
+    /// Like [`start`](Self::start), with a prepared command.
     pub(crate) fn start_with(command: &mut Command) -> anyhow::Result<Self> {
         Self::start_to(command, Stdio::piped())
     }
 
-    /// [`start_with`](Self::start_with) that writes there.
+    /// Like [`start_with`](Self::start_with), with this standard output.
     pub(crate) fn start_to(command: &mut Command, output: Stdio) -> anyhow::Result<Self> {
         let mut child = command
             .stdin(Stdio::null())
@@ -53,7 +54,7 @@ impl Tool {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| format!("{command:?}"))?;
-        // The command would keep the pipe open for writing.
+        // Otherwise `command` would keep the pipe open for writing.
         command.stdout(Stdio::null());
         let errors = Lines::of(child.stderr.take().unwrap());
         let output = match child.stdout.take() {
@@ -70,25 +71,25 @@ impl Tool {
         Ok(tool)
     }
 
-    /// What it counted, as its last line on standard error tells.
+    /// Returns the statistics that the program printed to standard error.
     pub(crate) fn stats(&self) -> anyhow::Result<Stats> {
         let line = self.errors.find(|line| line.starts_with("stats: "))?;
         let (_, json) = line.split_once(' ').unwrap();
         Ok(serde_json::from_str(json)?)
     }
 
-    /// Asks it to end, and waits until it has done so well.
+    /// Sends SIGTERM, and waits until the program ends successfully.
     pub(crate) fn terminate(&mut self) -> anyhow::Result<()> {
         kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM)?;
         self.end()
     }
 
-    /// Whether it has not ended yet.
+    /// Returns whether the program still runs.
     pub(crate) fn is_running(&mut self) -> anyhow::Result<bool> {
         Ok(self.child.try_wait()?.is_none())
     }
 
-    /// Waits until it has ended well.
+    /// Waits until the program ends successfully.
     pub(crate) fn end(&mut self) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -100,7 +101,7 @@ impl Tool {
                 );
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "it does not end");
+            ensure!(Instant::now() < deadline, "the program does not end");
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -108,13 +109,13 @@ impl Tool {
 
 impl Drop for Tool {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The program may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The lines of a pipe, as they come.
+/// The lines of a pipe. A thread reads them as they arrive.
 pub(crate) struct Lines(Receiver<String>);
 
 impl Lines {
@@ -126,50 +127,50 @@ impl Lines {
         let (sender, receiver) = mpsc::channel();
         thread::spawn(move || {
             for line in BufReader::new(pipe).lines() {
-                // Nobody may want to know any more, but the pipe must not fill up.
+                // The pipe must not fill up, even if the receiver is gone.
                 let _ = sender.send(line.unwrap());
             }
         });
         Self(receiver)
     }
 
-    /// Waits for the next line that is like this.
-    pub(crate) fn find(&self, wanted: impl Fn(&str) -> bool) -> anyhow::Result<String> {
+    /// Waits for the next line that matches.
+    pub(crate) fn find(&self, is_match: impl Fn(&str) -> bool) -> anyhow::Result<String> {
         let deadline = Instant::now() + PATIENCE;
         let mut others = String::new();
         loop {
             match self.0.recv_timeout(deadline - Instant::now().min(deadline)) {
-                Ok(line) if wanted(&line) => return Ok(line),
+                Ok(line) if is_match(&line) => return Ok(line),
                 Ok(line) => others += &format!("\n{line}"),
-                Err(RecvTimeoutError::Timeout) => bail!("it says nothing more:{others}"),
-                Err(RecvTimeoutError::Disconnected) => bail!("it has ended:{others}"),
+                Err(RecvTimeoutError::Timeout) => bail!("no matching line in time:{others}"),
+                Err(RecvTimeoutError::Disconnected) => bail!("the output ended early:{others}"),
             }
         }
     }
 
-    /// All lines until the end of the pipe.
+    /// Returns all further lines, until the pipe is closed.
     pub(crate) fn rest(&self) -> Vec<String> {
         self.0.iter().collect()
     }
 }
 
-/// A folder of this test, removed when dropped.
+/// A temporary folder of a test. It is removed when dropped.
 pub(crate) struct Folder(PathBuf);
 
 impl Folder {
-    /// With this name somewhere in it.
+    /// Creates a folder whose name contains this name.
     pub(crate) fn new(name: &str) -> io::Result<Self> {
         let path = env::temp_dir().join(format!("tcp-udp-trace-{name}-{}", process::id()));
         fs::create_dir(&path)?;
         Ok(Self(path))
     }
 
-    /// Where it is.
+    /// Returns the path of the folder.
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
-    /// How many files are in it.
+    /// Returns the number of files in the folder.
     pub(crate) fn count(&self) -> io::Result<usize> {
         Ok(fs::read_dir(&self.0)?.count())
     }
@@ -177,7 +178,7 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        // What is left lies in the folder for such things.
+        // After a failure, the rest stays in the system's temporary folder.
         let _ = fs::remove_dir_all(&self.0);
     }
 }

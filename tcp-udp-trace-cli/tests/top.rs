@@ -1,4 +1,4 @@
-//! `top`: the picture and the screen show the processes, and what they have carried.
+//! Tests of `top`: the picture and the screen show the processes and their bytes.
 
 use std::{
     env, fs,
@@ -18,10 +18,12 @@ use crate::{
     traffic::{Connection, Pair, datagrams, here},
 };
 
-/// Where to keep the picture, for the README: `TOP_SVG=docs/top.svg cargo xtask test --local picture`.
+/// The variable with a path at which the picture is kept, for the README:
+/// `TOP_SVG=docs/top.svg cargo xtask test --local picture`.
 const KEEP: &str = "TOP_SVG";
 
-/// Two processes with a connection, and how much they exchange: client, server, their addresses, bytes to the server and back.
+/// Two processes with a connection: client, server, their addresses, bytes to the server and bytes
+/// to the client.
 type Talk<'a> = (&'a str, &'a str, &'a str, &'a str, u64, u64);
 
 #[rustfmt::skip]
@@ -32,11 +34,11 @@ const TALKS: [Talk<'_>; 4] = [
     ("restic", "sshd", "203.0.113.80:60342", "192.0.2.40:22", 260_000, 300),
 ];
 
-/// A pair whose client has this address, and their connection.
+/// Starts the two processes of a talk, and connects them.
 fn talk(&(client, server, from, to, ..): &Talk<'_>) -> anyhow::Result<(Pair, Connection)> {
     let (from, to): (SocketAddr, SocketAddr) = (from.parse()?, to.parse()?);
     for address in [from, to] {
-        // Another pair may have it.
+        // This fails if an earlier pair has added the address.
         let _ = ip(&format!("addr add {}/32 dev lo", address.ip()));
     }
     let mut pair = Pair::at(client, server, to)?;
@@ -55,7 +57,7 @@ pub(crate) fn picture_shows_processes_and_bytes() -> anyhow::Result<()> {
         .clone()
         .unwrap_or_else(|| folder.path().join("top.svg"));
     let seconds = if kept.is_some() { "55" } else { "4" };
-    let file_name = file.to_str().context("a path that is no text")?;
+    let file_name = file.to_str().context("the path is not UTF-8")?;
     let filter = here()?;
     let args = [
         "--filter",
@@ -66,11 +68,11 @@ pub(crate) fn picture_shows_processes_and_bytes() -> anyhow::Result<()> {
         seconds,
     ];
     let mut tool = Tool::start("top", &args)?;
-    // What these carry is known when the picture is drawn.
+    // These transfers are complete when the picture is drawn.
     let mut done = Pair::new("rsync", "rsyncd")?;
     done.connection(7_654_321, 4_321)?;
     let _alive = datagrams("chronyd", "ntpd", &[48; 100])?;
-    // And these go on all the time.
+    // These transfers continue until the picture is drawn.
     let mut talks = Vec::new();
     for each in &TALKS {
         talks.push((talk(each)?, each));
@@ -81,7 +83,7 @@ pub(crate) fn picture_shows_processes_and_bytes() -> anyhow::Result<()> {
         }
         for (phase, ((pair, connection), talk)) in (0_u8..).zip(&mut talks) {
             let (.., up, down) = **talk;
-            // So that the curves are no straight lines.
+            // The rates vary, so that the curves are not flat.
             let wave = 1.0
                 + 0.6 * (f64::from(turn) / 25.0 + f64::from(phase)).sin()
                 + 0.35 * (f64::from(turn) / 7.0 * f64::from(phase + 1)).sin();
@@ -102,7 +104,7 @@ pub(crate) fn picture_shows_processes_and_bytes() -> anyhow::Result<()> {
             );
         }
     }
-    // Each process and each flow has its bytes; and the words of a line of the picture have the same height.
+    // Each process and each flow has a line with its bytes.
     for (name, bytes) in [
         ("rsync", ["7.7", "4.3"]),
         ("rsyncd", ["4.3", "7.7"]),
@@ -119,7 +121,8 @@ pub(crate) fn picture_shows_processes_and_bytes() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The words of each line of the picture that has this word.
+/// Returns the words of each line of the picture that has this word. The words of a line have the
+/// same height.
 fn rows_of<'a>(picture: &'a str, word: &str) -> Vec<Vec<&'a str>> {
     let text = |line: &'a str| {
         let (_, rest) = line.strip_prefix("<text ")?.split_once(" y=\"")?;
@@ -134,7 +137,7 @@ fn rows_of<'a>(picture: &'a str, word: &str) -> Vec<Vec<&'a str>> {
         .collect()
 }
 
-/// In a terminal, as `script` (util-linux) makes one.
+/// Runs `top` in a pseudo-terminal, which `script` (util-linux) makes.
 pub(crate) fn screen_ends_with_q() -> anyhow::Result<()> {
     let command = format!(
         "stty rows 40 cols 120; exec {PROGRAM} top --filter '{}'",
@@ -150,16 +153,16 @@ pub(crate) fn screen_ends_with_q() -> anyhow::Result<()> {
     let mut keys = terminal.stdin.take().context("no input")?;
     let mut screen = terminal.stdout.take().context("no output")?;
     let mut shown = String::new();
-    let mut wait_for = |wanted: &str| -> anyhow::Result<()> {
+    let mut wait_for = |expected: &str| -> anyhow::Result<()> {
         let mut bytes = [0; 4096];
-        while !shown.contains(wanted) {
+        while !shown.contains(expected) {
             let count = screen.read(&mut bytes)?;
-            ensure!(count > 0, "no {wanted} in {shown:?}");
+            ensure!(count > 0, "no {expected} in {shown:?}");
             shown += &String::from_utf8_lossy(&bytes[..count]);
         }
         Ok(())
     };
-    // It draws when everything is attached.
+    // `top` draws the screen only after its hooks are attached.
     wait_for("RECEIVED/s")?;
     let mut pair = Pair::new("top-client", "top-server")?;
     pair.connection(123_456, 0)?;
@@ -171,7 +174,7 @@ pub(crate) fn screen_ends_with_q() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A screen in a pipe would be escape sequences.
+/// Checks that `top` refuses to draw its screen into a pipe.
 pub(crate) fn pipe_is_refused() -> anyhow::Result<()> {
     let output = Command::new(PROGRAM).arg("top").output()?;
     ensure!(output.status.code() == Some(1) && output.stdout.is_empty());

@@ -1,4 +1,4 @@
-//! `trace`: JSON that can be read back, and quiet ends.
+//! Tests of `trace`: its JSON can be deserialized, and it ends without an error.
 
 use std::process::{Command, Stdio};
 
@@ -63,10 +63,13 @@ pub(crate) fn ends_after_its_duration() -> anyhow::Result<()> {
     tool.end()
 }
 
-/// As in `trace | head`.
+/// Checks that `trace` ends after its reader, as in `trace | head`.
 pub(crate) fn ends_when_its_reader_does() -> anyhow::Result<()> {
     let mut reader = Command::new("true").stdin(Stdio::piped()).spawn()?;
-    let output = reader.stdin.take().context("it has no input")?;
+    let output = reader
+        .stdin
+        .take()
+        .context("the reader has no standard input")?;
     reader.wait()?;
     let mut trace = Command::new(PROGRAM);
     let trace = trace.args(["trace", "--port", "1"]);

@@ -1,4 +1,4 @@
-//! Connections and datagrams of two processes, and how much they carried.
+//! Makes connections and datagrams of known sizes between two processes.
 
 use std::net::SocketAddr;
 
@@ -9,12 +9,12 @@ use integration_tests::{
     udp_actor::UdpActor,
 };
 
-/// A filter for everything in the network namespace of the test.
+/// Returns a filter for all sockets in the network namespace of the test.
 pub(crate) fn here() -> anyhow::Result<String> {
     Ok(format!("netns={}", Netns::current()?.inode()?))
 }
 
-/// A process that connects and one that listens.
+/// A process that connects, and a process that listens.
 pub(crate) struct Pair {
     pub(crate) client: Actor,
     pub(crate) server: Actor,
@@ -28,12 +28,12 @@ pub(crate) struct Connection {
 }
 
 impl Pair {
-    /// With these names.
+    /// Starts two processes with these names. The server listens on a loopback address.
     pub(crate) fn new(client: &str, server: &str) -> anyhow::Result<Self> {
         Self::at(client, server, loopback(false))
     }
 
-    /// With these names, the server listening there.
+    /// Starts two processes with these names. The server listens on this address.
     pub(crate) fn at(client: &str, server: &str, address: SocketAddr) -> anyhow::Result<Self> {
         let (client, mut server) = (Actor::spawn(client)?, Actor::spawn(server)?);
         let listener = server.listen(address)?;
@@ -51,7 +51,7 @@ impl Pair {
         Ok(Connection { client, server })
     }
 
-    /// Sends so many bytes to the server, and so many back.
+    /// Sends `up` bytes to the server, and `down` bytes to the client.
     pub(crate) fn exchange(&mut self, on: &Connection, up: u64, down: u64) -> anyhow::Result<()> {
         self.client.begin(&Command::Send(on.client.fd, up))?;
         self.server.receive(&on.server, up)?;
@@ -61,14 +61,15 @@ impl Pair {
         self.server.finish().map(drop)
     }
 
-    /// Ends a connection, the client first.
+    /// Closes a connection, the client first.
     pub(crate) fn close(&mut self, connection: &Connection) -> anyhow::Result<()> {
         self.client.close(&connection.client)?;
         self.server.receive_all(&connection.server)?;
         self.server.close(&connection.server)
     }
 
-    /// A connection that carries so many bytes to the server and so many back: the client's address.
+    /// Makes a connection that carries `up` bytes to the server and `down` bytes to the client, and
+    /// closes it. Returns the client's address.
     pub(crate) fn connection(&mut self, up: u64, down: u64) -> anyhow::Result<SocketAddr> {
         let connection = self.connect()?;
         self.exchange(&connection, up, down)?;
@@ -76,7 +77,7 @@ impl Pair {
         Ok(connection.client.local)
     }
 
-    /// Tries to connect where nobody listens.
+    /// Tries to connect to an address without a listener.
     pub(crate) fn fail_to_connect(&mut self) -> anyhow::Result<()> {
         let nowhere = self.client.bind(loopback(false))?;
         let socket = self.client.open(nowhere.local)?;
@@ -87,7 +88,8 @@ impl Pair {
     }
 }
 
-/// Sends datagrams of these sizes from one process to another, and closes the sockets: the processes.
+/// Sends datagrams of these sizes from one process to another, and closes the sockets. Returns the
+/// processes.
 pub(crate) fn datagrams(from: &str, to: &str, sizes: &[usize]) -> anyhow::Result<[Actor; 2]> {
     let mut to = UdpActor::bind(to, loopback(false))?;
     let mut from = UdpActor::open(from, loopback(false))?;

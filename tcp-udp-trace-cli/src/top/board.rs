@@ -1,4 +1,4 @@
-//! What is shown: rates and totals of processes and flows.
+//! The data on the screen: rates and totals of processes and flows.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -9,19 +9,19 @@ use std::{
 use crate::growth::Growth;
 use tcp_udp_trace::{Comm, Event, Protocol};
 
-/// How many seconds are remembered for the curves.
+/// The seconds that the curves keep.
 const HISTORY: usize = 120;
-/// How many seconds something without traffic stays.
+/// The seconds after which a process or flow without traffic is removed.
 const PATIENCE: u32 = 60;
 
 /// Bytes sent, and bytes received.
 pub(crate) type Bytes = [u64; 2];
 
-/// How much something has carried.
+/// The traffic of a process, of a flow, or of the machine.
 #[derive(Debug, Default)]
 pub(crate) struct Load {
     pub(crate) total: Bytes,
-    /// A second, over the last few.
+    /// Bytes per second, averaged over the last few seconds.
     pub(crate) rate: Bytes,
     since_tick: Bytes,
     idle: u32,
@@ -40,27 +40,28 @@ impl Load {
             [0, 0] => self.idle + 1,
             _ => 0,
         };
-        // A sample may come just before or after the second is over; half of what was before evens that out.
+        // A sample can come shortly before or after the end of a second. The mean of the previous
+        // rate and the last second evens that out.
         for (rate, bytes) in self.rate.iter_mut().zip(&self.since_tick) {
             *rate = (*rate + bytes) / 2;
         }
         self.since_tick = [0, 0];
     }
 
-    /// By what the tables are sorted.
+    /// Returns the rate and the total of both directions. The tables are sorted by these.
     pub(crate) fn both(&self) -> Bytes {
         [self.rate.iter().sum(), self.total.iter().sum()]
     }
 }
 
-/// A process, as far as it is known.
+/// A process that owns sockets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Owner {
     pub(crate) pid: u32,
     pub(crate) comm: Comm,
 }
 
-/// A connection, or what a UDP socket exchanges with a peer.
+/// A TCP connection, or the datagrams between a UDP socket and one peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Flow {
     pub(crate) owner: Option<Owner>,
@@ -69,11 +70,11 @@ pub(crate) struct Flow {
     pub(crate) remote: SocketAddr,
 }
 
-/// Everything that is shown.
+/// All data on the screen.
 #[derive(Debug, Default)]
 pub(crate) struct Board {
     pub(crate) all: Load,
-    /// The bytes of each second, the latest last.
+    /// The bytes sent and received in each second, the latest last.
     pub(crate) history: [VecDeque<u64>; 2],
     processes: HashMap<Option<Owner>, Load>,
     flows: HashMap<Flow, Load>,
@@ -81,7 +82,7 @@ pub(crate) struct Board {
 }
 
 impl Board {
-    /// Takes in what an event tells.
+    /// Adds the bytes of an event.
     pub(crate) fn count(&mut self, event: &Event) {
         let (tx, rx) = self.growth.of(event);
         if (tx, rx) == (0, 0) {
@@ -104,7 +105,7 @@ impl Board {
         self.flows.entry(flow).or_default().add(bytes);
     }
 
-    /// A second is over.
+    /// Ends a second: updates the history and the rates, and removes idle processes and flows.
     pub(crate) fn tick(&mut self) {
         for (history, bytes) in self.history.iter_mut().zip(self.all.since_tick) {
             history.push_back(bytes);
@@ -115,12 +116,12 @@ impl Board {
         tick(&mut self.flows);
     }
 
-    /// The processes, the busiest first.
+    /// Returns the processes, the busiest first.
     pub(crate) fn processes(&self) -> Vec<(&Option<Owner>, &Load)> {
         busiest(&self.processes)
     }
 
-    /// The flows, the busiest first.
+    /// Returns the flows, the busiest first.
     pub(crate) fn flows(&self) -> Vec<(&Flow, &Load)> {
         busiest(&self.flows)
     }

@@ -1,4 +1,4 @@
-//! A table that fits its width: columns are left out or visibly shortened, and never cut.
+//! A table that fits its width: columns are left out, or shortened with a visible `…`.
 
 use ratatui::{
     layout::Constraint,
@@ -9,33 +9,34 @@ use ratatui::{
 
 use super::screen::{DIM, section};
 
-/// To how many characters a column is shortened at most.
+/// The least characters that a shortened column keeps.
 const SHORT: usize = 8;
 
-/// A way to save room.
+/// A way to make the table narrower.
 #[derive(Clone, Copy)]
 pub(crate) enum Step {
     /// Leaves a column out.
     Drop(usize),
-    /// Takes as much as is too much from the end of the words of a column.
+    /// Shortens the cells of a column at their end, by as much as the table is too wide.
     KeepStart(usize),
-    /// The same from their start: the end of an address is its port.
+    /// Shortens the cells of a column at their start. The end of an address is its port.
     KeepEnd(usize),
 }
 
-/// The columns of a table, each with its name and its cells.
+/// The columns of a table.
 pub(crate) struct Columns {
     columns: Vec<Column>,
 }
 
 struct Column {
+    /// The column's name, and then its cells.
     cells: Vec<Line<'static>>,
-    /// 0 if it is left out.
+    /// In characters. 0 if the column is left out.
     width: usize,
 }
 
 impl Columns {
-    /// The first line of each column is its name.
+    /// Creates the columns from their names and the rows.
     pub(crate) fn new(header: Vec<Line<'static>>, rows: Vec<Vec<Line<'static>>>) -> Self {
         let mut columns: Vec<_> = header.into_iter().map(|name| vec![name]).collect();
         for row in rows {
@@ -52,7 +53,8 @@ impl Columns {
         }
     }
 
-    /// Takes steps until the table is no wider. Where all of them are not enough, the first columns go.
+    /// Applies the steps until the table fits the width. If they are not enough, the first columns
+    /// are left out.
     pub(crate) fn fit(mut self, width: u16, steps: &[Step]) -> Self {
         let all = 0..self.columns.len();
         for step in steps.iter().copied().chain(all.map(Step::Drop)) {
@@ -70,7 +72,7 @@ impl Columns {
         self
     }
 
-    /// With a gap between two columns.
+    /// Returns the width of the table, with a gap between two columns.
     fn width(&self) -> usize {
         let shown = self.columns.iter().filter(|column| column.width > 0);
         let width: usize = shown.map(|column| column.width + 1).sum();

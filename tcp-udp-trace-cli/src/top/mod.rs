@@ -1,4 +1,4 @@
-//! Which processes and flows send and receive how much, every second. `q` quits.
+//! The command `top`: shows the traffic of processes and flows, every second. `q` quits.
 //!
 //! ```text
 //! tcp-udp-trace top
@@ -30,7 +30,7 @@ use tokio::sync::mpsc;
 
 use self::board::Board;
 
-/// Show which processes and flows send and receive most.
+/// Show the processes and flows that send and receive most.
 ///
 /// Needs root, or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN.
 #[derive(clap::Args)]
@@ -38,16 +38,16 @@ pub(crate) struct Args {
     /// Only sockets that pass this filter, such as "port=443".
     #[arg(long, default_value = "")]
     filter: Filter,
-    /// Instead of showing it, draw a picture and end.
+    /// Write a picture of the screen to this file and exit, instead of showing the screen.
     #[arg(long, value_name = "FILE.svg")]
     picture: Option<PathBuf>,
-    /// How many seconds to wait before the picture is drawn.
+    /// How many seconds to trace before the picture is drawn.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     after: u64,
 }
 
-/// How often the screen is drawn, and how often the tracer looks at each TCP socket: between its beginning and its end, nothing else tells
-/// how much a connection carries.
+/// The time between two drawings of the screen, and between two samples of each TCP socket. Only
+/// samples show the bytes of a connection that is still open.
 const SECOND: Duration = Duration::from_secs(1);
 
 /// The size of a picture, in characters.
@@ -76,7 +76,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let mut events = stream::select(&mut tcp, &mut udp);
     let mut ticks = tokio::time::interval(SECOND);
     let mut seconds = 0;
-    // The first one is now.
+    // The first tick completes immediately.
     ticks.tick().await;
     loop {
         tokio::select! {
@@ -110,7 +110,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The terminal, which is as it was before when this is dropped.
+/// The terminal. Dropping it restores the terminal's previous state.
 struct Screen(DefaultTerminal);
 
 impl Screen {
@@ -125,7 +125,8 @@ impl Drop for Screen {
     }
 }
 
-/// Tells when somebody wants to quit. Reading keys blocks, so a thread does it, which ends with the process.
+/// Returns a channel with a message for each key press that quits. Reading keys blocks, so a thread
+/// reads them. The thread ends with the process.
 fn quit_key(is_terminal: bool) -> mpsc::Receiver<()> {
     let (sender, receiver) = mpsc::channel(1);
     if is_terminal {
@@ -149,7 +150,7 @@ fn quits(input: &Input) -> bool {
     };
     match code {
         KeyCode::Char('q') | KeyCode::Esc => true,
-        // The terminal makes no signal of it any more.
+        // In raw mode, the terminal sends no SIGINT for Ctrl-C.
         KeyCode::Char('c') => modifiers.contains(KeyModifiers::CONTROL),
         _ => false,
     }

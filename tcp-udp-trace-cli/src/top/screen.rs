@@ -1,4 +1,4 @@
-//! How it looks.
+//! Draws the screen.
 
 use std::{collections::HashMap, iter};
 
@@ -18,15 +18,15 @@ use super::{
 const SENT: Color = Color::Cyan;
 const RECEIVED: Color = Color::LightGreen;
 pub(crate) const DIM: Color = Color::DarkGray;
-/// How many lines the curves have.
+/// The height of the curves, in lines.
 const CURVES: u16 = 6;
-/// How many characters the longest bar has.
+/// The width of the longest bar, in characters.
 const BAR: usize = 18;
 
-/// Draws everything.
+/// Draws the whole screen.
 pub(crate) fn draw(frame: &mut Frame<'_>, board: &Board) {
     let processes = board.processes();
-    // The processes have half of the room, if they need it.
+    // The processes get at most half of the lines below the curves.
     let half = frame.area().height.saturating_sub(CURVES) / 2;
     let rows = u16::try_from(processes.len()).unwrap_or(u16::MAX);
     let [curves, upper, lower] = Layout::vertical([
@@ -52,7 +52,7 @@ pub(crate) fn draw(frame: &mut Frame<'_>, board: &Board) {
     draw_flows(frame, lower, board);
 }
 
-/// The latest seconds, the last one at the right edge.
+/// Draws the rates of the latest seconds, the last one at the right edge.
 fn curve<'a>(
     frame: &mut Frame<'_>,
     area: Rect,
@@ -65,7 +65,7 @@ fn curve<'a>(
         Span::styled(format!(" {name} "), Style::new().fg(DIM)),
         Span::styled(format!("{}/s ", human(rate)), Style::new().fg(color).bold()),
     ]);
-    // No part of a number is shown for the whole.
+    // A cut number would show a wrong value, so the title loses whole parts.
     while title.width() > usize::from(area.width) && !title.spans.is_empty() {
         title.spans.remove(0);
     }
@@ -160,7 +160,7 @@ pub(crate) fn section(title: Line<'_>) -> Block<'_> {
     block.border_style(Style::new().fg(DIM))
 }
 
-/// Rates and totals.
+/// Returns the cells of the rates and totals.
 fn numbers(load: &Load) -> [Line<'static>; 4] {
     let cell = |bytes, suffix, color| match bytes {
         0 => right("·".to_owned(), DIM),
@@ -187,7 +187,7 @@ fn name(owner: &Option<Owner>) -> String {
     owner.map_or_else(|| "?".to_owned(), |owner| owner.comm.to_string())
 }
 
-/// What is sent and what is received, side by side.
+/// Returns a bar with the sent and the received rate, side by side.
 fn bar(rate: Bytes, most: u64) -> Line<'static> {
     let length = |bytes: u64| match most {
         0 => 0,
@@ -197,7 +197,7 @@ fn bar(rate: Bytes, most: u64) -> Line<'static> {
     Line::from(vec![piece(rate[0], SENT), piece(rate[1], RECEIVED)])
 }
 
-/// `999 B`, `1.0 kB`, `12.3 MB`.
+/// Formats bytes, such as `999 B`, `1.0 kB`, `12.3 MB`.
 fn human(bytes: u64) -> String {
     if bytes < 1000 {
         return format!("{bytes} B");
@@ -221,7 +221,7 @@ mod tests {
 
     use super::*;
 
-    /// The event of a flow, as JSON has it.
+    /// Returns an event of a UDP flow, deserialized from JSON.
     fn flow(id: u64, comm: &str, [local, remote]: [&str; 2], bytes: u64) -> Event {
         let [local, remote] = [local, remote].map(|text| text.parse::<SocketAddr>().unwrap());
         serde_json::from_value(serde_json::json!({
@@ -236,7 +236,7 @@ mod tests {
         .unwrap()
     }
 
-    /// The widest of everything.
+    /// Returns a board with the widest values of each column.
     fn board() -> Board {
         let mut board = Board::default();
         let v4 = ["192.168.100.101:54321", "203.100.113.251:65535"];
@@ -278,7 +278,7 @@ mod tests {
         ];
         for width in (1..=200).chain([250]) {
             for row in screen(width) {
-                // Each word with a digit is a whole one, or shows that it was cut.
+                // Each word with a digit is whole, or has a `…`.
                 let mut words = row.split_whitespace().peekable();
                 while let Some(word) = words.next() {
                     let unit = words.next_if(|word| word.contains('B') && word.len() <= 4);
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_shown_at_usual_widths() {
+    fn usual_widths_show_the_main_columns() {
         let shows = |width, words: &[&str]| {
             let screen = screen(width).join("\n");
             for word in words {

@@ -1,4 +1,4 @@
-//! A screen as a picture.
+//! Renders the screen as a picture.
 
 use std::fmt::Write as _;
 
@@ -11,13 +11,13 @@ use ratatui::{
 const WIDTH: u16 = 8;
 const HEIGHT: u16 = 18;
 const MARGIN: u16 = 14;
-/// Where letters stand, from the upper edge.
+/// The distance of the letters' baseline from the upper edge of a line, in pixels.
 const BASELINE: u16 = 13;
 
-/// Above each section. As letters, it would have gaps.
+/// The line above each section. It is drawn as a rectangle, because letters would leave gaps.
 const LINE: &str = "─";
 
-/// The buffer as SVG.
+/// Returns the buffer as SVG.
 pub(crate) fn picture(buffer: &Buffer) -> String {
     let area = buffer.area;
     let (width, height) = (
@@ -32,7 +32,7 @@ pub(crate) fn picture(buffer: &Buffer) -> String {
     for y in 0..area.height {
         let row: Vec<_> = (0..area.width).map(|x| &buffer[(x, y)]).collect();
         let mut x = 0;
-        // Words that look the same and belong together are one text.
+        // Adjacent cells that look alike become one element.
         for run in row.chunk_by(|left, right| is_alike(left, right)) {
             let length = run.len() as u16;
             piece(&mut svg, run, x, y);
@@ -100,14 +100,14 @@ fn piece(svg: &mut String, run: &[&Cell], x: u16, y: u16) {
     svg.push_str("</text>\n");
 }
 
-/// How high a block like `▃` is.
+/// Returns the height of a block such as `▃`, in eighths of a line.
 fn eighths(cell: &Cell) -> Option<f32> {
     let letter = cell.symbol().chars().next()?;
     let number = u32::from(letter).checked_sub(u32::from('▁'))?;
     (number < 8).then_some(number as f32 + 1.0)
 }
 
-/// The colors of the screen; a terminal has its own.
+/// Returns the picture's color for a color of the terminal.
 fn color(color: Color) -> &'static str {
     match color {
         Color::Cyan => "#56b6d8",
