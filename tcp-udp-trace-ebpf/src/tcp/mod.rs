@@ -231,8 +231,8 @@ pub(crate) fn connect_returned(ctx: Context, result: i64) {
         Priority::Lifecycle,
         |record: &mut Tcp| {
             let socket = &mut record.socket;
-            sk.describe(&tracked, family, CLOSE, local.port, socket);
-            // The two ends may have different families.
+            // The two ends may have different families. They are written below.
+            sk.describe(&tracked, AF_INET, CLOSE, local.port, socket);
             socket.family = AF_INET6;
             socket.local = connect::mapped(&local);
             socket.remote = connect::mapped(&remote);
