@@ -139,29 +139,20 @@ fn tcp(
     kind: EventKind,
     clock: BootClock,
 ) -> Result<Decoded, Malformed> {
-    let uptime = clock.uptime(head.time);
     let mut of_socket = tcp_socket(socket, head.time)?;
     if is_of_listener(&kind) {
         // The kernel's field still has the peer of an earlier connection of the socket.
         of_socket.remote = address(socket.family, [0; 4], 0, None)?;
     }
-    let process = process(&socket.owner, clock)?;
-    let event = Event {
-        time: clock.wall(uptime),
-        uptime,
-        kind,
-        user: user(&socket.user, process.as_ref(), clock),
-        process,
-        socket: of_socket,
-        traffic: Traffic {
-            tx_bytes: socket.tx_bytes,
-            rx_bytes: socket.rx_bytes,
-            tx_packets: socket.tx_packets.into(),
-            rx_packets: socket.rx_packets.into(),
-        },
+    let traffic = Traffic {
+        tx_bytes: socket.tx_bytes,
+        rx_bytes: socket.rx_bytes,
+        tx_packets: socket.tx_packets.into(),
+        rx_packets: socket.rx_packets.into(),
     };
+    let used_by = (&socket.owner, &socket.user);
     Ok(Decoded {
-        event,
+        event: event(head, kind, used_by, of_socket, traffic, clock)?,
         lost_before: head.lost,
         flow: None,
         image: ImageKey::of(&socket.owner),
@@ -177,7 +168,6 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         peer,
         ..
     } = *record;
-    let uptime = clock.uptime(head.time);
     let scope = NonZeroU32::new(record.scope);
     let socket = Socket {
         protocol: Protocol::Udp,
@@ -194,18 +184,10 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         age: Duration::from_nanos(head.time.saturating_sub(record.born)),
         older: is_older(record.older.into())?,
     };
-    let process = process(&record.owner, clock)?;
-    let event = Event {
-        time: clock.wall(uptime),
-        uptime,
-        kind,
-        user: user(&record.user, process.as_ref(), clock),
-        process,
-        socket,
-        traffic: traffic(record.traffic),
-    };
+    let used_by = (&record.owner, &record.user);
+    let traffic = traffic(record.traffic);
     Ok(Decoded {
-        event,
+        event: event(&head, kind, used_by, socket, traffic, clock)?,
         lost_before: head.lost,
         flow: Some(FlowKey {
             socket: id,
@@ -219,6 +201,28 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         }),
         image: ImageKey::of(&record.owner),
         is_first: record.marks & mark::FIRST != 0,
+    })
+}
+
+/// Returns the event of a record, whose socket has this owner and this user.
+fn event(
+    head: &Head,
+    kind: EventKind,
+    (owner, last): (&Owner, &tcp_udp_trace_common::User),
+    socket: Socket,
+    traffic: Traffic,
+    clock: BootClock,
+) -> Result<Event, Malformed> {
+    let uptime = clock.uptime(head.time);
+    let process = process(owner, clock)?;
+    Ok(Event {
+        time: clock.wall(uptime),
+        uptime,
+        kind,
+        user: user(last, process.as_ref(), clock),
+        process,
+        socket,
+        traffic,
     })
 }
 
