@@ -1,8 +1,11 @@
-//! Reads of kernel memory.
+//! Reads of kernel memory, and of the clock.
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_probe_read_kernel};
+use aya_ebpf::helpers::{
+    bpf_ktime_get_boot_ns,
+    generated::{bpf_get_current_task, bpf_probe_read_kernel},
+};
 use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
 
 /// The offsets of the fields on the running kernel. User space sets them before it loads the
@@ -87,6 +90,13 @@ fn probe_read<T: Plain>(to: *mut T, address: u64) {
     // there, or zeros. A `Plain` may have any bytes, and the callers' pointers are to memory for
     // one.
     unsafe { bpf_probe_read_kernel(to.cast(), size_of::<T>() as u32, address as *const _) };
+}
+
+/// Returns the time on `CLOCK_BOOTTIME` in nanoseconds.
+#[inline(always)]
+pub(crate) fn now() -> u64 {
+    // SAFETY: the helper takes no argument and cannot fail.
+    unsafe { bpf_ktime_get_boot_ns() }
 }
 
 /// Returns the address of the current `task_struct`.

@@ -2,10 +2,9 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
 use tcp_udp_trace_common::Head;
 
-use crate::counters;
+use crate::{counters, read::now};
 
 /// The context of a program. The helper that writes into a perf buffer requires it.
 pub(crate) type Context = *mut c_void;
@@ -57,7 +56,6 @@ pub(super) fn head(kind: u32) -> Head {
     Head {
         kind,
         lost: counters::lost_so_far(),
-        // SAFETY: the helper takes no argument and cannot fail.
-        time: unsafe { bpf_ktime_get_boot_ns() },
+        time: now(),
     }
 }

@@ -2,14 +2,15 @@
 
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
-    helpers::bpf_ktime_get_boot_ns,
     macros::map,
     maps::{Array, HashMap, LruHashMap},
 };
 use tcp_udp_trace_common::{Field, Owner, Tracked, User, hold, syn};
 
 use crate::{
-    counters, id, owner, room,
+    counters, id, owner,
+    read::now,
+    room,
     sock::{Sock, Socket, tcp_state::LISTEN},
     stopping::{is_stopping, met},
 };
@@ -62,8 +63,7 @@ pub(crate) fn fresh(sk: Sock, socket: impl Socket, state: u8, syn: u8, creator: 
     let id = id::next();
     Tracked {
         id,
-        // SAFETY: the helper takes no argument and cannot fail.
-        born: unsafe { bpf_ktime_get_boot_ns() },
+        born: now(),
         cgroup: sk.cgroup(),
         netns_cookie,
         netns,
@@ -83,8 +83,7 @@ pub(crate) fn fresh(sk: Sock, socket: impl Socket, state: u8, syn: u8, creator: 
 pub(crate) fn child_of(listener: &Tracked, state: u8, syn: u8) -> Tracked {
     Tracked {
         id: id::next(),
-        // SAFETY: the helper takes no argument and cannot fail.
-        born: unsafe { bpf_ktime_get_boot_ns() },
+        born: now(),
         state,
         syn,
         tree_generation: 0,

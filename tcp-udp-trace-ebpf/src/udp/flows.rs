@@ -14,13 +14,13 @@ use tcp_udp_trace_common::{Flow, FlowKey, Traffic, UdpTracked, kind, report};
 use super::{
     packet::{Packet, is_set},
     records::{Totals, record},
-    sockets::now,
 };
 use crate::{
     counters,
     datagrams::{Datagrams, Direction},
     emit::Context,
     filter,
+    read::now,
 };
 
 /// The flows that have been reported. User space removes them when their socket ends, and the least

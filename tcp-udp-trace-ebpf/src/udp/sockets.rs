@@ -8,7 +8,7 @@ use core::{
 use aya_ebpf::{
     Global,
     bindings::BPF_NOEXIST,
-    helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns, generated::bpf_jiffies64},
+    helpers::{bpf_get_current_pid_tgid, generated::bpf_jiffies64},
     macros::map,
     maps::HashMap,
 };
@@ -17,7 +17,9 @@ use tcp_udp_trace_common::{Field, Owner, Traffic, UdpTracked, User, older, origi
 use crate::{
     counters,
     emit::Context,
-    id, owner, room,
+    id, owner,
+    read::now,
+    room,
     sock::{Sock, Socket as _, tcp_state::ESTABLISHED},
     stopping::met,
 };
@@ -268,12 +270,6 @@ pub(crate) fn find(key: u64, sk: Sock) -> Option<&'static mut UdpTracked> {
     }
     get(sk.0)?;
     track_new(key, ptr::without_provenance(sk.0 as usize), owner::UNKNOWN)
-}
-
-#[inline(always)]
-pub(super) fn now() -> u64 {
-    // SAFETY: the helper takes no argument and cannot fail.
-    unsafe { bpf_ktime_get_boot_ns() }
 }
 
 /// Adds to the packets that were found to be refused and are not freed yet, or subtracts by
