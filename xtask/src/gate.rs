@@ -31,7 +31,7 @@ pub(crate) struct Args {
     vm: Vec<String>,
 }
 
-const FILE: &str = "tcp-udp-trace-ebpf/cost.toml";
+const FILE: &str = "tcp-udp-trace-ebpf/cost.json";
 
 /// The growth that fails, in percent. It leaves room for updates within a kernel series.
 const TOLERANCE: f64 = 10.0;
@@ -82,7 +82,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             Costs::new()
         };
         committed.extend(measured);
-        fs::write(&path, write(&committed)).with_context(|| path.display().to_string())?;
+        fs::write(&path, write(&committed)?).with_context(|| path.display().to_string())?;
         eprintln!("wrote {FILE}");
         return Ok(());
     }
@@ -166,41 +166,17 @@ fn read(path: &Path) -> Result<Costs> {
     parse(&text).with_context(|| format!("{FILE} is not as `cargo xtask gate --bless` writes it"))
 }
 
-/// Reads the little of TOML that [`write()`] writes.
 fn parse(text: &str) -> Result<Costs> {
-    let mut costs = Costs::new();
-    let mut kernel = None;
-    for line in text
-        .lines()
-        .filter(|line| !line.is_empty() && !line.starts_with('#'))
-    {
-        if let Some((event, number)) = line.split_once(" = ") {
-            let kernel = kernel.clone().context("a number without a kernel")?;
-            costs
-                .entry(kernel)
-                .or_default()
-                .insert(event.to_owned(), number.parse().context(line.to_owned())?);
-        } else {
-            let name = line.strip_prefix("[\"").and_then(|l| l.strip_suffix("\"]"));
-            kernel = Some(name.with_context(|| line.to_owned())?.to_owned());
-        }
-    }
-    Ok(costs)
+    Ok(serde_json::from_str(text)?)
 }
 
-fn write(costs: &Costs) -> String {
-    let mut text = format!(
-        "# Instructions that the kernel executes for our programs per event, by kernel series.\n\
-         # `cargo xtask gate` fails if a number grows by more than {TOLERANCE} %.\n\
-         # `cargo xtask gate --bless` writes this file.\n"
-    );
-    for (kernel, costs) in costs {
-        let _ = writeln!(text, "\n[\"{kernel}\"]");
-        for (event, instructions) in costs {
-            let _ = writeln!(text, "{event} = {instructions:.0}");
-        }
+/// Rounds the numbers, and returns the text of the file.
+fn write(costs: &Costs) -> Result<String> {
+    let mut costs = costs.clone();
+    for number in costs.values_mut().flat_map(BTreeMap::values_mut) {
+        *number = number.round();
     }
-    text
+    Ok(serde_json::to_string_pretty(&costs)? + "\n")
 }
 
 #[cfg(test)]
@@ -226,21 +202,21 @@ mod tests {
 
     #[test]
     fn the_file_is_read_as_it_was_written() {
-        assert_eq!(parse(&write(&measured())).unwrap(), measured());
+        assert_eq!(parse(&write(&measured()).unwrap()).unwrap(), measured());
     }
 
     #[test]
     fn growth_fails_beyond_the_tolerance_only() {
         let failures = |file: &str| compare(&parse(file).unwrap(), &measured()).1;
         let none: [&str; 0] = [];
-        assert_eq!(failures("[\"6.12\"]\nreceive = 46\nsend = 300"), none);
-        assert_eq!(failures("[\"7.2\"]\nreceive = 1"), none);
+        assert_eq!(failures(r#"{"6.12": {"receive": 46, "send": 300}}"#), none);
+        assert_eq!(failures(r#"{"7.2": {"receive": 1}}"#), none);
         assert_eq!(
-            failures("[\"6.12\"]\nreceive = 45\nsend = 110"),
+            failures(r#"{"6.12": {"receive": 45, "send": 110}}"#),
             ["6.12: receive: 45 instructions before, 50 now: +11.1 %, more than 10 %"]
         );
         assert_eq!(
-            failures("[\"6.12\"]\nconnect = 1\nreceive = 50"),
+            failures(r#"{"6.12": {"connect": 1, "receive": 50}}"#),
             [
                 "6.12: connect: no program ran",
                 "6.12: send: no committed number"
