@@ -20,6 +20,7 @@ mod program;
 mod ring;
 
 use std::{
+    env,
     fs::{self, File},
     io,
     os::fd::{AsFd as _, AsRawFd as _},
@@ -54,24 +55,11 @@ use crate::{
     },
 };
 
-/// The eBPF objects of this architecture: with a ring buffer, and with perf buffers.
-/// `cargo xtask ebpf` makes them.
-#[cfg(target_arch = "x86_64")]
-static OBJECTS: Option<[&[u8]; 2]> = Some([
-    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.x86_64.o"),
-    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.x86_64.o"),
-]);
+/// The eBPF object with a ring buffer. `cargo xtask ebpf` makes it.
+static WITH_RING: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.o");
 
-/// See above.
-#[cfg(target_arch = "aarch64")]
-static OBJECTS: Option<[&[u8]; 2]> = Some([
-    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.aarch64.o"),
-    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.aarch64.o"),
-]);
-
-/// There are no objects for this architecture.
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-static OBJECTS: Option<[&[u8]; 2]> = None;
+/// The eBPF object with perf buffers.
+static WITH_PERF: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.o");
 
 /// The smallest size of a ring.
 const MIN_RING_BYTES: u32 = 4096;
@@ -98,10 +86,10 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// Loads and attaches everything. Blocks for some milliseconds.
     pub(crate) fn start(config: &Config) -> Result<(Self, Ring), Error> {
-        let Some([with_ring, with_perf]) = OBJECTS else {
-            let message = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
+        if !cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
+            let message = format!("the eBPF programs do not support {} yet", env::consts::ARCH);
             return Err(Error::new(ErrorKind::Unsupported, message));
-        };
+        }
         preflight::check(config.protocol)?;
         let plan = plan::signals(config);
         let iters = iter::programs(config);
@@ -153,8 +141,8 @@ impl Kernel {
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
         let (object, events) = match buffer {
-            Buffer::Ring => (with_ring, ring_bytes),
-            Buffer::Perf => (with_perf, cpus as u32),
+            Buffer::Ring => (WITH_RING, ring_bytes),
+            Buffer::Perf => (WITH_PERF, cpus as u32),
         };
         let mut loader = loader();
         if buffer == Buffer::Ring {
@@ -171,6 +159,7 @@ impl Kernel {
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &has_listened, true)
+            .override_global("AARCH64", &u8::from(cfg!(target_arch = "aarch64")), true)
             .override_global("REGISTERS", &registers, true)
             .override_global("TYPED_TASK", &u8::from(types_task), true)
             .override_global("IMAGES", &u8::from(images), true)
