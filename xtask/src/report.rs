@@ -7,6 +7,8 @@ use std::{ops::AddAssign, time::Duration};
 pub(crate) struct Counts {
     pub(crate) passed: u64,
     pub(crate) failed: u64,
+    /// Tests that failed, and passed when they ran again.
+    pub(crate) flaky: u64,
     pub(crate) skipped: u64,
 }
 
@@ -19,6 +21,10 @@ pub(crate) struct Output {
     in_failures: bool,
     /// The tests that have ended without a failure so far.
     pub(crate) good: Vec<(String, Counts)>,
+    /// The tests that have failed so far.
+    pub(crate) failed: Vec<String>,
+    /// The tests that passed when they ran again, each with the message of its failure.
+    pub(crate) flaky: Vec<String>,
     /// The cost of each eBPF program, as `cargo xtask gate` reads it.
     pub(crate) programs: Vec<String>,
 }
@@ -29,7 +35,19 @@ const MAX_FAILURE_LINES: usize = 40;
 impl Output {
     pub(crate) fn line(&mut self, line: &str) {
         self.counts.add_summary_line(line);
-        self.good.extend(good(line));
+        match verdict(line) {
+            Some((name, Some(counts))) => self.good.push((name, counts)),
+            Some((name, None)) => self.failed.push(name),
+            None => {}
+        }
+        if let Some((_, flaky)) = line.split_once("flaky: ") {
+            self.flaky.push(flaky.chars().take(400).collect());
+            self.counts.failed = self.counts.failed.saturating_sub(1);
+            self.counts.flaky += 1;
+        }
+        if line.starts_with("failed again: ") {
+            self.failures.push(line.chars().take(400).collect());
+        }
         if let Some((_, cost)) = line.split_once("@@program ") {
             self.programs.push(cost.to_owned());
         }
@@ -44,15 +62,23 @@ impl Output {
     }
 }
 
-/// Returns the test that has ended without a failure, from a line like `test bytes::one ... ok`.
-fn good(line: &str) -> Option<(String, Counts)> {
+/// Returns the test that has ended, from a line like `test bytes::one ... ok`, and its count unless
+/// it failed.
+fn verdict(line: &str) -> Option<(String, Option<Counts>)> {
     let (name, verdict) = line.trim().strip_prefix("test ")?.split_once(" ... ")?;
     let mut counts = Counts::default();
-    match verdict.split(' ').next()? {
-        "ok" => counts.passed = 1,
-        "ignored" => counts.skipped = 1,
+    let counts = match verdict.split(' ').next()? {
+        "ok" => {
+            counts.passed = 1;
+            Some(counts)
+        }
+        "ignored" => {
+            counts.skipped = 1;
+            Some(counts)
+        }
+        "FAILED" => None,
         _ => return None,
-    }
+    };
     Some((name.trim_end().to_owned(), counts))
 }
 
@@ -84,6 +110,7 @@ impl AddAssign for Counts {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.flaky += other.flaky;
         self.skipped += other.skipped;
     }
 }
@@ -107,6 +134,8 @@ pub(crate) struct Row {
     pub(crate) note: Option<String>,
     /// See [`Output::failures`].
     pub(crate) failures: Vec<String>,
+    /// See [`Output::flaky`].
+    pub(crate) flaky: Vec<String>,
     /// See [`Output::programs`].
     pub(crate) programs: Vec<String>,
 }
@@ -120,6 +149,7 @@ impl Row {
             elapsed: Duration::ZERO,
             note: None,
             failures: Vec::new(),
+            flaky: Vec::new(),
             programs: Vec::new(),
         }
     }
@@ -155,8 +185,8 @@ pub(crate) fn print(rows: &[Row]) -> bool {
         .unwrap_or(0)
         .max("run".len());
     println!(
-        "\n{:width$}  {:8}  {:>6}  {:>6}  {:>7}  {:>7}",
-        "run", "result", "passed", "failed", "skipped", "seconds"
+        "\n{:width$}  {:8}  {:>6}  {:>6}  {:>5}  {:>7}  {:>7}",
+        "run", "result", "passed", "failed", "flaky", "skipped", "seconds"
     );
     let mut sum = Counts::default();
     for row in rows {
@@ -169,20 +199,24 @@ pub(crate) fn print(rows: &[Row]) -> bool {
             Outcome::NotRun(note) => ("not run", Some(note)),
         };
         println!(
-            "{:width$}  {result:8}  {:>6}  {:>6}  {:>7}  {:>7.1}",
+            "{:width$}  {result:8}  {:>6}  {:>6}  {:>5}  {:>7}  {:>7.1}",
             row.name,
             counts.passed,
             counts.failed,
+            counts.flaky,
             counts.skipped,
             row.elapsed.as_secs_f64()
         );
         for note in note.into_iter().chain(&row.note) {
             println!("{:width$}  {note}", "");
         }
+        for test in &row.flaky {
+            println!("{:width$}  flaky: {test}", "");
+        }
     }
     println!(
-        "\n{} passed, {} failed, {} skipped",
-        sum.passed, sum.failed, sum.skipped
+        "\n{} passed, {} failed, {} flaky, {} skipped",
+        sum.passed, sum.failed, sum.flaky, sum.skipped
     );
     sum.failed == 0
 }
@@ -202,6 +236,24 @@ mod tests {
         assert_eq!(output.counts.failed, 1);
         let names: Vec<_> = output.good.iter().map(|(name, _)| &**name).collect();
         assert_eq!(names, ["b::c", "d"]);
+        assert_eq!(output.failed, ["a"]);
+    }
+
+    #[test]
+    fn flaky_tests_are_no_failures_but_counted() {
+        let mut output = Output::default();
+        let lines = "test a ... FAILED\ntest b ... FAILED\ntest result: FAILED. 3 passed; 2 failed\n\
+                     flaky: a: wrong\nfailed again: b: worse";
+        lines.lines().for_each(|line| output.line(line));
+        let counts = Counts {
+            passed: 3,
+            failed: 1,
+            flaky: 1,
+            skipped: 0,
+        };
+        assert_eq!(output.counts, counts);
+        assert_eq!(output.flaky, ["a: wrong"]);
+        assert_eq!(output.failures, ["failed again: b: worse"]);
     }
 
     #[test]
@@ -214,6 +266,7 @@ mod tests {
                 Counts {
                     passed,
                     failed,
+                    flaky: 0,
                     skipped
                 }
             );

@@ -130,7 +130,10 @@ fn counted(name: &str, command: &mut Command) -> Result<Row> {
         output.line(&line);
     }
     let Output {
-        counts, failures, ..
+        counts,
+        failures,
+        flaky,
+        ..
     } = output;
     let status = child
         .wait()
@@ -145,6 +148,7 @@ fn counted(name: &str, command: &mut Command) -> Result<Row> {
     Ok(Row {
         elapsed: started.elapsed(),
         failures,
+        flaky,
         ..Row::new(name, outcome)
     })
 }
