@@ -15,7 +15,7 @@ use integration_tests::{
     expected_tcp::ExpectedTcp,
     kernel,
     netns::Netns,
-    observed_tcp::ObservedTcp,
+    observed_tcp::{ObservedTcp, is_stillborn},
     suite::Test,
     tcp_pair::loopback,
 };
@@ -299,6 +299,10 @@ fn judge(events: &[Event], ready: SystemTime, ends: &[Exchange], pid: u32) -> an
             .all(|event| event.kind == EventKind::Accept)
         {
             // Accepted when the tracer had begun to stop.
+            continue;
+        }
+        if is_stillborn(of_socket) {
+            // The connection has another socket, or is missed below.
             continue;
         }
         let is_whole = matches!(
