@@ -92,11 +92,14 @@ impl Kernel {
         }
         preflight::check(config.protocol)?;
         let plan = plan::signals(config);
+        let has_kprobes = program::has_kprobes();
+        let likely = plan.iter().flat_map(|signal| signal.likely(has_kprobes));
+        let likely: Vec<_> = likely.collect();
         let iters = iter::programs(config);
         let (offsets, ids, images, has_listened, drop_reasons, registers, types_task) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
-            let targets = plan.iter().flat_map(|signal| signal.targets());
+            let targets = likely.iter().filter_map(|(_, point)| point.target());
             let targets = targets.chain(iters.iter().map(|iter| iter.target()));
             let verifies = match config.protocol {
                 Protocol::Tcp => offsets::verifies_images(&btf),
@@ -177,7 +180,7 @@ impl Kernel {
             .or_error(ErrorKind::Load, "cannot read the programs' log")?;
         // Not at the same time as the maps: when memory runs out, the kernel kills a process that
         // loads programs, but returns an error to one that makes a map.
-        preload::load_ahead(&mut ebpf, &plan, &iters, &controls, &ids);
+        preload::load_ahead(&mut ebpf, &likely, &iters, &controls, &ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
