@@ -18,8 +18,8 @@
 #![feature(core_intrinsics)]
 
 // Layers, each uses only those after it: iter, query -> tcp, udp -> connect, filter, id, netns,
-// room -> owner, stopping -> image, syscall -> emit, iter_context, datagrams, sock -> counters
-// -> read.
+// room -> owner, stopping -> image, syscall -> emit, iter_context, datagrams, sock, task ->
+// counters -> read.
 mod connect;
 mod counters;
 mod datagrams;
@@ -37,6 +37,7 @@ mod room;
 mod sock;
 mod stopping;
 mod syscall;
+mod task;
 mod tcp;
 mod udp;
 
