@@ -8,6 +8,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+use core::mem::offset_of;
+
 mod fields;
 pub mod filter;
 
@@ -608,7 +610,8 @@ pub mod part {
     pub const NAME: u16 = 1;
     /// Bytes of the command line, each argument with its NUL.
     pub const ARGUMENTS: u16 = 2;
-    /// The end of the image: all pieces have been written.
+    /// The end of the image: all pieces have been written. Its bytes are an
+    /// [`Identity`](super::Identity).
     pub const END: u16 = 3;
     /// The end of the path. [`Image::size`](super::Image::size) is 1 if the path is complete.
     pub const PATH_END: u16 = 4;
@@ -641,6 +644,19 @@ pub struct Image {
 
 /// The maximum number of bytes in a piece of an [`Image`].
 pub const PIECE: usize = 136;
+
+/// The relation of a process to others when its [`Image`] was written. A number is 0 if it is not
+/// known.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Identity {
+    /// The name of the parent, as [`Owner::comm`].
+    pub parent_comm: [u64; 2],
+    /// The process id of the parent.
+    pub parent: u32,
+    /// The process id in the process's own pid namespace.
+    pub ns_pid: u32,
+}
 
 /// Counters of anomalies in the kernel.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -677,6 +693,8 @@ const _: () = {
     assert!(size_of::<Tracked>() == 152);
     assert!(size_of::<Udp>() == 248);
     assert!(size_of::<Image>() == 176);
+    assert!(size_of::<Identity>() == 24);
+    assert!(offset_of!(Image, bytes) % align_of::<Identity>() == 0);
     assert!(size_of::<UdpTracked>() == 200);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<Flow>() == 72);

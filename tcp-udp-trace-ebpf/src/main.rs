@@ -18,8 +18,8 @@
 #![feature(asm_experimental_arch, core_intrinsics)]
 
 // Layers, each uses only those after it: iter, query -> tcp, udp -> connect, filter, id, netns,
-// room -> owner, stopping -> image, syscall -> emit, iter_context, datagrams, sock -> counters
-// -> read -> arch.
+// room -> owner, stopping -> image, syscall -> emit, iter_context, datagrams, sock, task ->
+// counters -> read -> arch.
 mod arch;
 mod connect;
 mod counters;
@@ -38,6 +38,7 @@ mod room;
 mod sock;
 mod stopping;
 mod syscall;
+mod task;
 mod tcp;
 mod udp;
 

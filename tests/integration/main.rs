@@ -35,6 +35,7 @@ mod filter_changes;
 mod filter_names;
 mod filters;
 mod first_steps;
+mod identity;
 mod lifecycle;
 mod namespace_filters;
 mod namespaces;
@@ -111,6 +112,7 @@ fn main() -> ExitCode {
         filters::trials(),
         filter_changes::trials(),
         first_steps::trials(),
+        identity::trials(),
         filter_names::trials(),
         namespace_filters::trials(),
         lifecycle::trials(),

@@ -3,7 +3,7 @@
 
 mod attach;
 mod btf;
-mod cgroup;
+pub(crate) mod cgroup;
 mod control;
 mod errors;
 mod filter;
