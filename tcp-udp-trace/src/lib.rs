@@ -286,7 +286,7 @@
 
 // Layers, each uses only those after it:
 // fuzzing, bench_support -> builder -> blocking -> tracer -> tasks -> kernel, sock_diag -> pipeline, netns
-// -> config -> filter, stats -> event, error, hook, lock
+// -> consumer -> config -> filter, stats -> event, error, hook, lock
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(
@@ -309,6 +309,7 @@ pub mod bench_support;
 mod blocking;
 mod builder;
 mod config;
+pub mod consumer;
 mod error;
 mod event;
 mod filter;

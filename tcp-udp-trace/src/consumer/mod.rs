@@ -1,0 +1,19 @@
+//! Tools for programs that consume events. None of them does I/O or needs a privilege.
+//!
+//! - [`Growth`] turns the totals of events into increments, for counters and rates.
+//! - [`Connections`] is the set of connections that are open now, and knows both ends of a
+//!   connection on this machine.
+//!
+//! `Growth` and `Connections` take events one by one, from a tracer, a merged stream, or a
+//! recording. Their memory is bounded.
+
+mod bounded;
+mod connections;
+mod growth;
+#[cfg(test)]
+mod script;
+
+pub use self::{
+    connections::{Connection, Connections, Peer},
+    growth::{Growth, Increment},
+};
