@@ -3,6 +3,7 @@
 //! - [`Growth`] turns the totals of events into increments, for counters and rates.
 //! - [`Connections`] is the set of connections that are open now, and knows both ends of a
 //!   connection on this machine.
+//! - [`merge`] makes one stream of two, in the order of time.
 //!
 //! `Growth` and `Connections` take events one by one, from a tracer, a merged stream, or a
 //! recording. Their memory is bounded.
@@ -10,10 +11,12 @@
 mod bounded;
 mod connections;
 mod growth;
+mod merge;
 #[cfg(test)]
 mod script;
 
 pub use self::{
     connections::{Connection, Connections, Peer},
     growth::{Growth, Increment},
+    merge::{DEFAULT_HOLD, Merge, merge},
 };
