@@ -60,7 +60,9 @@
 //! # Features
 //!
 //! - `serde`: `Serialize` and `Deserialize` for [`Event`], [`Stats`] and the types of their fields.
-//!   It is not a default feature.
+//! - `replay`: [`consumer`]`::replay`, which reads recorded events. It implies `serde`.
+//!
+//! None is a default feature.
 //!
 //! # Privileges
 //!
@@ -313,7 +315,7 @@ pub mod consumer;
 mod error;
 mod event;
 mod filter;
-#[cfg(all(any(test, fuzzing), target_os = "linux", feature = "serde"))]
+#[cfg(all(any(test, fuzzing), target_os = "linux", feature = "replay"))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod hook;

@@ -4,6 +4,8 @@
 //! - [`Connections`] is the set of connections that are open now, and knows both ends of a
 //!   connection on this machine.
 //! - [`merge`] makes one stream of two, in the order of time.
+//! - `replay` (feature `replay`) reads recorded events, so that a program can be tested without
+//!   root.
 //!
 //! `Growth` and `Connections` take events one by one, from a tracer, a merged stream, or a
 //! recording. Their memory is bounded.
@@ -12,9 +14,13 @@ mod bounded;
 mod connections;
 mod growth;
 mod merge;
+#[cfg(feature = "replay")]
+mod replay;
 #[cfg(test)]
 mod script;
 
+#[cfg(feature = "replay")]
+pub use self::replay::{Replay, ReplayError, ReplayIter, replay};
 pub use self::{
     connections::{Connection, Connections, Peer},
     growth::{Growth, Increment},
