@@ -16,7 +16,6 @@ use std::{
 };
 
 use clap::Parser;
-use futures_util::StreamExt as _;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tcp_udp_trace::{Event, EventKind, Filter, Kind, TcpState, TcpTracer};
 use tokio::signal::unix::{SignalKind, signal};

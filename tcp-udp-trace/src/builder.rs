@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::{
+    blocking::BlockingTracer,
     config::{Buffer, Config, OverflowPolicy},
     error::Error,
     event::Protocol,
@@ -156,6 +157,21 @@ macro_rules! builder {
             /// If the future is dropped, the tracer detaches every hook that it has attached.
             pub async fn start(self) -> Result<$tracer, Error> {
                 Tracer::start(self.config.validate()?).await.map($tracer::from)
+            }
+
+            /// Like [`start`](Self::start), for a program without a runtime: returns an iterator of
+            /// events.
+            ///
+            /// The tracer gets a thread and a runtime of its own. The call blocks the calling
+            /// thread until every hook is attached. If it is a thread of a runtime, it blocks that,
+            /// too.
+            ///
+            /// # Errors
+            ///
+            /// Those of [`start`](Self::start). `NoRuntime` means that the thread or the runtime
+            /// cannot be made.
+            pub fn blocking(self) -> Result<BlockingTracer, Error> {
+                BlockingTracer::start(self.config.validate()?)
             }
         }
     };

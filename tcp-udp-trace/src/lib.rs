@@ -4,7 +4,6 @@
 //! Each event has the owning process and exact payload byte counts. The kernel side is eBPF.
 //!
 //! ```no_run
-//! use futures_util::StreamExt as _;
 //! use tcp_udp_trace::TcpTracer;
 //!
 //! #[tokio::main]
@@ -17,9 +16,8 @@
 //! }
 //! ```
 //!
-//! This program depends on this crate, on `futures-util`, and on `tokio` with the features `macros`
-//! and `rt-multi-thread`. As root, it prints one line for each event of a TCP socket of the
-//! machine:
+//! This program depends on this crate, and on `tokio` with the features `macros` and
+//! `rt-multi-thread`. As root, it prints one line for each event of a TCP socket of the machine:
 //!
 //! ```text
 //! 2026-11-22T01:00:38.558462946Z tcp 127.0.0.1:0 > 127.0.0.1:8123 CLOSE->SYN_SENT curl[32680]
@@ -62,7 +60,9 @@
 //! # Features
 //!
 //! - `serde`: `Serialize` and `Deserialize` for [`Event`], [`Stats`] and the types of their fields.
-//!   It is not a default feature.
+//! - `replay`: [`consumer`]`::replay`, which reads recorded events. It implies `serde`.
+//!
+//! None is a default feature.
 //!
 //! # Privileges
 //!
@@ -97,7 +97,7 @@
 //! # Runtime
 //!
 //! A tracer runs on Tokio, with I/O and time enabled. It is `Send`, and any task may poll its
-//! stream.
+//! stream. A program without a runtime uses [`blocking`](TcpTracerBuilder::blocking).
 //!
 //! # Cookbook
 //!
@@ -108,7 +108,6 @@
 //! attempts to connect. [`Event::is_close`] is true only for the ends of connections.
 //!
 //! ```no_run
-//! use futures_util::StreamExt as _;
 //! use tcp_udp_trace::{Filter, Kind, TcpState, TcpTracer};
 //!
 //! # async fn run() -> Result<(), tcp_udp_trace::Error> {
@@ -160,28 +159,26 @@
 //!
 //! ## Without async
 //!
-//! A task on the runtime reads the kernel's records. So the runtime must run while a program waits
-//! for the stream. The runtime's
-//! [`block_on`](https://docs.rs/tokio/1/tokio/runtime/struct.Runtime.html#method.block_on) does
-//! that, with both kinds of runtime:
+//! [`blocking`](TcpTracerBuilder::blocking) starts a tracer that is an [`Iterator`]. The program
+//! needs no other crate:
 //!
 //! ```no_run
-//! use futures_util::StreamExt as _;
 //! use tcp_udp_trace::TcpTracer;
 //!
-//! fn main() -> Result<(), Box<dyn std::error::Error>> {
-//!     let runtime = tokio::runtime::Runtime::new()?;
-//!     let mut tcp = runtime.block_on(TcpTracer::builder().start())?;
-//!     while let Some(event) = runtime.block_on(tcp.next()) {
+//! fn main() -> Result<(), tcp_udp_trace::Error> {
+//!     for event in TcpTracer::builder().blocking()? {
 //!         println!("{event}");
 //!     }
 //!     Ok(())
 //! }
 //! ```
 //!
-//! Another executor, such as `futures::executor::block_on_stream(tcp)`, needs a multi-thread
-//! runtime that is not dropped. With a `current_thread` runtime that no thread drives, it waits for
-//! ever.
+//! A thread of the tracer reads the kernel's records. A program that has a Tokio runtime already
+//! can use its
+//! [`block_on`](https://docs.rs/tokio/1/tokio/runtime/struct.Runtime.html#method.block_on) with
+//! [`TcpTracer::next`] instead. Another executor, such as `futures::executor::block_on_stream(tcp)`,
+//! needs a multi-thread runtime that is not dropped. With a `current_thread` runtime that no thread
+//! drives, it waits for ever.
 //!
 //! ## One tracer for several tasks
 //!
@@ -189,7 +186,6 @@
 //! channel drops events for a slow receiver, and returns their number to that receiver.
 //!
 //! ```no_run
-//! use futures_util::StreamExt as _;
 //! use std::sync::Arc;
 //! use tcp_udp_trace::TcpTracer;
 //! use tokio::sync::broadcast;
@@ -221,7 +217,6 @@
 //! stands in their place:
 //!
 //! ```no_run
-//! # use futures_util::StreamExt as _;
 //! # use tcp_udp_trace::{Event, EventKind, TcpTracer};
 //! # async fn run(mut tcp: TcpTracer) {
 //! while let Some(event) = tcp.next().await {
@@ -296,8 +291,8 @@
 //! library always come from the same release. `tcp-udp-trace-common` is not a public API.
 
 // Layers, each uses only those after it:
-// fuzzing, bench_support -> builder -> tracer -> tasks -> kernel, sock_diag -> pipeline, netns
-// -> config -> filter, stats -> event, error, hook, lock
+// fuzzing, bench_support -> builder -> blocking -> tracer -> tasks -> kernel, sock_diag -> pipeline, netns
+// -> consumer -> config -> filter, stats -> event, error, hook, lock
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(
@@ -317,12 +312,14 @@
 #[cfg(all(any(test, micro_bench), target_os = "linux"))]
 #[doc(hidden)]
 pub mod bench_support;
+mod blocking;
 mod builder;
 mod config;
+pub mod consumer;
 mod error;
 mod event;
 mod filter;
-#[cfg(all(any(test, fuzzing), target_os = "linux", feature = "serde"))]
+#[cfg(all(any(test, fuzzing), target_os = "linux", feature = "replay"))]
 #[doc(hidden)]
 pub mod fuzzing;
 mod hook;
@@ -340,6 +337,7 @@ mod tasks;
 mod tracer;
 
 pub use crate::{
+    blocking::BlockingTracer,
     builder::{TcpTracerBuilder, UdpTracerBuilder},
     config::{
         Buffer, DEFAULT_INTERVAL, DEFAULT_LATENCY, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS,

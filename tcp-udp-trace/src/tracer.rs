@@ -1,6 +1,7 @@
 //! The tracers and their handle.
 
 use std::{
+    future::poll_fn,
     mem,
     pin::Pin,
     process,
@@ -40,7 +41,17 @@ impl Tracer {
         })
     }
 
-    async fn close(mut self) -> Result<Stats, Error> {
+    pub(crate) fn handle(&self) -> TracerHandle {
+        TracerHandle {
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
+    pub(crate) async fn next(&mut self) -> Option<Event> {
+        poll_fn(|cx| self.shared.queue.poll_pop(cx)).await
+    }
+
+    pub(crate) async fn close(mut self) -> Result<Stats, Error> {
         self.shared.queue.abandon();
         self.shared.stop();
         if let Err(source) = (&mut self.tasks.reader).await {
@@ -86,10 +97,9 @@ macro_rules! tracer {
         /// `exec` does. There, the tracer can only be dropped, which does nothing, and the kernel
         /// keeps the programs as long as the fork lives.
         ///
-        /// # Cancel safety
-        ///
-        /// An event leaves the queue only when it is returned. So a dropped `next()` loses no
-        /// event.
+        /// The tracer is a [`Stream`], for the combinators of `futures-util` and similar crates. A
+        /// program that only reads the events needs none of them, because
+        /// [`next`](Self::next) is a method of the tracer itself.
         #[derive(Debug)]
         #[must_use = "a tracer without a consumer fills its queue"]
         pub struct $tracer(Tracer);
@@ -98,7 +108,17 @@ macro_rules! tracer {
             /// Returns a handle for other tasks.
             #[must_use]
             pub fn handle(&self) -> TracerHandle {
-                TracerHandle { shared: Arc::clone(&self.0.shared) }
+                self.0.handle()
+            }
+
+            /// Returns the next event as soon as there is one; `None` after the last one.
+            ///
+            /// # Cancel safety
+            ///
+            /// An event leaves the queue only when it is returned. So a future that is dropped
+            /// loses no event. The same holds for any other way to poll the stream.
+            pub async fn next(&mut self) -> Option<Event> {
+                self.0.next().await
             }
 
             /// Detaches the programs, reads the remaining records, and returns the final counts.
@@ -218,6 +238,18 @@ impl TracerHandle {
             ErrorKind::NoRuntime,
             "the runtime was shut down during the change",
         )?
+    }
+
+    /// Replaces the filter of a running tracer, for a program without a runtime.
+    ///
+    /// This is [`set_filter`](Self::set_filter), except that the blocking work runs on the calling
+    /// thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`set_filter`](Self::set_filter), except for `NoRuntime`.
+    pub fn blocking_set_filter(&self, filter: Filter) -> Result<(), Error> {
+        self.shared.set_filter(filter)
     }
 
     /// Detaches the programs. The stream yields the events that were already produced, and then

@@ -7,7 +7,6 @@ use std::{
     time::Duration,
 };
 
-use futures_util::StreamExt as _;
 use integration_tests::actor::{Actor, Command};
 use nix::{
     sys::signal::Signal,

@@ -2,12 +2,12 @@
 //! older than the tracer, and how to read a tracer without async.
 
 use std::{
-    net::{TcpListener, TcpStream, UdpSocket},
+    fs,
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     thread,
 };
 
 use anyhow::{Context as _, ensure};
-use futures_util::StreamExt as _;
 use integration_tests::{
     actor::{Actor, Command},
     collector::{self, Collector, SAMPLE_INTERVAL, show},
@@ -24,6 +24,7 @@ pub(crate) fn trials() -> Vec<Test> {
             recipe_only_closed_connections,
             tcp_sockets_older_and_younger,
             udp_sockets_older_and_younger,
+            blocking_without_a_runtime,
             blocking_on_the_runtime,
             blocking_beside_a_runtime_of_several_threads,
         ],
@@ -194,6 +195,49 @@ fn reads_a_connection(
             return Ok(());
         }
     }
+}
+
+/// Both tracers are iterators without any runtime, also on a thread of a runtime. The thread of the
+/// tracer ends with it.
+fn blocking_without_a_runtime() -> anyhow::Result<()> {
+    let threads = || {
+        let tasks = fs::read_dir("/proc/self/task")?.flatten();
+        let names = tasks.flat_map(|task| fs::read_to_string(task.path().join("comm")));
+        anyhow::Ok(names.filter(|name| name.trim_end() == "tracer").count())
+    };
+    let trace = || {
+        let mut tcp = collector::tcp().blocking()?;
+        let handle = tcp.handle();
+        let local = make_a_connection()?;
+        let is_open = |event: &Event| event.is_open() && event.socket.local == local;
+        tcp.find(is_open).context("the events have ended")?;
+        handle.blocking_set_filter(Filter::new().port(1))?;
+        // Its events wait in the buffer until the program reads them.
+        let stopper = thread::spawn(move || handle.stop());
+        let rest = tcp.by_ref().count();
+        ensure!(tcp.next().is_none(), "an event after {rest} and the end");
+        stopper.join().unwrap();
+        let stats = tcp.close()?;
+        collector::check_conservation(&stats)?;
+        let mut udp = collector::udp().blocking()?;
+        let socket = UdpSocket::bind(loopback(false))?;
+        let local = socket.local_addr()?;
+        drop(socket);
+        let is_it = |event: &Event| event.is_end() && event.socket.local == local;
+        udp.find(is_it).context("the events have ended")?;
+        Ok(())
+    };
+    trace()?;
+    ensure!(threads()? == 0, "{} threads are left", threads()?);
+    Builder::new_current_thread()
+        .build()?
+        .block_on(async { trace() })
+}
+
+/// Makes a connection, and returns the address of the client.
+fn make_a_connection() -> anyhow::Result<SocketAddr> {
+    let listener = TcpListener::bind(loopback(false))?;
+    Ok(TcpStream::connect(listener.local_addr()?)?.local_addr()?)
 }
 
 fn blocking_on_the_runtime() -> anyhow::Result<()> {

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{bail, ensure};
 use aya::maps::MapType;
-use futures_util::{FutureExt as _, StreamExt as _, stream::FusedStream as _};
+use futures_util::{FutureExt as _, stream::FusedStream as _};
 use integration_tests::{
     collector, hooks_page,
     kernel::{BpfObjects, is_emulated, open_files},

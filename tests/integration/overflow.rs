@@ -15,7 +15,6 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use futures_util::StreamExt as _;
 use integration_tests::{
     any_tracer::rest,
     collector::{self, Collector, check_conservation, show},

@@ -126,7 +126,6 @@ impl UserCrate {
              [features]\nserde = [\"tcp-udp-trace/serde\"]\n\
              [dependencies]\n\
              anyhow = \"1\"\n\
-             futures-util = {{ version = \"0.3\", default-features = false }}\n\
              tcp-udp-trace = {{ path = \"{packages}/{LIBRARY}\" }}\n\
              tokio = {{ version = \"1\", features = [\"macros\", \"rt-multi-thread\"] }}\n\
              [patch.crates-io]\n\

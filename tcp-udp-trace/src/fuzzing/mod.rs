@@ -17,6 +17,7 @@ use std::{
 };
 
 use crate::{
+    consumer::{Connections, Growth, replay},
     event::{
         Event, EventKind, LossStage, Protocol,
         comm::Comm,
@@ -67,10 +68,20 @@ pub fn netlink(bytes: &[u8]) {
     }
 }
 
-/// Checks an event in its JSON form.
+/// Checks an event in its JSON form, and the same bytes as recorded lines, for all that consumes
+/// them.
 pub fn event_json(bytes: &[u8]) {
     if let Ok(event) = serde_json::from_slice::<Event>(bytes) {
         any_event(&event);
+    }
+    let (mut growth, mut connections) = (Growth::with_capacity(2), Connections::with_capacity(2));
+    for event in replay(bytes) {
+        match event {
+            Ok(event) => {
+                let _ = (growth.add(&event), connections.add(&event));
+            }
+            Err(error) => can_be_shown(&error.to_string()),
+        }
     }
 }
 
