@@ -105,7 +105,7 @@ impl Kernel {
         preflight::check(config.protocol)?;
         let plan = plan::signals(config);
         let iters = iter::programs(config);
-        let (offsets, ids, images, has_listened, drop_reasons, registers, types_task) = {
+        let (offsets, ids, images, has_listened, repair, drop_reasons, registers, types_task) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
@@ -120,6 +120,7 @@ impl Kernel {
                 ids::find(&btf, targets),
                 images,
                 offsets::has_listened(&btf),
+                offsets::repair(&btf),
                 offsets::drop_reasons(&btf),
                 offsets::registers(&btf),
                 offsets::types_task(&btf),
@@ -171,6 +172,7 @@ impl Kernel {
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &has_listened, true)
+            .override_global("REPAIR", &repair, true)
             .override_global("REGISTERS", &registers, true)
             .override_global("TYPED_TASK", &u8::from(types_task), true)
             .override_global("IMAGES", &u8::from(images), true)
