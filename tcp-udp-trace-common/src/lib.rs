@@ -116,6 +116,18 @@ pub mod older {
     pub const REST: u8 = (1 << SHIFT) - 1;
 }
 
+/// The side that started a TCP connection, in [`TcpSocket::direction`].
+pub mod direction {
+    /// Not known.
+    pub const UNKNOWN: u8 = 0;
+    /// This side, by `connect`.
+    pub const OUTBOUND: u8 = 1;
+    /// The peer, through a listener.
+    pub const INBOUND: u8 = 2;
+    /// None: the socket listens.
+    pub const LISTENER: u8 = 3;
+}
+
 /// `AF_INET`.
 pub const AF_INET: u16 = 2;
 /// `AF_INET6`.
@@ -260,7 +272,9 @@ pub struct TcpSocket {
     /// [`AF_INET`] or [`AF_INET6`].
     pub family: u16,
     /// One of [`older`].
-    pub older: u16,
+    pub older: u8,
+    /// One of [`direction`].
+    pub direction: u8,
     /// The interface that the socket is bound to, 0 for none.
     pub device: u32,
     /// In a [`kind::CONNECT_FAILED_TCP`], the `errno` that the call returned. Otherwise 0.
@@ -586,6 +600,19 @@ impl Tracked {
     #[inline(always)]
     pub const fn older(&self) -> u8 {
         self.syn >> older::SHIFT
+    }
+
+    /// Returns one of [`direction`].
+    #[inline(always)]
+    pub const fn direction(&self) -> u8 {
+        match self.syn() {
+            // A listener without an id cannot be distinguished from a child.
+            _ if self.id == 0 => direction::UNKNOWN,
+            _ if self.listener == self.id => direction::LISTENER,
+            syn::COUNTED => direction::OUTBOUND,
+            syn::NOT_COUNTED => direction::INBOUND,
+            _ => direction::UNKNOWN,
+        }
     }
 }
 

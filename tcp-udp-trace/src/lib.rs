@@ -345,7 +345,7 @@ pub use crate::{
     },
     error::{Error, ErrorKind},
     event::{
-        Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic,
+        Direction, Event, EventKind, LossStage, Protocol, ResetDirection, Socket, Traffic,
         comm::{Comm, ParseCommError},
         kind::{EventCounts, EventCountsByKind, Kind, UnknownKind},
         process::{Origin, Parent, Process, ProcessDetails, User},

@@ -20,7 +20,7 @@ use integration_tests::{
     tcp_pair::loopback,
 };
 use tcp_udp_trace::{
-    Event, EventKind, Origin,
+    Direction, Event, EventKind, Origin,
     TcpState::{Close, CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, Listen},
     Traffic,
 };
@@ -107,6 +107,9 @@ fn connection_that_waits_to_be_accepted() -> anyhow::Result<()> {
     let process = sample_of_accepted.process.as_ref().context("no owner")?;
     ensure!((process.pid, process.origin) == (server.pid(), Origin::Acceptor));
     ensure!(sample_of_accepted.socket.cookie == Some(accepted.cookie));
+    // The peer may have been a listener's client, or have connected at the same time.
+    ensure!(sample.socket.direction.is_none(), "{:?}", sample.socket);
+    ensure!(sample_of_accepted.socket.direction == Some(Direction::Inbound));
     server.receive(&accepted, 300)?;
     server.send(&accepted, 40)?;
     client.receive(&connected, 40)?;

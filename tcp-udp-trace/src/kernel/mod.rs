@@ -96,7 +96,7 @@ impl Kernel {
         let likely = plan.iter().flat_map(|signal| signal.likely(has_kprobes));
         let likely: Vec<_> = likely.collect();
         let iters = iter::programs(config);
-        let (offsets, ids, images, has_listened, drop_reasons, registers, types_task) = {
+        let (offsets, ids, images, has_listened, repair, drop_reasons, registers, types_task) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = likely.iter().filter_map(|(_, point)| point.target());
@@ -111,6 +111,7 @@ impl Kernel {
                 ids::find(&btf, targets),
                 images,
                 offsets::has_listened(&btf),
+                offsets::repair(&btf),
                 offsets::drop_reasons(&btf),
                 offsets::registers(&btf),
                 offsets::types_task(&btf),
@@ -163,6 +164,7 @@ impl Kernel {
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &has_listened, true)
             .override_global("AARCH64", &u8::from(cfg!(target_arch = "aarch64")), true)
+            .override_global("REPAIR", &repair, true)
             .override_global("REGISTERS", &registers, true)
             .override_global("TYPED_TASK", &u8::from(types_task), true)
             .override_global("IMAGES", &u8::from(images), true)
