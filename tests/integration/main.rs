@@ -93,6 +93,10 @@ fn main() -> ExitCode {
     // may.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     let arguments = libtest_mimic::Arguments::from_args();
+    // With one thread, the name of the test is already there, in an unfinished line.
+    if arguments.test_threads != Some(1) {
+        suite::announce();
+    }
     let tests = [
         states::trials(),
         owner::trials(),

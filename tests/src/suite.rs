@@ -10,7 +10,10 @@ use std::{
     io::{self, Read as _, Write as _},
     panic::catch_unwind,
     process::{Child, Command, Stdio, exit},
-    sync::{Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -42,6 +45,15 @@ pub enum Needs {
 
 /// The lock that ordinary tests share, and that tests which need solitude hold exclusively.
 static SOLITUDE: RwLock<()> = RwLock::new(());
+
+/// Whether each test prints a line when it begins.
+static ANNOUNCED: AtomicBool = AtomicBool::new(false);
+
+/// Makes each test print a line when it begins. `cargo xtask test` reads the lines, to report which
+/// tests ran when a kernel crashed or made no progress.
+pub fn announce() {
+    ANNOUNCED.store(true, Ordering::Relaxed);
+}
 
 /// A test that has ended.
 #[derive(Debug, Clone)]
@@ -234,6 +246,9 @@ impl Run {
             ),
         };
         let (started, name) = (Instant::now(), self.name());
+        if ANNOUNCED.load(Ordering::Relaxed) {
+            println!("begins: {name}");
+        }
         let run = move || {
             BUFFER.set(self.buffer);
             Netns::enter_new()?;

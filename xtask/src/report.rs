@@ -12,6 +12,10 @@ pub(crate) struct Counts {
     pub(crate) skipped: u64,
 }
 
+/// How long a run of tests may make no progress. The test program itself ends a test after five
+/// minutes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(6 * 60);
+
 /// The results in the output of the tests, collected line by line.
 #[derive(Debug, Default)]
 pub(crate) struct Output {
@@ -19,6 +23,7 @@ pub(crate) struct Output {
     /// The messages of the tests that failed, to be shown again before the table.
     pub(crate) failures: Vec<String>,
     in_failures: bool,
+    running: Vec<String>,
     /// The tests that have ended without a failure so far.
     pub(crate) good: Vec<(String, Counts)>,
     /// The tests that have failed so far.
@@ -33,12 +38,19 @@ pub(crate) struct Output {
 const MAX_FAILURE_LINES: usize = 40;
 
 impl Output {
-    pub(crate) fn line(&mut self, line: &str) {
+    /// Reads a line. Returns whether to show it: the beginnings of tests are too many.
+    pub(crate) fn line(&mut self, line: &str) -> bool {
+        if let Some(name) = line.trim().strip_prefix("begins: ") {
+            self.running.push(name.to_owned());
+            return false;
+        }
         self.counts.add_summary_line(line);
-        match verdict(line) {
-            Some((name, Some(counts))) => self.good.push((name, counts)),
-            Some((name, None)) => self.failed.push(name),
-            None => {}
+        if let Some((name, counts)) = verdict(line) {
+            self.running.retain(|running| *running != name);
+            match counts {
+                Some(counts) => self.good.push((name, counts)),
+                None => self.failed.push(name),
+            }
         }
         if let Some((_, flaky)) = line.split_once("flaky: ") {
             self.flaky.push(flaky.chars().take(400).collect());
@@ -58,6 +70,15 @@ impl Output {
             self.in_failures = false;
         } else if self.in_failures && self.failures.len() < MAX_FAILURE_LINES && !line.is_empty() {
             self.failures.push(line.chars().take(400).collect());
+        }
+        true
+    }
+
+    /// Returns the tests that have begun and not ended, in words.
+    pub(crate) fn running(&self) -> String {
+        match &*self.running {
+            [] => "no test".to_owned(),
+            running => running.join(", "),
         }
     }
 }
@@ -231,7 +252,9 @@ mod tests {
         let lines = "test a ... FAILED\ntest b::c    ... ok\ntest d ... ignored (no e)\n\nfailures:\n\n\
                      ---- a ----\nwrong\n\nfailures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\n\
                      the slowest tests:\n   12.3 s  b::c";
-        lines.lines().for_each(|line| output.line(line));
+        lines.lines().for_each(|line| {
+            output.line(line);
+        });
         assert_eq!(output.failures, ["---- a ----", "wrong", "    a"]);
         assert_eq!(output.counts.failed, 1);
         let names: Vec<_> = output.good.iter().map(|(name, _)| &**name).collect();
@@ -240,11 +263,24 @@ mod tests {
     }
 
     #[test]
+    fn running_tests_have_begun_and_not_ended() {
+        let mut output = Output::default();
+        assert_eq!(output.running(), "no test");
+        for name in ["a", "b", "c"] {
+            assert!(!output.line(&format!("begins: {name}")));
+        }
+        assert!(output.line("test b   ... ok"));
+        assert_eq!(output.running(), "a, c");
+    }
+
+    #[test]
     fn flaky_tests_are_no_failures_but_counted() {
         let mut output = Output::default();
         let lines = "test a ... FAILED\ntest b ... FAILED\ntest result: FAILED. 3 passed; 2 failed\n\
                      flaky: a: wrong\nfailed again: b: worse";
-        lines.lines().for_each(|line| output.line(line));
+        lines.lines().for_each(|line| {
+            output.line(line);
+        });
         let counts = Counts {
             passed: 3,
             failed: 1,

@@ -28,7 +28,7 @@ pub(crate) use self::{
 use crate::{
     arch::Arch,
     deps,
-    report::{Counts, Outcome, Row},
+    report::{Counts, Outcome, PATIENCE, Row},
     workspace,
 };
 
@@ -156,7 +156,11 @@ fn boot_with_retry(
                 let number = crashes.len() + 1;
                 let crash_log = logs.join(format!("{name}.crash{number}.log"));
                 fs::rename(&log, &crash_log).context("cannot keep the log of a crashed guest")?;
-                let crash = format!("the guest crashed ({cause}); log: {}", crash_log.display());
+                let crash = format!(
+                    "crashed: {cause}; running: {}; log: {}",
+                    output.running(),
+                    crash_log.display()
+                );
                 eprintln!("[{name}] {crash}");
                 crashes.push(crash.clone());
                 failed.extend(output.failed);
@@ -174,9 +178,11 @@ fn boot_with_retry(
                 }
                 Outcome::Broken(crash)
             }
-            Ended::Hung(last_line) => Outcome::Broken(format!(
-                "the tests hung: no output for {} s after {last_line:?}; log: {}",
-                guest::SILENCE_TIMEOUT.as_secs(),
+            Ended::Stuck { lives, output } => Outcome::Broken(format!(
+                "{}: no test began or ended for {} s; running: {}; log: {}",
+                if lives { "slow" } else { "hung" },
+                PATIENCE.as_secs(),
+                output.running(),
                 log.display()
             )),
         };
