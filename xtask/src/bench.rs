@@ -80,6 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         arch: Arch::host()?,
         program: &program,
         args: &options,
+        parameters: "",
         files: &files,
         qemu: &[],
     };

@@ -54,6 +54,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         arch,
         program: &program,
         args: &[OsString::from("--gate")],
+        parameters: "",
         files: &[],
         qemu: QEMU,
     };

@@ -95,7 +95,10 @@ pub(super) fn boot(
             .args(HARDWARE)
             .args(job.qemu)
             .arg("-append")
-            .arg(format!("console={} {PARAMETERS}", arch.console))
+            .arg(format!(
+                "console={} {PARAMETERS} {}",
+                arch.console, job.parameters
+            ))
             .arg("-kernel")
             .arg(vmlinuz)
             .arg("-initrd")

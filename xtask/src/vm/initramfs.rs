@@ -20,6 +20,8 @@ pub(crate) struct Job<'a> {
     pub(crate) args: &'a [OsString],
     /// Files that the program needs, each with its path in the guest.
     pub(crate) files: &'a [(&'a Path, &'a str)],
+    /// Parameters of the kernel that add to the usual ones.
+    pub(crate) parameters: &'a str,
     /// Options of QEMU that add to the usual ones or override them.
     pub(crate) qemu: &'a [&'a str],
 }
