@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// The kernel is 6.12 unless `--vm` names others.
     #[arg(long, value_parser = Arch::named, conflicts_with_all = ["unit", "local"])]
     arch: Option<&'static Arch>,
+    /// In a VM, run all tests, and not only those that the kernel has by default (docs/tests.md).
+    #[arg(long)]
+    all: bool,
     /// Only update the cached kernels.
     #[arg(long)]
     fetch_only: bool,
@@ -105,6 +108,10 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
         arch,
         program: &program,
         args: &program_args,
+        // The mitigations of faults of CPUs cost a fifth of the time under emulation.
+        parameters: "mitigations=off",
+        // The table is for the kernels of this architecture.
+        only_default_tests: !args.all && args.filter.is_none() && arch.is_host(),
         files: &[],
         qemu: &[],
     };
