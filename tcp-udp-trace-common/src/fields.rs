@@ -66,6 +66,7 @@ fields! {
     SndNxt: 4 = "tcp_sock.snd_nxt",
     SndUna: 4 = "tcp_sock.snd_una",
     WriteSeq: 4 = "tcp_sock.write_seq",
+    Repair: 1 = "tcp_sock.repair",
     SentQueue: 16 = "tcp_sock.tsorted_sent_queue",
     UlpData: 8 = "inet_connection_sock.icsk_ulp_data",
     SubflowSock: 8 = "mptcp_subflow_context.tcp_sock",

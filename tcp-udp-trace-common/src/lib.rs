@@ -8,6 +8,8 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+use core::mem::offset_of;
+
 mod fields;
 pub mod filter;
 
@@ -112,6 +114,18 @@ pub mod older {
     pub const SHIFT: u32 = 4;
     /// The bits below that position.
     pub const REST: u8 = (1 << SHIFT) - 1;
+}
+
+/// The side that started a TCP connection, in [`TcpSocket::direction`].
+pub mod direction {
+    /// Not known.
+    pub const UNKNOWN: u8 = 0;
+    /// This side, by `connect`.
+    pub const OUTBOUND: u8 = 1;
+    /// The peer, through a listener.
+    pub const INBOUND: u8 = 2;
+    /// None: the socket listens.
+    pub const LISTENER: u8 = 3;
 }
 
 /// `AF_INET`.
@@ -258,7 +272,9 @@ pub struct TcpSocket {
     /// [`AF_INET`] or [`AF_INET6`].
     pub family: u16,
     /// One of [`older`].
-    pub older: u16,
+    pub older: u8,
+    /// One of [`direction`].
+    pub direction: u8,
     /// The interface that the socket is bound to, 0 for none.
     pub device: u32,
     /// In a [`kind::CONNECT_FAILED_TCP`], the `errno` that the call returned. Otherwise 0.
@@ -585,6 +601,19 @@ impl Tracked {
     pub const fn older(&self) -> u8 {
         self.syn >> older::SHIFT
     }
+
+    /// Returns one of [`direction`].
+    #[inline(always)]
+    pub const fn direction(&self) -> u8 {
+        match self.syn() {
+            // A listener without an id cannot be distinguished from a child.
+            _ if self.id == 0 => direction::UNKNOWN,
+            _ if self.listener == self.id => direction::LISTENER,
+            syn::COUNTED => direction::OUTBOUND,
+            syn::NOT_COUNTED => direction::INBOUND,
+            _ => direction::UNKNOWN,
+        }
+    }
 }
 
 impl UdpTracked {
@@ -608,7 +637,8 @@ pub mod part {
     pub const NAME: u16 = 1;
     /// Bytes of the command line, each argument with its NUL.
     pub const ARGUMENTS: u16 = 2;
-    /// The end of the image: all pieces have been written.
+    /// The end of the image: all pieces have been written. Its bytes are an
+    /// [`Identity`](super::Identity).
     pub const END: u16 = 3;
     /// The end of the path. [`Image::size`](super::Image::size) is 1 if the path is complete.
     pub const PATH_END: u16 = 4;
@@ -641,6 +671,19 @@ pub struct Image {
 
 /// The maximum number of bytes in a piece of an [`Image`].
 pub const PIECE: usize = 136;
+
+/// The relation of a process to others when its [`Image`] was written. A number is 0 if it is not
+/// known.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Identity {
+    /// The name of the parent, as [`Owner::comm`].
+    pub parent_comm: [u64; 2],
+    /// The process id of the parent.
+    pub parent: u32,
+    /// The process id in the process's own pid namespace.
+    pub ns_pid: u32,
+}
 
 /// Counters of anomalies in the kernel.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -677,6 +720,8 @@ const _: () = {
     assert!(size_of::<Tracked>() == 152);
     assert!(size_of::<Udp>() == 248);
     assert!(size_of::<Image>() == 176);
+    assert!(size_of::<Identity>() == 24);
+    assert!(offset_of!(Image, bytes) % align_of::<Identity>() == 0);
     assert!(size_of::<UdpTracked>() == 200);
     assert!(size_of::<FlowKey>() == 48);
     assert!(size_of::<Flow>() == 72);

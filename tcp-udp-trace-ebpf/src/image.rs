@@ -9,11 +9,12 @@ use aya_ebpf::{
     macros::map,
     maps::LruHashMap,
 };
-use tcp_udp_trace_common::{Field, Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
+use tcp_udp_trace_common::{Field, Identity, Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
 
 use crate::{
     emit::{self, Context, Priority},
-    read::{current_task, has, offset, read},
+    read::{current_task, has, offset, read, read_into},
+    task::{self, leader},
 };
 
 /// Not 0 if user space has enabled images.
@@ -96,6 +97,22 @@ fn write(ctx: Context, started: u64, name: u64) -> u32 {
     path(writer, mm);
     arguments(writer, mm);
     0
+}
+
+/// Writes the parent of the current process, and its number in its own pid namespace. Returns the
+/// number of bytes.
+#[inline(always)]
+fn identity(bytes: &mut [u8; PIECE]) -> u32 {
+    let process = leader(current_task());
+    let parent = leader(read(process, Field::RealParent));
+    let level = read(task::pid(process), Field::PidLevel);
+    let to = bytes.as_mut_ptr().cast::<Identity>();
+    // SAFETY: a record is aligned to 8 bytes, and so are the bytes in it. They have room.
+    let to = unsafe { &mut *to };
+    read_into(&mut to.parent_comm, parent, Field::Comm);
+    read_into(&mut to.parent, parent, Field::Tgid);
+    to.ns_pid = task::number(process, level);
+    size_of::<Identity>() as u32
 }
 
 /// Writes the path of the executable, up to the root of its mount namespace.
@@ -188,5 +205,5 @@ fn arguments(writer: Writer, mm: u64) {
         piece += 1;
         address += PIECE as u64;
     }
-    writer.piece(part::END, piece, |_| 0);
+    writer.piece(part::END, piece, identity);
 }

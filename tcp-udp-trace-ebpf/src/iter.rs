@@ -8,9 +8,10 @@ use tcp_udp_trace_common::{Field, Owner, filter, origin};
 use crate::{
     emit,
     iter_context::Step,
-    owner::{self, leader},
+    owner,
     read::read,
     sock::Sock,
+    task::{self, leader},
     tcp,
     udp::{self, key_of},
 };
@@ -100,8 +101,8 @@ pub(crate) fn pids(step: Step) -> i32 {
     if task == 0 || leader(task) != task {
         return CONTINUE;
     }
-    let level = read(owner::current_pid(), Field::PidLevel);
-    let (here, initial) = (owner::number(task, level), read(task, Field::Tgid));
+    let level = read(task::current_pid(), Field::PidLevel);
+    let (here, initial) = (task::number(task, level), read(task, Field::Tgid));
     step.write(&filter::numbers(here, initial));
     CONTINUE
 }

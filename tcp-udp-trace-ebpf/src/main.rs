@@ -15,11 +15,12 @@
     clippy::needless_borrows_for_generic_args,
     reason = "a value in place of a reference would be copied to the stack"
 )]
-#![feature(core_intrinsics)]
+#![feature(asm_experimental_arch, core_intrinsics)]
 
 // Layers, each uses only those after it: iter, query -> tcp, udp -> connect, filter, id, netns,
-// room -> owner, stopping -> image, syscall -> emit, iter_context, datagrams, sock -> counters
-// -> read.
+// room -> owner, stopping -> image, syscall -> emit, iter_context, datagrams, sock, task ->
+// counters -> read -> arch.
+mod arch;
 mod connect;
 mod counters;
 mod datagrams;
@@ -37,6 +38,7 @@ mod room;
 mod sock;
 mod stopping;
 mod syscall;
+mod task;
 mod tcp;
 mod udp;
 
@@ -162,7 +164,7 @@ fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
 /// `security_sock_graft(sk, parent)`: the last step of every accept, in the accepting task.
 #[kprobe]
 fn accept_kprobe(ctx: ProbeContext) -> u32 {
-    accept::accepted(ctx.as_ptr(), Sock::new(ctx.arg(0).unwrap_or(0)));
+    accept::accepted(ctx.as_ptr(), Sock::new(arch::first_argument(ctx.as_ptr())));
     0
 }
 
@@ -220,7 +222,7 @@ fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
 /// `connect` returns 0 or an error.
 #[kretprobe]
 fn tcp_connect_kretprobe(ctx: RetProbeContext) -> u32 {
-    tcp::connect_returned(ctx.as_ptr(), ctx.ret::<i32>().into());
+    tcp::connect_returned(ctx.as_ptr(), (arch::result(ctx.as_ptr()) as i32).into());
     0
 }
 
@@ -237,7 +239,7 @@ fn tcp_connect_exit(ctx: TracePointContext) -> u32 {
 /// on.
 #[kprobe]
 fn tcp_hash(ctx: ProbeContext) -> u32 {
-    tcp::listener_has_port(ctx.as_ptr(), Sock::new(ctx.arg(0).unwrap_or(0)));
+    tcp::listener_has_port(ctx.as_ptr(), Sock::new(arch::first_argument(ctx.as_ptr())));
     0
 }
 
@@ -344,13 +346,10 @@ fn udp_drop(ctx: RawTracePointContext) -> i32 {
 
 #[kprobe]
 fn udp_consume_kprobe(ctx: ProbeContext) -> u32 {
-    let (sk, skb, len) = (ctx.arg(0), ctx.arg(1), ctx.arg(2));
-    udp::receive::consumed(
-        ctx.as_ptr(),
-        Sock::new(sk.unwrap_or(0)),
-        skb.unwrap_or(0),
-        len.unwrap_or(-1),
-    );
+    let ctx = ctx.as_ptr();
+    let (sk, skb) = (arch::first_argument(ctx), arch::second_argument(ctx));
+    let len = arch::third_argument(ctx) as i32;
+    udp::receive::consumed(ctx, Sock::new(sk), skb, len);
     0
 }
 

@@ -18,6 +18,7 @@ use crate::{
     read::{current_task, offset, read, read_at, read_into},
     sock::{Sock, cgroup_id},
     syscall,
+    task::leader,
 };
 
 /// An owner that is not known.
@@ -192,31 +193,6 @@ fn set_origin(to: &mut Owner, origin: u16) {
         compiler_fence(Ordering::Release);
         (&raw mut to.origin).write_volatile(origin);
     }
-}
-
-/// Returns the main thread. The process has the main thread's name, because other threads are named
-/// for their tasks.
-#[inline(always)]
-pub(crate) fn leader(task: u64) -> u64 {
-    read(task, Field::GroupLeader)
-}
-
-/// Returns the address of the current process's `struct pid`, or 0 if it is not known.
-#[inline(always)]
-pub(crate) fn current_pid() -> u64 {
-    read(leader(current_task()), Field::ThreadPid)
-}
-
-/// Returns the number of a process in its pid namespace of this level: `numbers[level].nr` of its
-/// `struct pid`.
-///
-/// <https://elixir.bootlin.com/linux/v6.12/source/include/linux/pid.h#L50>
-#[inline(always)]
-pub(crate) fn number(leader: u64, level: u32) -> u32 {
-    /// The size of a `struct upid`, which is a number and a pointer to its namespace.
-    const EACH: u64 = 16;
-    let pid = read::<u64>(leader, Field::ThreadPid);
-    read(pid + u64::from(level) * EACH, Field::PidNumbers)
 }
 
 /// Returns the owner of a TCP socket: the acceptor if there is one, otherwise the creator.

@@ -22,8 +22,9 @@ use crate::{
         sets::{CURRENT, NETWORKS, NEXT, VALUES, has, key, set, word},
         tree::{is_member, member},
     },
-    netns, owner,
+    netns,
     read::read,
+    task,
     udp::{FLOWS, get, get_flow},
 };
 
@@ -54,7 +55,7 @@ pub(crate) fn control_filter(ctx: &RawTracePointContext) -> i32 {
         op::ADD => result(VALUES.insert(value, 0, u64::from(BPF_ANY))),
         op::REMOVE => result(VALUES.remove(value)),
         op::CALLER => (bpf_get_current_pid_tgid() >> 32) as i32,
-        op::LEVEL => match owner::current_pid() {
+        op::LEVEL => match task::current_pid() {
             0 => -1,
             pid => read::<u32>(pid, Field::PidLevel) as i32,
         },

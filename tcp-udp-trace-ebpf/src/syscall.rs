@@ -1,77 +1,85 @@
-//! System calls by number, and their arguments. The numbers and the registers depend on the
-//! architecture.
+//! System calls by number, and their arguments.
 
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{ABSENT, Field};
 
-use crate::read::{current_task, offset, read, read_at};
+use crate::{
+    arch::is_aarch64,
+    read::{current_task, offset, read, read_at},
+};
 
 /// The distance in bytes from the beginning of a task's kernel stack to its saved user registers
 /// (`struct pt_regs`), or 0 if it is not known.
 #[unsafe(no_mangle)]
 static REGISTERS: Global<u64> = Global::new(0);
 
-#[cfg(not(bpf_target_arch = "aarch64"))]
-mod arch {
-    pub(crate) type Number = u64;
-    /// A kernel that is built with FRED leaves some bytes above the registers unused
-    /// (`TOP_OF_KERNEL_STACK_PADDING`).
-    ///
-    /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/thread_info.h#L36>
-    pub(super) const PADDINGS: [u64; 2] = [0, 16];
-    pub(super) const SECOND: u64 = 0;
-    pub(super) const THIRD: u64 = 0;
-    pub(crate) const CONNECT: Number = 42;
-    pub(crate) const ACCEPT: Number = 43;
-    pub(crate) const LISTEN: Number = 50;
-    pub(crate) const ACCEPT4: Number = 288;
-    /// `write`, `writev`, `sendto`, `sendmsg`, `sendmmsg`.
-    pub(crate) const SENDS: &[Number] = &[1, 20, 44, 46, 307];
+/// A system call, by its number on each architecture.
+#[derive(Clone, Copy)]
+pub(crate) struct Syscall {
+    x86_64: u32,
+    /// The numbers are those of `asm-generic/unistd.h`.
+    aarch64: u32,
 }
 
-/// The numbers are those of `asm-generic/unistd.h`.
-#[cfg(bpf_target_arch = "aarch64")]
-mod arch {
-    pub(crate) type Number = u32;
-    pub(super) const PADDINGS: [u64; 2] = [0, 0];
-    /// The offset in the array of registers.
-    pub(super) const SECOND: u64 = 8;
-    pub(super) const THIRD: u64 = 16;
-    pub(crate) const CONNECT: Number = 203;
-    pub(crate) const ACCEPT: Number = 202;
-    pub(crate) const LISTEN: Number = 201;
-    pub(crate) const ACCEPT4: Number = 242;
-    /// `write`, `writev`, `sendto`, `sendmsg`, `sendmmsg`.
-    pub(crate) const SENDS: &[Number] = &[64, 66, 206, 211, 269];
+pub(crate) const ACCEPT: Syscall = Syscall::new(43, 202);
+pub(crate) const ACCEPT4: Syscall = Syscall::new(288, 242);
+pub(crate) const CONNECT: Syscall = Syscall::new(42, 203);
+pub(crate) const LISTEN: Syscall = Syscall::new(50, 201);
+/// `write`, `writev`, `sendto`, `sendmsg`, `sendmmsg`.
+pub(crate) const SENDS: &[Syscall] = &[
+    Syscall::new(1, 64),
+    Syscall::new(20, 66),
+    Syscall::new(44, 206),
+    Syscall::new(46, 211),
+    Syscall::new(307, 269),
+];
+
+impl Syscall {
+    const fn new(x86_64: u32, aarch64: u32) -> Self {
+        Self { x86_64, aarch64 }
+    }
+
+    #[inline(always)]
+    fn number(self) -> u32 {
+        if is_aarch64() {
+            self.aarch64
+        } else {
+            self.x86_64
+        }
+    }
 }
 
-pub(crate) use arch::{ACCEPT, ACCEPT4, CONNECT, LISTEN, SENDS};
-
-/// Returns the number of the system call that a task with these registers (`struct pt_regs`) is in.
+/// Returns whether a task with these registers (`struct pt_regs`) is in any of these system calls.
 #[inline(always)]
-pub(crate) fn number(regs: u64) -> arch::Number {
-    read(regs, Field::SyscallNumber)
+pub(crate) fn is_any_of(calls: &[Syscall], regs: u64) -> bool {
+    let number = read::<u32>(regs, Field::SyscallNumber);
+    calls.iter().any(|call| call.number() == number)
 }
 
-/// Returns the registers of the current task, if the task is in the system call of this number. The
-/// number proves that the registers are at the expected address.
+/// Returns the registers of the current task, if the task is in this system call. The number of the
+/// call proves that the registers are at the expected address.
 #[inline(always)]
-pub(crate) fn registers(of: arch::Number) -> Option<u64> {
+pub(crate) fn registers(of: Syscall) -> Option<u64> {
     registers_of_any(&[of])
 }
 
-/// Returns the same for a system call of any of these numbers.
+/// Returns the same for any of these system calls.
 #[inline(always)]
-pub(crate) fn registers_of_any(of: &[arch::Number]) -> Option<u64> {
+pub(crate) fn registers_of_any(of: &[Syscall]) -> Option<u64> {
+    /// An x86-64 kernel that is built with FRED leaves some bytes above the registers unused
+    /// (`TOP_OF_KERNEL_STACK_PADDING`).
+    ///
+    /// <https://elixir.bootlin.com/linux/v6.12/source/arch/x86/include/asm/thread_info.h#L36>
+    const PADDING: u64 = 16;
     if REGISTERS.load() == 0 {
         return None;
     }
-    let stack = read::<u64>(current_task(), Field::TaskStack);
-    let [first, second] = arch::PADDINGS.map(|padding| stack + REGISTERS.load() - padding);
-    if of.contains(&number(first)) {
-        return Some(first);
+    let top = read::<u64>(current_task(), Field::TaskStack) + REGISTERS.load();
+    if is_any_of(of, top) {
+        return Some(top);
     }
-    (second != first && of.contains(&number(second))).then_some(second)
+    let padded = top - PADDING;
+    (!is_aarch64() && is_any_of(of, padded)).then_some(padded)
 }
 
 /// Returns the first three arguments of the system call that a task with these registers is in.
@@ -81,9 +89,11 @@ pub(crate) fn arguments(regs: u64) -> [u64; 3] {
         ABSENT => 0,
         offset => read_at(regs + u64::from(offset) + within),
     };
+    // On aarch64, the field is the array of registers.
+    let within = |index: u64| if is_aarch64() { index * 8 } else { 0 };
     [
         argument(Field::SyscallFirst, 0),
-        argument(Field::SyscallSecond, arch::SECOND),
-        argument(Field::SyscallThird, arch::THIRD),
+        argument(Field::SyscallSecond, within(1)),
+        argument(Field::SyscallThird, within(2)),
     ]
 }

@@ -55,7 +55,8 @@ pub(crate) struct Args {
     /// The shortest time between two reports of a UDP flow.
     #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "1")]
     interval: Duration,
-    /// Look up the program and the arguments of each process. Only JSON shows them.
+    /// Look up the program, the container and the systemd unit of each process. Only JSON shows
+    /// them.
     #[arg(long)]
     process_details: bool,
     /// Print one JSON object per line.

@@ -113,8 +113,9 @@ macro_rules! builder {
                 self
             }
 
-            /// Sets whether events have the executable and the command line of each owner
-            /// ([`ProcessDetails`](crate::ProcessDetails)). Default no.
+            /// Sets whether events have the executable, the command line, the parent, the container
+            /// and the systemd unit of each owner ([`ProcessDetails`](crate::ProcessDetails)).
+            /// Default no.
             ///
             /// The kernel side reads them when the process becomes the owner, so even a short-lived
             /// process has them. If the kernel side cannot read them, the reader looks into

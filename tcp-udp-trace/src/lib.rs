@@ -242,6 +242,10 @@
 //! [`Filter::cgroup_path`] restrict the events to some of them. [`Socket::netns_cookie`]
 //! distinguishes namespaces that have had the same inode number.
 //!
+//! With [`process_details`](TcpTracerBuilder::process_details), [`ProcessDetails`] has the id of
+//! the owner's container and its systemd unit. `docs/events.md` in the repository shows how to join
+//! them with the names of Kubernetes.
+//!
 //! In a container, the tracer needs its privileges in the initial user namespace. For UDP it also
 //! needs the host's `/sys/fs/cgroup`. A pid in a filter is a number of the tracer's own pid
 //! namespace. [`Process::pid`] is always a number of the initial pid namespace. Inside a container,
@@ -341,10 +345,10 @@ pub use crate::{
     },
     error::{Error, ErrorKind},
     event::{
-        Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic,
+        Direction, Event, EventKind, LossStage, Protocol, ResetDirection, Socket, Traffic,
         comm::{Comm, ParseCommError},
         kind::{EventCounts, EventCountsByKind, Kind, UnknownKind},
-        process::{Origin, Process, ProcessDetails, User},
+        process::{Origin, Parent, Process, ProcessDetails, User},
         sample_info::SampleInfo,
         tcp_info::TcpInfo,
         tcp_state::TcpState,

@@ -13,7 +13,7 @@ use integration_tests::{
     tcp_info,
     tcp_pair::{Connection, TcpPair, loopback},
 };
-use tcp_udp_trace::{Direction, Event, EventKind};
+use tcp_udp_trace::{Event, EventKind, ResetDirection};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
@@ -94,8 +94,8 @@ fn resets_at_either_end() -> anyhow::Result<()> {
     pair.server.close(&pair.listener)?;
     let events = pair.collector.finish_in_order(3)?;
     for (local, direction) in [
-        (connection.client.local, Direction::Sent),
-        (connection.server.local, Direction::Received),
+        (connection.client.local, ResetDirection::Sent),
+        (connection.server.local, ResetDirection::Received),
     ] {
         let reported = anomalies(&events, local);
         ensure!(
@@ -124,7 +124,7 @@ fn refused_connection_is_a_reset() -> anyhow::Result<()> {
         .collect();
     // The reset from the listener's namespace belongs to no socket, so it is no event.
     let received = EventKind::Reset {
-        direction: Direction::Received,
+        direction: ResetDirection::Received,
     };
     ensure!(
         matches!(resets[..], [reset] if reset.kind == received && reset.socket.remote == closed),

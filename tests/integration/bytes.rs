@@ -1,6 +1,7 @@
 //! Payload bytes: exact to the byte on every close, whatever the path does to the packets.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -24,7 +25,7 @@ use nix::{
 };
 use socket2::{Domain, Socket, Type};
 use tcp_udp_trace::{
-    Event,
+    Direction, Event,
     TcpState::{Close, Established, Listen, SynRecv, SynSent},
     Traffic,
 };
@@ -192,6 +193,16 @@ fn connection_taken_over() -> anyhow::Result<()> {
             both.sort_unstable();
             expected.sort_unstable();
             ensure!(both == expected, "{up} {down}: {}", show(&events));
+            // The socket that took the connection over does not know who started it.
+            let mut directions = BTreeMap::<_, BTreeSet<_>>::new();
+            for event in events.iter().filter(|event| event.socket.local == local) {
+                let names = directions.entry(event.socket.id).or_default();
+                names.insert(event.socket.direction.map(Direction::name));
+            }
+            let mut directions: Vec<_> = directions.into_values().collect();
+            directions.sort_unstable();
+            let expected = [None, Some("outbound")].map(|name| BTreeSet::from([name]));
+            ensure!(directions == expected, "{directions:?}: {}", show(&events));
         }
     }
     collector.finish_all().map(drop)

@@ -36,6 +36,13 @@ impl Cgroup {
         Ok(Some(Self { path }))
     }
 
+    /// Makes a cgroup below this one.
+    pub fn below(&self, name: &str) -> anyhow::Result<Self> {
+        let path = self.path.join(name);
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Self { path })
+    }
+
     /// Moves a process here.
     pub fn adopt(&self, pid: u32) -> anyhow::Result<()> {
         Ok(fs::write(self.path.join("cgroup.procs"), pid.to_string())?)
@@ -48,10 +55,7 @@ impl Cgroup {
         let home = File::options()
             .write(true)
             .open(root.join("cgroup.procs"))?;
-        Ok(Entered {
-            home,
-            _cgroup: self,
-        })
+        Ok(Entered { home, cgroup: self })
     }
 
     /// Returns the path of the cgroup's directory.
@@ -72,7 +76,15 @@ impl Cgroup {
 pub struct Entered {
     /// An open file, because the path may have no cgroup2 mount when this is dropped.
     home: File,
-    _cgroup: Cgroup,
+    cgroup: Cgroup,
+}
+
+impl Entered {
+    /// Returns the cgroup.
+    #[must_use]
+    pub fn cgroup(&self) -> &Cgroup {
+        &self.cgroup
+    }
 }
 
 impl Drop for Entered {

@@ -7,7 +7,9 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use tcp_udp_trace::{Comm, Event, EventKind, Origin, Process, Protocol, TcpState, Traffic};
+use tcp_udp_trace::{
+    Comm, Direction, Event, EventKind, Origin, Process, Protocol, TcpState, Traffic,
+};
 
 use crate::actor::{Actor, Endpoint, Exchange, Identity};
 
@@ -282,6 +284,12 @@ impl ExpectedTcp {
             let is_right = is_owned_by(owner) || is_accepting && is_owned_by(&self.acceptor);
             ensure!(is_right, "wrong owner, {owner:?} expected: {event}");
             self.compare_socket(event, at == 0)?;
+            let direction = self.direction(is_accepted);
+            ensure!(
+                event.socket.direction == direction,
+                "not {direction:?} but {:?}: {event}",
+                event.socket.direction
+            );
             // The test queries the cookie of an accepted socket only after the accept.
             let cookie_is_known = self.acceptor.is_none() || Some(at) > accept;
             if cookie_is_known && self.cookie.is_some() {
@@ -306,6 +314,17 @@ impl ExpectedTcp {
             "wrong bytes: {last}"
         );
         Ok(gaps)
+    }
+
+    /// Returns the direction that an event must have, by the first states and the accept.
+    fn direction(&self, is_accepted: bool) -> Option<Direction> {
+        match self.states[..] {
+            [Close, SynSent, ..] | [SynSent, ..] => Some(Direction::Outbound),
+            [Listen, SynRecv, ..] => Some(Direction::Inbound),
+            [Close, Listen, ..] | [Listen, ..] => Some(Direction::Listener),
+            // Older than the tracer.
+            _ => is_accepted.then_some(Direction::Inbound),
+        }
     }
 
     fn compare_states(&self, events: &[Event]) -> anyhow::Result<u64> {

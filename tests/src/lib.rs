@@ -34,9 +34,11 @@
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
+    clippy::print_stdout,
     clippy::missing_errors_doc,
     clippy::missing_panics_doc,
-    reason = "a test fails by panicking, and writes to stderr if it could not check something"
+    reason = "a test fails by panicking, and writes to stderr if it could not check something; the \
+              results are on stdout"
 )]
 
 pub mod actor;

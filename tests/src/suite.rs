@@ -10,7 +10,10 @@ use std::{
     io::{self, Read as _, Write as _},
     panic::catch_unwind,
     process::{Child, Command, Stdio, exit},
-    sync::{Mutex, PoisonError, RwLock},
+    sync::{
+        Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -43,8 +46,30 @@ pub enum Needs {
 /// The lock that ordinary tests share, and that tests which need solitude hold exclusively.
 static SOLITUDE: RwLock<()> = RwLock::new(());
 
-/// The duration and the full name of each test that has ended.
-static DURATIONS: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+/// Whether each test prints a line when it begins.
+static ANNOUNCED: AtomicBool = AtomicBool::new(false);
+
+/// Makes each test print a line when it begins. `cargo xtask test` reads the lines, to report which
+/// tests ran when a kernel crashed or made no progress.
+pub fn announce() {
+    ANNOUNCED.store(true, Ordering::Relaxed);
+}
+
+/// A test that has ended.
+#[derive(Debug, Clone)]
+struct Ended {
+    name: String,
+    duration: Duration,
+    /// Why it failed.
+    failure: Option<String>,
+}
+
+/// The tests of this process that have ended.
+static ENDED: Mutex<Vec<Ended>> = Mutex::new(Vec::new());
+
+fn ended() -> MutexGuard<'static, Vec<Ended>> {
+    ENDED.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Returns the `count` slowest tests of this process, longest first.
 ///
@@ -52,13 +77,50 @@ static DURATIONS: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
 /// the CPUs does.
 #[must_use]
 pub fn slowest(count: usize) -> Vec<(Duration, String)> {
-    let mut durations = DURATIONS
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
+    let mut durations: Vec<_> = ended()
+        .iter()
+        .map(|test| (test.duration, test.name.clone()))
+        .collect();
     durations.sort_by(|one, other| other.cmp(one));
     durations.truncate(count);
     durations
+}
+
+/// The most tests that run again. If more fail, chance is not the reason.
+const MOST_AGAIN: usize = 10;
+
+/// Runs each test that failed once more, alone, and prints a line with the result. Returns whether
+/// all of them passed.
+///
+/// `cargo xtask test` reads the lines.
+#[must_use]
+pub fn failed_pass_again(runs: &[Run]) -> bool {
+    let failed: Vec<_> = ended()
+        .iter()
+        .filter_map(|test| Some((test.name.clone(), test.failure.clone()?)))
+        .collect();
+    if failed.len() > MOST_AGAIN {
+        println!("{} tests failed, so none runs again", failed.len());
+        return false;
+    }
+    let mut all_pass = true;
+    for (name, reason) in failed {
+        let passes = runs
+            .iter()
+            .filter(|run| run.name() == name)
+            .all(|run| match run.attempt() {
+                Verdict::Passed => true,
+                Verdict::Skipped(reason) | Verdict::Failed(reason) => {
+                    println!("failed again: {name}: {reason}");
+                    false
+                }
+            });
+        if passes {
+            println!("flaky: {name}: {}", reason.replace('\n', "; "));
+        }
+        all_pass &= passes;
+    }
+    all_pass
 }
 
 /// The error of a test that cannot run here, for a reason that lies in the machine.
@@ -118,66 +180,104 @@ impl Test {
 
     /// Returns the test as it is.
     #[must_use]
-    pub fn trial(self) -> Trial {
-        self.run(format!("{}::{}", self.topic, self.name), None)
+    pub fn as_it_is(self) -> Run {
+        Run {
+            test: self,
+            buffer: None,
+        }
     }
 
     /// Returns the same test as `perf::topic::name`, whose tracers use perf buffers.
     #[must_use]
-    pub fn with_perf_buffers(self) -> Trial {
-        let name = format!("perf::{}::{}", self.topic, self.name);
-        self.run(name, Some(Buffer::Perf))
+    pub fn with_perf_buffers(self) -> Run {
+        Run {
+            test: self,
+            buffer: Some(Buffer::Perf),
+        }
+    }
+}
+
+/// A test, and the buffer that its tracers must use.
+#[derive(Debug, Clone, Copy)]
+pub struct Run {
+    test: Test,
+    buffer: Option<Buffer>,
+}
+
+impl Run {
+    /// Returns the name in the results.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let Test { topic, name, .. } = self.test;
+        match self.buffer {
+            None => format!("{topic}::{name}"),
+            Some(_) => format!("perf::{topic}::{name}"),
+        }
     }
 
-    fn run(self, full_name: String, buffer: Option<Buffer>) -> Trial {
-        let Self {
-            name, needs, body, ..
-        } = self;
+    /// Returns the test for the command line of `libtest_mimic`.
+    #[must_use]
+    pub fn trial(self) -> Trial {
         if env::var_os(ALONE).is_some() {
-            return Trial::test(full_name, move || {
-                BUFFER.set(buffer);
-                alone(body)
+            return Trial::test(self.name(), move || {
+                BUFFER.set(self.buffer);
+                alone(self.test.body)
             });
         }
-        let thread = thread::Builder::new().name(name.to_owned());
-        Trial::ignorable_test(full_name.clone(), move || {
-            // A poisoned lock only means that another test failed.
-            let (_shared, _alone) = match needs {
-                Needs::Nothing | Needs::Process => (
-                    Some(SOLITUDE.read().unwrap_or_else(PoisonError::into_inner)),
-                    None,
-                ),
-                Needs::Solitude => (
-                    None,
-                    Some(SOLITUDE.write().unwrap_or_else(PoisonError::into_inner)),
-                ),
-            };
-            let started = Instant::now();
-            let recorded_name = full_name.clone();
-            let run = move || {
-                BUFFER.set(buffer);
-                Netns::enter_new()?;
-                match needs {
-                    Needs::Process => in_process(&full_name),
-                    Needs::Nothing | Needs::Solitude => body(),
-                }
-            };
-            let test = thread.spawn(run)?;
-            let verdict = match needs {
+        Trial::ignorable_test(self.name(), move || match self.attempt() {
+            Verdict::Passed => Ok(Completion::Completed),
+            Verdict::Skipped(reason) => Ok(Completion::ignored_with(reason)),
+            Verdict::Failed(reason) => Err(Failed::from(reason)),
+        })
+    }
+
+    /// Runs the test, as soon as the others leave it the solitude that it needs.
+    fn attempt(self) -> Verdict {
+        let Test { needs, body, .. } = self.test;
+        // A poisoned lock only means that another test failed.
+        let (_shared, _alone) = match needs {
+            Needs::Nothing | Needs::Process => (
+                Some(SOLITUDE.read().unwrap_or_else(PoisonError::into_inner)),
+                None,
+            ),
+            Needs::Solitude => (
+                None,
+                Some(SOLITUDE.write().unwrap_or_else(PoisonError::into_inner)),
+            ),
+        };
+        let (started, name) = (Instant::now(), self.name());
+        if ANNOUNCED.load(Ordering::Relaxed) {
+            println!("begins: {name}");
+        }
+        let run = move || {
+            BUFFER.set(self.buffer);
+            Netns::enter_new()?;
+            match needs {
+                Needs::Process => in_process(&self.name()),
+                Needs::Nothing | Needs::Solitude => body(),
+            }
+        };
+        let verdict = match thread::Builder::new()
+            .name(self.test.name.to_owned())
+            .spawn(run)
+        {
+            Err(error) => Verdict::Failed(error.to_string()),
+            Ok(test) => match needs {
                 // The test's process has a limit of its own, and is killed at its end.
                 Needs::Process => verdict(test.join()),
                 Needs::Nothing | Needs::Solitude => verdict_in_time(test),
-            };
-            DURATIONS
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push((started.elapsed(), recorded_name));
-            match verdict {
-                Verdict::Passed => Ok(Completion::Completed),
-                Verdict::Skipped(reason) => Ok(Completion::ignored_with(reason)),
-                Verdict::Failed(reason) => Err(Failed::from(reason)),
-            }
-        })
+            },
+        };
+        let failure = match &verdict {
+            Verdict::Failed(reason) => Some(reason.clone()),
+            Verdict::Passed | Verdict::Skipped(_) => None,
+        };
+        ended().push(Ended {
+            name,
+            duration: started.elapsed(),
+            failure,
+        });
+        verdict
     }
 }
 

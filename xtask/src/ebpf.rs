@@ -25,15 +25,8 @@ const BINARY: &str = "tcp-udp-trace";
 const FLOOR: &str = "floor";
 const PROFILE: &str = "bpf";
 
-/// The architectures that the library carries an object for, as `std::env::consts::ARCH` names
-/// them.
-///
-/// The offsets of kernel structures are set when the programs are loaded. But two facts are fixed
-/// at compile time: the registers that hold the arguments of a probed function, and the numbers of
-/// system calls.
-const ARCHITECTURES: &[&str] = &["x86_64", "aarch64"];
-
-/// The objects for each architecture: a suffix of the file name, and the features.
+/// The objects: a suffix of the file name, and the features. User space sets the offsets of kernel
+/// structures and the architecture when it loads them, so they serve every machine.
 const VARIANTS: &[(&str, &[&str])] = &[("", &[]), ("-perf", &["--features", "perf"])];
 
 /// Build the eBPF objects that the library embeds.
@@ -47,12 +40,11 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let toolchain = toolchain()?;
     let record = record(&toolchain);
-    let objects = ARCHITECTURES
+    let objects = VARIANTS
         .iter()
-        .flat_map(|&arch| VARIANTS.iter().map(move |&variant| (arch, variant)))
-        .map(|(arch, (variant, features))| {
-            let object = build(&toolchain, BINARY, arch, features, args.check)?;
-            Ok((committed_object(arch, variant), object))
+        .map(|(variant, features)| {
+            let object = build(&toolchain, BINARY, features, args.check)?;
+            Ok((committed_object(variant), object))
         })
         .collect::<Result<Vec<_>>>()?;
 
@@ -68,7 +60,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// It is not committed, because only the benchmarks need it.
 pub(crate) fn floor() -> Result<PathBuf> {
     let toolchain = toolchain()?;
-    let object = build(&toolchain, FLOOR, env::consts::ARCH, &[], false)?;
+    let object = build(&toolchain, FLOOR, &[], false)?;
     let path = workspace::target_dir().join("floor.o");
     fs::write(&path, object).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
@@ -98,13 +90,13 @@ fn object_dir() -> PathBuf {
     workspace::root().join("tcp-udp-trace").join("bpf")
 }
 
-fn committed_object(arch: &str, variant: &str) -> PathBuf {
-    object_dir().join(format!("{BINARY}{variant}.{arch}.o"))
+fn committed_object(variant: &str) -> PathBuf {
+    object_dir().join(format!("{BINARY}{variant}.o"))
 }
 
 /// Returns the text of `toolchain.txt`: everything besides the source that determines the bytes.
 fn record(toolchain: &Toolchain) -> String {
-    let flags = rustflags("ARCH", &toolchain.bpf_linker, &[]).join(" ");
+    let flags = rustflags(&toolchain.bpf_linker, &[]).join(" ");
     let flags = flags.replace(&*toolchain.bpf_linker.to_string_lossy(), "bpf-linker");
     format!(
         "# What made the objects in this folder. `cargo xtask ebpf` writes this file, `cargo xtask ebpf --check`\n\
@@ -162,24 +154,18 @@ fn check(record: &str, objects: &[(PathBuf, Vec<u8>)]) -> Result<()> {
     Ok(())
 }
 
-/// Builds the programs of `binary` for `arch` and returns the stripped object.
+/// Builds the programs of `binary` and returns the stripped object.
 fn build(
     toolchain: &Toolchain,
     binary: &str,
-    arch: &str,
     features: &[&str],
     locked: bool,
 ) -> Result<Vec<u8>> {
     let remaps = remaps(toolchain)?;
-    let flags = rustflags(arch, &toolchain.bpf_linker, &remaps);
+    let flags = rustflags(&toolchain.bpf_linker, &remaps);
 
     // A target directory of its own, because this compiler would evict the artifacts of the host's.
-    let mut target_dir = workspace::target_dir().join("ebpf");
-    // On a clean clone, the architectures of a check share the derive macros. A developer compiles
-    // often, and in one directory the dependencies of one architecture would evict the other's.
-    if !locked {
-        target_dir.push(arch);
-    }
+    let target_dir = workspace::target_dir().join("ebpf");
     let mut cargo = toolchain.cargo();
     cargo
         .current_dir(workspace::root())
@@ -219,11 +205,11 @@ const STRIP: &[&str] = &[
     "--remove-section=.rel.BTF.ext",
 ];
 
-fn rustflags(arch: &str, linker: &Path, remaps: &[(PathBuf, &str)]) -> Vec<String> {
+fn rustflags(linker: &Path, remaps: &[(PathBuf, &str)]) -> Vec<String> {
     let mut flags = vec![
-        // The architecture whose registers hold the arguments of a probed function. Without it,
-        // aya-ebpf takes the host's.
-        format!("--cfg=bpf_target_arch=\"{arch}\""),
+        // The programs do not depend on the architecture (`arch.rs`). But aya-ebpf has code for one,
+        // and takes the host's if none is set.
+        "--cfg=bpf_target_arch=\"x86_64\"".to_owned(),
         format!("-Clinker={}", linker.display()),
         // bpf-linker makes BTF from the debug information.
         "-Clink-arg=--btf".to_owned(),

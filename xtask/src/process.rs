@@ -1,6 +1,13 @@
 //! Runs other programs. Errors name the command.
 
-use std::{fs, os::unix::fs::MetadataExt as _, process::Command};
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Read},
+    os::unix::fs::MetadataExt as _,
+    process::Command,
+    sync::mpsc,
+    thread,
+};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -35,6 +42,31 @@ pub(crate) fn stdout_bytes(command: &mut Command) -> Result<Vec<u8>> {
         bail!("`{line}` failed: {}\n{}", output.status, stderr.trim_end());
     }
     Ok(output.stdout)
+}
+
+/// Sends the lines of `output`, without their ends, after `each` has seen them.
+pub(crate) fn lines(
+    output: impl Read + Send + 'static,
+    mut each: impl FnMut(&str) + Send + 'static,
+) -> mpsc::Receiver<String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut output = BufReader::new(output);
+        let mut bytes = Vec::new();
+        while output
+            .read_until(b'\n', &mut bytes)
+            .is_ok_and(|read| read > 0)
+        {
+            let line = String::from_utf8_lossy(&bytes);
+            let line = line.trim_end_matches(['\r', '\n']).to_owned();
+            each(&line);
+            if sender.send(line).is_err() {
+                break;
+            }
+            bytes.clear();
+        }
+    });
+    receiver
 }
 
 /// Returns the command as a line for a shell, without its environment.

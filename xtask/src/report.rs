@@ -7,8 +7,14 @@ use std::{ops::AddAssign, time::Duration};
 pub(crate) struct Counts {
     pub(crate) passed: u64,
     pub(crate) failed: u64,
+    /// Tests that failed, and passed when they ran again.
+    pub(crate) flaky: u64,
     pub(crate) skipped: u64,
 }
+
+/// How long a run of tests may make no progress. The test program itself ends a test after five
+/// minutes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(6 * 60);
 
 /// The results in the output of the tests, collected line by line.
 #[derive(Debug, Default)]
@@ -17,8 +23,13 @@ pub(crate) struct Output {
     /// The messages of the tests that failed, to be shown again before the table.
     pub(crate) failures: Vec<String>,
     in_failures: bool,
+    running: Vec<String>,
     /// The tests that have ended without a failure so far.
     pub(crate) good: Vec<(String, Counts)>,
+    /// The tests that have failed so far.
+    pub(crate) failed: Vec<String>,
+    /// The tests that passed when they ran again, each with the message of its failure.
+    pub(crate) flaky: Vec<String>,
     /// The cost of each eBPF program, as `cargo xtask gate` reads it.
     pub(crate) programs: Vec<String>,
 }
@@ -27,9 +38,28 @@ pub(crate) struct Output {
 const MAX_FAILURE_LINES: usize = 40;
 
 impl Output {
-    pub(crate) fn line(&mut self, line: &str) {
+    /// Reads a line. Returns whether to show it: the beginnings of tests are too many.
+    pub(crate) fn line(&mut self, line: &str) -> bool {
+        if let Some(name) = line.trim().strip_prefix("begins: ") {
+            self.running.push(name.to_owned());
+            return false;
+        }
         self.counts.add_summary_line(line);
-        self.good.extend(good(line));
+        if let Some((name, counts)) = verdict(line) {
+            self.running.retain(|running| *running != name);
+            match counts {
+                Some(counts) => self.good.push((name, counts)),
+                None => self.failed.push(name),
+            }
+        }
+        if let Some((_, flaky)) = line.split_once("flaky: ") {
+            self.flaky.push(flaky.chars().take(400).collect());
+            self.counts.failed = self.counts.failed.saturating_sub(1);
+            self.counts.flaky += 1;
+        }
+        if line.starts_with("failed again: ") {
+            self.failures.push(line.chars().take(400).collect());
+        }
         if let Some((_, cost)) = line.split_once("@@program ") {
             self.programs.push(cost.to_owned());
         }
@@ -41,18 +71,35 @@ impl Output {
         } else if self.in_failures && self.failures.len() < MAX_FAILURE_LINES && !line.is_empty() {
             self.failures.push(line.chars().take(400).collect());
         }
+        true
+    }
+
+    /// Returns the tests that have begun and not ended, in words.
+    pub(crate) fn running(&self) -> String {
+        match &*self.running {
+            [] => "no test".to_owned(),
+            running => running.join(", "),
+        }
     }
 }
 
-/// Returns the test that has ended without a failure, from a line like `test bytes::one ... ok`.
-fn good(line: &str) -> Option<(String, Counts)> {
+/// Returns the test that has ended, from a line like `test bytes::one ... ok`, and its count unless
+/// it failed.
+fn verdict(line: &str) -> Option<(String, Option<Counts>)> {
     let (name, verdict) = line.trim().strip_prefix("test ")?.split_once(" ... ")?;
     let mut counts = Counts::default();
-    match verdict.split(' ').next()? {
-        "ok" => counts.passed = 1,
-        "ignored" => counts.skipped = 1,
+    let counts = match verdict.split(' ').next()? {
+        "ok" => {
+            counts.passed = 1;
+            Some(counts)
+        }
+        "ignored" => {
+            counts.skipped = 1;
+            Some(counts)
+        }
+        "FAILED" => None,
         _ => return None,
-    }
+    };
     Some((name.trim_end().to_owned(), counts))
 }
 
@@ -84,6 +131,7 @@ impl AddAssign for Counts {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed += other.failed;
+        self.flaky += other.flaky;
         self.skipped += other.skipped;
     }
 }
@@ -107,6 +155,8 @@ pub(crate) struct Row {
     pub(crate) note: Option<String>,
     /// See [`Output::failures`].
     pub(crate) failures: Vec<String>,
+    /// See [`Output::flaky`].
+    pub(crate) flaky: Vec<String>,
     /// See [`Output::programs`].
     pub(crate) programs: Vec<String>,
 }
@@ -120,6 +170,7 @@ impl Row {
             elapsed: Duration::ZERO,
             note: None,
             failures: Vec::new(),
+            flaky: Vec::new(),
             programs: Vec::new(),
         }
     }
@@ -155,8 +206,8 @@ pub(crate) fn print(rows: &[Row]) -> bool {
         .unwrap_or(0)
         .max("run".len());
     println!(
-        "\n{:width$}  {:8}  {:>6}  {:>6}  {:>7}  {:>7}",
-        "run", "result", "passed", "failed", "skipped", "seconds"
+        "\n{:width$}  {:8}  {:>6}  {:>6}  {:>5}  {:>7}  {:>7}",
+        "run", "result", "passed", "failed", "flaky", "skipped", "seconds"
     );
     let mut sum = Counts::default();
     for row in rows {
@@ -169,20 +220,24 @@ pub(crate) fn print(rows: &[Row]) -> bool {
             Outcome::NotRun(note) => ("not run", Some(note)),
         };
         println!(
-            "{:width$}  {result:8}  {:>6}  {:>6}  {:>7}  {:>7.1}",
+            "{:width$}  {result:8}  {:>6}  {:>6}  {:>5}  {:>7}  {:>7.1}",
             row.name,
             counts.passed,
             counts.failed,
+            counts.flaky,
             counts.skipped,
             row.elapsed.as_secs_f64()
         );
         for note in note.into_iter().chain(&row.note) {
             println!("{:width$}  {note}", "");
         }
+        for test in &row.flaky {
+            println!("{:width$}  flaky: {test}", "");
+        }
     }
     println!(
-        "\n{} passed, {} failed, {} skipped",
-        sum.passed, sum.failed, sum.skipped
+        "\n{} passed, {} failed, {} flaky, {} skipped",
+        sum.passed, sum.failed, sum.flaky, sum.skipped
     );
     sum.failed == 0
 }
@@ -197,11 +252,44 @@ mod tests {
         let lines = "test a ... FAILED\ntest b::c    ... ok\ntest d ... ignored (no e)\n\nfailures:\n\n\
                      ---- a ----\nwrong\n\nfailures:\n    a\n\ntest result: FAILED. 0 passed; 1 failed\n\
                      the slowest tests:\n   12.3 s  b::c";
-        lines.lines().for_each(|line| output.line(line));
+        lines.lines().for_each(|line| {
+            output.line(line);
+        });
         assert_eq!(output.failures, ["---- a ----", "wrong", "    a"]);
         assert_eq!(output.counts.failed, 1);
         let names: Vec<_> = output.good.iter().map(|(name, _)| &**name).collect();
         assert_eq!(names, ["b::c", "d"]);
+        assert_eq!(output.failed, ["a"]);
+    }
+
+    #[test]
+    fn running_tests_have_begun_and_not_ended() {
+        let mut output = Output::default();
+        assert_eq!(output.running(), "no test");
+        for name in ["a", "b", "c"] {
+            assert!(!output.line(&format!("begins: {name}")));
+        }
+        assert!(output.line("test b   ... ok"));
+        assert_eq!(output.running(), "a, c");
+    }
+
+    #[test]
+    fn flaky_tests_are_no_failures_but_counted() {
+        let mut output = Output::default();
+        let lines = "test a ... FAILED\ntest b ... FAILED\ntest result: FAILED. 3 passed; 2 failed\n\
+                     flaky: a: wrong\nfailed again: b: worse";
+        lines.lines().for_each(|line| {
+            output.line(line);
+        });
+        let counts = Counts {
+            passed: 3,
+            failed: 1,
+            flaky: 1,
+            skipped: 0,
+        };
+        assert_eq!(output.counts, counts);
+        assert_eq!(output.flaky, ["a: wrong"]);
+        assert_eq!(output.failures, ["failed again: b: worse"]);
     }
 
     #[test]
@@ -214,6 +302,7 @@ mod tests {
                 Counts {
                     passed,
                     failed,
+                    flaky: 0,
                     skipped
                 }
             );

@@ -28,7 +28,7 @@ pub(crate) use self::{
 use crate::{
     arch::Arch,
     deps,
-    report::{Counts, Outcome, Row},
+    report::{Counts, Outcome, PATIENCE, Row},
     workspace,
 };
 
@@ -125,18 +125,28 @@ fn boot_with_retry(
     let resumes = job.args.is_empty();
     let mut args = job.args.to_vec();
     let (mut crashes, mut counts) = (Vec::new(), Counts::default());
+    // The tests that failed before a crash.
+    let mut failed = Vec::new();
     loop {
         fs::write(&initrd, initramfs::build(installed, job, &args, userland)?)
             .with_context(|| format!("cannot write {}", initrd.display()))?;
         let ended = guest::boot(job, name, &installed.vmlinuz, &initrd, &log)?;
         // The image is large, and only the log is of use afterwards.
         fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
-        let (mut failures, mut programs) = (Vec::new(), Vec::new());
+        let (mut failures, mut flaky, mut programs) = (Vec::new(), Vec::new(), Vec::new());
         let outcome = match ended {
             Ended::Finished { code, output } => {
                 counts += output.counts;
                 failures = output.failures;
+                flaky = output.flaky;
                 programs = output.programs;
+                for (name, count) in output.good {
+                    if count.passed == 1 && failed.contains(&name) {
+                        counts.passed -= 1;
+                        counts.flaky += 1;
+                        flaky.push(format!("{name}: failed before the guest crashed"));
+                    }
+                }
                 match code {
                     0 => Outcome::Passed(counts),
                     _ => Outcome::Failed(counts),
@@ -146,9 +156,14 @@ fn boot_with_retry(
                 let number = crashes.len() + 1;
                 let crash_log = logs.join(format!("{name}.crash{number}.log"));
                 fs::rename(&log, &crash_log).context("cannot keep the log of a crashed guest")?;
-                let crash = format!("the guest crashed ({cause}); log: {}", crash_log.display());
+                let crash = format!(
+                    "crashed: {cause}; running: {}; log: {}",
+                    output.running(),
+                    crash_log.display()
+                );
                 eprintln!("[{name}] {crash}");
                 crashes.push(crash.clone());
+                failed.extend(output.failed);
                 if number < BOOTS {
                     if resumes {
                         if args.is_empty() {
@@ -163,15 +178,18 @@ fn boot_with_retry(
                 }
                 Outcome::Broken(crash)
             }
-            Ended::Hung(last_line) => Outcome::Broken(format!(
-                "the tests hung: no output for {} s after {last_line:?}; log: {}",
-                guest::SILENCE_TIMEOUT.as_secs(),
+            Ended::Stuck { lives, output } => Outcome::Broken(format!(
+                "{}: no test began or ended for {} s; running: {}; log: {}",
+                if lives { "slow" } else { "hung" },
+                PATIENCE.as_secs(),
+                output.running(),
                 log.display()
             )),
         };
         return Ok(Row {
             note: (!crashes.is_empty()).then(|| format!("booted again: {}", crashes.join("; "))),
             failures,
+            flaky,
             programs,
             ..Row::new("", outcome)
         });

@@ -7,7 +7,7 @@ use tcp_udp_trace_common::{
 };
 
 use super::sets::{CURRENT, NEXT, has, word};
-use crate::{counters, iter_context::Step, owner::leader, read::read};
+use crate::{counters, iter_context::Step, read::read, task::leader};
 
 /// The members, each with the generations of the filters that it belongs to. Consecutive
 /// generations use different slots.

@@ -93,7 +93,7 @@ pub(crate) fn accepted_descriptor(ctx: Context, fd: i64) {
 /// The current process returns from a system call.
 #[inline(always)]
 pub(crate) fn syscall_returned(ctx: Context, regs: u64, result: i64) {
-    if matches!(syscall::number(regs), syscall::ACCEPT | syscall::ACCEPT4) {
+    if syscall::is_any_of(&[syscall::ACCEPT, syscall::ACCEPT4], regs) {
         accepted_descriptor(ctx, result);
     }
 }

@@ -4,6 +4,7 @@ pub(crate) mod accept;
 mod record;
 mod sockets;
 
+use aya_ebpf::Global;
 use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, filter::no_state, hold, kind,
     origin, syn,
@@ -20,7 +21,7 @@ use crate::{
         Sock, Socket,
         tcp_state::{CLOSE, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_RECV, SYN_SENT, TIME_WAIT},
     },
-    stopping::{is_stopping, met},
+    stopping::is_stopping,
     syscall,
 };
 
@@ -77,7 +78,12 @@ pub(crate) fn state_changed(
                 Some(owner) => owner,
                 None => owner::current(ctx, origin::CREATOR),
             };
-            (syn::COUNTED, owner)
+            let syn = if is_repaired(socket) {
+                syn::NOT_SENT
+            } else {
+                syn::COUNTED
+            };
+            (syn, owner)
         }
         (CLOSE, LISTEN) => {
             let held = u8::from(is_to_be_held(socket)) * syn::HELD;
@@ -114,9 +120,6 @@ pub(crate) fn state_changed(
                         tracked.creator = owner;
                     }
                 }
-                if from == SYN_SENT && to == ESTABLISHED && is_repaired(socket) {
-                    tracked.set_syn(syn::NOT_SENT);
-                }
                 if to == CLOSE {
                     // A socket without an open descriptor has neither of these states.
                     let is_unreturned =
@@ -126,7 +129,7 @@ pub(crate) fn state_changed(
                 report(ctx, sk, socket, family, tracked, change);
                 return;
             }
-            (syn::UNKNOWN | met(), owner::UNKNOWN)
+            (sockets::met_in(from), owner::UNKNOWN)
         }
     };
     let mut tracked = match listener {
@@ -152,13 +155,17 @@ pub(crate) fn state_changed(
     }
 }
 
-/// Returns whether a socket that changes from connecting to connected has taken over a connection
-/// (`TCP_REPAIR`). The kernel then sends no SYN, so no SYN is acknowledged.
+/// The bit of [`Field::Repair`] in its byte, 0 if it is not known. User space sets it.
+#[unsafe(no_mangle)]
+static REPAIR: Global<u8> = Global::new(0);
+
+/// Returns whether a socket that connects takes over a connection (`TCP_REPAIR`). The kernel then
+/// sends no SYN, so no SYN is acknowledged.
 ///
 /// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
 #[inline(always)]
 fn is_repaired(socket: impl Socket) -> bool {
-    socket.get::<u64>(Field::BytesAcked) == 0
+    socket.get::<u8>(Field::Repair) & REPAIR.load() != 0
 }
 
 /// Returns whether a socket begins to listen without a port, and a later hook sees the port.

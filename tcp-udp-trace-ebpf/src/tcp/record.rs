@@ -92,7 +92,8 @@ pub(super) trait Describe: Socket {
         to.local_port = local_port;
         to.remote_port = u16::from_be(self.get(Field::RemotePort));
         to.family = family;
-        to.older = tracked.older().into();
+        to.older = tracked.older();
+        to.direction = tracked.direction();
         self.get_into(&mut to.device, Field::Device);
         to.error = 0;
         to.rx_bytes = self.rx_bytes(received);

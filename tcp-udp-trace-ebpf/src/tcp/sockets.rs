@@ -11,7 +11,10 @@ use crate::{
     counters, id, owner,
     read::now,
     room,
-    sock::{Sock, Socket, tcp_state::LISTEN},
+    sock::{
+        Sock, Socket,
+        tcp_state::{LISTEN, SYN_SENT},
+    },
     stopping::{is_stopping, met},
 };
 
@@ -153,6 +156,14 @@ fn insert(sk: Sock, tracked: &Tracked) -> bool {
     is_new
 }
 
+/// Returns the [`Tracked::syn`] of a socket that is first seen in this state.
+#[inline(always)]
+pub(crate) fn met_in(state: u8) -> u8 {
+    // Only a `connect` leads to this state, and the SYN is not acknowledged yet.
+    let syn = u8::from(state == SYN_SENT) * syn::COUNTED;
+    syn | met()
+}
+
 /// Returns the state of a socket. A socket that is older than the tracer is remembered from now on.
 /// If there is no room for it, counts that and returns `None`.
 #[inline(always)]
@@ -160,7 +171,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     if let Some(tracked) = get(sk) {
         return Some(tracked);
     }
-    let fresh = fresh(sk, sk, state, syn::UNKNOWN | met(), owner::UNKNOWN);
+    let fresh = fresh(sk, sk, state, met_in(state), owner::UNKNOWN);
     if !room::is_left(fresh.room_uid) {
         return None;
     }

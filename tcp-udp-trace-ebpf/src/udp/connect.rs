@@ -79,7 +79,7 @@ pub(crate) fn connect_exited(ctx: Context, result: i64) {
 /// The current process returns from a system call.
 #[inline(always)]
 pub(crate) fn syscall_returned(ctx: Context, regs: u64, result: i64) {
-    if syscall::number(regs) == syscall::CONNECT {
+    if syscall::is_any_of(&[syscall::CONNECT], regs) {
         connect_returned(ctx, result);
         if let Some(errno) = connect::errno(result) {
             failed(ctx, regs, errno);

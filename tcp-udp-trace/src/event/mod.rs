@@ -90,7 +90,7 @@ pub enum EventKind {
     /// reset that answers a segment for no socket is not an event.
     Reset {
         /// The side that sent the reset.
-        direction: Direction,
+        direction: ResetDirection,
     },
     /// UDP: `connect` gave the socket a peer.
     Connect,
@@ -180,7 +180,7 @@ pub enum EventKind {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 #[allow(clippy::exhaustive_enums, reason = "there is no third way")]
-pub enum Direction {
+pub enum ResetDirection {
     /// From this side.
     Sent,
     /// To this side.
@@ -257,6 +257,41 @@ pub struct Socket {
     /// and for the kernel's own UDP sockets.
     #[cfg_attr(feature = "serde", serde(default))]
     pub older: Option<bool>,
+    /// TCP: the side that started the connection, in every event of the socket. `None` for UDP.
+    ///
+    /// `None` also if it is unknown: for a connection that is older than the tracer
+    /// ([`older`](Self::older)), unless the tracer sees its accept, and for a connection that a
+    /// process has taken over (`TCP_REPAIR`).
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub direction: Option<Direction>,
+}
+
+/// The side that started a TCP connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Direction {
+    /// This side called `connect`. If both sides connect to each other (simultaneous open), both
+    /// are outbound.
+    Outbound,
+    /// The peer connected to a listener of this side, whether or not a process has accepted the
+    /// connection.
+    Inbound,
+    /// The socket is a listener, not a connection.
+    Listener,
+}
+
+impl Direction {
+    /// Returns the name, as in JSON: `outbound`, `inbound`, `listener`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+            Self::Listener => "listener",
+        }
+    }
 }
 
 /// A transport protocol.
@@ -314,6 +349,7 @@ impl Event {
             device: None,
             age: Duration::ZERO,
             older: None,
+            direction: None,
         };
         let kind = EventKind::Lost { count, stage };
         Self {
@@ -469,6 +505,12 @@ impl fmt::Display for LossStage {
 }
 
 impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl fmt::Display for ResetDirection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Sent => "sent",

@@ -93,6 +93,50 @@ pub struct ProcessDetails {
     /// it at will.
     #[cfg_attr(feature = "serde", serde(with = "crate::event::serde_impls::words"))]
     pub cmdline: Vec<OsString>,
+    /// The parent process. `None` for a process without one, and if the kernel does not show it.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub parent: Option<Parent>,
+    /// The path of the process's cgroup, as `/proc/PID/cgroup` shows it: from the root of the
+    /// hierarchy, or of the tracer's cgroup namespace.
+    ///
+    /// It is the path of [`Process::cgroup`], also after the process has ended, but the tracer must
+    /// find it before the cgroup is removed. On a machine that uses cgroup v1, it is the path in
+    /// the hierarchy `name=systemd`, or else in cgroup v2, or else in the hierarchy of `memory`. It
+    /// is then that of the process when the tracer looked it up.
+    #[cfg_attr(
+        feature = "serde",
+        serde(with = "crate::event::serde_impls::path", default)
+    )]
+    pub cgroup: Option<PathBuf>,
+    /// The id of the container that the process runs in, as [`cgroup`](Self::cgroup) names it: the
+    /// 64 hexadecimal digits that Docker, containerd, CRI-O and podman use. In a container that
+    /// runs in another one, it is that of the inner one. `None` outside of containers, and for
+    /// other runtimes.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub container: Option<String>,
+    /// The systemd unit, as [`cgroup`](Self::cgroup) names it, such as `nginx.service`,
+    /// `docker-….scope` or `session-3.scope`. For a service of a user's own manager, it is that
+    /// manager: `user@1000.service`.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub unit: Option<String>,
+    /// The systemd slice, as [`cgroup`](Self::cgroup) names it, such as `system.slice`. `None` also
+    /// for the root slice.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub slice: Option<String>,
+    /// The process id in the process's own pid namespace. In a container, it is often 1.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub ns_pid: Option<u32>,
+}
+
+/// The parent of a process, when the tracer looked it up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Parent {
+    /// The process id, as in [`Process::pid`].
+    pub pid: u32,
+    /// The name of the process at that time.
+    pub comm: Comm,
 }
 
 /// The way in which the tracer learned the owner of a socket.

@@ -109,7 +109,7 @@ mod tests {
 
     use crate::{
         event::{
-            Event, EventKind, LossStage, Protocol, Socket, Traffic,
+            Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic,
             process::{Origin, Process, User},
             tcp_state::TcpState,
         },
@@ -152,6 +152,7 @@ mod tests {
                 device: NonZeroU32::new(2),
                 age: Duration::from_nanos(1234),
                 older: Some(true),
+                direction: Some(Direction::Outbound),
             },
             traffic: Traffic {
                 tx_bytes: 1,
@@ -189,7 +190,7 @@ mod tests {
                 "socket": {
                     "protocol": "tcp", "id": 12, "cookie": 77, "local": "127.0.0.1:40000", "remote": "[fe80::9%2]:443",
                     "uid": 1000, "netns": 4_026_531_840_u32, "netns_cookie": 5, "cgroup": 1, "device": 2,
-                    "age_ns": 1234, "older": true
+                    "age_ns": 1234, "older": true, "direction": "outbound"
                 },
                 "traffic": {"tx_bytes": 1, "rx_bytes": 2, "tx_packets": 3, "rx_packets": 4}
             })
@@ -280,10 +281,12 @@ mod tests {
         let mut value = serde_json::to_value(event(EventKind::Accept)).expect("written");
         let socket = value["socket"].as_object_mut().expect("a socket");
         socket.remove("older").expect("it is written");
+        socket.remove("direction").expect("it is written");
         socket.remove("device").expect("it is written");
         socket.remove("netns_cookie").expect("it is written");
         let read: Event = serde_json::from_value(value).expect("JSON of version 0.1");
         assert_eq!((read.socket.older, read.socket.device), (None, None));
+        assert_eq!(read.socket.direction, None);
         assert_eq!(read.socket.netns_cookie, None);
     }
 

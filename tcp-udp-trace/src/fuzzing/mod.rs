@@ -22,12 +22,13 @@ use crate::{
         Event, EventKind, LossStage, Protocol,
         comm::Comm,
         escape::{Escaped, is_deceptive, unescape},
-        process::{Origin, Process, ProcessDetails, User},
+        process::{Origin, Parent, Process, ProcessDetails, User},
         sample_info::SampleInfo,
     },
     filter::{Filter, Membership},
     kernel,
     pipeline::{
+        cgroup_path,
         clock::BootClock,
         decode::{Malformed, decode},
     },
@@ -124,6 +125,12 @@ fn a_process(comm: Comm, cmdline: &[u8]) -> Process {
     let details = ProcessDetails {
         exe: Some(OsStr::from_bytes(cmdline).into()),
         cmdline: words.map(Into::into).collect(),
+        parent: Some(Parent { pid: 2, comm }),
+        cgroup: Some(OsStr::from_bytes(cmdline).into()),
+        container: cgroup_path::container(cmdline).map(Into::into),
+        unit: cgroup_path::unit(cmdline).map(Into::into),
+        slice: cgroup_path::slice(cmdline).map(Into::into),
+        ns_pid: Some(1),
     };
     Process {
         pid: 1,

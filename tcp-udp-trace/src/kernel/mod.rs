@@ -3,7 +3,7 @@
 
 mod attach;
 mod btf;
-mod cgroup;
+pub(crate) mod cgroup;
 mod control;
 mod errors;
 mod filter;
@@ -20,6 +20,7 @@ mod program;
 mod ring;
 
 use std::{
+    env,
     fs::{self, File},
     io,
     os::fd::{AsFd as _, AsRawFd as _},
@@ -54,24 +55,11 @@ use crate::{
     },
 };
 
-/// The eBPF objects of this architecture: with a ring buffer, and with perf buffers.
-/// `cargo xtask ebpf` makes them.
-#[cfg(target_arch = "x86_64")]
-static OBJECTS: Option<[&[u8]; 2]> = Some([
-    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.x86_64.o"),
-    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.x86_64.o"),
-]);
+/// The eBPF object with a ring buffer. `cargo xtask ebpf` makes it.
+static WITH_RING: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.o");
 
-/// See above.
-#[cfg(target_arch = "aarch64")]
-static OBJECTS: Option<[&[u8]; 2]> = Some([
-    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.aarch64.o"),
-    aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.aarch64.o"),
-]);
-
-/// There are no objects for this architecture.
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-static OBJECTS: Option<[&[u8]; 2]> = None;
+/// The eBPF object with perf buffers.
+static WITH_PERF: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.o");
 
 /// The smallest size of a ring.
 const MIN_RING_BYTES: u32 = 4096;
@@ -98,17 +86,20 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// Loads and attaches everything. Blocks for some milliseconds.
     pub(crate) fn start(config: &Config) -> Result<(Self, Ring), Error> {
-        let Some([with_ring, with_perf]) = OBJECTS else {
-            let message = format!("there is no eBPF object for {} yet", std::env::consts::ARCH);
+        if !cfg!(any(target_arch = "x86_64", target_arch = "aarch64")) {
+            let message = format!("the eBPF programs do not support {} yet", env::consts::ARCH);
             return Err(Error::new(ErrorKind::Unsupported, message));
-        };
+        }
         preflight::check(config.protocol)?;
         let plan = plan::signals(config);
+        let has_kprobes = program::has_kprobes();
+        let likely = plan.iter().flat_map(|signal| signal.likely(has_kprobes));
+        let likely: Vec<_> = likely.collect();
         let iters = iter::programs(config);
-        let (offsets, ids, images, has_listened, drop_reasons, registers, types_task) = {
+        let (offsets, ids, images, has_listened, repair, drop_reasons, registers, types_task) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
-            let targets = plan.iter().flat_map(|signal| signal.targets());
+            let targets = likely.iter().filter_map(|(_, point)| point.target());
             let targets = targets.chain(iters.iter().map(|iter| iter.target()));
             let verifies = match config.protocol {
                 Protocol::Tcp => offsets::verifies_images(&btf),
@@ -120,6 +111,7 @@ impl Kernel {
                 ids::find(&btf, targets),
                 images,
                 offsets::has_listened(&btf),
+                offsets::repair(&btf),
                 offsets::drop_reasons(&btf),
                 offsets::registers(&btf),
                 offsets::types_task(&btf),
@@ -153,8 +145,8 @@ impl Kernel {
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
         let (object, events) = match buffer {
-            Buffer::Ring => (with_ring, ring_bytes),
-            Buffer::Perf => (with_perf, cpus as u32),
+            Buffer::Ring => (WITH_RING, ring_bytes),
+            Buffer::Perf => (WITH_PERF, cpus as u32),
         };
         let mut loader = loader();
         if buffer == Buffer::Ring {
@@ -171,6 +163,8 @@ impl Kernel {
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &has_listened, true)
+            .override_global("AARCH64", &u8::from(cfg!(target_arch = "aarch64")), true)
+            .override_global("REPAIR", &repair, true)
             .override_global("REGISTERS", &registers, true)
             .override_global("TYPED_TASK", &u8::from(types_task), true)
             .override_global("IMAGES", &u8::from(images), true)
@@ -188,7 +182,7 @@ impl Kernel {
             .or_error(ErrorKind::Load, "cannot read the programs' log")?;
         // Not at the same time as the maps: when memory runs out, the kernel kills a process that
         // loads programs, but returns an error to one that makes a map.
-        preload::load_ahead(&mut ebpf, &plan, &iters, &controls, &ids);
+        preload::load_ahead(&mut ebpf, &likely, &iters, &controls, &ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;

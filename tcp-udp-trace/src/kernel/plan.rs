@@ -51,11 +51,20 @@ pub(super) fn signals(config: &Config) -> Vec<&'static Signal> {
 }
 
 impl Signal {
-    /// Returns the types of the kernel's BTF that its programs may need to load.
-    pub(super) fn targets(&self) -> impl Iterator<Item = Target> {
-        let choices = self.slots.iter().copied().flatten();
-        let hooks = choices.flat_map(|choice| choice.hooks);
-        hooks.filter_map(|(_, point)| point.target())
+    /// Returns the programs, each with its hook, that will probably be attached.
+    pub(super) fn likely(
+        &self,
+        has_kprobes: bool,
+    ) -> impl Iterator<Item = (&'static str, HookPoint)> {
+        let is_likely = move |choice: &&Choice| match choice.hooks[0].1 {
+            Kprobe(_) | Kretprobe(_) => has_kprobes,
+            // It is the last choice.
+            Fentry(_) => false,
+            _ => true,
+        };
+        let choices = self.slots.iter();
+        let choices = choices.filter_map(move |slot| slot.iter().find(is_likely));
+        choices.flat_map(|choice| choice.hooks).copied()
     }
 }
 

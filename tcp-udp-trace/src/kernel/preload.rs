@@ -1,6 +1,6 @@
 //! Loads programs ahead of their turn, on every CPU at once.
 
-use std::{collections::HashMap, fs, sync::Mutex, thread};
+use std::{collections::HashMap, sync::Mutex, thread};
 
 use aya::Ebpf;
 
@@ -8,33 +8,23 @@ use super::{
     btf::ids::{self, Ids},
     control::load_control,
     iter::IterProgram,
-    plan::{Choice, HookPoint, Signal},
-    program::{KPROBES, load},
+    plan::HookPoint,
+    program::load,
 };
 use crate::lock::lock;
 
-/// Loads the programs that will probably be attached, on every CPU at once, because the kernel's
-/// verifier takes most of a start. A program that fails here is loaded again at its turn, and then
-/// the error is reported.
+/// Loads the programs of `hooks`, which will probably be attached, and others, on every CPU at once,
+/// because the kernel's verifier takes most of a start. A program that fails here is loaded again
+/// at its turn, and then the error is reported.
 pub(super) fn load_ahead(
     ebpf: &mut Ebpf,
-    plan: &[&Signal],
+    hooks: &[(&str, HookPoint)],
     iters: &[IterProgram],
     controls: &[&str],
     ids: &Ids,
 ) {
     let mut programs: HashMap<_, _> = ebpf.programs_mut().collect();
-    let has_kprobes = fs::exists(KPROBES).unwrap_or(false);
-    let is_likely = |choice: &&Choice| match choice.hooks[0].1 {
-        HookPoint::Kprobe(_) | HookPoint::Kretprobe(_) => has_kprobes,
-        // It is the last choice.
-        HookPoint::Fentry(_) => false,
-        _ => true,
-    };
-    let slots = plan.iter().flat_map(|signal| signal.slots);
-    let hooks = slots
-        .filter_map(|slot| slot.iter().find(is_likely))
-        .flat_map(|choice| choice.hooks);
+    let hooks = hooks.iter();
     let hooks = hooks.filter_map(|(name, point)| Some((*point, programs.remove(name)?)));
     let (with_ids, others): (Vec<_>, Vec<_>) =
         hooks.partition(|(point, _)| point.target().is_some());

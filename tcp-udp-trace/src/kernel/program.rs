@@ -14,7 +14,12 @@ const OF_ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
 };
 
 /// A file that exists if the kernel has kprobes. aya checks the same file.
-pub(super) const KPROBES: &str = "/sys/bus/event_source/devices/kprobe/type";
+const KPROBES: &str = "/sys/bus/event_source/devices/kprobe/type";
+
+/// Returns whether the kernel has kprobes.
+pub(super) fn has_kprobes() -> bool {
+    fs::exists(KPROBES).unwrap_or(false)
+}
 
 /// Attaches a program, and loads it if necessary.
 pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {

@@ -7,14 +7,14 @@ use std::{
 };
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, FlowKey, Head, Owner, Peer, StateChange, Tcp, TcpSocket, Udp, kind, mark,
-    older, origin,
+    AF_INET, AF_INET6, FlowKey, Head, Owner, Peer, StateChange, Tcp, TcpSocket, Udp, direction,
+    kind, mark, older, origin,
 };
 use zerocopy::{FromBytes, IntoBytes as _};
 
 use super::{clock::BootClock, images::ImageKey};
 use crate::event::{
-    Direction, Event, EventKind, Protocol, Socket, Traffic,
+    Direction, Event, EventKind, Protocol, ResetDirection, Socket, Traffic,
     comm::Comm,
     process::{Origin, Process, User},
     sample_info::SampleInfo,
@@ -79,10 +79,10 @@ pub(crate) fn decode(
             let kind = match kind {
                 kind::RETRANSMIT => EventKind::Retransmit,
                 kind::RESET_SENT => EventKind::Reset {
-                    direction: Direction::Sent,
+                    direction: ResetDirection::Sent,
                 },
                 _ => EventKind::Reset {
-                    direction: Direction::Received,
+                    direction: ResetDirection::Received,
                 },
             };
             tcp(&record.head, &record.socket, kind, clock).map(Some)
@@ -182,7 +182,8 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         cgroup: record.cgroup,
         device: NonZeroU32::new(record.device),
         age: Duration::from_nanos(head.time.saturating_sub(record.born)),
-        older: is_older(record.older.into())?,
+        older: is_older(record.older)?,
+        direction: None,
     };
     let used_by = (&record.owner, &record.user);
     let traffic = traffic(record.traffic);
@@ -342,11 +343,22 @@ fn tcp_socket(socket: &TcpSocket, now: u64) -> Result<Socket, Malformed> {
         device,
         age: Duration::from_nanos(now.saturating_sub(socket.born)),
         older: is_older(socket.older)?,
+        direction: direction(socket.direction)?,
     })
 }
 
-fn is_older(known: u16) -> Result<Option<bool>, Malformed> {
-    match u8::try_from(known).map_err(|_| Malformed)? {
+fn direction(number: u8) -> Result<Option<Direction>, Malformed> {
+    match number {
+        direction::UNKNOWN => Ok(None),
+        direction::OUTBOUND => Ok(Some(Direction::Outbound)),
+        direction::INBOUND => Ok(Some(Direction::Inbound)),
+        direction::LISTENER => Ok(Some(Direction::Listener)),
+        _ => Err(Malformed),
+    }
+}
+
+fn is_older(known: u8) -> Result<Option<bool>, Malformed> {
+    match known {
         older::NO => Ok(Some(false)),
         older::YES => Ok(Some(true)),
         older::UNKNOWN => Ok(None),
@@ -513,9 +525,24 @@ mod tests {
             (older::UNKNOWN, None),
         ] {
             let mut record = record();
-            record.socket.older = written.into();
+            record.socket.older = written;
             let decoded = decode(record.as_bytes()).expect("a well-formed record");
             assert_eq!(decoded.event.socket.older, read);
+        }
+    }
+
+    #[test]
+    fn direction_is_decoded() {
+        for (written, read) in [
+            (direction::UNKNOWN, None),
+            (direction::OUTBOUND, Some(Direction::Outbound)),
+            (direction::INBOUND, Some(Direction::Inbound)),
+            (direction::LISTENER, Some(Direction::Listener)),
+        ] {
+            let mut record = record();
+            record.socket.direction = written;
+            let decoded = decode(record.as_bytes()).expect("a well-formed record");
+            assert_eq!(decoded.event.socket.direction, read);
         }
     }
 
@@ -618,6 +645,6 @@ mod tests {
         check(|r| r.socket.family = 1);
         check(|r| r.socket.owner.origin = 9);
         check(|r| r.socket.older = 3);
-        check(|r| r.socket.older = 0x100);
+        check(|r| r.socket.direction = 4);
     }
 }

@@ -4,10 +4,13 @@
 use std::{ffi::OsString, num::NonZeroUsize, os::unix::ffi::OsStringExt as _, sync::Arc};
 
 use lru::LruCache;
-use tcp_udp_trace_common::{Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
-use zerocopy::FromBytes as _;
+use tcp_udp_trace_common::{Identity, Image, MAX_ARGUMENTS, Owner, PIECE, kind, part};
+use zerocopy::{FromBytes as _, FromZeros as _, IntoBytes as _};
 
-use crate::event::process::ProcessDetails;
+use crate::event::{
+    comm::Comm,
+    process::{Parent, ProcessDetails},
+};
 
 /// How many images are kept.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -88,7 +91,7 @@ impl Images {
             return true;
         }
         if piece.part == part::END {
-            self.known.put(key, Arc::new(pieces.details()));
+            self.known.put(key, Arc::new(pieces.details(&piece)));
         } else if pieces.add(&piece).is_some() {
             self.incomplete.put(key, pieces);
         }
@@ -125,17 +128,30 @@ impl Pieces {
         Some(())
     }
 
-    fn details(&self) -> ProcessDetails {
+    /// Returns the details of an image that is complete. `last` is its last piece.
+    fn details(&self, last: &Image) -> ProcessDetails {
         let mut path = Vec::new();
         for name in self.names.iter().rev() {
             path.push(b'/');
             path.extend_from_slice(name);
         }
+        let bytes = last.bytes.get(..last.size as usize).unwrap_or_default();
+        let identity = Identity::read_from_bytes(bytes).unwrap_or(Identity::new_zeroed());
         ProcessDetails {
             exe: Some(OsString::from_vec(path).into()),
             cmdline: words(&self.arguments),
+            parent: parent(&identity),
+            ns_pid: (identity.ns_pid != 0).then_some(identity.ns_pid),
+            ..ProcessDetails::default()
         }
     }
+}
+
+fn parent(identity: &Identity) -> Option<Parent> {
+    (identity.parent != 0).then(|| Parent {
+        pid: identity.parent,
+        comm: Comm::from_bytes(identity.parent_comm.as_bytes()),
+    })
 }
 
 /// Splits a command line into its arguments, each of which ends with a NUL.

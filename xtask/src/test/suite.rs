@@ -2,9 +2,9 @@
 
 use std::{
     ffi::OsString,
-    io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::mpsc::RecvTimeoutError,
     time::{Duration, Instant},
 };
 
@@ -15,12 +15,9 @@ use super::cross;
 use crate::{
     arch::Arch,
     process,
-    report::{Outcome, Output, Row},
+    report::{Outcome, Output, PATIENCE, Row},
     workspace,
 };
-
-/// How long the integration tests may take on one kernel.
-const TIMEOUT: Duration = Duration::from_secs(25 * 60);
 
 /// A program of tests that runs as root.
 pub(super) struct Program {
@@ -43,10 +40,6 @@ pub(super) const CLI: Program = Program {
     profile: "dev",
 };
 
-/// The exit code of `timeout` if it had to end the program. The codes of a program of tests are 0
-/// and 101.
-const TIMED_OUT: i32 = 124;
-
 /// Runs the unit and documentation tests of the crates that compile for this machine.
 pub(super) fn unit(filter: Option<&str>) -> Result<Row> {
     let mut command = Command::new(workspace::cargo());
@@ -61,7 +54,8 @@ pub(super) fn unit(filter: Option<&str>) -> Result<Row> {
         ])
         .arg("--")
         .args(filter);
-    counted("unit tests", &mut command)
+    // The compiler may take long.
+    counted("unit tests", &mut command, Duration::MAX)
 }
 
 /// Runs the integration tests on this kernel.
@@ -72,14 +66,9 @@ pub(super) fn local(program: &Path, args: &[OsString]) -> Result<Row> {
 
 /// Runs a program of tests as root.
 pub(super) fn run(name: &str, program: &Path, args: &[OsString]) -> Result<Row> {
-    let seconds = TIMEOUT.as_secs();
-    // `timeout` ends the program, because this process may not kill a program of sudo.
-    let mut command = process::as_root("timeout");
-    command
-        .args(["--kill-after=10", &seconds.to_string()])
-        .arg(program)
-        .args(args);
-    counted(name, &mut command)
+    let mut command = process::as_root(program);
+    command.args(args);
+    counted(name, &mut command, PATIENCE)
 }
 
 /// Builds a program of tests for `arch` and returns its path.
@@ -111,8 +100,9 @@ pub(super) fn build(program: &Program, arch: &'static Arch) -> Result<PathBuf> {
         })
 }
 
-/// Runs `command`, shows its output, and collects the results.
-fn counted(name: &str, command: &mut Command) -> Result<Row> {
+/// Runs `command`, shows its output, and collects the results. Ends it if it writes nothing for
+/// longer than `patience`.
+fn counted(name: &str, command: &mut Command, patience: Duration) -> Result<Row> {
     let line = process::shell_line(command);
     eprintln!("$ {line}");
     let started = Instant::now();
@@ -123,28 +113,45 @@ fn counted(name: &str, command: &mut Command) -> Result<Row> {
     let Some(stdout) = child.stdout.take() else {
         bail!("the output of `{line}` is not piped");
     };
+    let lines = process::lines(stdout, |_| {});
     let mut output = Output::default();
-    for line in BufReader::new(stdout).lines() {
-        let line = line.context("cannot read the output of the tests")?;
-        println!("{line}");
-        output.line(&line);
-    }
-    let Output {
-        counts, failures, ..
-    } = output;
+    let stuck = loop {
+        match lines.recv_timeout(patience) {
+            Ok(line) => {
+                if output.line(&line) {
+                    println!("{line}");
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => break None,
+            Err(RecvTimeoutError::Timeout) => {
+                // As root, because sudo may have started it. sudo passes the signal on.
+                process::run(process::as_root("kill").arg(child.id().to_string()))?;
+                break Some(format!(
+                    "slow or hung: no test began or ended for {} s; running: {}",
+                    patience.as_secs(),
+                    output.running()
+                ));
+            }
+        }
+    };
     let status = child
         .wait()
         .with_context(|| format!("cannot wait for `{line}`"))?;
-    let outcome = match status.code() {
-        Some(0) => Outcome::Passed(counts),
-        Some(TIMED_OUT) => {
-            Outcome::Broken(format!("the tests did not end in {} s", TIMEOUT.as_secs()))
-        }
-        _ => Outcome::Failed(counts),
+    let Output {
+        counts,
+        failures,
+        flaky,
+        ..
+    } = output;
+    let outcome = match (stuck, status.success()) {
+        (Some(stuck), _) => Outcome::Broken(stuck),
+        (None, true) => Outcome::Passed(counts),
+        (None, false) => Outcome::Failed(counts),
     };
     Ok(Row {
         elapsed: started.elapsed(),
         failures,
+        flaky,
         ..Row::new(name, outcome)
     })
 }

@@ -2,10 +2,10 @@
 
 use std::{
     fs::File,
-    io::{BufRead as _, BufReader, Read, Write as _},
+    io::Write as _,
     path::Path,
     process::{Child, Command, Stdio},
-    sync::mpsc::{self, RecvTimeoutError},
+    sync::mpsc::RecvTimeoutError,
     thread,
     time::{Duration, Instant},
 };
@@ -13,21 +13,24 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::initramfs::Job;
-use crate::report::Output;
+use crate::{
+    process,
+    report::{Output, PATIENCE},
+};
 
 /// How long a guest may take until the tests begin. On an idle machine it takes about three
 /// seconds.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How long the tests may write nothing. A test takes under a minute on an idle machine, and
-/// several times as long beside other load. The limit is above that, and a hung guest still ends.
-pub(super) const SILENCE_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// How often an idle guest writes [`ALIVE`] at the least. It does so twice as often.
+const ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take to exit after the tests have ended.
 const POWEROFF_TIMEOUT: Duration = Duration::from_secs(10);
 
 const BEGIN: &str = "@@begin";
 const END: &str = "@@end ";
+const ALIVE: &str = "@@alive";
 
 /// Messages that the kernel writes when it crashes.
 const CRASH_SIGNS: &[&str] = &[
@@ -70,8 +73,8 @@ pub(super) enum Ended {
     Finished { code: i32, output: Output },
     /// The kernel crashed, or the tests never began. With the output of the tests until then.
     Crashed { cause: String, output: Output },
-    /// The tests began, and then wrote nothing for [`SILENCE_TIMEOUT`]. With their last line.
-    Hung(String),
+    /// The tests began, and then made no progress for [`PATIENCE`]. The guest itself may live on.
+    Stuck { lives: bool, output: Output },
 }
 
 /// Boots a guest and waits for its end.
@@ -108,14 +111,22 @@ pub(super) fn boot(
         .stdout
         .take()
         .context("QEMU's console is not piped")?;
-    let log = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
-    let lines = read_lines(console, log);
+    let mut log = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let lines = process::lines(console, move |line| {
+        // A full disk must not end the tests, which need no log.
+        let _ = writeln!(log, "{line}");
+    });
 
     let mut console = Console::default();
     let mut deadline = Instant::now() + BOOT_TIMEOUT;
+    let mut alive = Instant::now();
     loop {
         match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(line) => {
+                if line.contains(ALIVE) {
+                    alive = Instant::now();
+                    continue;
+                }
                 let had_begun = console.begun;
                 if let Some(code) = console.line(&line) {
                     qemu.wait(POWEROFF_TIMEOUT);
@@ -125,9 +136,9 @@ pub(super) fn boot(
                     });
                 }
                 if console.begun && !(had_begun && is_of_the_kernel(&line)) {
-                    deadline = Instant::now() + SILENCE_TIMEOUT;
+                    deadline = Instant::now() + PATIENCE;
                 }
-                if had_begun {
+                if had_begun && console.shows {
                     println!("[{name}] {line}");
                 }
             }
@@ -154,7 +165,10 @@ pub(super) fn boot(
                             format!("the tests did not begin in {} s", BOOT_TIMEOUT.as_secs());
                         Ended::Crashed { cause, output }
                     }
-                    Console { last_line, .. } => Ended::Hung(last_line),
+                    Console { output, .. } => Ended::Stuck {
+                        lives: alive.elapsed() < ALIVE_TIMEOUT,
+                        output,
+                    },
                 });
             }
         }
@@ -175,7 +189,8 @@ struct Console {
     output: Output,
     /// The first sign of a crash.
     crash: Option<String>,
-    last_line: String,
+    /// Whether to show the last line.
+    shows: bool,
 }
 
 impl Console {
@@ -192,35 +207,9 @@ impl Console {
         if self.crash.is_none() && CRASH_SIGNS.iter().any(|sign| line.contains(sign)) {
             self.crash = Some(line.trim().to_owned());
         }
-        self.output.line(line);
-        if !line.trim().is_empty() {
-            line.clone_into(&mut self.last_line);
-        }
+        self.shows = self.output.line(line);
         None
     }
-}
-
-/// Sends the lines of `console`, without their ends, and copies them to `log`.
-fn read_lines(console: impl Read + Send + 'static, mut log: File) -> mpsc::Receiver<String> {
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        let mut console = BufReader::new(console);
-        let mut bytes = Vec::new();
-        while console
-            .read_until(b'\n', &mut bytes)
-            .is_ok_and(|read| read > 0)
-        {
-            let line = String::from_utf8_lossy(&bytes);
-            let line = line.trim_end_matches(['\r', '\n']).to_owned();
-            // A full disk must not end the tests, which need no log.
-            let _ = writeln!(log, "{line}");
-            if sender.send(line).is_err() {
-                break;
-            }
-            bytes.clear();
-        }
-    });
-    receiver
 }
 
 /// A running QEMU, which ends with this process.

@@ -31,6 +31,9 @@ ip link set lo up
 ulimit -n 65536
 cd /tmp
 
+# If no test ends for long, this shows whether the guest still runs.
+while sleep 30; do echo "@@alive"; done &
+
 echo "@@begin"
 /tests/run
 code=$?

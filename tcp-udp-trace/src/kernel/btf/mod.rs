@@ -145,6 +145,19 @@ impl<'a> Btf<'a> {
             .find_map(|aggregate| self.descend(aggregate, members, &mut budget))
     }
 
+    /// Returns the position of a bitfield that lies in one byte: the offset of the byte, and the
+    /// field's bits in it.
+    pub(crate) fn bitfield(&self, path: &str) -> Option<(u32, u8)> {
+        let (name, members) = path.split_once('.')?;
+        let mut budget = MAX_MEMBERS;
+        let Member { bit, width, .. } = self
+            .named(&self.aggregates, name)
+            .find_map(|aggregate| self.reach(aggregate, members, &mut budget))?;
+        let last = (bit % 8).checked_add(width).filter(|last| *last <= 8)?;
+        let bits = (1_u32 << last) - (1 << (bit % 8));
+        (width != 0).then_some((bit / 8, bits as u8))
+    }
+
     /// Returns the size of a struct or union in bytes. If several have the name, the first counts.
     pub(crate) fn size_of(&self, name: &str) -> Option<u32> {
         let ty = self.named(&self.aggregates, name).next()?;
@@ -221,12 +234,17 @@ impl<'a> Btf<'a> {
 
     /// Follows the names of members from a struct down to a field.
     fn descend(&self, ty: Type<'a>, members: &str, budget: &mut usize) -> Option<Field> {
+        self.bytes(self.reach(ty, members, budget)?)
+    }
+
+    /// Follows the names of members from a struct down to a member.
+    fn reach(&self, ty: Type<'a>, members: &str, budget: &mut usize) -> Option<Member<'a>> {
         let (bit, width) = (0, 0);
         let mut member = Member { ty, bit, width };
         for name in members.split('.') {
             member = self.member(member, name, budget)?;
         }
-        self.bytes(member)
+        Some(member)
     }
 
     /// Finds a member in a struct or union, or in the anonymous ones inside it. If the parent is an

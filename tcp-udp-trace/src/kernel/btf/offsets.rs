@@ -58,9 +58,11 @@ pub(in crate::kernel) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
 pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
     let mut offsets: Offsets = std::array::from_fn(|index| {
         let required = &FIELDS[index];
-        let found = required.path.split(" | ").find_map(|path| btf.field(path));
-        match found {
-            Some(field) if field.size == required.size => field.offset,
+        let bitfield = |path| btf.bitfield(path).map(|(offset, _)| (offset, 1));
+        let field = |path| btf.field(path).map(|field| (field.offset, field.size));
+        let mut paths = required.path.split(" | ");
+        match paths.find_map(|path| field(path).or_else(|| bitfield(path))) {
+            Some((offset, size)) if size == required.size => offset,
             _ => {
                 log::info!(
                     "this kernel has no {} of {} bytes",
@@ -89,6 +91,12 @@ pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
             ),
         )),
     }
+}
+
+/// Returns the bit of `tcp_sock.repair` in its byte; 0 if it is unknown.
+pub(in crate::kernel) fn repair(btf: &Btf<'_>) -> u8 {
+    let bitfield = btf.bitfield(FIELDS[Field::Repair as usize].path);
+    bitfield.map_or(0, |(_, bits)| bits)
 }
 
 /// Returns the bit of `sock.sk_flags` that the kernel sets when a socket begins to listen; 0 if it

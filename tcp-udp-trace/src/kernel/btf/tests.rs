@@ -234,6 +234,12 @@ fn bitfields_are_found_only_in_whole_bytes() {
     check(&b, "flagged.byte", at(1, 1));
     check(&b, "flagged.odd", None);
     check(&b, "flagged.word", at(4, 4));
+    let data = b.build();
+    let btf = Btf::parse(&data).expect("valid BTF");
+    assert_eq!(btf.bitfield("flagged.bit"), Some((0, 1)));
+    assert_eq!(btf.bitfield("flagged.byte"), Some((1, 0xff)));
+    assert_eq!(btf.bitfield("flagged.odd"), None, "in two bytes");
+    assert_eq!(btf.bitfield("flagged.word"), None, "not a bitfield");
 
     // Without the flag, the integer has the width, and may have an offset of its own.
     let three = b.add("", kind::INT << 24, 4, &[3]);
