@@ -42,7 +42,7 @@ fn a_connection_adds_its_total() {
     assert_eq!(add(&tcp(1, 2, EventKind::Retransmit, 4)), NONE);
     assert_eq!(add(&gap(Protocol::Tcp, 3)), NONE);
     assert_eq!(add(&tcp(1, 3, change(FinWait2, Close), 9)), traffic(4));
-    let direction = crate::event::Direction::Sent;
+    let direction = crate::event::ResetDirection::Sent;
     assert_eq!(add(&tcp(1, 3, EventKind::Reset { direction }, 9)), NONE);
     assert_eq!(growth.known.len(), 0);
 }
