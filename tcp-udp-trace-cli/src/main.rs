@@ -7,7 +7,6 @@
 
 mod depmap;
 mod doctor;
-mod growth;
 #[expect(
     dead_code,
     reason = "as an example of the library, the file has its own `main`"
