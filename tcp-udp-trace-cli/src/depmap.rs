@@ -4,20 +4,16 @@ use std::{
     collections::HashMap,
     io::{self, Write},
     net::{IpAddr, SocketAddr},
-    num::NonZeroUsize,
     time::Duration,
 };
 
 use clap::ArgGroup;
 use futures_util::{StreamExt as _, stream};
-use lru::LruCache;
 use serde::Serialize;
 use tcp_udp_trace::{
-    Comm, DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS, Event, EventKind, Filter, Protocol, SampleInfo,
-    Stats, TcpState, TcpTracer, UdpTracer,
+    Comm, Direction, Event, Filter, Protocol, Stats, TcpTracer, UdpTracer,
+    consumer::{Connection, Connections, Growth},
 };
-
-use crate::growth::Growth;
 
 /// Print which process talks to which address and port, with bytes and connections.
 ///
@@ -26,8 +22,8 @@ use crate::growth::Growth;
 ///
 /// The direction is `out` if the process connected (TCP) or sent the first datagram (UDP). The port
 /// is then the peer's. It is `in` if the process accepted the connection or received the first
-/// datagram. The port is then its own. It is `?` if the connection is older than the trace, and the
-/// port is the peer's.
+/// datagram. The port is then its own. It is `?` if that is unknown, as for most connections that
+/// are older than the trace, and the port is the peer's. In JSON: `outbound`, `inbound`, `null`.
 ///
 /// Bytes are counted from the start of the trace. The bytes of an open connection are those of its
 /// last sample, which is at most a second old. A UDP flow counts as one connection.
@@ -89,23 +85,31 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The side that opened the connection or the flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Direction {
-    Out,
-    In,
-    Unknown,
-}
-
 /// The key of a line of the report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Edge {
     process: Option<Comm>,
     protocol: Protocol,
-    direction: Direction,
+    direction: Option<Direction>,
     peer: IpAddr,
     port: u16,
+}
+
+impl Edge {
+    fn of(connection: &Connection) -> Self {
+        let socket = &connection.socket;
+        let direction = connection.direction;
+        Self {
+            process: connection.process.as_ref().map(|process| process.comm),
+            protocol: socket.protocol,
+            direction,
+            peer: socket.remote.ip(),
+            port: match direction {
+                Some(Direction::Inbound) => socket.local.port(),
+                _ => socket.remote.port(),
+            },
+        }
+    }
 }
 
 /// The sums of one edge.
@@ -116,9 +120,6 @@ struct Sums {
     rx_bytes: u64,
 }
 
-/// A TCP socket or a UDP flow.
-type Key = (Protocol, u64, SocketAddr);
-
 /// Sums up the events by edge.
 struct Map {
     edges: HashMap<Edge, Sums>,
@@ -126,87 +127,49 @@ struct Map {
     /// The sums of all edges beyond `max`.
     other: Sums,
     growth: Growth,
-    /// Live connections. The edge is `None` until a process accepts the connection.
-    live: LruCache<Key, (Direction, Option<Edge>)>,
+    open: Connections,
 }
 
 impl Map {
     fn new(max: usize) -> Self {
-        let live = NonZeroUsize::new((DEFAULT_MAX_SOCKETS + DEFAULT_MAX_FLOWS) as usize);
         Self {
             edges: HashMap::new(),
             max,
             other: Sums::default(),
-            growth: Growth::default(),
-            live: LruCache::new(live.unwrap_or(NonZeroUsize::MIN)),
+            growth: Growth::new(),
+            open: Connections::new(),
         }
     }
 
     fn count(&mut self, event: &Event) {
-        use TcpState::{Close, Established, Listen, SynRecv, SynSent};
-        let (tx_bytes, rx_bytes) = self.growth.of(event);
-        let socket = &event.socket;
-        let key = (socket.protocol, socket.id, socket.remote);
-        let known = self.live.get(&key).copied();
-        let direction = match &event.kind {
-            EventKind::StateChange {
-                from: SynSent,
-                to: Established,
-                ..
-            } => Direction::Out,
-            EventKind::StateChange {
-                from: SynRecv,
-                to: Established,
-                ..
-            } => {
-                self.live.put(key, (Direction::In, None));
-                return;
-            }
-            EventKind::StateChange {
-                from: Close | Listen | SynRecv | SynSent,
-                ..
-            } => return,
-            EventKind::StateChange { .. } => Direction::Unknown,
-            EventKind::Sample {
-                info: SampleInfo::Tcp(info),
-            } if info.state == Established as u8 => Direction::Unknown,
-            EventKind::Accept => Direction::In,
-            EventKind::Flow { .. } if event.traffic.rx_packets == 0 => Direction::Out,
-            EventKind::Flow { .. } if event.traffic.tx_packets == 0 => Direction::In,
-            EventKind::Flow { .. } => Direction::Unknown,
-            _ if (tx_bytes, rx_bytes) != (0, 0) => Direction::Unknown,
-            _ => return,
+        let added = self.growth.add(event).traffic;
+        let ended = self.open.add(event);
+        let connection = ended.as_ref().or_else(|| self.open.get(event));
+        let Some(edge) = connection.map(Edge::of) else {
+            return;
         };
-        let direction = known.map_or(direction, |(direction, _)| direction);
-        let edge = known.and_then(|(_, edge)| edge);
-        let is_new = edge.is_none();
-        let edge = edge.unwrap_or_else(|| Edge {
-            process: event.process.as_ref().map(|process| process.comm),
-            protocol: socket.protocol,
-            direction,
-            peer: socket.remote.ip().to_canonical(),
-            port: match direction {
-                Direction::In => socket.local.port(),
-                _ => socket.remote.port(),
-            },
-        });
-        self.live.put(key, (direction, Some(edge)));
-        if event.is_end() || matches!(event.kind, EventKind::Flow { last: true, .. }) {
-            self.live.pop(&key);
+        let connections = u64::from(ended.is_some());
+        if connections + added.tx_bytes + added.rx_bytes > 0 {
+            let sums = self.sums(edge);
+            sums.connections += connections;
+            sums.tx_bytes += added.tx_bytes;
+            sums.rx_bytes += added.rx_bytes;
         }
-        let has_room = self.edges.len() < self.max || self.edges.contains_key(&edge);
-        let sums = if has_room {
+    }
+
+    fn sums(&mut self, edge: Edge) -> &mut Sums {
+        if self.edges.len() < self.max || self.edges.contains_key(&edge) {
             self.edges.entry(edge).or_default()
         } else {
             &mut self.other
-        };
-        sums.connections += u64::from(is_new);
-        sums.tx_bytes += tx_bytes;
-        sums.rx_bytes += rx_bytes;
+        }
     }
 
     /// Returns the report, the edges with the most bytes first.
-    fn report(self, stats: Stats) -> Report {
+    fn report(mut self, stats: Stats) -> Report {
+        for edge in self.open.iter().map(Edge::of).collect::<Vec<_>>() {
+            self.sums(edge).connections += 1;
+        }
         let edges = self.edges.into_iter().map(|(edge, sums)| Line {
             process: edge.process.map(|comm| comm.to_string()),
             protocol: edge.protocol,
@@ -243,7 +206,7 @@ struct Report {
 struct Line {
     process: Option<String>,
     protocol: Protocol,
-    direction: Direction,
+    direction: Option<Direction>,
     peer: IpAddr,
     port: u16,
     #[serde(flatten)]
@@ -302,9 +265,9 @@ impl Report {
         ])?;
         for line in &self.edges {
             let direction = match line.direction {
-                Direction::Out => "out",
-                Direction::In => "in",
-                Direction::Unknown => "?",
+                Some(Direction::Outbound) => "out",
+                Some(Direction::Inbound) => "in",
+                _ => "?",
             };
             row([
                 line.name(),
@@ -354,19 +317,19 @@ impl Report {
                 line.protocol
             );
             let (from, to, label) = match line.direction {
-                Direction::In => {
+                Some(Direction::Inbound) => {
                     let peer = quoted(&line.peer.to_string());
                     (peer, name, format!("port {} {label}", line.port))
                 }
-                Direction::Out | Direction::Unknown => (
+                _ => (
                     name,
                     quoted(&SocketAddr::new(line.peer, line.port).to_string()),
                     label,
                 ),
             };
             let direction = match line.direction {
-                Direction::Unknown => ", dir=none",
-                _ => "",
+                None => ", dir=none",
+                Some(_) => "",
             };
             writeln!(
                 out,
@@ -391,12 +354,18 @@ mod tests {
 
     /// Returns an event of a TCP socket, deserialized from JSON.
     fn tcp(id: u64, comm: &str, remote: &str, kind: serde_json::Value, bytes: u64) -> Event {
+        let direction = if remote.contains("10.0.0.9") {
+            "inbound"
+        } else {
+            "outbound"
+        };
         serde_json::from_value(json!({
             "time": "2026-01-31T12:00:00Z", "uptime_ns": 0, "kind": kind,
             "process": {"pid": 1, "tid": 1, "uid": 0, "comm": comm, "origin": "creator",
                         "started_ns": 0},
             "socket": {"protocol": "tcp", "id": id, "cookie": null, "local": "10.0.0.1:443",
-                       "remote": remote, "uid": 0, "netns": 0, "cgroup": 0, "age_ns": 0},
+                       "remote": remote, "uid": 0, "netns": 0, "cgroup": 0, "age_ns": 0,
+                       "older": false, "direction": direction},
             "traffic": {"tx_bytes": bytes, "rx_bytes": 0, "tx_packets": 1, "rx_packets": 1}
         }))
         .unwrap()

@@ -7,7 +7,6 @@
 
 mod depmap;
 mod doctor;
-mod growth;
 #[expect(
     dead_code,
     reason = "as an example of the library, the file has its own `main`"
@@ -16,6 +15,7 @@ mod life;
 mod ndjson;
 mod otlp;
 mod prometheus;
+mod slo;
 mod top;
 #[expect(
     dead_code,
@@ -60,6 +60,7 @@ enum Command {
     Life(life::Args),
     Top(top::Args),
     Depmap(depmap::Args),
+    Slo(slo::Args),
     Ndjson(ndjson::Args),
     Prometheus(prometheus::Args),
     Otlp(otlp::Args),
@@ -119,6 +120,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
             while_output_is_open(life).await
         }
         Command::Depmap(args) => while_output_is_open(depmap::run(args)).await,
+        Command::Slo(args) => while_output_is_open(slo::run(args)).await,
         Command::Doctor(args) => doctor::run(args).await,
         Command::Man { command } => man(command.as_deref()),
         Command::Completions { shell } => completions(shell),

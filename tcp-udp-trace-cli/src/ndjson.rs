@@ -18,8 +18,8 @@ use std::{
 };
 
 use anyhow::Context as _;
-use futures_util::{StreamExt as _, stream};
-use tcp_udp_trace::{Event, Filter, TcpTracer, UdpTracer};
+use futures_util::StreamExt as _;
+use tcp_udp_trace::{Event, Filter, TcpTracer, UdpTracer, consumer::merge};
 
 /// Write the socket events of the machine to a file, as JSON lines.
 ///
@@ -49,7 +49,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let mut udp = UdpTracer::builder().filter(args.filter).start().await?;
     crate::stop_at_signal(vec![tcp.handle(), udp.handle()])?;
     eprintln!("ready");
-    let mut batches = stream::select(&mut tcp, &mut udp).ready_chunks(BATCH);
+    let mut batches = merge(&mut tcp, &mut udp).ready_chunks(BATCH);
     while let Some(events) = batches.next().await {
         // Writing blocks the thread. Events wait in the queues meanwhile, and the tracers count
         // those that a full queue sheds.

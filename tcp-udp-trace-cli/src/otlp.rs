@@ -15,7 +15,6 @@
 
 use std::{env, ffi::OsStr, io};
 
-use crate::growth::Growth;
 use anyhow::Context as _;
 use futures_util::{StreamExt as _, stream};
 use nix::errno::Errno;
@@ -33,7 +32,7 @@ use opentelemetry_sdk::{
 use opentelemetry_semantic_conventions::{attribute, metric};
 use tcp_udp_trace::{
     Event, EventKind, Filter, Process, Protocol, Stats, TcpState, TcpTracer, TracerHandle,
-    UdpTracer,
+    UdpTracer, consumer::Growth,
 };
 use tracing_subscriber::filter::LevelFilter;
 
@@ -168,8 +167,8 @@ impl Export {
             _ => {}
         }
         let [by_name] = by_name;
-        let (tx, rx) = self.growth.of(event);
-        for (direction, bytes) in [("transmit", tx), ("receive", rx)] {
+        let added = self.growth.add(event).traffic;
+        for (direction, bytes) in [("transmit", added.tx_bytes), ("receive", added.rx_bytes)] {
             if bytes > 0 {
                 let attributes = [
                     by_name.clone(),

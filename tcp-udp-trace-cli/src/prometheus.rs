@@ -11,7 +11,6 @@
 
 use std::{collections::HashSet, fmt, net::SocketAddr, sync::Arc};
 
-use crate::growth::Growth;
 use axum::{Router, http::header::CONTENT_TYPE, routing::get};
 use futures_util::{StreamExt as _, stream};
 use prometheus_client::{
@@ -21,8 +20,8 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use tcp_udp_trace::{
-    Comm, Event, EventKind, Filter, Protocol, SampleInfo, Stats, TcpState, TcpTracer, TracerHandle,
-    UdpTracer,
+    Comm, Event, EventKind, Filter, Protocol, Stats, TcpState, TcpTracer, TracerHandle, UdpTracer,
+    consumer::{Connections, Growth},
 };
 use tokio::net::TcpListener;
 
@@ -102,8 +101,8 @@ struct Metrics {
     connections: Gauge,
 
     growth: Growth,
-    /// The open connections, by socket id.
-    open: HashSet<u64>,
+    /// The open TCP connections.
+    open: Connections,
     names: HashSet<Comm>,
     max_names: usize,
 }
@@ -118,7 +117,7 @@ impl Metrics {
             retransmits: Family::default(),
             connections: Gauge::default(),
             growth: Growth::default(),
-            open: HashSet::new(),
+            open: Connections::new(),
             names: HashSet::new(),
             max_names,
         };
@@ -171,34 +170,27 @@ impl Metrics {
                 to: Established, ..
             } => {
                 self.opened.get_or_create(&of).inc();
-                self.open.insert(event.socket.id);
             }
             EventKind::StateChange {
                 from, to: Close, ..
             } => match from {
                 SynSent => drop(self.failed.get_or_create(&of).inc()),
                 Listen | SynRecv => {}
-                _ => {
-                    self.closed.get_or_create(&of).inc();
-                    self.open.remove(&event.socket.id);
-                }
+                _ => drop(self.closed.get_or_create(&of).inc()),
             },
-            EventKind::Sample {
-                info: SampleInfo::Tcp(info),
-            } if info.state == Established as u8 => {
-                // The connection may be older than the tracer.
-                self.open.insert(event.socket.id);
-            }
             EventKind::ConnectFailed { .. } if event.socket.protocol == Protocol::Tcp => {
                 self.failed.get_or_create(&of).inc();
             }
             EventKind::Retransmit => drop(self.retransmits.get_or_create(&of).inc()),
             _ => {}
         }
-        self.connections.set(self.open.len() as i64);
-        let (tx, rx) = self.growth.of(event);
+        if event.socket.protocol == Protocol::Tcp {
+            self.open.add(event);
+            self.connections.set(self.open.len() as i64);
+        }
+        let added = self.growth.add(event).traffic;
         let protocol = crate::transport(event);
-        for (direction, bytes) in [("transmit", tx), ("receive", rx)] {
+        for (direction, bytes) in [("transmit", added.tx_bytes), ("receive", added.rx_bytes)] {
             if bytes > 0 {
                 let labels = Bytes {
                     process: process.clone(),

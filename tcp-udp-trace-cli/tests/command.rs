@@ -44,7 +44,15 @@ pub(crate) fn missing_privilege_has_its_exit_code() -> anyhow::Result<()> {
     let folder = Folder::new("privilege")?;
     let program = folder.path().join("tcp-udp-trace");
     fs::copy(PROGRAM, &program)?;
-    for command in ["doctor", "trace", "life", "depmap", "prometheus", "otlp"] {
+    for command in [
+        "doctor",
+        "trace",
+        "life",
+        "depmap",
+        "slo",
+        "prometheus",
+        "otlp",
+    ] {
         let mut setpriv = Command::new("setpriv");
         setpriv.args(["--inh-caps=-all", "--bounding-set=-all", "--no-new-privs"]);
         let output = setpriv.arg(&program).arg(command).output()?;
@@ -72,11 +80,12 @@ pub(crate) fn wrong_command_line_has_its_exit_code() -> anyhow::Result<()> {
     Ok(())
 }
 
-const COMMANDS: [&str; 10] = [
+const COMMANDS: [&str; 11] = [
     "trace",
     "life",
     "top",
     "depmap",
+    "slo",
     "ndjson",
     "prometheus",
     "otlp",

@@ -40,21 +40,21 @@ pub(crate) fn client_and_server_have_the_bytes() -> anyhow::Result<()> {
     };
     ensure!(edges.len() == 4, "{edges:#?}");
     let expected = json!({
-        "process": "map-client", "protocol": "tcp", "direction": "out", "peer": "127.0.0.1",
+        "process": "map-client", "protocol": "tcp", "direction": "outbound", "peer": "127.0.0.1",
         "port": port, "connections": 2, "tx_bytes": 100_023, "rx_bytes": 5,
     });
-    let client = edge("map-client", "tcp", "out")?;
+    let client = edge("map-client", "tcp", "outbound")?;
     ensure!(client == expected, "{client:#} instead of {expected:#}");
     // The port is the server's: the two clients' ports differ.
     let expected = json!({
-        "process": "map-server", "protocol": "tcp", "direction": "in", "peer": "127.0.0.1",
+        "process": "map-server", "protocol": "tcp", "direction": "inbound", "peer": "127.0.0.1",
         "port": port, "connections": 2, "tx_bytes": 5, "rx_bytes": 100_023,
     });
-    let server = edge("map-server", "tcp", "in")?;
+    let server = edge("map-server", "tcp", "inbound")?;
     ensure!(server == expected, "{server:#} instead of {expected:#}");
     let (client, server) = (
-        edge("map-client", "udp", "out")?,
-        edge("map-server", "udp", "in")?,
+        edge("map-client", "udp", "outbound")?,
+        edge("map-server", "udp", "inbound")?,
     );
     ensure!(
         client["tx_bytes"] == 907 && client["connections"] == 1,

@@ -19,8 +19,8 @@ pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
     for (up, down) in [(0, 0), (1, 70_000), (1_000_000, 3)] {
         let (client, server) = (pair.connection(up, down)?, pair.listener.local);
         let (near, far) = (pair.client.pid(), pair.server.pid());
-        ends.push(format!("{near} life client {client} {server} {up} {down}"));
-        ends.push(format!("{far} life-server {server} {client} {down} {up}"));
+        ends.push(format!("{near} life client out {client} {server} {up} {down}"));
+        ends.push(format!("{far} life-server in {server} {client} {down} {up}"));
     }
     // A failed attempt and a listener are no connections: they must not have a line.
     pair.fail_to_connect()?;

@@ -31,6 +31,7 @@ mod life;
 mod ndjson;
 mod otlp;
 mod prometheus;
+mod slo;
 mod tool;
 mod top;
 mod trace;
@@ -50,6 +51,8 @@ fn main() -> ExitCode {
         life::ends_when_its_reader_does,
         depmap::client_and_server_have_the_bytes,
         depmap::other_formats_have_the_same,
+        slo::times_and_failures_by_network,
+        slo::text_has_the_same,
         command::doctor_reports_that_both_tracers_start,
         command::missing_privilege_has_its_exit_code,
         command::wrong_command_line_has_its_exit_code,
@@ -66,6 +69,6 @@ fn main() -> ExitCode {
         top::picture_shows_processes_and_bytes,
         top::screen_ends_with_q,
     ];
-    let trials = tests.map(Test::trial);
+    let trials = tests.map(|test| test.as_it_is().trial());
     libtest_mimic::run(&arguments, trials.into()).exit_code()
 }

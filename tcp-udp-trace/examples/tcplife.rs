@@ -1,5 +1,5 @@
-//! Prints one line for each TCP connection when it ends: owner, addresses, bytes, duration. The
-//! command `tcp-udp-trace life` is this file.
+//! Prints one line for each TCP connection when it ends: owner, the side that started it (`out` is
+//! this side), addresses, bytes, duration. The command `tcp-udp-trace life` is this file.
 //!
 //! The duration of a connection that is older than the tracer is unknown. It has a `>`.
 //!
@@ -17,7 +17,7 @@ use std::{
 
 use clap::Parser;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use tcp_udp_trace::{Event, EventKind, Filter, Kind, TcpState, TcpTracer};
+use tcp_udp_trace::{Direction, Event, EventKind, Filter, Kind, TcpState, TcpTracer};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Print each TCP connection of the machine when it ends.
@@ -59,8 +59,8 @@ pub(crate) async fn life(args: Args) -> Result<(), Box<dyn Error + Send + Sync>>
     let mut out = io::stdout();
     writeln!(
         out,
-        "{:>7} {:15} {:>21} {:>21} {:>12} {:>12} {:>12}",
-        "PID", "COMM", "LOCAL", "REMOTE", "TX_BYTES", "RX_BYTES", "MS"
+        "{:>7} {:15} {:3} {:>21} {:>21} {:>12} {:>12} {:>12}",
+        "PID", "COMM", "DIR", "LOCAL", "REMOTE", "TX_BYTES", "RX_BYTES", "MS"
     )?;
     while let Some(event) = tracer.next().await {
         match event.kind {
@@ -78,6 +78,11 @@ fn print(out: &mut impl Write, event: &Event) -> io::Result<()> {
         || ("-".to_owned(), "-".to_owned()),
         |process| (process.pid.to_string(), process.comm.to_string()),
     );
+    let direction = match event.socket.direction {
+        Some(Direction::Outbound) => "out",
+        Some(Direction::Inbound) => "in",
+        _ => "?",
+    };
     let mark = match event.socket.older {
         Some(false) => "",
         _ => ">",
@@ -85,7 +90,7 @@ fn print(out: &mut impl Write, event: &Event) -> io::Result<()> {
     let age = format!("{mark}{:.3}", event.socket.age.as_secs_f64() * 1000.0);
     writeln!(
         out,
-        "{pid:>7} {comm:15} {:>21} {:>21} {:>12} {:>12} {age:>12}",
+        "{pid:>7} {comm:15} {direction:3} {:>21} {:>21} {:>12} {:>12} {age:>12}",
         event.socket.local.to_string(),
         event.socket.remote.to_string(),
         event.traffic.tx_bytes,

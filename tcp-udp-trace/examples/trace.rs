@@ -28,6 +28,7 @@ use nix::{
 };
 use tcp_udp_trace::{
     Buffer, DEFAULT_QUEUE, Event, Filter, Stats, TcpTracer, TracerHandle, UdpTracer,
+    consumer::merge,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -241,7 +242,7 @@ pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync
     );
 
     let mut check_output = tokio::time::interval(CHECK_OUTPUT);
-    let mut events = stream::select(events(&mut tcp), events(&mut udp));
+    let mut events = merge(events(&mut tcp), events(&mut udp));
     let mut out = io::BufWriter::new(io::stdout().lock());
     loop {
         // Available events are printed without a flush of each line. The flush comes before a wait.

@@ -40,7 +40,7 @@
 //!
 //! An [`Event`] has the process that owns the socket, the socket's addresses, and the payload that
 //! the socket has carried. The events come from every network namespace. Both streams yield the
-//! same type, so they can be merged. When [`start`](TcpTracerBuilder::start) returns, every hook is
+//! same type, so they can be [merged](consumer::merge). When [`start`](TcpTracerBuilder::start) returns, every hook is
 //! attached.
 //!
 //! # Guarantees
@@ -138,13 +138,12 @@
 //! ## Both protocols in one stream
 //!
 //! ```no_run
-//! use futures_util::{StreamExt as _, stream};
-//! use tcp_udp_trace::{TcpTracer, UdpTracer};
+//! use tcp_udp_trace::{TcpTracer, UdpTracer, consumer::merge};
 //!
 //! # async fn run() -> Result<(), tcp_udp_trace::Error> {
 //! let tcp = TcpTracer::builder().start().await?;
 //! let udp = UdpTracer::builder().start().await?;
-//! let mut both = stream::select(tcp, udp);
+//! let mut both = merge(tcp, udp);
 //! while let Some(event) = both.next().await {
 //!     println!("{event}");
 //! }
@@ -152,10 +151,59 @@
 //! # }
 //! ```
 //!
-//! Each tracer yields its events in the order in which the kernel wrote them. The events of two
-//! tracers have no common order. Under load, neighbours in the merged stream may be in the wrong
-//! order by up to a second. Compare [`Event::uptime`] if the order matters. [`Socket::id`]
+//! Each tracer yields its events in the order in which the kernel wrote them. [`consumer::merge`]
+//! keeps the order of time between the two. Other ways to merge streams yield whatever is there
+//! first. Under load, neighbours may then be in the wrong order by up to a second. [`Socket::id`]
 //! identifies a socket, but does not order sockets by age, because each CPU has its own counter.
+//!
+//! ## Counters and open connections
+//!
+//! The traffic of an event is a total. [`consumer::Growth`] turns totals into increments, and
+//! [`consumer::Connections`] is the set of connections that are open now:
+//!
+//! ```no_run
+//! use std::collections::HashMap;
+//! use tcp_udp_trace::{TcpTracer, consumer::{Connections, Growth}};
+//!
+//! # async fn run() -> Result<(), tcp_udp_trace::Error> {
+//! let mut tcp = TcpTracer::builder().start().await?;
+//! let (mut growth, mut open) = (Growth::new(), Connections::new());
+//! let mut sent_by_name = HashMap::new();
+//! while let Some(event) = tcp.next().await {
+//!     let added = growth.add(&event).traffic;
+//!     if let Some(process) = &event.process {
+//!         *sent_by_name.entry(process.comm).or_insert(0) += added.tx_bytes;
+//!     }
+//!     if let Some(ended) = open.add(&event) {
+//!         println!("{} has ended, {} are open", ended.socket.remote, open.len());
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ## Tests without root
+//!
+//! With the feature `replay`, `consumer::replay` reads events that `trace --json` has recorded.
+//! Write the consumer for any source of events, and test it with a file:
+//!
+//! ```
+//! use tcp_udp_trace::Event;
+//!
+//! fn count_closes(events: impl Iterator<Item = Event>) -> usize {
+//!     events.filter(Event::is_close).count()
+//! }
+//!
+//! # #[cfg(feature = "replay")]
+//! # {
+//! # let file = &b""[..];
+//! let events = tcp_udp_trace::consumer::replay(file).into_iter();
+//! assert_eq!(count_closes(events.map(Result::unwrap)), 0);
+//! # }
+//! ```
+//!
+//! The iterator of [`blocking`](TcpTracerBuilder::blocking) fits the same function. An async
+//! program takes an `impl Stream<Item = Event>` in the same way.
 //!
 //! ## Without async
 //!

@@ -1,7 +1,7 @@
 //! The tracers and their handle.
 
 use std::{
-    future::poll_fn,
+    future::{Future, poll_fn},
     mem,
     pin::Pin,
     process,
@@ -47,8 +47,8 @@ impl Tracer {
         }
     }
 
-    pub(crate) async fn next(&mut self) -> Option<Event> {
-        poll_fn(|cx| self.shared.queue.poll_pop(cx)).await
+    pub(crate) fn next(&mut self) -> impl Future<Output = Option<Event>> + Send + Unpin {
+        poll_fn(|cx| self.shared.queue.poll_pop(cx))
     }
 
     pub(crate) async fn close(mut self) -> Result<Stats, Error> {
@@ -117,8 +117,8 @@ macro_rules! tracer {
             ///
             /// An event leaves the queue only when it is returned. So a future that is dropped
             /// loses no event. The same holds for any other way to poll the stream.
-            pub async fn next(&mut self) -> Option<Event> {
-                self.0.next().await
+            pub fn next(&mut self) -> impl Future<Output = Option<Event>> + Send + Unpin {
+                self.0.next()
             }
 
             /// Detaches the programs, reads the remaining records, and returns the final counts.

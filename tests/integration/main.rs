@@ -26,6 +26,7 @@ mod anomalies;
 mod bytes;
 mod compared;
 mod connects;
+mod consumer;
 mod delivery;
 mod details;
 mod errors;
@@ -111,6 +112,7 @@ fn main() -> ExitCode {
         anomalies::trials(),
         errors::trials(),
         connects::trials(),
+        consumer::trials(),
         delivery::trials(),
         overflow::trials(),
         filters::trials(),

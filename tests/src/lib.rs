@@ -57,6 +57,7 @@ pub mod netns;
 pub mod observed_tcp;
 pub mod pid_namespace;
 pub mod privileges;
+pub mod recording;
 pub mod refusal;
 mod sample_order;
 pub mod suite;

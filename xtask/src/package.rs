@@ -123,7 +123,7 @@ impl UserCrate {
         let manifest = format!(
             "[workspace]\n\
              [package]\nname = \"user_crate\"\nversion = \"0.0.0\"\nedition = \"2024\"\nrust-version = \"{rust_version}\"\n\
-             [features]\nserde = [\"tcp-udp-trace/serde\"]\n\
+             [features]\nreplay = [\"tcp-udp-trace/replay\"]\nserde = [\"tcp-udp-trace/serde\"]\n\
              [dependencies]\n\
              anyhow = \"1\"\n\
              tcp-udp-trace = {{ path = \"{packages}/{LIBRARY}\" }}\n\

@@ -6,8 +6,7 @@ use std::{
     net::SocketAddr,
 };
 
-use crate::growth::Growth;
-use tcp_udp_trace::{Comm, Event, Protocol};
+use tcp_udp_trace::{Comm, Event, Protocol, Traffic, consumer::Growth};
 
 /// The seconds that the curves keep.
 const HISTORY: usize = 120;
@@ -84,11 +83,13 @@ pub(crate) struct Board {
 impl Board {
     /// Adds the bytes of an event.
     pub(crate) fn count(&mut self, event: &Event) {
-        let (tx, rx) = self.growth.of(event);
-        if (tx, rx) == (0, 0) {
+        let Traffic {
+            tx_bytes, rx_bytes, ..
+        } = self.growth.add(event).traffic;
+        let bytes = [tx_bytes, rx_bytes];
+        if bytes == [0, 0] {
             return;
         }
-        let bytes = [tx, rx];
         let owner = event.process.as_ref().map(|process| Owner {
             pid: process.pid,
             comm: process.comm,

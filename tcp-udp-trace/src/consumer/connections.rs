@@ -10,7 +10,7 @@ use super::bounded::{Bounded, Key};
 use crate::{
     config::{DEFAULT_MAX_FLOWS, DEFAULT_MAX_SOCKETS},
     event::{
-        Event, EventKind, Protocol, Socket, Traffic,
+        Direction, Event, EventKind, Protocol, Socket, Traffic,
         process::{Process, User},
         sample_info::SampleInfo,
         tcp_state::TcpState,
@@ -100,6 +100,10 @@ pub struct Connection {
     /// The age of the connection at that time. TCP: [`Socket::age`]. UDP: the time since the first
     /// datagram of the flow.
     pub age: Duration,
+    /// The side that started it. TCP: [`Socket::direction`]. UDP: the side that sent the first
+    /// datagram of the flow that the tracer counted; `None` if both sides had sent before the first
+    /// report that was seen.
+    pub direction: Option<Direction>,
     /// The state of a TCP connection. `None` for a UDP flow, and while it is unknown.
     pub state: Option<TcpState>,
     /// The duration of the handshake. `None` for a UDP flow, and if the event of the establishment
@@ -477,6 +481,11 @@ impl Connection {
             traffic: Traffic::default(),
             time: event.time,
             age: Duration::ZERO,
+            direction: match (event.socket.protocol, event.traffic) {
+                (Protocol::Udp, Traffic { rx_packets: 0, .. }) => Some(Direction::Outbound),
+                (Protocol::Udp, Traffic { tx_packets: 0, .. }) => Some(Direction::Inbound),
+                _ => None,
+            },
             state: None,
             handshake: None,
             error: None,
@@ -495,6 +504,7 @@ impl Connection {
         self.traffic = event.traffic;
         self.time = event.time;
         self.age = event.socket.age;
+        self.direction = event.socket.direction.or(self.direction);
         match &event.kind {
             EventKind::StateChange { to, error, .. } => {
                 self.state = Some(*to);

@@ -146,8 +146,8 @@ where
     /// # Cancel safety
     ///
     /// A future that is dropped loses no event.
-    pub async fn next(&mut self) -> Option<Event> {
-        poll_fn(|cx| Pin::new(&mut *self).poll_next(cx)).await
+    pub fn next(&mut self) -> impl Future<Output = Option<Event>> + Unpin {
+        poll_fn(|cx| Pin::new(&mut *self).poll_next(cx))
     }
 
     /// Ready when the only event that is there has waited long enough.

@@ -41,7 +41,9 @@ fn one_record_at_each_end() {
     let attempt = tcp(1, HERE, CLIENT, change(Close, SynSent));
     assert_eq!(set.add(&attempt), None);
     assert!(set.is_empty());
-    set.add(&opens(1, HERE, CLIENT));
+    let mut client = opens(1, HERE, CLIENT);
+    client.socket.direction = Some(Direction::Outbound);
+    set.add(&client);
     set.add(&tcp(2, HERE, SERVER, change(SynRecv, Established)));
     let mut accepted = tcp(2, HERE, SERVER, EventKind::Accept);
     accepted.process = Some(process(77));
@@ -55,6 +57,7 @@ fn one_record_at_each_end() {
     );
 
     let client = set.add(&closes(1, HERE, CLIENT)).expect("it ends");
+    assert_eq!(client.direction, Some(Direction::Outbound));
     assert_eq!((client.traffic, client.state), (traffic(9), Some(Close)));
     assert_eq!(
         (client.age, client.handshake),
@@ -158,12 +161,15 @@ fn flows_of_udp() {
     let mut set = Connections::new();
     let report = |now, age, last| {
         let mut event = event(Protocol::Udp, 1, [1, now], flow(age, last));
+        event.traffic.tx_packets = 1;
+        event.traffic.rx_packets = u64::from(last);
         event.socket.remote = address("10.0.0.2:53");
         event
     };
     assert_eq!(set.add(&report(3, 0, false)), None);
     let flow = set.add(&report(5, 2, true)).expect("it ends");
     assert_eq!((flow.age, flow.state), (Duration::from_secs(2), None));
+    assert_eq!(flow.direction, Some(Direction::Outbound));
     // The last report of the second life is lost, and that of the third.
     set.add(&report(6, 0, false));
     set.add(&report(9, 1, false));
