@@ -5,7 +5,7 @@
     reason = "a command-line program writes to the terminal"
 )]
 
-// Layers, each uses only those after it: gate -> bench, package
+// Layers, each uses only those after it: gate -> bench, dist, package
 // -> api, ebpf, fuzz, lint, miri, newcomer, setup, soak, test -> vm -> apt, report -> arch -> deps
 // -> process, workspace.
 mod api;
@@ -13,6 +13,7 @@ mod apt;
 mod arch;
 mod bench;
 mod deps;
+mod dist;
 mod ebpf;
 mod fuzz;
 mod gate;
@@ -37,6 +38,7 @@ use clap::Parser;
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Verb {
     Api(api::Args),
+    Dist(dist::Args),
     Ebpf(ebpf::Args),
     Fuzz(fuzz::Args),
     Gate(gate::Args),
@@ -55,6 +57,7 @@ enum Verb {
 fn main() -> ExitCode {
     let result = match Verb::parse() {
         Verb::Api(args) => api::run(&args),
+        Verb::Dist(args) => dist::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Gate(args) => gate::run(&args),
