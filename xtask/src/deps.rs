@@ -153,6 +153,21 @@ pub(crate) const ROOT: Group = Group {
     }],
 };
 
+/// Programs that receive what the command sends. The Python environment gets the others.
+pub(crate) const COLLECTORS: Group = Group {
+    purpose: "testing with real collectors",
+    packages: &[
+        Package {
+            name: "prometheus",
+            probe: Probe::Program("prometheus"),
+        },
+        Package {
+            name: "python3-venv",
+            probe: Probe::Program("python3"),
+        },
+    ],
+};
+
 /// The program that builds and runs an image, with a runtime that needs no systemd.
 pub(crate) const IMAGE: Group = Group {
     purpose: "building the image",
