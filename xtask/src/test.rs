@@ -4,9 +4,9 @@
 mod cross;
 mod suite;
 
-use std::{ffi::OsString, num::NonZeroUsize};
+use std::{ffi::OsString, num::NonZeroUsize, path::Path};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     arch::Arch,
@@ -117,6 +117,18 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
     };
     rows.extend(vm::run(kernels, &job, jobs));
     Ok(rows)
+}
+
+/// Runs the tests of the command that have `filter` in their names, with this variable set.
+pub(crate) fn command(filter: &str, variable: &str, value: &Path) -> Result<()> {
+    deps::ensure(&deps::TESTS)?;
+    let program = suite::build(&suite::CLI, Arch::host()?)?;
+    let mut env = OsString::from(format!("{variable}="));
+    env.push(value);
+    let args = [env, program.into(), filter.into()];
+    let row = suite::run(filter, Path::new("env"), &args)?;
+    ensure!(report::print(&[row]), "a test of {filter} failed");
+    Ok(())
 }
 
 /// Returns the kernels of the table that `names` selects.
