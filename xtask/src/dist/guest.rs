@@ -18,6 +18,8 @@ pub(super) fn test(program: &Path, kernels: &[String]) -> Result<()> {
         args: &[],
         files: &[(program, "/tests/tcp-udp-trace")],
         qemu: &[],
+        only_default_tests: false,
+        parameters: "",
     };
     let rows = vm::run(&test::kernels(kernels, false)?, &job, vm::default_jobs());
     ensure!(report::print(&rows), "the program fails on a kernel");
