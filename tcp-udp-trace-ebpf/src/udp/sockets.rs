@@ -12,7 +12,7 @@ use aya_ebpf::{
     macros::map,
     maps::HashMap,
 };
-use tcp_udp_trace_common::{Field, Owner, Traffic, UdpTracked, User, older, origin};
+use tcp_udp_trace_common::{Field, ON_DEMAND, Owner, Traffic, UdpTracked, User, older, origin};
 
 use crate::{
     counters,
@@ -33,14 +33,14 @@ pub(super) static PER_DATAGRAM: Global<u8> = Global::new(0);
 
 /// The sockets by cookie, which the kernel never reuses.
 #[map]
-static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536, 0);
+static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536, ON_DEMAND);
 
 /// Returns the state of the socket of this key.
 #[inline(always)]
 pub(crate) fn get(key: u64) -> Option<&'static mut UdpTracked> {
-    // SAFETY: the map is preallocated, so its memory stays. Other CPUs write to the same entry.
-    // They add to the totals atomically, and the other fields are written once or have the same
-    // value whichever CPU writes them.
+    // SAFETY: the kernel keeps the memory of a removed entry until no program uses it. Other CPUs
+    // write to the same entry. They add to the totals atomically, and the other fields are written
+    // once or have the same value whichever CPU writes them.
     UDP_SOCKETS
         .get_ptr_mut(key)
         .and_then(|tracked| unsafe { tracked.as_mut() })
