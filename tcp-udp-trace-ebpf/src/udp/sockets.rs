@@ -185,18 +185,19 @@ pub(crate) fn key_of(sk: Sock) -> u64 {
 }
 
 #[inline(always)]
-pub(super) fn key(sk: Sock, cookie: u64) -> u64 {
+fn key(sk: Sock, cookie: u64) -> u64 {
     if cookie == 0 { sk.0 } else { cookie }
 }
 
-/// Returns the socket, tracked from now on at the latest. The current process uses it.
+/// Returns the socket, tracked from now on at the latest if `is_udp`. The current process uses it.
 #[inline(always)]
 pub(crate) fn track_for_current_task(
     ctx: Context,
     key: u64,
     sk: *const core::ffi::c_void,
+    is_udp: impl FnOnce() -> bool,
 ) -> Option<&'static mut UdpTracked> {
-    let tracked = track_for_holder(ctx, key, sk)?;
+    let tracked = track_for_holder(ctx, key, sk, is_udp)?;
     set_user(tracked, (bpf_get_current_pid_tgid() >> 32) as u32, 0);
     Some(tracked)
 }
@@ -235,14 +236,21 @@ fn change_user(tracked: &mut UdpTracked, sent_by: u64) -> u32 {
     0
 }
 
-/// Returns the socket, tracked from now on at the latest. The current process has it open.
+/// Returns the socket, tracked from now on at the latest if `is_udp`. The current process has it
+/// open.
+///
+/// Only sockets of UDP are tracked, so the protocol of most sockets need not be read.
 #[inline(always)]
 pub(super) fn track_for_holder(
     ctx: Context,
     key: u64,
     sk: *const core::ffi::c_void,
+    is_udp: impl FnOnce() -> bool,
 ) -> Option<&'static mut UdpTracked> {
     let Some(tracked) = get(key) else {
+        if !is_udp() {
+            return None;
+        }
         return track_new(key, sk, owner::current(ctx, origin::USER));
     };
     if tracked.owner.origin == origin::NONE {
