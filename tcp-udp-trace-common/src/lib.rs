@@ -16,6 +16,10 @@ pub mod filter;
 pub use fields::{ABSENT, FIELDS, Field, Offsets, WantedField};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+/// The flags in the object of a hash map that allocates its entries when they are needed, if the
+/// kernel can. User space replaces this number by the flags that the kernel gets.
+pub const ON_DEMAND: u32 = 0x4f6e_446d;
+
 /// The kind of a record, in [`Head::kind`].
 pub mod kind {
     /// Only this number. It wakes the reader of perf buffers.

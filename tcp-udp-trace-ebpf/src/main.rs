@@ -302,7 +302,7 @@ fn connect(ctx: &SockAddrContext) -> i32 {
         )
     };
     if protocol == IPPROTO_UDP
-        && udp::track_for_current_task(ctx.as_ptr(), key, sk.cast()).is_some()
+        && udp::track_for_current_task(ctx.as_ptr(), key, sk.cast(), || true).is_some()
     {
         udp::connect::connect_started(key);
     }

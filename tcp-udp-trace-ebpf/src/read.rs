@@ -36,6 +36,8 @@ plain! {
     [u16; 2] = [0; 2],
     // The header of UDP.
     [u16; 4] = [0; 4],
+    // The fields that find the headers of a packet.
+    [u64; 5] = [0; 5],
 }
 
 /// Returns whether this kernel has `field`.

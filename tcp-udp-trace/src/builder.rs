@@ -81,7 +81,8 @@ macro_rules! builder {
             /// life to its end. 1 to 16,777,216, default
             /// [`DEFAULT_MAX_SOCKETS`](crate::DEFAULT_MAX_SOCKETS).
             ///
-            /// Each takes at most 280 bytes of kernel memory. The start allocates all of it.
+            /// Each takes at most 550 bytes of kernel memory, of which the start allocates at most 32.
+            /// Before Linux 6.1, each takes at most 290 bytes, and the start allocates all of it.
             ///
             /// The last eighth is for users who have less than a 64th of them, so that no user can
             /// take the room of others ([`Stats::untracked`](crate::Stats::untracked)).
@@ -227,8 +228,11 @@ impl UdpTracerBuilder {
     /// [interval](Self::interval). It is a flow of the user who has the most, so no user can take
     /// the room of others.
     ///
-    /// Each flow takes at most 200 bytes of kernel memory. The start allocates all of it, with room
-    /// for up to 16,384 flows that have just begun and up to 16,384 flows that the filter rejects.
+    /// Each flow takes at most 230 bytes of kernel memory, of which the start allocates at most 32.
+    /// Before Linux 6.1, the start allocates all of it. In addition, there is room for up to 16,384
+    /// flows that have just begun, and for flows that the filter rejects: up to 16,384, or 2,048 if
+    /// the tracer starts without a filter. The start allocates the latter.
+    ///
     /// In the process, each live flow takes at most 610 bytes, and each socket that has flows takes
     /// 560, until they end.
     pub fn max_flows(mut self, flows: u32) -> Self {

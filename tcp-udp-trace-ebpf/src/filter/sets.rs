@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::{Array, HashMap, LpmTrie, lpm_trie::Key},
 };
 use tcp_udp_trace_common::{
-    Peer,
+    ON_DEMAND, Peer,
     filter::{self, Network, Value},
 };
 
@@ -23,7 +23,8 @@ pub(crate) const NEXT: u32 = 1;
 
 /// The values of the sets.
 #[map]
-pub(crate) static VALUES: HashMap<Value, u8> = HashMap::with_max_entries(2 * filter::MAX_VALUES, 0);
+pub(crate) static VALUES: HashMap<Value, u8> =
+    HashMap::with_max_entries(2 * filter::MAX_VALUES, ON_DEMAND);
 
 /// The networks of the filter.
 #[map]

@@ -2,7 +2,7 @@
 
 use aya_ebpf::{bindings::BPF_ANY, macros::map, maps::HashMap};
 use tcp_udp_trace_common::{
-    Field,
+    Field, ON_DEMAND,
     filter::{self, TreeMember},
 };
 
@@ -12,7 +12,8 @@ use crate::{counters, iter_context::Step, read::read, task::leader};
 /// The members, each with the generations of the filters that it belongs to. Consecutive
 /// generations use different slots.
 #[map]
-static TREE: HashMap<TreeMember, [u16; 2]> = HashMap::with_max_entries(filter::MAX_TREE_MEMBERS, 0);
+static TREE: HashMap<TreeMember, [u16; 2]> =
+    HashMap::with_max_entries(filter::MAX_TREE_MEMBERS, ON_DEMAND);
 
 /// How many ancestors of a process are checked. The iterator usually visits parents before
 /// children, so a parent is usually a member already.
@@ -39,8 +40,8 @@ fn slot(generation: u16) -> usize {
 
 #[inline(always)]
 pub(crate) fn is_member(generation: u16, process: &TreeMember) -> bool {
-    // SAFETY: the map is preallocated, so its memory stays. If another process takes the entry
-    // meanwhile, this process has ended.
+    // SAFETY: the kernel keeps the memory of a removed entry until no program uses it. If another
+    // process takes the entry meanwhile, this process has ended.
     let generations = unsafe { TREE.get(process) };
     generations.is_some_and(|generations| generations[slot(generation)] == generation)
 }

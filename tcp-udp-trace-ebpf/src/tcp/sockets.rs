@@ -5,7 +5,7 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LruHashMap},
 };
-use tcp_udp_trace_common::{Field, Owner, Tracked, User, hold, syn};
+use tcp_udp_trace_common::{Field, ON_DEMAND, Owner, Tracked, User, hold, syn};
 
 use crate::{
     counters, id, owner,
@@ -18,11 +18,10 @@ use crate::{
     stopping::{is_stopping, met},
 };
 
-/// The sockets by address. The map is preallocated, because a map that allocates makes Linux 5.10
-/// warn under a raw tracepoint. It is not an LRU map, because those evict live sockets long before
-/// they are full.
+/// The sockets by address. It is not an LRU map, because those evict live sockets long before they
+/// are full.
 #[map]
-static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, 0);
+static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, ON_DEMAND);
 
 /// The last process that accepted a connection, by the id of the listener.
 #[map]
@@ -37,9 +36,10 @@ static HOLD: Array<u32> = Array::with_max_entries(1, 0);
 
 /// Returns the state of a socket.
 ///
-/// The reference lives as long as the program. The map is preallocated, so its memory stays. Nearly
-/// every hook runs under the socket's lock, which excludes other hooks of the same socket. The
-/// hooks that run without the lock (an accept seen at the exit of its system call, an iterator)
+/// The reference lives as long as the program, because the kernel keeps the memory of a removed
+/// entry until no program uses it. Until then the entry may only become one of another socket.
+/// Nearly every hook runs under the socket's lock, which excludes other hooks of the same socket.
+/// The hooks that run without the lock (an accept seen at the exit of its system call, an iterator)
 /// write only fields that no other hook writes at that time.
 #[inline(always)]
 pub(crate) fn get(sk: Sock) -> Option<&'static mut Tracked> {

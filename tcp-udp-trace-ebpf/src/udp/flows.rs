@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::map,
     maps::{HashMap, LruHashMap},
 };
-use tcp_udp_trace_common::{Flow, FlowKey, Traffic, UdpTracked, kind, report};
+use tcp_udp_trace_common::{Flow, FlowKey, ON_DEMAND, Traffic, UdpTracked, kind, report};
 
 use super::{
     packet::{Packet, is_set},
@@ -27,7 +27,7 @@ use crate::{
 /// recently used ones if there are too many. The map has additional room for flows that user space
 /// does not know yet, because their records are on their way.
 #[map]
-pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(65_536, 0);
+pub(crate) static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(65_536, ON_DEMAND);
 
 /// Flows that do not pass the filter. User space does not learn about them, so the map evicts.
 #[map]
@@ -214,7 +214,8 @@ fn create(
 
 #[inline(always)]
 pub(crate) fn get_flow(key: &FlowKey) -> Option<&'static mut Flow> {
-    // SAFETY: the map is preallocated, so its memory stays. The totals are added to atomically.
+    // SAFETY: the kernel keeps the memory of a removed entry until no program uses it. The totals
+    // are added to atomically.
     FLOWS
         .get_ptr_mut(key)
         .and_then(|flow| unsafe { flow.as_mut() })

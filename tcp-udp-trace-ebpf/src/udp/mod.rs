@@ -66,7 +66,7 @@ fn count(
 #[inline(always)]
 pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
     // For a socket that is older than the tracer and was never used, this is its only event.
-    let Some(tracked) = track_for_holder(ctx, key, sk) else {
+    let Some(tracked) = track_for_holder(ctx, key, sk, || true) else {
         return;
     };
     let sk = Sock::new(tracked.sk);

@@ -5,7 +5,7 @@ use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use crate::{
     datagrams::Datagrams,
-    read::{read, read_at},
+    read::{Plain, offset, read, read_at},
 };
 
 /// All ones if the receive hook does not see the local address of a datagram. User space sets it.
@@ -56,18 +56,21 @@ pub(super) struct Headers {
 
 #[inline(always)]
 pub(super) fn headers(skb: u64) -> Headers {
-    let head = read::<u64>(skb, Field::SkbHead);
-    let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
-    let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
-    let [source_port, destination_port, length, _] = read_at::<[u16; 4]>(transport);
-    let v4 = read::<u16>(skb, Field::SkbProtocol) == ETH_P_IP;
+    let skb = &SkbCopy::new(skb);
+    let head = skb.get::<u64>(Field::SkbHead);
+    let network = skb.get::<u16>(Field::SkbNetworkHeader);
+    let transport = skb.get::<u16>(Field::SkbTransportHeader);
+    let v4 = skb.get::<u16>(Field::SkbProtocol) == ETH_P_IP;
+    let [source_port, destination_port, length, _] =
+        read_at::<[u16; 4]>(head + u64::from(transport));
+    let network = head + u64::from(network);
     let (source, destination) = if v4 {
         let [source, destination] = read_at::<[u32; 2]>(network + 12);
         ([source, 0, 0, 0], [destination, 0, 0, 0])
     } else {
         (read_at(network + 8), read_at(network + 24))
     };
-    let shared = head + u64::from(read::<u32>(skb, Field::SkbEnd));
+    let shared = head + u64::from(skb.get::<u32>(Field::SkbEnd));
     let segments = read::<u16>(shared, Field::SkbSegments);
     Headers {
         family: if v4 { AF_INET } else { AF_INET6 },
@@ -77,6 +80,45 @@ pub(super) fn headers(skb: u64) -> Headers {
         destination_port: u16::from_be(destination_port),
         length: u16::from_be(length),
         packets: if segments > 1 { segments.into() } else { 1 },
+    }
+}
+
+/// A copy of the fields of a `struct sk_buff` by which its headers are found, read in one call.
+struct SkbCopy {
+    skb: u64,
+    fields: [u64; COPIED / 8],
+}
+
+/// How many bytes are copied. On every supported kernel, they hold these fields.
+const COPIED: usize = 40;
+
+impl SkbCopy {
+    /// Returns the offset of the copy, which is aligned as in the kernel's memory.
+    #[inline(always)]
+    fn start() -> u32 {
+        offset(Field::SkbProtocol) & !7
+    }
+
+    #[inline(always)]
+    fn new(skb: u64) -> Self {
+        let fields = read_at(skb + u64::from(Self::start()));
+        Self { skb, fields }
+    }
+
+    #[inline(always)]
+    fn get<T: Plain>(&self, field: Field) -> T {
+        let at = offset(field).wrapping_sub(Self::start()) as usize;
+        if at > COPIED - size_of::<T>() {
+            return read(self.skb, field);
+        }
+        // SAFETY: the field is in the copy. Volatile, so that the compiler does not merge several
+        // loads.
+        unsafe {
+            (&raw const self.fields)
+                .byte_add(at)
+                .cast::<T>()
+                .read_volatile()
+        }
     }
 }
 

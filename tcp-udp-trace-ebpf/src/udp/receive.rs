@@ -18,7 +18,7 @@ use super::{
     count,
     packet::{Headers, Packet, headers, scope},
     records::{addresses, local6},
-    sockets::{key, key_of, track_for_current_task},
+    sockets::{key_of, track_for_current_task},
 };
 use crate::{
     datagrams::{Datagrams, Direction, flow_with},
@@ -66,13 +66,13 @@ pub(crate) fn consumed(ctx: Context, sk: Sock, skb: u64, len: i32) {
     // The kernel marks a peek by a negative length. For an empty datagram that is no mark, but a
     // datagram that is only peeked at stays in its queue.
     let peeked = len < 0 || len == 0 && read::<u64>(skb, Field::SkbNext) != 0;
-    if peeked || !sk.is_udp() {
+    if peeked {
         return;
     }
     // Before the rest: the verifier follows this code once for each path that leads here.
     let key = key_of(sk);
-    let Some(tracked) = track_for_current_task(ctx, key, ptr::without_provenance(sk.0 as usize))
-    else {
+    let address = ptr::without_provenance(sk.0 as usize);
+    let Some(tracked) = track_for_current_task(ctx, key, address, || sk.is_udp()) else {
         return;
     };
     let Headers {
@@ -161,8 +161,14 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
     if result < 0 || flags & (MSG_PEEK | MSG_ERRQUEUE) != 0 || shut {
         return;
     }
+    // Before the rest, as above.
+    let key = key_of(sk);
+    let address = ptr::without_provenance(sk.0 as usize);
+    let Some(tracked) = track_for_current_task(ctx, key, address, || true) else {
+        return;
+    };
     // The copy ends with the block, because the code below needs its room on the stack.
-    let (mut datagrams, key) = {
+    let mut datagrams = {
         let socket = &SockCopy::new(sk);
         // If the caller passed no address to fill in, the kernel has not returned the peer. A
         // connected socket has only one peer.
@@ -181,22 +187,19 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
                 datagrams.flow.scope = *scope;
             }
         }
-        (datagrams, key(sk, socket.get(Field::Cookie)))
+        datagrams
     };
-    if let Some(tracked) = track_for_current_task(ctx, key, ptr::without_provenance(sk.0 as usize))
-    {
-        if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
-            tracked.approximate = 1;
-        }
-        if tracked.strangers.cast_signed() > 0 {
-            take_stranger(tracked);
-            if !has_peer {
-                let peer = &mut datagrams.flow.peer;
-                (peer.address, peer.port) = ([0; 4], 0);
-            }
-        }
-        count(ctx, key, tracked, &mut datagrams, Received);
+    if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
+        tracked.approximate = 1;
     }
+    if tracked.strangers.cast_signed() > 0 {
+        take_stranger(tracked);
+        if !has_peer {
+            let peer = &mut datagrams.flow.peer;
+            (peer.address, peer.port) = ([0; 4], 0);
+        }
+    }
+    count(ctx, key, tracked, &mut datagrams, Received);
 }
 
 /// Subtracts a received datagram that may have arrived before the socket was connected.

@@ -12,7 +12,7 @@ use aya_ebpf::{
     macros::map,
     maps::HashMap,
 };
-use tcp_udp_trace_common::{Field, Owner, Traffic, UdpTracked, User, older, origin};
+use tcp_udp_trace_common::{Field, ON_DEMAND, Owner, Traffic, UdpTracked, User, older, origin};
 
 use crate::{
     counters,
@@ -33,14 +33,14 @@ pub(super) static PER_DATAGRAM: Global<u8> = Global::new(0);
 
 /// The sockets by cookie, which the kernel never reuses.
 #[map]
-static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536, 0);
+static UDP_SOCKETS: HashMap<u64, UdpTracked> = HashMap::with_max_entries(65_536, ON_DEMAND);
 
 /// Returns the state of the socket of this key.
 #[inline(always)]
 pub(crate) fn get(key: u64) -> Option<&'static mut UdpTracked> {
-    // SAFETY: the map is preallocated, so its memory stays. Other CPUs write to the same entry.
-    // They add to the totals atomically, and the other fields are written once or have the same
-    // value whichever CPU writes them.
+    // SAFETY: the kernel keeps the memory of a removed entry until no program uses it. Other CPUs
+    // write to the same entry. They add to the totals atomically, and the other fields are written
+    // once or have the same value whichever CPU writes them.
     UDP_SOCKETS
         .get_ptr_mut(key)
         .and_then(|tracked| unsafe { tracked.as_mut() })
@@ -185,18 +185,19 @@ pub(crate) fn key_of(sk: Sock) -> u64 {
 }
 
 #[inline(always)]
-pub(super) fn key(sk: Sock, cookie: u64) -> u64 {
+fn key(sk: Sock, cookie: u64) -> u64 {
     if cookie == 0 { sk.0 } else { cookie }
 }
 
-/// Returns the socket, tracked from now on at the latest. The current process uses it.
+/// Returns the socket, tracked from now on at the latest if `is_udp`. The current process uses it.
 #[inline(always)]
 pub(crate) fn track_for_current_task(
     ctx: Context,
     key: u64,
     sk: *const core::ffi::c_void,
+    is_udp: impl FnOnce() -> bool,
 ) -> Option<&'static mut UdpTracked> {
-    let tracked = track_for_holder(ctx, key, sk)?;
+    let tracked = track_for_holder(ctx, key, sk, is_udp)?;
     set_user(tracked, (bpf_get_current_pid_tgid() >> 32) as u32, 0);
     Some(tracked)
 }
@@ -235,14 +236,21 @@ fn change_user(tracked: &mut UdpTracked, sent_by: u64) -> u32 {
     0
 }
 
-/// Returns the socket, tracked from now on at the latest. The current process has it open.
+/// Returns the socket, tracked from now on at the latest if `is_udp`. The current process has it
+/// open.
+///
+/// Only sockets of UDP are tracked, so the protocol of most sockets need not be read.
 #[inline(always)]
 pub(super) fn track_for_holder(
     ctx: Context,
     key: u64,
     sk: *const core::ffi::c_void,
+    is_udp: impl FnOnce() -> bool,
 ) -> Option<&'static mut UdpTracked> {
     let Some(tracked) = get(key) else {
+        if !is_udp() {
+            return None;
+        }
         return track_new(key, sk, owner::current(ctx, origin::USER));
     };
     if tracked.owner.origin == origin::NONE {

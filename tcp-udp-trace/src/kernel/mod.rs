@@ -35,7 +35,7 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, Udp, hold, kind};
+use tcp_udp_trace_common::{Counters, FlowKey, hold, kind};
 
 use self::{
     btf::{ids, offsets},
@@ -44,7 +44,7 @@ use self::{
     maps::{SHARE, take_map},
 };
 use crate::{
-    config::{Buffer, Config, LATE_SHARE},
+    config::{Buffer, Config},
     error::{Error, ErrorKind, ResultExt as _},
     event::{Event, Protocol, Traffic},
     filter::Filter,
@@ -60,12 +60,6 @@ static WITH_RING: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace.o
 
 /// The eBPF object with perf buffers.
 static WITH_PERF: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-perf.o");
-
-/// The smallest size of a ring.
-const MIN_RING_BYTES: u32 = 4096;
-
-/// How many flows that the filter rejects are remembered.
-const UNWANTED: u32 = 16_384;
 
 /// The programs and maps in the kernel, and their attachments. A drop removes all of them.
 pub(crate) struct Kernel {
@@ -96,7 +90,7 @@ impl Kernel {
         let likely = plan.iter().flat_map(|signal| signal.likely(has_kprobes));
         let likely: Vec<_> = likely.collect();
         let iters = iter::programs(config);
-        let (offsets, ids, images, has_listened, repair, drop_reasons, registers, types_task) = {
+        let (offsets, ids, images, has_listened, repair, drop_reasons, registers, types_task, on_demand) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = likely.iter().filter_map(|(_, point)| point.target());
@@ -115,6 +109,7 @@ impl Kernel {
                 offsets::drop_reasons(&btf),
                 offsets::registers(&btf),
                 offsets::types_task(&btf),
+                offsets::allocates_on_demand(&btf),
             )
         };
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
@@ -124,18 +119,6 @@ impl Kernel {
             )
             .with_source(source)
         })?;
-        // The loader makes every map of the object. Those of the other protocol are as small as
-        // possible.
-        let (tcp_sockets, udp_sockets, flows, unwanted) = match config.protocol {
-            Protocol::Tcp => (config.max_sockets, 1, 1, 1),
-            // Each CPU may assemble one more at the same time.
-            Protocol::Udp => (
-                1,
-                config.max_sockets + cpus as u32,
-                config.max_flows + flows_on_their_way(config.ring_bytes),
-                config.max_flows.min(UNWANTED),
-            ),
-        };
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
         let buffer = config.buffer.unwrap_or_else(ring::best);
         let mut controls = vec![ARM_WAKEUP, CONTROL_FILTER];
@@ -149,8 +132,8 @@ impl Kernel {
             Buffer::Perf => (WITH_PERF, cpus as u32),
         };
         let mut loader = loader();
-        if buffer == Buffer::Ring {
-            loader.map_max_entries("LATE", (ring_bytes / LATE_SHARE).max(MIN_RING_BYTES));
+        for (name, entries) in maps::sizes(config, ring_bytes, cpus as u32) {
+            loader.map_max_entries(name, entries);
         }
         for (name, reason) in &drop_reasons {
             loader.override_global(name, reason, true);
@@ -170,11 +153,7 @@ impl Kernel {
             .override_global("IMAGES", &u8::from(images), true)
             .map_max_entries("EVENTS", events)
             .map_max_entries("SEEN", if images { 4096 } else { 1 })
-            .map_max_entries("SOCKETS", tcp_sockets)
-            .map_max_entries("UDP_SOCKETS", udp_sockets)
-            .map_max_entries("FLOWS", flows)
-            .map_max_entries("UNWANTED", unwanted)
-            .load(object)
+            .load(&maps::with_allocation(object, on_demand))
             .map_err(|source| errors::of_map(&source, config.protocol).with_source(source))?;
         let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
         let log = log
@@ -343,13 +322,6 @@ impl Kernel {
             }
         });
     }
-}
-
-/// Returns how many flows may have begun that the reader does not know yet. Each of them has a
-/// record in the buffer.
-fn flows_on_their_way(ring_bytes: u32) -> u32 {
-    const MOST: u32 = 16_384;
-    (ring_bytes / size_of::<Udp>() as u32).min(MOST)
 }
 
 /// Looks up everything that a start needs in arbitrary bytes. For the fuzzers.

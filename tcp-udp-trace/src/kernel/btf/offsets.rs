@@ -142,6 +142,12 @@ pub(in crate::kernel) fn types_task(btf: &Btf<'_>) -> bool {
     btf.id(super::kind::STRUCT, "bpf_dynptr_kern").is_some()
 }
 
+/// Returns whether a hash map may allocate its entries when programs insert them. Linux 6.1 has an
+/// allocator for that. Earlier kernels warn that such an allocation may deadlock.
+pub(in crate::kernel) fn allocates_on_demand(btf: &Btf<'_>) -> bool {
+    btf.field("bpf_htab.ma.cache").is_some()
+}
+
 /// Returns whether this kernel verifies the loops of `image` in milliseconds.
 ///
 /// The verifiers of 5.10 and 6.1 take minutes, because they track irrelevant numbers in programs
