@@ -7,7 +7,9 @@
 //!
 //! Each metric has at most 2,000 sets of attributes. The rest is summed up
 //! (`otel.metric.overflow`). A log record waits for the collector in a queue of
-//! `OTEL_BLRP_MAX_QUEUE_SIZE` (2,048) records, and is dropped if the queue is full.
+//! `OTEL_BLRP_MAX_QUEUE_SIZE` (2,048) records, and is dropped if the queue is full or the export
+//! fails. `tcp_udp_trace.connection.closed` counts the dropped ones, too. The metrics are totals,
+//! so the first export that arrives has everything until then.
 //!
 //! ```text
 //! OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 tcp-udp-trace otlp
@@ -98,6 +100,7 @@ struct Export {
     bytes: Counter<u64>,
     opened: Counter<u64>,
     failed: Counter<u64>,
+    closed: Counter<u64>,
     logger: SdkLogger,
     growth: Growth,
 }
@@ -116,6 +119,10 @@ impl Export {
             "tcp_udp_trace.connection.failed",
             "Attempts to connect by TCP that failed",
         );
+        let closed = connections(
+            "tcp_udp_trace.connection.closed",
+            "TCP connections that ended or failed, and so the log records made",
+        );
         let lost = meter.u64_observable_counter("tcp_udp_trace.event.lost");
         let lost = lost.with_unit("{event}").with_callback(move |lost| {
             let mut stats = Stats::default();
@@ -133,6 +140,7 @@ impl Export {
             bytes: bytes.with_unit("By").with_description("Payload").build(),
             opened,
             failed,
+            closed,
             logger,
             growth: Growth::default(),
         }
@@ -158,6 +166,7 @@ impl Export {
                     self.failed.add(1, &by_name);
                 }
                 if !matches!(from, Listen | SynRecv) {
+                    self.closed.add(1, &by_name);
                     self.log_close(event, &name, error);
                 }
             }

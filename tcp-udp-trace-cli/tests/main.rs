@@ -25,6 +25,7 @@ macro_rules! tests {
     };
 }
 
+mod collectors;
 mod command;
 mod depmap;
 mod life;
@@ -69,6 +70,17 @@ fn main() -> ExitCode {
         top::picture_shows_processes_and_bytes,
         top::screen_ends_with_q,
     ];
-    let trials = tests.map(|test| test.as_it_is().trial());
-    libtest_mimic::run(&arguments, trials.into()).exit_code()
+    let mut trials: Vec<_> = tests.map(|test| test.as_it_is().trial()).into();
+    // They need programs that others wrote.
+    if collectors::are_here() {
+        let tests = tests![
+            collectors::prometheus_has_the_bytes,
+            collectors::rotel_passes_on_everything,
+            collectors::absence_is_noticed_and_made_up_for,
+            collectors::silence_does_not_stall_the_tracer,
+            collectors::duckdb_answers_the_page,
+        ];
+        trials.extend(tests.map(|test| test.as_it_is().trial()));
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -27,6 +27,7 @@ use opentelemetry_proto::tonic::{
 use tokio::runtime::Runtime;
 use tonic::{
     Request, Response, Status,
+    codec::CompressionEncoding,
     transport::{Server, server::TcpIncoming},
 };
 
@@ -37,15 +38,34 @@ use crate::{
 
 /// A collector of metrics and log records.
 #[derive(Debug, Clone, Default)]
-struct Collector(Arc<Mutex<Collected>>);
+pub(crate) struct Collector(pub(crate) Arc<Mutex<Collected>>);
 
 #[derive(Debug, Default)]
-struct Collected {
+pub(crate) struct Collected {
     /// The last value of each sum, by its name and attributes.
-    sums: BTreeMap<String, i64>,
+    pub(crate) sums: BTreeMap<String, i64>,
     /// The attributes of each record.
-    records: Vec<BTreeMap<String, String>>,
+    pub(crate) records: Vec<BTreeMap<String, String>>,
     services: Vec<String>,
+}
+
+impl Collector {
+    /// Serves on a free port of the calling thread's network namespace. Returns the address.
+    pub(crate) fn serve(&self, runtime: &Runtime) -> anyhow::Result<String> {
+        let _context = runtime.enter();
+        let incoming = TcpIncoming::bind("127.0.0.1:0".parse()?)?;
+        let address = incoming.local_addr()?;
+        let server = Server::builder()
+            .add_service(
+                MetricsServiceServer::new(self.clone())
+                    .accept_compressed(CompressionEncoding::Gzip),
+            )
+            .add_service(
+                LogsServiceServer::new(self.clone()).accept_compressed(CompressionEncoding::Gzip),
+            );
+        runtime.spawn(server.serve_with_incoming(incoming));
+        Ok(format!("http://{address}"))
+    }
 }
 
 impl Collected {
@@ -128,7 +148,7 @@ pub(crate) fn collector_gets_everything_by_the_end() -> anyhow::Result<()> {
     check(&mut Command::new(PROGRAM), [&us, &us])
 }
 
-fn this_program() -> anyhow::Result<String> {
+pub(crate) fn this_program() -> anyhow::Result<String> {
     let program = env::current_exe()?;
     let name = program.file_name().context("no name")?;
     Ok(name.to_string_lossy().into_owned())
@@ -162,17 +182,7 @@ fn check(command: &mut Command, names: [&str; 2]) -> anyhow::Result<()> {
     let collector = Collector::default();
     // The runtime's threads inherit the network namespace of this thread.
     let runtime = Runtime::new()?;
-    let endpoint = {
-        let _context = runtime.enter();
-        let incoming = TcpIncoming::bind("127.0.0.1:0".parse()?)?;
-        let address = incoming.local_addr()?;
-        let server = Server::builder()
-            .add_service(MetricsServiceServer::new(collector.clone()))
-            .add_service(LogsServiceServer::new(collector.clone()));
-        runtime.spawn(server.serve_with_incoming(incoming));
-        format!("http://{address}")
-    };
-
+    let endpoint = collector.serve(&runtime)?;
     let filter = format!("{} comm=otlp-client,otlp-server", here()?);
     command.args(["otlp", "--filter", &filter]);
     command.env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint);
@@ -209,6 +219,8 @@ fn check(command: &mut Command, names: [&str; 2]) -> anyhow::Result<()> {
         ("tcp_udp_trace.connection.opened", client_name, 2),
         ("tcp_udp_trace.connection.opened", server_name, 2),
         ("tcp_udp_trace.connection.failed", client_name, 1),
+        ("tcp_udp_trace.connection.closed", client_name, 3),
+        ("tcp_udp_trace.connection.closed", server_name, 2),
         ("tcp_udp_trace.event.lost", "queue", 0),
         ("tcp_udp_trace.event.lost", "ring", 0),
     ] {

@@ -80,8 +80,14 @@ impl Tool {
 
     /// Sends SIGTERM, and waits until the program ends successfully.
     pub(crate) fn terminate(&mut self) -> anyhow::Result<()> {
-        kill(Pid::from_raw(self.child.id().try_into()?), Signal::SIGTERM)?;
+        self.signal()?;
         self.end()
+    }
+
+    /// Sends SIGTERM.
+    pub(crate) fn signal(&self) -> anyhow::Result<()> {
+        let pid = Pid::from_raw(self.child.id().try_into()?);
+        Ok(kill(pid, Signal::SIGTERM)?)
     }
 
     /// Returns whether the program still runs.

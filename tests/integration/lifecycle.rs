@@ -118,7 +118,7 @@ fn start_and_stop_over_and_over() -> anyhow::Result<()> {
     let mut seen = BpfObjects::default();
     let runtime = runtime()?;
     // In an emulated guest, each turn takes a second.
-    let turns = if is_emulated()? { 20 } else { 200 };
+    let turns = if is_emulated()? { 20 } else { 60 };
     for turn in 0..turns {
         // Small, to save time.
         let builder = collector::tcp().max_sockets(1_024);

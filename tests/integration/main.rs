@@ -8,9 +8,9 @@
               times come after the verdicts, on the same stream"
 )]
 
-use std::process::ExitCode;
+use std::{env, process::ExitCode};
 
-use integration_tests::{actor, suite};
+use integration_tests::{actor, default_tests::DefaultTests, suite};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 /// Makes a list of tests, each with the surroundings that it needs, named after their module.
@@ -84,6 +84,10 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "udp_lifecycle::every_signal_has_a_hook",
 ];
 
+/// The environment variable with the name of a kernel, as in docs/tests.md. With it, only the tests
+/// run that this kernel has by default.
+const DEFAULT_TESTS_OF: &str = "TUT_DEFAULT_TESTS_OF";
+
 /// How many of the slowest tests are printed after the verdicts.
 const SLOWEST: usize = 10;
 
@@ -141,6 +145,16 @@ fn main() -> ExitCode {
         let before = runs.len();
         runs.extend(named.map(|test| test.with_perf_buffers()));
         assert!(runs.len() > before, "there is no test {name}");
+    }
+    let names: Vec<_> = runs.iter().map(suite::Run::name).collect();
+    let default_tests = DefaultTests::of(&names).unwrap();
+    if let Ok(kernel) = env::var(DEFAULT_TESTS_OF) {
+        runs.retain(|run| default_tests.has(&run.name(), &kernel).unwrap());
+        println!(
+            "{} of {} tests run on this kernel by default",
+            runs.len(),
+            names.len()
+        );
     }
     let trials = runs.iter().map(|run| run.trial()).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

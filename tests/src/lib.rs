@@ -47,6 +47,7 @@ pub mod cgroup;
 pub mod collector;
 pub mod cpu_load;
 pub mod crowd;
+pub mod default_tests;
 pub mod expected_tcp;
 pub mod expected_udp;
 pub mod flow_sums;

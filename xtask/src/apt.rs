@@ -1,4 +1,5 @@
-//! Fetches packages of other Debian suites and architectures, without a change to apt's own state.
+//! Fetches packages of other Debian suites and architectures, without a change to apt's own state,
+//! and makes clean root file systems.
 //!
 //! The mirror is the one in apt's configuration, so this works behind the machine's proxy or cache.
 
@@ -10,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{arch::Arch, process, workspace};
+use crate::{arch::Arch, deps, process, workspace};
 
 /// The variable that names a Debian mirror, for machines whose apt has none, such as Ubuntu.
 const MIRROR_VARIABLE: &str = "XTASK_DEBIAN_MIRROR";
@@ -151,6 +152,28 @@ impl Drop for Archive {
         // If this fails, the next run overwrites the files.
         let _ = fs::remove_dir_all(&self.state);
     }
+}
+
+/// The suite of clean root file systems.
+const ROOT_SUITE: &str = "bookworm";
+
+/// Makes an archive of a clean Debian root file system with these packages, unless it exists.
+pub(crate) fn root_file_system(packages: &str, archive: &Path) -> Result<()> {
+    if archive.is_file() {
+        return Ok(());
+    }
+    deps::ensure(&deps::ROOT)?;
+    eprintln!("making a Debian root file system");
+    let partial = archive.with_file_name("partial.tar");
+    process::stdout(
+        Command::new("mmdebstrap")
+            .args(["--quiet", "--variant=minbase"])
+            .arg(format!("--include={packages}"))
+            .arg(ROOT_SUITE)
+            .arg(&partial)
+            .arg(mirror()?),
+    )?;
+    fs::rename(&partial, archive).context("cannot rename the archive")
 }
 
 /// Returns the mirror of the Debian archive in this machine's configuration.

@@ -80,6 +80,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         arch: Arch::host()?,
         program: &program,
         args: &options,
+        only_default_tests: false,
+        parameters: "",
         files: &files,
         qemu: &[],
     };

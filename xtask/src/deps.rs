@@ -145,12 +145,42 @@ pub(crate) const CROSS_RUSTC: Group = Group {
 };
 
 /// The program that makes a Debian root file system.
-pub(crate) const NEWCOMER: Group = Group {
-    purpose: "running the commands of the pages",
+pub(crate) const ROOT: Group = Group {
+    purpose: "making a clean Debian",
     packages: &[Package {
         name: "mmdebstrap",
         probe: Probe::Program("mmdebstrap"),
     }],
+};
+
+/// Programs that receive what the command sends. The Python environment gets the others.
+pub(crate) const COLLECTORS: Group = Group {
+    purpose: "testing with real collectors",
+    packages: &[
+        Package {
+            name: "prometheus",
+            probe: Probe::Program("prometheus"),
+        },
+        Package {
+            name: "python3-venv",
+            probe: Probe::Program("python3"),
+        },
+    ],
+};
+
+/// The program that builds and runs an image, with a runtime that needs no systemd.
+pub(crate) const IMAGE: Group = Group {
+    purpose: "building the image",
+    packages: &[
+        Package {
+            name: "podman",
+            probe: Probe::Program("podman"),
+        },
+        Package {
+            name: "runc",
+            probe: Probe::Program("runc"),
+        },
+    ],
 };
 
 /// The compiler of libFuzzer, which is C++.
@@ -232,13 +262,33 @@ pub(crate) fn can_install() -> bool {
     process::is_root() && is_debian_like()
 }
 
-/// Installs cargo-fuzz if it is missing.
-pub(crate) fn ensure_cargo_fuzz() -> Result<()> {
-    if workspace::find_program("cargo-fuzz").is_some() {
+/// Installs a subcommand of cargo, such as `cargo-fuzz`, if it is missing.
+pub(crate) fn ensure_subcommand(name: &str) -> Result<()> {
+    if workspace::find_program(name).is_some() {
         return Ok(());
     }
     let mut command = Command::new(workspace::cargo());
-    process::run(command.args(["install", "--locked", "cargo-fuzz"]))
+    process::run(command.args(["install", "--locked", name]))
+}
+
+/// Whether the pinned compiler has a standard library for `target`.
+pub(crate) fn has_std(target: &str) -> Result<bool> {
+    let mut rustc = Command::new("rustc");
+    rustc
+        .current_dir(workspace::root())
+        .args(["--print", "target-libdir", "--target", target]);
+    let folder = process::stdout(&mut rustc)?;
+    Ok(Path::new(folder.trim()).is_dir())
+}
+
+/// Installs the standard library of the pinned compiler for `target` if it is missing.
+pub(crate) fn ensure_std(target: &str) -> Result<()> {
+    if has_std(target)? {
+        return Ok(());
+    }
+    let mut command = Command::new("rustup");
+    command.current_dir(workspace::root());
+    process::run(command.args(["target", "add", target]))
 }
 
 /// Returns the path of the spell checker. Installs it into the cache if it is missing.

@@ -33,7 +33,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     process::stdout(process::nightly("rustc").arg("--version"))
         .context("the fuzzer needs a nightly compiler: `rustup toolchain install nightly`")?;
     deps::ensure(&deps::FUZZ)?;
-    deps::ensure_cargo_fuzz()?;
+    deps::ensure_subcommand("cargo-fuzz")?;
     // The fuzzed library has the same dependencies as the tested one; cargo adds the fuzzer's own.
     fs::copy(
         workspace::root().join("Cargo.lock"),

@@ -54,6 +54,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         arch,
         program: &program,
         args: &[OsString::from("--gate")],
+        only_default_tests: false,
+        parameters: "",
         files: &[],
         qemu: QEMU,
     };

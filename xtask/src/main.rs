@@ -5,14 +5,16 @@
     reason = "a command-line program writes to the terminal"
 )]
 
-// Layers, each uses only those after it: gate -> bench, package
+// Layers, each uses only those after it: gate -> bench, collectors, dist, package
 // -> api, ebpf, fuzz, lint, miri, newcomer, setup, soak, test -> vm -> apt, report -> arch -> deps
 // -> process, workspace.
 mod api;
 mod apt;
 mod arch;
 mod bench;
+mod collectors;
 mod deps;
+mod dist;
 mod ebpf;
 mod fuzz;
 mod gate;
@@ -37,6 +39,8 @@ use clap::Parser;
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Verb {
     Api(api::Args),
+    Collectors(collectors::Args),
+    Dist(dist::Args),
     Ebpf(ebpf::Args),
     Fuzz(fuzz::Args),
     Gate(gate::Args),
@@ -55,6 +59,8 @@ enum Verb {
 fn main() -> ExitCode {
     let result = match Verb::parse() {
         Verb::Api(args) => api::run(&args),
+        Verb::Collectors(args) => collectors::run(&args),
+        Verb::Dist(args) => dist::run(&args),
         Verb::Ebpf(args) => ebpf::run(&args),
         Verb::Fuzz(args) => fuzz::run(&args),
         Verb::Gate(args) => gate::run(&args),

@@ -19,7 +19,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use self::{page::Step, root::Root};
-use crate::{deps, process, workspace};
+use crate::{process, workspace};
 
 /// Run the commands of README.md and CONTRIBUTING.md as an unprivileged user of a clean Debian.
 #[derive(clap::Args)]
@@ -41,7 +41,6 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         process::is_root(),
         "this makes and mounts a root file system: run it as root"
     );
-    deps::ensure(&deps::NEWCOMER)?;
     let steps = match &args.command {
         Some(command) => vec![page::in_the_clone(command)],
         None => steps()?,

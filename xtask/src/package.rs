@@ -68,7 +68,7 @@ fn pack(library: &Value, allow_dirty: bool) -> Result<PathBuf> {
     let version = text(library, "version")?;
     for name in [COMMON, LIBRARY] {
         let unpacked = folder.join(name);
-        recreate(&unpacked)?;
+        workspace::recreate(&unpacked)?;
         process::run(
             Command::new("tar")
                 .args(["--extract", "--strip-components=1", "--file"])
@@ -111,7 +111,7 @@ impl UserCrate {
         // The folder is inside of that of the workspace, but the crate is a workspace of its own.
         let folder = workspace::target_dir().join("user_crate");
         let path = folder.join("path");
-        recreate(&path)?;
+        workspace::recreate(&path)?;
         fs::create_dir_all(folder.join("src"))
             .context("cannot create the folder of the user's crate")?;
         for tool in LINKER {
@@ -242,14 +242,6 @@ fn subsets<'a>(features: &[&'a str]) -> Vec<Vec<&'a str>> {
             .map(|subset| [&subset[..], &[*feature]].concat());
         subsets.iter().cloned().chain(with).collect()
     })
-}
-
-fn recreate(folder: &Path) -> Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder)
-            .with_context(|| format!("cannot remove {}", folder.display()))?;
-    }
-    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
 }
 
 #[cfg(test)]

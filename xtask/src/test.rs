@@ -4,9 +4,9 @@
 mod cross;
 mod suite;
 
-use std::{ffi::OsString, num::NonZeroUsize};
+use std::{ffi::OsString, num::NonZeroUsize, path::Path};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     arch::Arch,
@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// The kernel is 6.12 unless `--vm` names others.
     #[arg(long, value_parser = Arch::named, conflicts_with_all = ["unit", "local"])]
     arch: Option<&'static Arch>,
+    /// In a VM, run all tests, and not only those that the kernel has by default (docs/tests.md).
+    #[arg(long)]
+    all: bool,
     /// Only update the cached kernels.
     #[arg(long)]
     fetch_only: bool,
@@ -105,11 +108,27 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
         arch,
         program: &program,
         args: &program_args,
+        // The mitigations of faults of CPUs cost a fifth of the time under emulation.
+        parameters: "mitigations=off",
+        // The table is for the kernels of this architecture.
+        only_default_tests: !args.all && args.filter.is_none() && arch.is_host(),
         files: &[],
         qemu: &[],
     };
     rows.extend(vm::run(kernels, &job, jobs));
     Ok(rows)
+}
+
+/// Runs the tests of the command that have `filter` in their names, with this variable set.
+pub(crate) fn command(filter: &str, variable: &str, value: &Path) -> Result<()> {
+    deps::ensure(&deps::TESTS)?;
+    let program = suite::build(&suite::CLI, Arch::host()?)?;
+    let mut env = OsString::from(format!("{variable}="));
+    env.push(value);
+    let args = [env, program.into(), filter.into()];
+    let row = suite::run(filter, Path::new("env"), &args)?;
+    ensure!(report::print(&[row]), "a test of {filter} failed");
+    Ok(())
 }
 
 /// Returns the kernels of the table that `names` selects.

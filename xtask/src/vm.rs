@@ -128,8 +128,11 @@ fn boot_with_retry(
     // The tests that failed before a crash.
     let mut failed = Vec::new();
     loop {
-        fs::write(&initrd, initramfs::build(installed, job, &args, userland)?)
-            .with_context(|| format!("cannot write {}", initrd.display()))?;
+        fs::write(
+            &initrd,
+            initramfs::build(name, installed, job, &args, userland)?,
+        )
+        .with_context(|| format!("cannot write {}", initrd.display()))?;
         let ended = guest::boot(job, name, &installed.vmlinuz, &initrd, &log)?;
         // The image is large, and only the log is of use afterwards.
         fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;

@@ -81,3 +81,12 @@ pub(crate) fn find_program(program: &str) -> Option<PathBuf> {
         .map(|folder| folder.join(program))
         .find(|candidate| candidate.is_file())
 }
+
+/// Makes an empty folder.
+pub(crate) fn recreate(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder)
+            .with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))
+}

@@ -14,9 +14,8 @@ use crate::{apt, process, workspace};
 /// The user, and the name of the home folder. The id is 1000, the first one of an ordinary user.
 pub(super) const NAME: &str = "newcomer";
 
-const SUITE: &str = "bookworm";
 /// The packages that Rust needs to link, and those that the pages presume.
-const PACKAGES: &str = "--include=sudo,gcc,libc6-dev,ca-certificates";
+const PACKAGES: &str = "sudo,gcc,libc6-dev,ca-certificates";
 
 /// The toolchain for folders without `rust-toolchain.toml`.
 const DEFAULT_TOOLCHAIN: &str = "stable";
@@ -35,18 +34,8 @@ impl Root {
         let cache = workspace::cache_dir().join("newcomer");
         let folder = cache.join("root");
         fs::create_dir_all(&cache).context("cannot create the cache")?;
-        let base = cache.join(format!("{SUITE}.tar"));
-        if !base.is_file() {
-            eprintln!("making a Debian root file system");
-            let partial = cache.join("partial.tar");
-            process::stdout(
-                Command::new("mmdebstrap")
-                    .args(["--quiet", "--variant=minbase", PACKAGES, SUITE])
-                    .arg(&partial)
-                    .arg(apt::mirror()?),
-            )?;
-            fs::rename(&partial, &base).context("cannot rename the archive")?;
-        }
+        let base = cache.join("root.tar");
+        apt::root_file_system(PACKAGES, &base)?;
         let root = Self {
             toolchains: toolchains()?,
             cache,

@@ -27,7 +27,7 @@ pub(super) fn target(cargo: &mut Command, arch: &'static Arch) -> Result<()> {
     cargo
         .args(["--target", &target])
         .env(linker, format!("{}-gcc", arch.gnu()));
-    if !has_std(&target)? {
+    if !deps::has_std(&target)? {
         let std = debian_std(arch).with_context(|| {
             format!("no standard library for {arch}: install Debian's, or run `rustup target add {target}`")
         })?;
@@ -37,15 +37,6 @@ pub(super) fn target(cargo: &mut Command, arch: &'static Arch) -> Result<()> {
             .env("CARGO_ENCODED_RUSTFLAGS", format!("-L{}", std.display()));
     }
     Ok(())
-}
-
-fn has_std(target: &str) -> Result<bool> {
-    let mut rustc = Command::new("rustc");
-    rustc
-        .current_dir(workspace::root())
-        .args(["--print", "target-libdir", "--target", target]);
-    let folder = process::stdout(&mut rustc)?;
-    Ok(PathBuf::from(folder.trim()).is_dir())
 }
 
 /// Returns the folder of the standard library for `arch` of Debian's compiler.

@@ -22,7 +22,7 @@ use crate::{
 /// seconds.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How often an idle guest writes [`ALIVE`] at the least. It does so twice as often.
+/// How old the last [`ALIVE`] of a guest may be. The guest writes one every 30 seconds.
 const ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How long QEMU may take to exit after the tests have ended.
@@ -95,7 +95,10 @@ pub(super) fn boot(
             .args(HARDWARE)
             .args(job.qemu)
             .arg("-append")
-            .arg(format!("console={} {PARAMETERS}", arch.console))
+            .arg(format!(
+                "console={} {PARAMETERS} {}",
+                arch.console, job.parameters
+            ))
             .arg("-kernel")
             .arg(vmlinuz)
             .arg("-initrd")

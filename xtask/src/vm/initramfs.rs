@@ -18,8 +18,12 @@ pub(crate) struct Job<'a> {
     pub(crate) arch: &'static Arch,
     pub(crate) program: &'a Path,
     pub(crate) args: &'a [OsString],
+    /// Whether the program runs only the tests that the kernel has by default (docs/tests.md).
+    pub(crate) only_default_tests: bool,
     /// Files that the program needs, each with its path in the guest.
     pub(crate) files: &'a [(&'a Path, &'a str)],
+    /// Parameters of the kernel that add to the usual ones.
+    pub(crate) parameters: &'a str,
     /// Options of QEMU that add to the usual ones or override them.
     pub(crate) qemu: &'a [&'a str],
 }
@@ -43,10 +47,11 @@ const FOLDERS: &[&str] = &[
     "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", "/bin", "/sbin",
 ];
 
-/// Builds an image that runs the job's program with `args` and ends.
+/// Builds an image that runs the job's program with `args` on the kernel `name`, and ends.
 ///
 /// It is not compressed, because the guest would be slow to unpack it.
 pub(super) fn build(
+    name: &str,
     kernel: &Installed,
     job: &Job<'_>,
     args: &[OsString],
@@ -62,7 +67,11 @@ pub(super) fn build(
         "/etc/hosts".to_owned(),
         b"127.0.0.1 localhost\n::1 localhost\n".to_vec(),
     );
-    files.insert("/tests/run".to_owned(), run_script(args).into_bytes());
+    let default_tests_of = job.only_default_tests.then_some(name);
+    files.insert(
+        "/tests/run".to_owned(),
+        run_script(args, default_tests_of).into_bytes(),
+    );
     add_program(&mut files, userland, job.program, "/tests/integration")?;
     for (path, destination) in job.files {
         files.insert((*destination).to_owned(), read(path)?);
@@ -88,12 +97,18 @@ pub(super) fn build(
 }
 
 /// Returns a script with the arguments. The kernel's command line would need another quoting.
-fn run_script(args: &[OsString]) -> String {
+fn run_script(args: &[OsString], default_tests_of: Option<&str>) -> String {
+    let variable = default_tests_of
+        .map(|kernel| format!("export TUT_DEFAULT_TESTS_OF={kernel}\n"))
+        .unwrap_or_default();
     let words: Vec<_> = args
         .iter()
         .map(|arg| process::quote(&arg.to_string_lossy()))
         .collect();
-    format!("#!/bin/sh\nexec /tests/integration {}\n", words.join(" "))
+    format!(
+        "#!/bin/sh\n{variable}exec /tests/integration {}\n",
+        words.join(" ")
+    )
 }
 
 /// Adds the program at `path` as `destination`, and its shared libraries where its loader looks for
