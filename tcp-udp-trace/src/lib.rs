@@ -40,8 +40,8 @@
 //!
 //! An [`Event`] has the process that owns the socket, the socket's addresses, and the payload that
 //! the socket has carried. The events come from every network namespace. Both streams yield the
-//! same type, so they can be [merged](consumer::merge). When [`start`](TcpTracerBuilder::start) returns, every hook is
-//! attached.
+//! same type, so they can be [merged](consumer::merge). When [`start`](TcpTracerBuilder::start)
+//! returns, every hook is attached.
 //!
 //! # Guarantees
 //!
@@ -224,9 +224,9 @@
 //! A thread of the tracer reads the kernel's records. A program that has a Tokio runtime already
 //! can use its
 //! [`block_on`](https://docs.rs/tokio/1/tokio/runtime/struct.Runtime.html#method.block_on) with
-//! [`TcpTracer::next`] instead. Another executor, such as `futures::executor::block_on_stream(tcp)`,
-//! needs a multi-thread runtime that is not dropped. With a `current_thread` runtime that no thread
-//! drives, it waits for ever.
+//! [`TcpTracer::next`] instead. Another executor, such as
+//! `futures::executor::block_on_stream(tcp)`, needs a multi-thread runtime that is not dropped. With
+//! a `current_thread` runtime that no thread drives, it waits for ever.
 //!
 //! ## One tracer for several tasks
 //!
@@ -339,8 +339,8 @@
 //! library always come from the same release. `tcp-udp-trace-common` is not a public API.
 
 // Layers, each uses only those after it:
-// fuzzing, bench_support -> builder -> blocking -> tracer -> tasks -> kernel, sock_diag -> pipeline, netns
-// -> consumer -> config -> filter, stats -> event, error, hook, lock
+// fuzzing, bench_support -> builder -> blocking -> tracer -> tasks -> kernel, sock_diag
+// -> pipeline, netns -> consumer -> config -> filter, stats -> event, error, hook, lock
 #![forbid(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(

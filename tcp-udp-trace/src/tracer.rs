@@ -117,6 +117,7 @@ macro_rules! tracer {
             ///
             /// An event leaves the queue only when it is returned. So a future that is dropped
             /// loses no event. The same holds for any other way to poll the stream.
+            #[allow(clippy::should_implement_trait, reason = "it is the `next` of a stream")]
             pub fn next(&mut self) -> impl Future<Output = Option<Event>> + Send + Unpin {
                 self.0.next()
             }

@@ -9,6 +9,7 @@ use crate::event::{
     Event, EventKind, LossStage, Protocol, Traffic,
     process::{Origin, Process},
     sample_info::SampleInfo,
+    tcp_info::TcpInfo,
     tcp_state::TcpState,
 };
 
@@ -34,8 +35,10 @@ pub(super) fn change(from: TcpState, to: TcpState) -> EventKind {
 }
 
 pub(super) fn sample() -> EventKind {
-    let mut info = crate::event::tcp_info::TcpInfo::default();
-    info.state = TcpState::Established as u8;
+    let info = TcpInfo {
+        state: TcpState::Established as u8,
+        ..TcpInfo::default()
+    };
     EventKind::Sample {
         info: SampleInfo::Tcp(Box::new(info)),
     }
