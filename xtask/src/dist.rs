@@ -6,6 +6,7 @@
 mod guest;
 mod image;
 mod package;
+mod program;
 mod root;
 mod traffic;
 
@@ -17,7 +18,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{arch::Arch, deps, process, workspace};
+use self::program::PROGRAM;
+use crate::{arch::Arch, process, workspace};
 
 /// Build the static programs, Debian packages and image of a release, with checksums.
 #[derive(clap::Args)]
@@ -42,9 +44,6 @@ pub(crate) struct Args {
     no_image: bool,
 }
 
-const PACKAGE: &str = "tcp-udp-trace-cli";
-const PROGRAM: &str = "tcp-udp-trace";
-const PROFILE: &str = "dist";
 const CHECKSUMS: &str = "SHA256SUMS";
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -57,10 +56,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let folder = workspace::target_dir().join("release-files");
     workspace::recreate(&folder)?;
     for arch in &args.arch {
-        build(arch)?;
+        program::build(arch)?;
     }
-    let shared = shared_files(&program(host))?;
-    let version = version(&program(host))?;
+    let shared = shared_files(&program::path(host))?;
+    let version = program::version(&program::path(host))?;
     for arch in &args.arch {
         package::archive(arch, &version, &shared, &folder)?;
         package::debian(arch, &folder)?;
@@ -76,66 +75,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     }
     checksums(&folder)?;
     if args.test {
-        guest::test(&program(host), &args.vm)?;
+        guest::test(&program::path(host), &args.vm)?;
         root::test(&package::debian_file(host, &folder)?, &version)?;
         if !args.no_image {
             image::test(host, &version, &image(host))?;
         }
     }
     Ok(())
-}
-
-/// Returns the target of a static program.
-fn target(arch: &Arch) -> String {
-    format!("{arch}-unknown-linux-musl")
-}
-
-fn program(arch: &Arch) -> PathBuf {
-    workspace::target_dir()
-        .join(target(arch))
-        .join(PROFILE)
-        .join(PROGRAM)
-}
-
-/// Builds a static program without symbols. `.cargo/config.toml` names the linker.
-fn build(arch: &Arch) -> Result<()> {
-    let target = target(arch);
-    deps::ensure_std(&target)?;
-    process::run(
-        Command::new(workspace::cargo())
-            .current_dir(workspace::root())
-            .args([
-                "build",
-                "--locked",
-                "--profile",
-                PROFILE,
-                "--package",
-                PACKAGE,
-            ])
-            .args(["--target", &target]),
-    )?;
-    let program = program(arch);
-    let headers = process::stdout(
-        Command::new("readelf")
-            .args(["--wide", "--program-headers", "--section-headers"])
-            .arg(&program),
-    )?;
-    for part in ["INTERP", ".symtab"] {
-        ensure!(
-            !headers.contains(part),
-            "{} has {part}: it is not static, or not stripped",
-            program.display()
-        );
-    }
-    Ok(())
-}
-
-fn version(program: &Path) -> Result<String> {
-    let line = process::stdout(Command::new(program).arg("--version"))?;
-    let version = line.trim().rsplit(' ').next();
-    version
-        .map(str::to_owned)
-        .context("the program has no version")
 }
 
 /// Writes the manual pages and completion scripts, which are the same for all architectures.

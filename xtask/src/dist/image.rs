@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{PROGRAM, program, traffic};
+use super::{
+    program::{self, PROGRAM},
+    traffic,
+};
 use crate::{arch::Arch, deps, process, workspace};
 
 /// Writes the image of an architecture into `file`, in the format `oci-archive`.
@@ -19,7 +22,7 @@ pub(super) fn build(arch: &Arch, version: &str, file: &Path) -> Result<()> {
     let context = workspace::cache_dir().join("image");
     let staged = context.join(arch.debian);
     workspace::recreate(&staged)?;
-    fs::copy(program(arch), staged.join(PROGRAM)).context("cannot copy the program")?;
+    fs::copy(program::path(arch), staged.join(PROGRAM)).context("cannot copy the program")?;
     let name = name(arch, version);
     process::run(
         podman()

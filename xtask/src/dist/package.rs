@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{PACKAGE, PROFILE, PROGRAM, program, target};
+use super::program::{self, PACKAGE, PROFILE, PROGRAM, target};
 use crate::{arch::Arch, deps, process, workspace};
 
 /// The other files of the archive, in the repository.
@@ -26,7 +26,7 @@ pub(super) fn archive(arch: &Arch, version: &str, shared: &Path, folder: &Path) 
     workspace::recreate(&staged)?;
     let mut copy = Command::new("cp");
     copy.args(["--recursive", "--dereference"])
-        .arg(program(arch))
+        .arg(program::path(arch))
         .args([shared.join("man"), shared.join("completions")])
         .args(FILES.iter().map(|file| workspace::root().join(file)))
         .arg(&staged);
@@ -53,8 +53,8 @@ fn time_of_commit() -> Result<String> {
     Ok(process::stdout(&mut git)?.trim().to_owned())
 }
 
-/// Writes the Debian package of an architecture into `folder`. `Cargo.toml` of the command lists its
-/// contents.
+/// Writes the Debian package of an architecture into `folder`. `Cargo.toml` of the command lists
+/// its contents.
 pub(super) fn debian(arch: &Arch, folder: &Path) -> Result<()> {
     deps::ensure_subcommand("cargo-deb")?;
     process::run(

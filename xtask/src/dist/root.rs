@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{PROGRAM, traffic};
+use super::{program::PROGRAM, traffic};
 use crate::{apt, process, workspace};
 
 /// Verifies the unit.
