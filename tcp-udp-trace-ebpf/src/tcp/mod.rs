@@ -97,7 +97,8 @@ pub(crate) fn state_changed(
                 None => sockets::adopt(sk, from),
             };
             if let Some(tracked) = tracked {
-                if tracked.state != from {
+                // The other program counts the change that it reports after a held one.
+                if tracked.state != from && !tracked.is_held() {
                     counters::missed();
                 }
                 let change = if tracked.is_held() {

@@ -136,10 +136,10 @@ impl Kernel {
         // possible.
         let (tcp_sockets, udp_sockets, flows, unwanted) = match config.protocol {
             Protocol::Tcp => (config.max_sockets, 1, 1, 1),
-            // Each CPU may assemble one more at the same time.
+            // Each CPU may assemble one more at the same time, and move it to another key.
             Protocol::Udp => (
                 1,
-                config.max_sockets + cpus as u32,
+                config.max_sockets + 2 * cpus as u32,
                 config.max_flows + flows_on_their_way(config.ring_bytes),
                 config.max_flows.min(UNWANTED),
             ),
