@@ -52,6 +52,7 @@ mod udp_nat;
 mod udp_numbers;
 mod udp_peers;
 mod udp_sends;
+mod unseen;
 mod uring;
 mod users;
 
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
     let tests = [
         states::trials(),
+        unseen::trials(),
         owner::trials(),
         details::trials(),
         uring::trials(),

@@ -1,6 +1,7 @@
 //! TCP sockets: state changes and other events.
 
 pub(crate) mod accept;
+pub(crate) mod gone;
 mod record;
 mod sockets;
 
@@ -141,6 +142,7 @@ pub(crate) fn state_changed(
         if last_state != CLOSE {
             // No hook saw the close and the end of the previous socket at this address.
             counters::missed();
+            gone::replaced(&sk.0);
         }
         sockets::forget(sk, room_uid);
     }
@@ -390,6 +392,7 @@ pub(crate) fn destroyed(ctx: Context, sk: Sock) {
             // Neither program saw its close.
             counters::missed();
             let state = tracked.state;
+            record::forget_syn(tracked);
             report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
         }
         sockets::forget(sk, tracked.room_uid);

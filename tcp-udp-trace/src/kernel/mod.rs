@@ -38,7 +38,7 @@ use tcp_udp_trace_common::{Counters, FlowKey, Udp, hold, kind};
 
 use self::{
     btf::{ids, offsets},
-    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, QUERY_FLOW, RING_FILL},
+    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, FIND_GONE, QUERY_FLOW, RING_FILL},
     filter::Filters,
     maps::{SHARE, take_map},
 };
@@ -87,6 +87,8 @@ pub(crate) struct Kernel {
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
     rejected: PerCpuArray<MapData, u64>,
     protocol: Protocol,
+    /// How many elements the map of TCP sockets has. The kernel adds one for each CPU.
+    elements: u32,
     filters: Filters,
     log: Option<EbpfLogger<&'static dyn Log>>,
     /// The last value from the kernel, which the kernel shows only while the programs are loaded.
@@ -149,6 +151,8 @@ impl Kernel {
         let mut controls = vec![ARM_WAKEUP, CONTROL_FILTER];
         controls.extend((buffer == Buffer::Ring).then_some(RING_FILL));
         controls.extend((config.protocol == Protocol::Udp).then_some(QUERY_FLOW));
+        let finds_gone = config.protocol == Protocol::Tcp && config.sample_interval.is_some();
+        controls.extend(finds_gone.then_some(FIND_GONE));
         // The loader rounds the size in the same way.
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
@@ -224,6 +228,7 @@ impl Kernel {
                 counters,
                 rejected,
                 protocol: config.protocol,
+                elements: tcp_sockets + cpus as u32,
                 filters,
                 log,
                 recursion_misses: None,
@@ -248,6 +253,14 @@ impl Kernel {
     /// See [`Shared::open_socket_iter`](crate::tasks::Shared::open_socket_iter).
     pub(crate) fn open_socket_iter(&mut self) -> io::Result<File> {
         iter::open(&mut self.ebpf).map_err(io::Error::other)
+    }
+
+    /// Reports the ends of TCP sockets that no hook saw, each in its second round. Checks some
+    /// elements of the map of sockets from this index on. Returns the next index; `None` at the
+    /// end.
+    pub(crate) fn find_gone(&self, begin: u32, round: u32) -> io::Result<Option<u32>> {
+        let next = begin.saturating_add(control::find_gone(&self.ebpf, begin, round)?);
+        Ok((next < self.elements).then_some(next))
     }
 
     /// Arms the wake-up by the next record. Returns how many records found the ring full so far,
