@@ -34,13 +34,18 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, Udp, hold, kind};
+use tcp_udp_trace_common::{Counters, FlowKey, Offsets, Udp, hold, kind};
 
 use self::{
-    btf::{ids, offsets},
+    btf::{
+        ids::{self, Ids},
+        offsets,
+    },
     control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, FIND_GONE, QUERY_FLOW, RING_FILL},
     filter::Filters,
+    iter::IterProgram,
     maps::{SHARE, take_map},
+    plan::Signal,
 };
 use crate::{
     config::{Buffer, Config, LATE_SHARE},
@@ -97,6 +102,41 @@ pub(crate) struct Kernel {
     pub(crate) time_offset: i64,
 }
 
+/// What the running kernel's BTF says.
+struct Facts {
+    offsets: Offsets,
+    ids: Ids,
+    /// Whether the programs report the images of processes.
+    images: bool,
+    has_listened: u64,
+    drop_reasons: [(&'static str, u32); 2],
+    registers: u64,
+    types_task: bool,
+}
+
+impl Facts {
+    /// Reads the BTF, whose memory is free again afterwards.
+    fn read(config: &Config, plan: &[&Signal], iters: &[IterProgram]) -> Result<Self, Error> {
+        let vmlinux = offsets::read_btf()?;
+        let btf = offsets::parse(&vmlinux)?;
+        let targets = plan.iter().flat_map(|signal| signal.targets());
+        let targets = targets.chain(iters.iter().map(|iter| iter.target()));
+        let verifies = match config.protocol {
+            Protocol::Tcp => offsets::verifies_images(&btf),
+            Protocol::Udp => offsets::verifies_images_of_udp(&btf),
+        };
+        Ok(Self {
+            offsets: offsets::resolve(&btf)?,
+            ids: ids::find(&btf, targets),
+            images: config.process_details && verifies,
+            has_listened: offsets::has_listened(&btf),
+            drop_reasons: offsets::drop_reasons(&btf),
+            registers: offsets::registers(&btf),
+            types_task: offsets::types_task(&btf),
+        })
+    }
+}
+
 impl Kernel {
     /// Loads and attaches everything. Blocks for some milliseconds.
     pub(crate) fn start(config: &Config) -> Result<(Self, Ring), Error> {
@@ -107,26 +147,7 @@ impl Kernel {
         preflight::check(config.protocol)?;
         let plan = plan::signals(config);
         let iters = iter::programs(config);
-        let (offsets, ids, images, has_listened, drop_reasons, registers, types_task) = {
-            let vmlinux = offsets::read_btf()?;
-            let btf = offsets::parse(&vmlinux)?;
-            let targets = plan.iter().flat_map(|signal| signal.targets());
-            let targets = targets.chain(iters.iter().map(|iter| iter.target()));
-            let verifies = match config.protocol {
-                Protocol::Tcp => offsets::verifies_images(&btf),
-                Protocol::Udp => offsets::verifies_images_of_udp(&btf),
-            };
-            let images = config.process_details && verifies;
-            (
-                offsets::resolve(&btf)?,
-                ids::find(&btf, targets),
-                images,
-                offsets::has_listened(&btf),
-                offsets::drop_reasons(&btf),
-                offsets::registers(&btf),
-                offsets::types_task(&btf),
-            )
-        };
+        let facts = Facts::read(config, &plan, &iters)?;
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
                 ErrorKind::Unsupported,
@@ -164,22 +185,22 @@ impl Kernel {
         if buffer == Buffer::Ring {
             loader.map_max_entries("LATE", (ring_bytes / LATE_SHARE).max(MIN_RING_BYTES));
         }
-        for (name, reason) in &drop_reasons {
+        for (name, reason) in &facts.drop_reasons {
             loader.override_global(name, reason, true);
         }
         let mut ebpf = loader
-            .override_global("OFFSETS", &offsets[..], true)
+            .override_global("OFFSETS", &facts.offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
             .override_global("WAKE_SHIFT", &wake_shift, buffer == Buffer::Ring)
             .override_global("MAX_SOCKETS", &config.max_sockets, true)
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
-            .override_global("HAS_LISTENED", &has_listened, true)
-            .override_global("REGISTERS", &registers, true)
-            .override_global("TYPED_TASK", &u8::from(types_task), true)
-            .override_global("IMAGES", &u8::from(images), true)
+            .override_global("HAS_LISTENED", &facts.has_listened, true)
+            .override_global("REGISTERS", &facts.registers, true)
+            .override_global("TYPED_TASK", &u8::from(facts.types_task), true)
+            .override_global("IMAGES", &u8::from(facts.images), true)
             .map_max_entries("EVENTS", events)
-            .map_max_entries("SEEN", if images { 4096 } else { 1 })
+            .map_max_entries("SEEN", if facts.images { 4096 } else { 1 })
             .map_max_entries("SOCKETS", tcp_sockets)
             .map_max_entries("UDP_SOCKETS", udp_sockets)
             .map_max_entries("FLOWS", flows)
@@ -192,7 +213,7 @@ impl Kernel {
             .or_error(ErrorKind::Load, "cannot read the programs' log")?;
         // Not at the same time as the maps: when memory runs out, the kernel kills a process that
         // loads programs, but returns an error to one that makes a map.
-        preload::load_ahead(&mut ebpf, &plan, &iters, &controls, &ids);
+        preload::load_ahead(&mut ebpf, &plan, &iters, &controls, &facts.ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
