@@ -92,7 +92,8 @@ pub(crate) struct Kernel {
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
     rejected: PerCpuArray<MapData, u64>,
     protocol: Protocol,
-    /// How many elements the map of TCP sockets has. The kernel adds one for each CPU.
+    /// How many elements the map of TCP sockets has, 0 if no program looks for sockets that are
+    /// gone. The kernel adds one for each CPU.
     elements: u32,
     filters: Filters,
     log: Option<EbpfLogger<&'static dyn Log>>,
@@ -108,6 +109,8 @@ struct Facts {
     ids: Ids,
     /// Whether the programs report the images of processes.
     images: bool,
+    /// Whether a round of samples looks for sockets that are gone.
+    finds_gone: bool,
     has_listened: u64,
     drop_reasons: [(&'static str, u32); 2],
     registers: u64,
@@ -129,6 +132,10 @@ impl Facts {
             offsets: offsets::resolve(&btf)?,
             ids: ids::find(&btf, targets),
             images: config.process_details && verifies,
+            // The verifier of 5.10 takes minutes for this loop as well.
+            finds_gone: config.protocol == Protocol::Tcp
+                && config.sample_interval.is_some()
+                && offsets::verifies_images(&btf),
             has_listened: offsets::has_listened(&btf),
             drop_reasons: offsets::drop_reasons(&btf),
             registers: offsets::registers(&btf),
@@ -172,8 +179,7 @@ impl Kernel {
         let mut controls = vec![ARM_WAKEUP, CONTROL_FILTER];
         controls.extend((buffer == Buffer::Ring).then_some(RING_FILL));
         controls.extend((config.protocol == Protocol::Udp).then_some(QUERY_FLOW));
-        let finds_gone = config.protocol == Protocol::Tcp && config.sample_interval.is_some();
-        controls.extend(finds_gone.then_some(FIND_GONE));
+        controls.extend(facts.finds_gone.then_some(FIND_GONE));
         // The loader rounds the size in the same way.
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
@@ -249,7 +255,7 @@ impl Kernel {
                 counters,
                 rejected,
                 protocol: config.protocol,
-                elements: tcp_sockets + cpus as u32,
+                elements: u32::from(facts.finds_gone) * (tcp_sockets + cpus as u32),
                 filters,
                 log,
                 recursion_misses: None,
@@ -280,6 +286,9 @@ impl Kernel {
     /// elements of the map of sockets from this index on. Returns the next index; `None` at the
     /// end.
     pub(crate) fn find_gone(&self, begin: u32, round: u32) -> io::Result<Option<u32>> {
+        if begin >= self.elements {
+            return Ok(None);
+        }
         let next = begin.saturating_add(control::find_gone(&self.ebpf, begin, round)?);
         Ok((next < self.elements).then_some(next))
     }
