@@ -48,6 +48,8 @@ fields! {
     Protocol: 2 = "sock.sk_protocol",
     Error: 4 = "sock.sk_err",
     Flags: 8 = "sock.__sk_common.skc_flags",
+    References: 4 = "sock.__sk_common.skc_refcnt",
+    Locked: 4 = "sock.sk_lock.owned",
     SkUid: 4 = "sock.sk_uid",
     Cgroup: 8 = "sock.sk_cgrp_data.cgroup | sock.sk_cgrp_data.val",
     SkSocket: 8 = "sock.sk_socket",
@@ -159,4 +161,7 @@ fields! {
     IoFiles: 8 = "io_ring_ctx.file_table.data.nodes | io_ring_ctx.file_table.files",
     IoFileCount: 4 = "io_ring_ctx.file_table.data.nr | io_ring_ctx.nr_user_files",
     IoNodeFile: 8 = "io_rsrc_node.file_ptr",
+    HashElements: 8 = "bpf_htab.elems",
+    HashElementSize: 4 = "bpf_htab.elem_size",
+    HashElementHash: 4 = "htab_elem.hash",
 }

@@ -554,8 +554,8 @@ pub struct Tracked {
     pub tree_generation: u16,
     /// `sk_uid` when the socket was put into the map. Its room there is counted for this user.
     pub room_uid: u32,
-    /// Padding.
-    pub _pad: u32,
+    /// The last round of samples that found the socket gone, 0 for none.
+    pub gone_in: u32,
     /// For a child of a listener, the listener's id. For a listener, its own id. Otherwise 0.
     pub listener: u64,
     /// The process that called `connect` or `listen`, or had the socket open when the tracer

@@ -493,6 +493,14 @@ fn control_filter(ctx: *mut c_void) -> i32 {
     query::control_filter(&RawTracePointContext::new(ctx))
 }
 
+/// Reports the ends of TCP sockets that no hook saw.
+#[unsafe(link_section = "raw_tp")]
+#[unsafe(no_mangle)]
+fn find_gone(ctx: *mut c_void) -> i32 {
+    let args = RawTracePointContext::new(ctx);
+    tcp::gone::find(ctx, args.arg(0), args.arg(1))
+}
+
 /// Returns the totals of a flow.
 #[classifier]
 fn query_flow(ctx: TcContext) -> i32 {

@@ -45,9 +45,9 @@ pub struct Stats {
     /// [`max_sockets`]: crate::TcpTracerBuilder::max_sockets
     pub untracked: u64,
     /// State changes that no hook saw. The next change of the socket shows them. If a close was
-    /// missed, the tracer reports it when the kernel frees the socket. A socket whose last change
-    /// and end no hook saw is counted only when another socket gets its address, so this is a lower
-    /// bound.
+    /// missed, the tracer reports it when the kernel frees the socket. If no hook saw that either,
+    /// the tracer reports it when the socket is gone in two rounds of
+    /// [samples](crate::TcpTracerBuilder::sample_interval). This is a lower bound.
     pub missed: u64,
     /// TCP sockets that the tracer left out because they are neither IPv4 nor IPv6.
     pub unknown_family: u64,

@@ -54,6 +54,7 @@ mod udp_nat;
 mod udp_numbers;
 mod udp_peers;
 mod udp_sends;
+mod unseen;
 mod uring;
 mod users;
 
@@ -105,6 +106,7 @@ fn main() -> ExitCode {
     }
     let tests = [
         states::trials(),
+        unseen::trials(),
         owner::trials(),
         details::trials(),
         uring::trials(),

@@ -1,6 +1,7 @@
 //! TCP sockets: state changes and other events.
 
 pub(crate) mod accept;
+pub(crate) mod gone;
 mod record;
 mod sockets;
 
@@ -103,7 +104,8 @@ pub(crate) fn state_changed(
                 None => sockets::adopt(sk, from),
             };
             if let Some(tracked) = tracked {
-                if tracked.state != from {
+                // The other program counts the change that it reports after a held one.
+                if tracked.state != from && !tracked.is_held() {
                     counters::missed();
                 }
                 let change = if tracked.is_held() {
@@ -143,6 +145,7 @@ pub(crate) fn state_changed(
         if last_state != CLOSE {
             // No hook saw the close and the end of the previous socket at this address.
             counters::missed();
+            gone::replaced(&sk.0);
         }
         sockets::forget(sk, room_uid);
     }
@@ -396,6 +399,7 @@ pub(crate) fn destroyed(ctx: Context, sk: Sock) {
             // Neither program saw its close.
             counters::missed();
             let state = tracked.state;
+            record::forget_syn(tracked);
             report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
         }
         sockets::forget(sk, tracked.room_uid);

@@ -41,8 +41,7 @@ pub(super) trait Describe: Socket {
         let sequence = self
             .get::<u64>(Field::BytesAcked)
             .wrapping_add(u64::from(in_flight));
-        let fin_queued = matches!(state, FIN_WAIT1 | FIN_WAIT2 | LAST_ACK | CLOSING);
-        let fin_sent = fin_queued && next == self.get::<u32>(Field::WriteSeq);
+        let fin_sent = queues_fin(state) && next == self.get::<u32>(Field::WriteSeq);
         sequence.saturating_sub(u64::from(tracked.syn() == syn::COUNTED) + u64::from(fin_sent))
     }
 
@@ -102,6 +101,21 @@ pub(super) trait Describe: Socket {
 }
 
 impl<S: Socket> Describe for S {}
+
+/// Lets the bytes of a socket, whose close no hook saw, be those that the kernel counts without SYN
+/// and FIN. Other changes of the state may have been missed, so a FIN may have been sent.
+#[inline(always)]
+pub(super) fn forget_syn(tracked: &mut Tracked) {
+    if !queues_fin(tracked.state) {
+        tracked.set_syn(syn::UNKNOWN);
+    }
+}
+
+/// Returns whether a socket in this state has a FIN in its queue, or has sent it.
+#[inline(always)]
+const fn queues_fin(state: u8) -> bool {
+    matches!(state, FIN_WAIT1 | FIN_WAIT2 | LAST_ACK | CLOSING)
+}
 
 /// Returns the errno with which a socket closes, or 0 if there is none.
 ///

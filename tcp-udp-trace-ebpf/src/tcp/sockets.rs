@@ -21,7 +21,7 @@ use crate::{
 /// The sockets by address. It is not an LRU map, because those evict live sockets long before they
 /// are full.
 #[map]
-static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, ON_DEMAND);
+pub(super) static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, ON_DEMAND);
 
 /// The last process that accepted a connection, by the id of the listener.
 #[map]
@@ -74,7 +74,7 @@ pub(crate) fn fresh(sk: Sock, socket: impl Socket, state: u8, syn: u8, creator: 
         syn,
         tree_generation: 0,
         room_uid: socket.get(Field::SkUid),
-        _pad: 0,
+        gone_in: 0,
         listener: if state == LISTEN { id } else { 0 },
         creator,
         acceptor: owner::UNKNOWN,
@@ -90,6 +90,7 @@ pub(crate) fn child_of(listener: &Tracked, state: u8, syn: u8) -> Tracked {
         state,
         syn,
         tree_generation: 0,
+        gone_in: 0,
         listener: listener.id,
         acceptor: owner::UNKNOWN,
         ..*listener

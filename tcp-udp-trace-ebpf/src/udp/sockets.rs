@@ -88,6 +88,7 @@ pub(crate) fn track_new(
             tracked.strangers = queued(sk);
         }
         let old = if key == sk.0 { None } else { get(sk.0) };
+        let moves = old.is_some();
         if let Some(old) = old {
             // The socket has got its cookie. Its entry moves from its address to its cookie.
             tracked.id = old.id;
@@ -115,7 +116,7 @@ pub(crate) fn track_new(
         }
         tracked.room_uid = sk.get(Field::SkUid);
         let complete: &UdpTracked = tracked;
-        if room::is_left(complete.room_uid) {
+        if moves || room::is_left(complete.room_uid) {
             let is_ours = UDP_SOCKETS
                 .insert(key, complete, u64::from(BPF_NOEXIST))
                 .is_ok();

@@ -31,8 +31,11 @@ pub(super) const QUERY_FLOW: &str = "query_flow";
 pub(super) const CONTROL_FILTER: &str = "control_filter";
 /// Returns the fill level of the ring. It is only in the object with a ring.
 pub(super) const RING_FILL: &str = "ring_fill";
+/// Reports the ends of TCP sockets that no hook saw.
+pub(super) const FIND_GONE: &str = "find_gone";
 /// All of them.
-pub(super) const CONTROL_PROGRAMS: [&str; 4] = [ARM_WAKEUP, QUERY_FLOW, CONTROL_FILTER, RING_FILL];
+pub(super) const CONTROL_PROGRAMS: [&str; 5] =
+    [ARM_WAKEUP, QUERY_FLOW, CONTROL_FILTER, RING_FILL, FIND_GONE];
 
 /// Runs a program that takes no arguments, and returns its result.
 pub(super) fn run(ebpf: &Ebpf, name: &str) -> io::Result<u32> {
@@ -77,8 +80,19 @@ pub(super) fn query_flow(
 
 /// Runs the program that controls the filter, and returns its result, which is not negative.
 pub(super) fn control_filter(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
+    run_with(ebpf, CONTROL_FILTER, args)
+}
+
+/// Checks the elements of the map of TCP sockets from this index on. Returns how many were checked.
+pub(super) fn find_gone(ebpf: &Ebpf, begin: u32, round: u32) -> io::Result<u32> {
+    let checked = run_with(ebpf, FIND_GONE, &[begin.into(), round.into()])?;
+    Ok(checked.unsigned_abs())
+}
+
+/// Runs a program with arguments, and returns its result, which is not negative.
+fn run_with(ebpf: &Ebpf, name: &str, args: &[u64]) -> io::Result<i32> {
     let program: &RawTracePoint = ebpf
-        .program(CONTROL_FILTER)
+        .program(name)
         .ok_or(ProgramError::NotLoaded)
         .and_then(TryFrom::try_from)
         .map_err(io::Error::other)?;

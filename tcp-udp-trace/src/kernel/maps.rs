@@ -48,8 +48,8 @@ pub(super) fn sizes(config: &Config, ring_bytes: u32, cpus: u32) -> Vec<(&'stati
         ),
         Protocol::Udp => (
             &[
-                // Each CPU may assemble one more at the same time.
-                ("UDP_SOCKETS", config.max_sockets + cpus),
+                // Each CPU may assemble one more at the same time, and move it to another key.
+                ("UDP_SOCKETS", config.max_sockets + 2 * cpus),
                 ("FLOWS", config.max_flows + flows_on_their_way(ring_bytes)),
                 ("UNWANTED", config.max_flows.min(unwanted)),
             ],

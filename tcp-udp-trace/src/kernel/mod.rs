@@ -35,13 +35,18 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use log::Log;
-use tcp_udp_trace_common::{Counters, FlowKey, hold, kind};
+use tcp_udp_trace_common::{Counters, FlowKey, Offsets, hold, kind};
 
 use self::{
-    btf::{ids, offsets},
-    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, QUERY_FLOW, RING_FILL},
+    btf::{
+        ids::{self, Ids},
+        offsets,
+    },
+    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, FIND_GONE, QUERY_FLOW, RING_FILL},
     filter::Filters,
+    iter::IterProgram,
     maps::{SHARE, take_map},
+    plan::HookPoint,
 };
 use crate::{
     config::{Buffer, Config},
@@ -69,12 +74,64 @@ pub(crate) struct Kernel {
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
     rejected: PerCpuArray<MapData, u64>,
     protocol: Protocol,
+    /// How many elements the map of TCP sockets has, 0 if no program looks for sockets that are
+    /// gone. The kernel adds one for each CPU.
+    elements: u32,
     filters: Filters,
     log: Option<EbpfLogger<&'static dyn Log>>,
     /// The last value from the kernel, which the kernel shows only while the programs are loaded.
     recursion_misses: Option<u64>,
     /// The offset of this process's time namespace.
     pub(crate) time_offset: i64,
+}
+
+/// What the running kernel's BTF says.
+struct Facts {
+    offsets: Offsets,
+    ids: Ids,
+    /// Whether the programs report the images of processes.
+    images: bool,
+    /// Whether a round of samples looks for sockets that are gone.
+    finds_gone: bool,
+    has_listened: u64,
+    repair: u8,
+    drop_reasons: [(&'static str, u32); 2],
+    registers: u64,
+    types_task: bool,
+    allocates_on_demand: bool,
+}
+
+impl Facts {
+    /// Reads the BTF, whose memory is free again afterwards.
+    fn read(
+        config: &Config,
+        likely: &[(&str, HookPoint)],
+        iters: &[IterProgram],
+    ) -> Result<Self, Error> {
+        let vmlinux = offsets::read_btf()?;
+        let btf = offsets::parse(&vmlinux)?;
+        let targets = likely.iter().filter_map(|(_, point)| point.target());
+        let targets = targets.chain(iters.iter().map(|iter| iter.target()));
+        let verifies = match config.protocol {
+            Protocol::Tcp => offsets::verifies_images(&btf),
+            Protocol::Udp => offsets::verifies_images_of_udp(&btf),
+        };
+        Ok(Self {
+            offsets: offsets::resolve(&btf)?,
+            ids: ids::find(&btf, targets),
+            images: config.process_details && verifies,
+            // The verifier of 5.10 takes minutes for this loop as well.
+            finds_gone: config.protocol == Protocol::Tcp
+                && config.sample_interval.is_some()
+                && offsets::verifies_images(&btf),
+            has_listened: offsets::has_listened(&btf),
+            repair: offsets::repair(&btf),
+            drop_reasons: offsets::drop_reasons(&btf),
+            registers: offsets::registers(&btf),
+            types_task: offsets::types_task(&btf),
+            allocates_on_demand: offsets::allocates_on_demand(&btf),
+        })
+    }
 }
 
 impl Kernel {
@@ -90,28 +147,7 @@ impl Kernel {
         let likely = plan.iter().flat_map(|signal| signal.likely(has_kprobes));
         let likely: Vec<_> = likely.collect();
         let iters = iter::programs(config);
-        let (offsets, ids, images, has_listened, repair, drop_reasons, registers, types_task, on_demand) = {
-            let vmlinux = offsets::read_btf()?;
-            let btf = offsets::parse(&vmlinux)?;
-            let targets = likely.iter().filter_map(|(_, point)| point.target());
-            let targets = targets.chain(iters.iter().map(|iter| iter.target()));
-            let verifies = match config.protocol {
-                Protocol::Tcp => offsets::verifies_images(&btf),
-                Protocol::Udp => offsets::verifies_images_of_udp(&btf),
-            };
-            let images = config.process_details && verifies;
-            (
-                offsets::resolve(&btf)?,
-                ids::find(&btf, targets),
-                images,
-                offsets::has_listened(&btf),
-                offsets::repair(&btf),
-                offsets::drop_reasons(&btf),
-                offsets::registers(&btf),
-                offsets::types_task(&btf),
-                offsets::allocates_on_demand(&btf),
-            )
-        };
+        let facts = Facts::read(config, &likely, &iters)?;
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
                 ErrorKind::Unsupported,
@@ -124,6 +160,7 @@ impl Kernel {
         let mut controls = vec![ARM_WAKEUP, CONTROL_FILTER];
         controls.extend((buffer == Buffer::Ring).then_some(RING_FILL));
         controls.extend((config.protocol == Protocol::Udp).then_some(QUERY_FLOW));
+        controls.extend(facts.finds_gone.then_some(FIND_GONE));
         // The loader rounds the size in the same way.
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
@@ -135,25 +172,25 @@ impl Kernel {
         for (name, entries) in maps::sizes(config, ring_bytes, cpus as u32) {
             loader.map_max_entries(name, entries);
         }
-        for (name, reason) in &drop_reasons {
+        for (name, reason) in &facts.drop_reasons {
             loader.override_global(name, reason, true);
         }
         let mut ebpf = loader
-            .override_global("OFFSETS", &offsets[..], true)
+            .override_global("OFFSETS", &facts.offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
             .override_global("WAKE_SHIFT", &wake_shift, buffer == Buffer::Ring)
             .override_global("MAX_SOCKETS", &config.max_sockets, true)
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
-            .override_global("HAS_LISTENED", &has_listened, true)
+            .override_global("HAS_LISTENED", &facts.has_listened, true)
             .override_global("AARCH64", &u8::from(cfg!(target_arch = "aarch64")), true)
-            .override_global("REPAIR", &repair, true)
-            .override_global("REGISTERS", &registers, true)
-            .override_global("TYPED_TASK", &u8::from(types_task), true)
-            .override_global("IMAGES", &u8::from(images), true)
+            .override_global("REPAIR", &facts.repair, true)
+            .override_global("REGISTERS", &facts.registers, true)
+            .override_global("TYPED_TASK", &u8::from(facts.types_task), true)
+            .override_global("IMAGES", &u8::from(facts.images), true)
             .map_max_entries("EVENTS", events)
-            .map_max_entries("SEEN", if images { 4096 } else { 1 })
-            .load(&maps::with_allocation(object, on_demand))
+            .map_max_entries("SEEN", if facts.images { 4096 } else { 1 })
+            .load(&maps::with_allocation(object, facts.allocates_on_demand))
             .map_err(|source| errors::of_map(&source, config.protocol).with_source(source))?;
         let log = (buffer == Buffer::Ring).then(|| EbpfLogger::init(&mut ebpf));
         let log = log
@@ -161,7 +198,7 @@ impl Kernel {
             .or_error(ErrorKind::Load, "cannot read the programs' log")?;
         // Not at the same time as the maps: when memory runs out, the kernel kills a process that
         // loads programs, but returns an error to one that makes a map.
-        preload::load_ahead(&mut ebpf, &likely, &iters, &controls, &ids);
+        preload::load_ahead(&mut ebpf, &likely, &iters, &controls, &facts.ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
@@ -197,6 +234,7 @@ impl Kernel {
                 counters,
                 rejected,
                 protocol: config.protocol,
+                elements: u32::from(facts.finds_gone) * (config.max_sockets + cpus as u32),
                 filters,
                 log,
                 recursion_misses: None,
@@ -221,6 +259,17 @@ impl Kernel {
     /// See [`Shared::open_socket_iter`](crate::tasks::Shared::open_socket_iter).
     pub(crate) fn open_socket_iter(&mut self) -> io::Result<File> {
         iter::open(&mut self.ebpf).map_err(io::Error::other)
+    }
+
+    /// Reports the ends of TCP sockets that no hook saw, each in its second round. Checks some
+    /// elements of the map of sockets from this index on. Returns the next index; `None` at the
+    /// end.
+    pub(crate) fn find_gone(&self, begin: u32, round: u32) -> io::Result<Option<u32>> {
+        if begin >= self.elements {
+            return Ok(None);
+        }
+        let next = begin.saturating_add(control::find_gone(&self.ebpf, begin, round)?);
+        Ok((next < self.elements).then_some(next))
     }
 
     /// Arms the wake-up by the next record. Returns how many records found the ring full so far,

@@ -23,6 +23,7 @@ use tokio::{
 
 use super::shared::Shared;
 use crate::{
+    event::Protocol,
     kernel::SampleScope,
     netns,
     sock_diag::{self, SocketInfo, dump},
@@ -37,9 +38,10 @@ const RESPITE: Duration = Duration::from_millis(10);
 pub(super) async fn run(shared: Arc<Shared>, every: Duration) {
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
+    // The programs take the number before the first one for a round that did not exist.
+    for number in 2.. {
         ticks.tick().await;
-        let Some(done) = shared.begin_round(round) else {
+        let Some(done) = shared.begin_round(move |shared| round(shared, number)) else {
             return;
         };
         // An error means that the thread has ended, too.
@@ -51,10 +53,10 @@ pub(super) async fn run(shared: Arc<Shared>, every: Duration) {
 struct Over;
 
 /// Runs one round. The thread must end afterwards, because it stays in the last namespace.
-fn round(shared: &Shared) {
+fn round(shared: &Shared, number: u32) {
     let began = Instant::now();
     let round = Round { shared };
-    let result = round.everywhere();
+    let result = round.everywhere().and_then(|()| round.find_gone(number));
     shared.samples.clear();
     if result.is_ok() {
         shared.samples.count(|counts| {
@@ -158,6 +160,22 @@ impl Round<'_> {
                     io::ErrorKind::TimedOut,
                     "the reader does not take the samples",
                 ));
+            }
+        }
+    }
+
+    /// Reports the ends of sockets that no hook saw.
+    fn find_gone(&self, number: u32) -> Result<(), Over> {
+        if self.shared.protocol != Protocol::Tcp {
+            return Ok(());
+        }
+        let mut begin = 0;
+        loop {
+            self.go_on()?;
+            match self.shared.find_gone(begin, number) {
+                Ok(Some(next)) => begin = next,
+                Ok(None) => return Ok(()),
+                Err(error) => return self.fault("sockets that are gone", &error),
             }
         }
     }

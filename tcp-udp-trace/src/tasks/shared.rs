@@ -197,6 +197,16 @@ impl Shared {
         Some(ended)
     }
 
+    /// Reports the ends of TCP sockets that no hook saw, see [`Kernel::find_gone`].
+    ///
+    /// [`Kernel::find_gone`]: crate::kernel::Kernel::find_gone
+    pub(crate) fn find_gone(&self, begin: u32, round: u32) -> io::Result<Option<u32>> {
+        match &*self.source() {
+            Some(source) => source.kernel.find_gone(begin, round),
+            None => Ok(None),
+        }
+    }
+
     /// Opens the iterator over the sockets of the calling thread's network namespace. A read of the
     /// file writes a record of each known socket into the ring, and returns one byte for each.
     pub(crate) fn open_socket_iter(&self) -> io::Result<File> {
