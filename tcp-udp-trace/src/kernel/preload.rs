@@ -13,9 +13,9 @@ use super::{
 };
 use crate::lock::lock;
 
-/// Loads the programs of `hooks`, which will probably be attached, and others, on every CPU at once,
-/// because the kernel's verifier takes most of a start. A program that fails here is loaded again
-/// at its turn, and then the error is reported.
+/// Loads the programs of `hooks`, which will probably be attached, and others, on every CPU at
+/// once, because the kernel's verifier takes most of a start. A program that fails here is loaded
+/// again at its turn, and then the error is reported.
 pub(super) fn load_ahead(
     ebpf: &mut Ebpf,
     hooks: &[(&str, HookPoint)],
