@@ -46,6 +46,7 @@ mod samples;
 mod sampling;
 mod snapshot;
 mod states;
+mod summaries;
 mod udp_flows;
 mod udp_lifecycle;
 mod udp_nat;
@@ -58,6 +59,8 @@ mod users;
 /// Topics and tests that are run a second time, with perf buffers.
 const WITH_PERF_BUFFERS: &[&str] = &[
     "states",
+    "summaries::numbers_are_those_of_tcp_info",
+    "summaries::only_summaries",
     "connects::that_fail_before_any_state_change",
     "bytes::veth_between_namespaces",
     "owner::inherited_listener_prefork",
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
     let arguments = libtest_mimic::Arguments::from_args();
     let tests = [
         states::trials(),
+        summaries::trials(),
         owner::trials(),
         details::trials(),
         uring::trials(),

@@ -133,12 +133,10 @@ fn is_stillborn(events: &[Event]) -> bool {
         let Traffic {
             tx_bytes, rx_bytes, ..
         } = event.traffic;
-        let kind = EventKind::StateChange {
-            from,
-            to,
-            error: None,
-        };
-        event.kind == kind && is_listeners && tx_bytes == 0 && rx_bytes == 0
+        let is_step = matches!(event.kind, EventKind::StateChange {
+            from: is_from, to: is_to, error: None, ..
+        } if (is_from, is_to) == (from, to));
+        is_step && is_listeners && tx_bytes == 0 && rx_bytes == 0
     };
     matches!(events, [born, dead] if step(born, Listen, SynRecv) && step(dead, SynRecv, Close))
 }

@@ -74,7 +74,8 @@ pub(crate) fn fresh(sk: Sock, socket: impl Socket, state: u8, syn: u8, creator: 
         syn,
         tree_generation: 0,
         room_uid: socket.get(Field::SkUid),
-        _pad: 0,
+        handshake: 0,
+        established: 0,
         listener: if state == LISTEN { id } else { 0 },
         creator,
         acceptor: owner::UNKNOWN,
@@ -90,6 +91,8 @@ pub(crate) fn child_of(listener: &Tracked, state: u8, syn: u8) -> Tracked {
         state,
         syn,
         tree_generation: 0,
+        handshake: 0,
+        established: 0,
         listener: listener.id,
         acceptor: owner::UNKNOWN,
         ..*listener

@@ -45,7 +45,7 @@ use self::{
 use crate::{
     config::{Buffer, Config, LATE_SHARE},
     error::{Error, ErrorKind, ResultExt as _},
-    event::{Event, Protocol, Traffic},
+    event::{Event, Protocol, Traffic, reset_reason},
     filter::Filter,
     hook::Hook,
     pipeline::{
@@ -105,7 +105,7 @@ impl Kernel {
         preflight::check(config.protocol)?;
         let plan = plan::signals(config);
         let iters = iter::programs(config);
-        let (offsets, ids, images, has_listened, repair, drop_reasons, registers, types_task) = {
+        let (offsets, ids, images, has_listened, bitfields, drop_reasons, registers, types_task) = {
             let vmlinux = offsets::read_btf()?;
             let btf = offsets::parse(&vmlinux)?;
             let targets = plan.iter().flat_map(|signal| signal.targets());
@@ -115,12 +115,15 @@ impl Kernel {
                 Protocol::Udp => offsets::verifies_images_of_udp(&btf),
             };
             let images = config.process_details && verifies;
+            if config.resets {
+                reset_reason::set_names(|| offsets::reset_reasons(&btf));
+            }
             (
                 offsets::resolve(&btf)?,
                 ids::find(&btf, targets),
                 images,
                 offsets::has_listened(&btf),
-                offsets::repair(&btf),
+                offsets::bitfields(&btf),
                 offsets::drop_reasons(&btf),
                 offsets::registers(&btf),
                 offsets::types_task(&btf),
@@ -164,6 +167,9 @@ impl Kernel {
         for (name, reason) in &drop_reasons {
             loader.override_global(name, reason, true);
         }
+        for (name, bits) in &bitfields {
+            loader.override_global(name, bits, true);
+        }
         let mut ebpf = loader
             .override_global("OFFSETS", &offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
@@ -172,7 +178,7 @@ impl Kernel {
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &has_listened, true)
-            .override_global("REPAIR", &repair, true)
+            .override_global("ONLY_ENDS", &u8::from(config.summaries_only), true)
             .override_global("REGISTERS", &registers, true)
             .override_global("TYPED_TASK", &u8::from(types_task), true)
             .override_global("IMAGES", &u8::from(images), true)
