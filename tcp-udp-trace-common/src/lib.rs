@@ -42,11 +42,11 @@ pub mod kind {
     pub const SAMPLE_TCP: u32 = 8;
     /// A [`Udp`](super::Udp): a sample of a live socket.
     pub const SAMPLE_UDP: u32 = 9;
-    /// A [`Tcp`](super::Tcp): a segment was retransmitted.
+    /// An [`Anomaly`](super::Anomaly): a segment was retransmitted.
     pub const RETRANSMIT: u32 = 10;
-    /// A [`Tcp`](super::Tcp): a reset was sent.
+    /// An [`Anomaly`](super::Anomaly): a reset was sent.
     pub const RESET_SENT: u32 = 11;
-    /// A [`Tcp`](super::Tcp): a reset was received.
+    /// An [`Anomaly`](super::Anomaly): a reset was received.
     pub const RESET_RECEIVED: u32 = 12;
     /// A [`Tcp`](super::Tcp): a `connect` failed without a state change.
     pub const CONNECT_FAILED_TCP: u32 = 13;
@@ -118,6 +118,38 @@ pub mod older {
     pub const SHIFT: u32 = 4;
     /// The bits below that position.
     pub const REST: u8 = (1 << SHIFT) - 1;
+}
+
+/// The reason of a retransmission, in [`Anomaly::what`].
+pub mod retransmission {
+    /// Not known.
+    pub const UNKNOWN: u32 = 0;
+    /// No acknowledgment came in time.
+    pub const TIMEOUT: u32 = 1;
+    /// Acknowledgments showed that the segment was lost.
+    pub const FAST: u32 = 2;
+    /// No SYN-ACK answered the SYN in time.
+    pub const SYN: u32 = 3;
+    /// No acknowledgment answered the SYN-ACK in time.
+    pub const SYN_ACK: u32 = 4;
+    /// The last segment was sent again to provoke an acknowledgment (tail loss probe).
+    pub const PROBE: u32 = 5;
+}
+
+/// The state of a socket that closes, in [`Summary::flags`].
+pub mod ending {
+    /// The last descriptor of the socket has been closed.
+    pub const CLOSED: u32 = 1 << 0;
+    /// The peer's FIN has arrived.
+    pub const PEER_CLOSED: u32 = 1 << 1;
+    /// The socket has a `struct socket`, so a process made or accepted it.
+    pub const HAS_DESCRIPTOR: u32 = 1 << 2;
+    /// Not everything in the send queue was sent.
+    pub const UNSENT: u32 = 1 << 3;
+    /// The connection is being moved to another socket (`TCP_REPAIR`), and goes on there.
+    pub const TAKEN_AWAY: u32 = 1 << 4;
+    /// No program saw the change, so the state before it is not certain.
+    pub const MISSED: u32 = 1 << 5;
 }
 
 /// The side that started a TCP connection, in [`TcpSocket::direction`].
@@ -301,6 +333,60 @@ pub struct StateChange {
     pub _pad: [u8; 2],
     /// The `errno` of a change to `CLOSE`, 0 if there is none: usually `sk_err`.
     pub error: u32,
+}
+
+/// A summary of a TCP connection, or of an attempt at one. All numbers are the kernel's own.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Summary {
+    /// See [`Tracked::established`].
+    pub established: u64,
+    /// Bytes retransmitted.
+    pub bytes_retrans: u64,
+    /// See [`Tracked::handshake`].
+    pub handshake: u32,
+    /// The smoothed round-trip time in eighths of a microsecond, 0 if there is none.
+    pub smoothed_rtt: u32,
+    /// The mean deviation of the round-trip time in quarters of a microsecond.
+    pub rtt_deviation: u32,
+    /// The shortest round-trip time in microseconds, [`u32::MAX`] if there is none.
+    pub min_rtt: u32,
+    /// Segments retransmitted.
+    pub total_retrans: u32,
+    /// Segments that the kernel marked as lost.
+    pub lost: u32,
+    /// Segments received out of order.
+    pub out_of_order: u32,
+    /// Bits of [`ending`].
+    pub flags: u32,
+}
+
+/// The end of a TCP connection, or of an attempt at one.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct End {
+    /// The change to `CLOSE`.
+    pub change: StateChange,
+    /// The summary.
+    pub summary: Summary,
+}
+
+/// A retransmission or a reset.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Anomaly {
+    /// The head.
+    pub head: Head,
+    /// The socket.
+    pub socket: TcpSocket,
+    /// One of [`retransmission`]. For a reset, the kernel's number of the reason plus 1, or 0.
+    pub what: u32,
+    /// How many segments were retransmitted.
+    pub packets: u32,
+    /// How many payload bytes were retransmitted.
+    pub bytes: u32,
+    /// Padding.
+    pub _pad: u32,
 }
 
 /// Another event of a TCP socket.
@@ -556,6 +642,14 @@ pub struct Tracked {
     pub room_uid: u32,
     /// The last round of samples that found the socket gone, 0 for none.
     pub gone_in: u32,
+    /// For a child of a listener: the time from the SYN-ACK to its acknowledgment, in microseconds.
+    /// 0 if it is not known.
+    pub handshake: u32,
+    /// Padding.
+    pub _pad: u32,
+    /// The time when the handshake was over: `CLOCK_BOOTTIME`, nanoseconds. 0 if the programs did
+    /// not see that.
+    pub established: u64,
     /// For a child of a listener, the listener's id. For a listener, its own id. Otherwise 0.
     pub listener: u64,
     /// The process that called `connect` or `listen`, or had the socket open when the tracer
@@ -721,7 +815,10 @@ const _: () = {
     assert!(size_of::<TcpSocket>() == 216);
     assert!(size_of::<StateChange>() == 240);
     assert!(size_of::<Tcp>() == 232);
-    assert!(size_of::<Tracked>() == 152);
+    assert!(size_of::<Summary>() == 48);
+    assert!(size_of::<End>() == 288);
+    assert!(size_of::<Anomaly>() == 248);
+    assert!(size_of::<Tracked>() == 168);
     assert!(size_of::<Udp>() == 248);
     assert!(size_of::<Image>() == 176);
     assert!(size_of::<Identity>() == 24);

@@ -133,7 +133,7 @@ fn tcp_end_tp(ctx: TracePointContext) -> u32 {
 #[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
 fn tcp_retransmit_err(ctx: RawTracePointContext) -> i32 {
     if ctx.arg::<i32>(2) == 0 {
-        tcp::report_event(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+        tcp::retransmitted(ctx.as_ptr(), Sock::new(ctx.arg(0)), ctx.arg(1));
     }
     0
 }
@@ -141,21 +141,41 @@ fn tcp_retransmit_err(ctx: RawTracePointContext) -> i32 {
 /// `tcp_retransmit_skb(sk, skb)`
 #[raw_tracepoint(tracepoint = "tcp_retransmit_skb")]
 fn tcp_retransmit(ctx: RawTracePointContext) -> i32 {
-    tcp::report_event(ctx.as_ptr(), kind::RETRANSMIT, Sock::new(ctx.arg(0)));
+    tcp::retransmitted(ctx.as_ptr(), Sock::new(ctx.arg(0)), ctx.arg(1));
     0
 }
 
-/// `tcp_send_reset(sk, …)`: the reset may belong to no socket.
+/// `tcp_retransmit_synack(sk, req)`: the socket is the listener.
+#[raw_tracepoint(tracepoint = "tcp_retransmit_synack")]
+fn tcp_retransmit_synack(ctx: RawTracePointContext) -> i32 {
+    tcp::syn_ack_retransmitted(ctx.as_ptr(), Sock::new(ctx.arg(0)), ctx.arg(1));
+    0
+}
+
+/// `tcp_send_reset(sk, skb, reason)`, since 6.10. The reset may belong to no socket.
+#[raw_tracepoint(tracepoint = "tcp_send_reset")]
+fn tcp_reset_sent_reason(ctx: RawTracePointContext) -> i32 {
+    let reason = ctx.arg::<u32>(2) + 1;
+    tcp::reset(
+        ctx.as_ptr(),
+        kind::RESET_SENT,
+        Sock::new(ctx.arg(0)),
+        reason,
+    );
+    0
+}
+
+/// `tcp_send_reset(sk, skb)`
 #[raw_tracepoint(tracepoint = "tcp_send_reset")]
 fn tcp_reset_sent(ctx: RawTracePointContext) -> i32 {
-    tcp::report_event(ctx.as_ptr(), kind::RESET_SENT, Sock::new(ctx.arg(0)));
+    tcp::reset(ctx.as_ptr(), kind::RESET_SENT, Sock::new(ctx.arg(0)), 0);
     0
 }
 
 /// `tcp_receive_reset(sk)`
 #[raw_tracepoint(tracepoint = "tcp_receive_reset")]
 fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
-    tcp::report_event(ctx.as_ptr(), kind::RESET_RECEIVED, Sock::new(ctx.arg(0)));
+    tcp::reset(ctx.as_ptr(), kind::RESET_RECEIVED, Sock::new(ctx.arg(0)), 0);
     0
 }
 

@@ -26,6 +26,11 @@ pub(crate) mod tcp_state {
     pub(crate) const LISTEN: u8 = 10;
     pub(crate) const CLOSING: u8 = 11;
     pub(crate) const NEW_SYN_RECV: u8 = 12;
+
+    /// Returns whether the handshake of a socket in this state is over, and the connection is not.
+    pub(crate) const fn is_connected(state: u8) -> bool {
+        !matches!(state, CLOSE | LISTEN | SYN_SENT | SYN_RECV | NEW_SYN_RECV)
+    }
 }
 
 /// A socket whose fields can be read. The implementations differ in the verifier's knowledge of the

@@ -52,6 +52,9 @@ pub(crate) struct Args {
     /// Print TCP resets.
     #[arg(long)]
     resets: bool,
+    /// Print only the ends of TCP connections, each with its summary.
+    #[arg(long)]
+    summaries_only: bool,
     /// The shortest time between two reports of a UDP flow.
     #[arg(long, value_name = "SECS", value_parser = seconds, default_value = "1")]
     interval: Duration,
@@ -186,6 +189,7 @@ pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync
             .filter(args.filter())
             .retransmits(args.retransmits)
             .resets(args.resets)
+            .summaries_only(args.summaries_only)
             .sample_interval(args.sample.0)
             .process_details(args.process_details);
         tcp = Some(builder.start().await?);

@@ -61,7 +61,7 @@ macro_rules! builder {
                 self
             }
 
-            /// Sets the size of the buffer between kernel and reader; one event takes at most 256
+            /// Sets the size of the buffer between kernel and reader; one event takes at most 296
             /// bytes. 4,096 to 1,073,741,824, rounded up to a power of two, default
             /// [`DEFAULT_RING_BYTES`](crate::DEFAULT_RING_BYTES).
             ///
@@ -71,7 +71,7 @@ macro_rules! builder {
             /// only the ends of sockets that find the first ring full. These ends come a little
             /// late, but at their position in time. So while the reader does not run, no flood of
             /// other events costs the end of a socket. The room suffices for this number of ends:
-            /// with the default 3,171 of TCP, or 3,072 of UDP.
+            /// with the default 2,656 of TCP, or 3,072 of UDP.
             pub fn ring_bytes(mut self, bytes: u32) -> Self {
                 self.config.ring_bytes = bytes;
                 self
@@ -202,6 +202,18 @@ impl TcpTracerBuilder {
         self.config.resets = resets;
         self
     }
+
+    /// Sets whether the ends of connections are the only events: each change to `CLOSE` with its
+    /// [`Summary`](crate::Summary). Default no.
+    ///
+    /// Each connection, and each attempt at one that failed after its SYN, has exactly one event.
+    /// There is none for a listener. The kernel side still remembers every socket, but skips the
+    /// changes of the state in between, and there are no samples, retransmissions and resets.
+    /// [`Socket`](crate::Socket), owner and traffic are as complete as without this setting.
+    pub fn summaries_only(mut self, summaries_only: bool) -> Self {
+        self.config.summaries_only = summaries_only;
+        self
+    }
 }
 
 impl UdpTracerBuilder {
@@ -263,9 +275,9 @@ mod tests {
 
     #[test]
     fn documented_sizes_follow_from_the_records() {
-        use tcp_udp_trace_common::{StateChange, Udp};
+        use tcp_udp_trace_common::{End, Udp};
         // The size of a record in a ring buffer, with the kernel's header.
-        let [tcp, udp] = [size_of::<StateChange>(), size_of::<Udp>()].map(|size| size as u32 + 8);
+        let [tcp, udp] = [size_of::<End>(), size_of::<Udp>()].map(|size| size as u32 + 8);
         let room = DEFAULT_RING_BYTES / 8 + DEFAULT_RING_BYTES / LATE_SHARE;
         let ends = [room / tcp, room / udp].map(|n| format!("{},{:03}", n / 1000, n % 1000));
         let text = include_str!("builder.rs").replace("///", " ");

@@ -105,6 +105,7 @@ pub(crate) struct Config {
     pub(crate) filter: Filter,
     pub(crate) retransmits: bool,
     pub(crate) resets: bool,
+    pub(crate) summaries_only: bool,
 }
 
 impl Config {
@@ -125,6 +126,7 @@ impl Config {
             filter: Filter::new(),
             retransmits: false,
             resets: false,
+            summaries_only: false,
         }
     }
 

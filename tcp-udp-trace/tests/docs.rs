@@ -68,6 +68,7 @@ fn every_field_is_named() {
         "details",
         "lost",
         "tcp4_reset",
+        "tcp4_state_change_error",
     ] {
         let seed = read(&format!("fuzz/corpus/event_json/{seed}"));
         fields(&serde_json::from_str(&seed).expect("JSON"), &mut names);

@@ -2,23 +2,25 @@
 
 use std::{net::SocketAddr, thread::sleep, time::Duration};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
-    actor::Actor,
+    actor::{Actor, Command},
     collector::{Collector, show},
     expected_tcp::{ACTIVE_CLIENT, ExpectedTcp},
-    netns::{FAR, ip, veth},
+    kernel,
+    netns::{FAR, NEAR, ip, veth},
     observed_tcp::ObservedTcp,
     suite::Test,
     tcp_info,
     tcp_pair::{Connection, TcpPair, loopback},
 };
-use tcp_udp_trace::{Event, EventKind, ResetDirection};
+use tcp_udp_trace::{Direction, Event, EventKind, ResetDirection, Retransmission};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
         Nothing: [
             retransmissions_are_those_that_the_socket_counts,
+            handshake_that_is_not_answered,
             resets_at_either_end,
             refused_connection_is_a_reset,
             nothing_of_it_by_default,
@@ -32,7 +34,8 @@ fn start() -> anyhow::Result<Collector> {
 
 /// Returns the anomalies of the socket with this local address.
 fn anomalies(events: &[Event], local: SocketAddr) -> Vec<EventKind> {
-    let is_one = |kind: &EventKind| matches!(kind, EventKind::Retransmit | EventKind::Reset { .. });
+    let is_one =
+        |kind: &EventKind| matches!(kind, EventKind::Retransmit { .. } | EventKind::Reset { .. });
     let ours = events.iter().filter(|event| event.socket.local == local);
     ours.map(|event| event.kind.clone())
         .filter(is_one)
@@ -50,11 +53,12 @@ fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     let mut pair = TcpPair::traced_between(collector, server, address, Actor::spawn("client")?)?;
     let Connection { client, server } = pair.connect()?;
     let socket = pair.client.lend(&client)?;
-    let retransmitted = || {
+    let number = |name: &str| {
         let info = tcp_info::of(&socket)?;
-        let total = info.iter().find(|(name, _)| *name == "total_retrans");
-        total.map(|(_, total)| *total).context("no total_retrans")
+        let number = info.iter().find(|(found, _)| *found == name);
+        number.map(|(_, number)| *number).context("no such number")
     };
+    let retransmitted = || number("total_retrans");
     far.run(|| ip(&format!("addr del {FAR}/24 dev far0")))?;
     pair.client.send(&client, BYTES)?;
     while retransmitted()? < AT_LEAST {
@@ -62,24 +66,85 @@ fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     }
     far.run(|| ip(&format!("addr add {FAR}/24 dev far0")))?;
     pair.server.receive(&server, BYTES)?;
-    let total = retransmitted()?;
+    let (total, bytes) = (retransmitted()?, number("bytes_retrans")?);
     // Closed before the client's descriptor, which must be the last one.
     drop(socket);
     pair.close(&Connection { client, server })?;
     pair.server.close(&pair.listener)?;
     let events = pair.collector.finish_in_order(3)?;
     let reported = anomalies(&events, client.local);
+    let mut sums = (0, 0);
+    for kind in &reported {
+        let EventKind::Retransmit {
+            what: Some(Retransmission::Timeout | Retransmission::Probe),
+            packets,
+            bytes,
+        } = *kind
+        else {
+            bail!("{kind:?}:{}", show(&events));
+        };
+        sums = (sums.0 + u64::from(packets), sums.1 + u64::from(bytes));
+    }
     ensure!(
-        reported == vec![EventKind::Retransmit; usize::try_from(total)?],
-        "{total}, but{}",
+        sums == (total, bytes),
+        "{total} {bytes}, but{}",
         show(&events)
     );
+    let is_timeout = |kind: &EventKind| {
+        matches!(
+            kind,
+            EventKind::Retransmit {
+                what: Some(Retransmission::Timeout),
+                ..
+            }
+        )
+    };
+    ensure!(reported.iter().any(is_timeout), "{}", show(&events));
     let identity = pair.client.identity()?;
-    for event in events.iter().filter(|e| e.kind == EventKind::Retransmit) {
+    let is_one = |event: &&Event| matches!(event.kind, EventKind::Retransmit { .. });
+    for event in events.iter().filter(is_one) {
         let pid = event.process.as_ref().map(|process| process.pid);
         ensure!(pid == Some(identity.pid), "{event}");
     }
     Ok(())
+}
+
+/// The server's SYN-ACKs go to a hardware address that no device has, until both ends have
+/// retransmitted.
+fn handshake_that_is_not_answered() -> anyhow::Result<()> {
+    let far = veth()?;
+    far.run(|| {
+        ip(&format!(
+            "neigh replace {NEAR} lladdr 02:00:00:00:00:99 dev far0 nud permanent"
+        ))
+    })?;
+    let collector = start()?;
+    let server = far.run(|| Actor::spawn("server"))?;
+    let address = SocketAddr::new(FAR.parse()?, 0);
+    let mut pair = TcpPair::traced_between(collector, server, address, Actor::spawn("client")?)?;
+    let listener = pair.listener.local;
+    let socket = pair.client.open(listener)?;
+    pair.client.begin(&Command::Connect(socket.fd, listener))?;
+    let is = |event: &Event, expected| {
+        matches!(event.kind, EventKind::Retransmit { what: Some(what), packets: 1, bytes: 0 }
+            if what == expected)
+    };
+    pair.collector.wait_for("a SYN", |event| {
+        is(event, Retransmission::Syn)
+            && event.socket.remote == listener
+            && event.socket.direction == Some(Direction::Outbound)
+    })?;
+    pair.collector.wait_for("a SYN-ACK", |event| {
+        is(event, Retransmission::SynAck)
+            && event.socket.local == listener
+            && event.socket.remote.ip().to_string() == NEAR
+            && event.socket.direction == Some(Direction::Listener)
+    })?;
+    far.run(|| ip(&format!("neigh del {NEAR} dev far0")))?;
+    let client = pair.client.finish_socket()?;
+    let server = pair.server.accept(&pair.listener)?;
+    pair.close(&Connection { client, server })?;
+    pair.collector.finish_all().map(drop)
 }
 
 fn resets_at_either_end() -> anyhow::Result<()> {
@@ -98,11 +163,19 @@ fn resets_at_either_end() -> anyhow::Result<()> {
         (connection.server.local, ResetDirection::Received),
     ] {
         let reported = anomalies(&events, local);
-        ensure!(
-            reported == [EventKind::Reset { direction }],
-            "{reported:?} at {local}:{}",
-            show(&events)
-        );
+        let [
+            EventKind::Reset {
+                direction: is,
+                reason,
+            },
+        ] = &reported[..]
+        else {
+            bail!("{reported:?} at {local}:{}", show(&events));
+        };
+        ensure!(*is == direction, "{reported:?}");
+        // The kernel has a reason of what it sends.
+        let has_reason = kernel::is_at_least(6, 10)? && direction == ResetDirection::Sent;
+        ensure!(reason.is_some() == has_reason, "{reported:?}");
     }
     Ok(())
 }
@@ -112,10 +185,7 @@ fn refused_connection_is_a_reset() -> anyhow::Result<()> {
     let closed = pair.listener.local;
     pair.server.close(&pair.listener)?;
     let socket = pair.client.open(closed)?;
-    pair.client
-        .fail(integration_tests::actor::Command::Connect(
-            socket.fd, closed,
-        ))?;
+    pair.client.fail(Command::Connect(socket.fd, closed))?;
     pair.client.close(&socket)?;
     let events = pair.collector.finish_in_order(2)?;
     let resets: Vec<_> = events
@@ -125,6 +195,7 @@ fn refused_connection_is_a_reset() -> anyhow::Result<()> {
     // The reset from the listener's namespace belongs to no socket, so it is no event.
     let received = EventKind::Reset {
         direction: ResetDirection::Received,
+        reason: None,
     };
     ensure!(
         matches!(resets[..], [reset] if reset.kind == received && reset.socket.remote == closed),

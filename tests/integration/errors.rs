@@ -61,6 +61,7 @@ fn ends(collector: Collector, count: usize) -> anyhow::Result<Vec<(TcpState, Opt
             from,
             to: TcpState::Close,
             error,
+            ..
         } => Some((from, error)),
         _ => None,
     };
@@ -140,7 +141,12 @@ fn listen_without_a_free_port() -> anyhow::Result<()> {
         ensure_failed(second.listen(BACKLOG), Errno::EADDRINUSE)?;
         let events = collector.finish_in_order(1)?;
         let changes: Vec<_> = events.iter().map(|event| &event.kind).collect();
-        let change = |from, to, error| EventKind::StateChange { from, to, error };
+        let change = |from, to, error| EventKind::StateChange {
+            from,
+            to,
+            error,
+            summary: None,
+        };
         let expected = [
             &change(TcpState::Close, TcpState::Listen, None),
             &change(

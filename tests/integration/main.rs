@@ -48,6 +48,7 @@ mod samples;
 mod sampling;
 mod snapshot;
 mod states;
+mod summaries;
 mod udp_flows;
 mod udp_lifecycle;
 mod udp_nat;
@@ -61,6 +62,8 @@ mod users;
 /// Topics and tests that are run a second time, with perf buffers.
 const WITH_PERF_BUFFERS: &[&str] = &[
     "states",
+    "summaries::numbers_are_those_of_tcp_info",
+    "summaries::only_summaries",
     "connects::that_fail_before_any_state_change",
     "bytes::veth_between_namespaces",
     "owner::inherited_listener_prefork",
@@ -107,6 +110,7 @@ fn main() -> ExitCode {
     let tests = [
         states::trials(),
         unseen::trials(),
+        summaries::trials(),
         owner::trials(),
         details::trials(),
         uring::trials(),

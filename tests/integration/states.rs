@@ -419,6 +419,7 @@ fn listen_without_bind_has_its_port() -> anyhow::Result<()> {
                 from,
                 to,
                 error: None,
+                summary: None,
             };
             ensure!(listens.kind == change(Close, Listen), "{listens}");
             ensure!(ended.kind == change(Listen, Close), "{ended}");

@@ -332,7 +332,14 @@ impl ExpectedTcp {
         let mut accepts = 0;
         for event in events {
             match event.kind {
-                EventKind::StateChange { from, to, error } => {
+                EventKind::StateChange {
+                    from,
+                    to,
+                    error,
+                    ref summary,
+                } => {
+                    let is_end = to == Close && from != Listen;
+                    ensure!(summary.is_some() == is_end, "a wrong summary: {event}");
                     ensure!(
                         to == Close || error.is_none(),
                         "an error before the end: {event}"

@@ -135,12 +135,10 @@ pub fn is_stillborn(events: &[impl Borrow<Event>]) -> bool {
         let Traffic {
             tx_bytes, rx_bytes, ..
         } = event.traffic;
-        let kind = EventKind::StateChange {
-            from,
-            to,
-            error: None,
-        };
-        event.kind == kind && tx_bytes == 0 && rx_bytes == 0
+        let is_step = matches!(event.kind, EventKind::StateChange {
+            from: is_from, to: is_to, error: None, ..
+        } if (is_from, is_to) == (from, to));
+        is_step && tx_bytes == 0 && rx_bytes == 0
     };
     let [born, dead] = events else { return false };
     step(born.borrow(), Listen, SynRecv) && step(dead.borrow(), SynRecv, Close)

@@ -20,6 +20,12 @@ impl Record for tcp_udp_trace_common::StateChange {
     }
 }
 
+impl Record for tcp_udp_trace_common::Anomaly {
+    fn head(&mut self) -> &mut Head {
+        &mut self.head
+    }
+}
+
 impl Record for tcp_udp_trace_common::Udp {
     fn head(&mut self) -> &mut Head {
         &mut self.head

@@ -12,7 +12,7 @@ mod wakeup;
 
 pub(crate) use self::head::{Context, Priority};
 #[cfg(feature = "perf")]
-pub(crate) use self::perf::{is_crowded, record};
+pub(crate) use self::perf::{is_crowded, record, state_change};
 #[cfg(not(feature = "perf"))]
-pub(crate) use self::ring::{fill, is_crowded, record};
+pub(crate) use self::ring::{fill, is_crowded, record, state_change};
 pub(crate) use self::wakeup::arm;

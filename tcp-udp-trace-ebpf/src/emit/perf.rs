@@ -5,7 +5,10 @@
 //! every record. To wake the reader for one record, the program writes a bell into the small
 //! buffer. The small buffer also takes the lifecycle records that find the large one full.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::{
+    ffi::c_void,
+    intrinsics::{AtomicOrdering, atomic_xadd},
+};
 
 use aya_ebpf::{
     bindings::BPF_F_CURRENT_CPU,
@@ -14,7 +17,7 @@ use aya_ebpf::{
     maps::{PerCpuArray, PerfEventByteArray},
 };
 
-use tcp_udp_trace_common::{Udp, kind};
+use tcp_udp_trace_common::{End, Head, StateChange, Summary, kind};
 
 use super::{
     head::{Context, Priority, Record, head},
@@ -37,7 +40,7 @@ static SLOTS: PerCpuArray<Slot> = PerCpuArray::with_max_entries(SLOT_COUNT, 0);
 const SLOT_COUNT: u32 = 4;
 
 /// The largest record, which is the size of a slot.
-type LargestRecord = Udp;
+type LargestRecord = End;
 
 #[repr(C)]
 struct Slot {
@@ -91,32 +94,75 @@ pub(crate) fn record<R: Record>(
                 && align_of::<R>() <= align_of::<LargestRecord>()
         )
     };
+    write(ctx, kind, priority, size_of::<R>(), |space| {
+        // SAFETY: the slot is large enough, and aligned. A record consists of integers and bytes,
+        // so the old contents are a valid record.
+        let record = unsafe { &mut *space.cast::<R>() };
+        fill(record);
+        record.head()
+    })
+}
+
+/// Writes the record of a state change. At the end of a connection, it has a summary.
+#[inline(always)]
+pub(crate) fn state_change(
+    ctx: Context,
+    priority: Priority,
+    ends: bool,
+    summarize: impl FnOnce(&mut Summary),
+    fill: impl FnOnce(&mut StateChange),
+) -> bool {
+    let size = if ends {
+        size_of::<End>()
+    } else {
+        size_of::<StateChange>()
+    };
+    write(ctx, kind::STATE_CHANGE, priority, size, |space| {
+        // SAFETY: the old contents are a valid record.
+        let End { change, summary } = unsafe { &mut *space };
+        if ends {
+            summarize(summary);
+        }
+        fill(change);
+        &mut change.head
+    })
+}
+
+/// Writes a record of this size. `fill` returns its head.
+#[inline(always)]
+fn write(
+    ctx: Context,
+    kind: u32,
+    priority: Priority,
+    size: usize,
+    fill: impl FnOnce(*mut LargestRecord) -> &'static mut Head,
+) -> bool {
     let Some(slot) = Slot::claim() else {
         counters::lost(kind);
         return false;
     };
-    // SAFETY: the slot is large enough, aligned, and used by this program only. A record consists
-    // of integers and bytes, so the old contents are a valid record.
-    let record = unsafe { &mut *(&raw mut (*slot).space).cast::<R>() };
-    fill(record);
+    // SAFETY: the slot is used by this program only.
+    let space = unsafe { &raw mut (*slot).space };
     // The time is taken last, because user space sorts the records of different CPUs by their
     // times.
-    *record.head() = head(kind);
-    let written = output(&EVENTS, ctx, record)
-        || priority != Priority::Normal && output(&URGENT, ctx, record);
+    *fill(space) = head(kind);
+    let data = space.cast();
+    let written = output(&EVENTS, ctx, data, size)
+        || priority != Priority::Normal && output(&URGENT, ctx, data, size);
     Slot::release(slot);
     if !written {
         counters::lost(kind);
     } else if kind != kind::IMAGE && is_armed() {
         // If the bell finds the small buffer full, the reader has already been woken.
-        output(&URGENT, ctx, &kind::BELL);
+        let mut bell = kind::BELL;
+        output(&URGENT, ctx, (&raw mut bell).cast(), size_of::<u32>());
     }
     written
 }
 
 /// Returns false if the buffer is full, or if this CPU has none because it came online later.
 #[inline(always)]
-fn output<T>(buffer: &'static PerfEventByteArray, ctx: Context, data: &T) -> bool {
+fn output(buffer: &PerfEventByteArray, ctx: Context, data: *mut c_void, size: usize) -> bool {
     // SAFETY: the context is the program's own, the map is one of perf buffers, and the data is
     // complete.
     let error = unsafe {
@@ -124,8 +170,8 @@ fn output<T>(buffer: &'static PerfEventByteArray, ctx: Context, data: &T) -> boo
             ctx,
             (&raw const *buffer).cast_mut().cast(),
             BPF_F_CURRENT_CPU,
-            (&raw const *data).cast_mut().cast(),
-            size_of::<T>() as u64,
+            data,
+            size as u64,
         )
     };
     error == 0

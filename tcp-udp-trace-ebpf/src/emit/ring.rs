@@ -3,11 +3,12 @@
 use aya_ebpf::{
     Global,
     bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    helpers::generated::bpf_ringbuf_submit,
     macros::map,
     maps::RingBuf,
 };
 
-use tcp_udp_trace_common::kind;
+use tcp_udp_trace_common::{End, StateChange, Summary, kind};
 
 use super::{
     head::{Context, Priority, Record, head},
@@ -43,29 +44,78 @@ pub(crate) fn record<R: Record>(
     priority: Priority,
     fill: impl Fn(&mut R),
 ) -> bool {
+    write(kind, priority, size_of::<R>(), reserve::<R>, fill)
+}
+
+/// Writes the record of a state change. At the end of a connection, it has a summary.
+#[inline(always)]
+pub(crate) fn state_change(
+    _ctx: Context,
+    priority: Priority,
+    ends: bool,
+    summarize: impl Fn(&mut Summary),
+    fill: impl Fn(&mut StateChange),
+) -> bool {
+    let size = if ends {
+        size_of::<End>()
+    } else {
+        size_of::<StateChange>()
+    };
+    let reserve = |ring: &RingBuf| {
+        if !ends {
+            return reserve::<StateChange>(ring);
+        }
+        let end = reserve::<End>(ring)?;
+        // The verifier knows here that the memory is large enough for a summary, and does not
+        // later.
+        //
+        // SAFETY: the kernel gave the memory of an `End`, which consists of integers.
+        summarize(unsafe { &mut (*end).summary });
+        Some(end.cast())
+    };
+    write(kind::STATE_CHANGE, priority, size, reserve, fill)
+}
+
+/// Returns the memory for a record, or `None` if the ring is full.
+#[inline(always)]
+fn reserve<R: 'static>(ring: &RingBuf) -> Option<*mut R> {
+    ring.reserve::<R>(0).map(|mut entry| entry.as_mut_ptr())
+}
+
+/// Writes a record of this size, which begins with an `R`.
+#[inline(always)]
+fn write<R: Record>(
+    kind: u32,
+    priority: Priority,
+    size: usize,
+    reserve: impl Fn(&RingBuf) -> Option<*mut R>,
+    fill: impl Fn(&mut R),
+) -> bool {
     let before = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
-    let after = before + size_of::<R>() as u64 + RECORD_HEADER;
+    let after = before + size as u64 + RECORD_HEADER;
     if priority == Priority::Normal && after >> WAKE_SHIFT.load() >= 7 {
         counters::lost(kind);
         return false;
     }
-    let (entry, wake) = match EVENTS.reserve::<R>(0) {
+    let (entry, wake) = match reserve(&EVENTS) {
         Some(entry) => (Some(entry), wake(kind, before, after)),
         // A full ring has already woken the reader.
-        None if priority == Priority::Final => (LATE.reserve(0), u64::from(BPF_RB_NO_WAKEUP)),
+        None if priority == Priority::Final => (reserve(&LATE), u64::from(BPF_RB_NO_WAKEUP)),
         None => (None, 0),
     };
     // Both rings share the code that fills the record, which halves the verifier's work.
-    let Some(mut entry) = entry else {
+    let Some(entry) = entry else {
         counters::lost(kind);
         return false;
     };
-    // SAFETY: the kernel gave `size_of::<R>()` writable bytes, aligned to 8. A record consists of
-    // integers and bytes, and all of them are written before the record is read or submitted.
-    let record = unsafe { entry.assume_init_mut() };
+    // SAFETY: the kernel gave at least `size_of::<R>()` writable bytes, aligned to 8. A record
+    // consists of integers and bytes, and all of them are written before the record is read or
+    // submitted.
+    let record = unsafe { &mut *entry };
     *record.head() = head(kind);
     fill(record);
-    entry.submit(wake);
+    // SAFETY: the pointer comes from a reservation, which is submitted once.
+    unsafe { bpf_ringbuf_submit(entry.cast(), wake) };
     true
 }
 

@@ -6,7 +6,7 @@ pub(crate) mod tree;
 
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
-use aya_ebpf::{macros::map, maps::PerCpuArray};
+use aya_ebpf::{Global, macros::map, maps::PerCpuArray};
 use tcp_udp_trace_common::{
     AF_INET, Field, Owner, Peer, Tracked, UdpTracked, filter, kind, origin,
 };
@@ -24,6 +24,16 @@ use crate::{
 /// How many events of each kind did not pass.
 #[map]
 static REJECTED: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT as u32, 0);
+
+/// Not 0 if the ends of TCP connections are the only events. User space sets it.
+#[unsafe(no_mangle)]
+static ONLY_ENDS: Global<u8> = Global::new(0);
+
+/// Returns whether the ends of TCP connections are the only events.
+#[inline(always)]
+pub(crate) fn only_ends() -> bool {
+    ONLY_ENDS.load() != 0
+}
 
 /// Returns whether an event of TCP passes the filter. `states` has the bits of the event's states.
 #[inline(always)]

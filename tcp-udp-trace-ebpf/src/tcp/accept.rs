@@ -63,7 +63,8 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
     if tracked.listener != 0 {
         sockets::set_user(&tracked.listener, &tracked.acceptor);
     }
-    if !filter::passes_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked) {
+    if filter::only_ends() || !filter::passes_tcp(kind::ACCEPT, no_state(state & 0xf), sk, tracked)
+    {
         return;
     }
     emit::record(

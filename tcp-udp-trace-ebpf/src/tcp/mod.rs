@@ -7,20 +7,22 @@ mod sockets;
 
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Field, Owner, StateChange, Tcp, Tracked, filter::no_state, hold, kind,
-    origin, syn,
+    AF_INET, AF_INET6, Anomaly, Field, Owner, StateChange, Summary, Tcp, Tracked, filter::no_state,
+    hold, kind, origin, retransmission, syn,
 };
 
-use self::record::{Describe as _, EADDRNOTAVAIL, error};
+use self::record::{Describe as _, EADDRNOTAVAIL, Summarize as _, error};
 use crate::{
     connect::{self, Connect},
     counters,
     emit::{self, Context, Priority},
     filter, owner,
-    read::read,
+    read::{offset, read},
     sock::{
         Sock, Socket,
-        tcp_state::{CLOSE, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_RECV, SYN_SENT, TIME_WAIT},
+        tcp_state::{
+            CLOSE, ESTABLISHED, LISTEN, NEW_SYN_RECV, SYN_RECV, SYN_SENT, TIME_WAIT, is_connected,
+        },
     },
     stopping::is_stopping,
     syscall,
@@ -53,6 +55,10 @@ pub(crate) fn state_changed(
     to: i32,
 ) {
     let (from, to) = (from as u8, to as u8);
+    if filter::only_ends() && is_connected(from) && to != CLOSE {
+        // Neither reported nor remembered.
+        return;
+    }
     let tracked = sockets::get(sk);
     if from == to || tracked.as_ref().is_some_and(|tracked| tracked.state == to) {
         // The state did not change, or the other program has reported the change.
@@ -105,7 +111,8 @@ pub(crate) fn state_changed(
             };
             if let Some(tracked) = tracked {
                 // The other program counts the change that it reports after a held one.
-                if tracked.state != from && !tracked.is_held() {
+                let is_known = tracked.is_held() || is_unseen(tracked.state, from);
+                if tracked.state != from && !is_known {
                     counters::missed();
                 }
                 let change = if tracked.is_held() {
@@ -117,6 +124,9 @@ pub(crate) fn state_changed(
                     tracked.state = to;
                     (from, to)
                 };
+                if matches!(from, SYN_SENT | SYN_RECV) && is_connected(to) {
+                    socket.establish(tracked);
+                }
                 if from == SYN_RECV && to == ESTABLISHED {
                     if let Some(owner) = owner_of_connection(sk, socket) {
                         tracked.creator = owner;
@@ -156,6 +166,12 @@ pub(crate) fn state_changed(
     if is_remembered || program == Program::First {
         report(ctx, sk, socket, family, &mut tracked, (from, to));
     }
+}
+
+/// Returns whether the programs have skipped the changes that lead from one state to the other.
+#[inline(always)]
+fn is_unseen(from: u8, to: u8) -> bool {
+    filter::only_ends() && is_connected(from) && is_connected(to)
 }
 
 /// The bit of [`Field::Repair`] in its byte, 0 if it is not known. User space sets it.
@@ -308,7 +324,7 @@ pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &mut Tracked) -> bool {
 /// Reports an event that does not change the socket's state. A closed socket is tracked until the
 /// kernel frees it, because a reset is sent after the close.
 #[inline(always)]
-pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock) {
+pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock, details: Details) {
     let tracked = match sockets::get(sk) {
         Some(tracked) => Some(tracked),
         None => live_socket(sk),
@@ -316,12 +332,87 @@ pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock) {
     let Some(tracked) = tracked else { return };
     let state = tracked.state;
     if filter::passes_tcp(kind, no_state(state & 0xf), sk, tracked) {
-        emit::record(ctx, kind, Priority::Normal, |record: &mut Tcp| {
+        emit::record(ctx, kind, Priority::Normal, |record: &mut Anomaly| {
             let port = sk.connected_port();
-            sk.describe(tracked, sk.family(), state, port, &mut record.socket);
+            let socket = &mut record.socket;
+            sk.describe(tracked, sk.family(), state, port, socket);
+            if details.request != 0 {
+                Sock::new(details.request).describe_peer(socket);
+            }
+            record.what = details.what;
+            record.packets = details.packets;
+            record.bytes = details.bytes;
+            record._pad = 0;
         });
     }
 }
+
+/// The details of a retransmission or a reset.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Details {
+    what: u32,
+    packets: u32,
+    bytes: u32,
+    /// The address of the `struct request_sock`, if the event is of a connection that a listener
+    /// has not got yet.
+    request: u64,
+}
+
+/// The kernel has retransmitted what is in this buffer.
+#[inline(always)]
+pub(crate) fn retransmitted(ctx: Context, sk: Sock, skb: u64) {
+    let what = match sk.get::<u8>(Field::State) {
+        SYN_SENT => retransmission::SYN,
+        SYN_RECV => retransmission::SYN_ACK,
+        _ if CA_STATE.load() == 0 => retransmission::UNKNOWN,
+        _ => match sk.get::<u8>(Field::CaState) & CA_STATE.load() {
+            CA_LOSS => retransmission::TIMEOUT,
+            CA_RECOVERY => retransmission::FAST,
+            _ => retransmission::PROBE,
+        },
+    };
+    let control = skb + u64::from(offset(Field::SkbControl));
+    let details = Details {
+        what,
+        packets: read::<u16>(control, Field::Segments).into(),
+        bytes: read(skb, Field::SkbLen),
+        request: 0,
+    };
+    report_event(ctx, kind::RETRANSMIT, sk, details);
+}
+
+/// The kernel has sent another SYN-ACK for this `struct request_sock`.
+#[inline(always)]
+pub(crate) fn syn_ack_retransmitted(ctx: Context, sk: Sock, request: u64) {
+    let details = Details {
+        what: retransmission::SYN_ACK,
+        packets: 1,
+        bytes: 0,
+        request,
+    };
+    report_event(ctx, kind::RETRANSMIT, sk, details);
+}
+
+/// The kernel has sent or received a reset. The reason is one of the kernel's `enum
+/// sk_rst_reason`, plus 1. 0 stands for none.
+#[inline(always)]
+pub(crate) fn reset(ctx: Context, kind: u32, sk: Sock, reason: u32) {
+    let details = Details {
+        what: reason,
+        ..Details::default()
+    };
+    report_event(ctx, kind, sk, details);
+}
+
+/// The bits of [`Field::CaState`] in its byte, 0 if they are not known. User space sets them.
+#[unsafe(no_mangle)]
+static CA_STATE: Global<u8> = Global::new(0);
+
+/// States of congestion control.
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/tcp.h>
+const CA_RECOVERY: u8 = 3;
+const CA_LOSS: u8 = 4;
 
 /// Returns the listener of a child. The child has the listener's owner until a process accepts it.
 #[inline(always)]
@@ -360,6 +451,10 @@ fn report(
     tracked: &mut Tracked,
     (from, to): (u8, u8),
 ) {
+    let ends = to == CLOSE && from != LISTEN;
+    if filter::only_ends() && !ends {
+        return;
+    }
     let states = no_state(from & 0xf) | no_state(to & 0xf);
     if !filter::passes_tcp(kind::STATE_CHANGE, states, sk, tracked) {
         return;
@@ -372,10 +467,11 @@ fn report(
     } else {
         Priority::Normal
     };
-    emit::record(
+    emit::state_change(
         ctx,
-        kind::STATE_CHANGE,
         priority,
+        ends,
+        |summary: &mut Summary| socket.summarize(sk, tracked, from, summary),
         |record: &mut StateChange| {
             let port = if from == CLOSE {
                 socket.bound_port()

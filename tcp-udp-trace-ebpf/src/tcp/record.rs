@@ -1,13 +1,14 @@
 //! The contents of a TCP record.
 
 use aya_ebpf::Global;
-use tcp_udp_trace_common::{AF_INET, Field, TcpSocket, Tracked, syn};
+use tcp_udp_trace_common::{AF_INET, Field, Summary, TcpSocket, Tracked, ending, syn};
 
-use super::sockets;
+use super::{is_repaired, sockets};
 use crate::{
     owner,
+    read::now,
     sock::{
-        Socket,
+        Sock, Socket,
         tcp_state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK, LISTEN, SYN_SENT},
     },
 };
@@ -18,6 +19,8 @@ pub(super) const EADDRNOTAVAIL: u32 = 99;
 ///
 /// <https://github.com/torvalds/linux/blob/v6.12/include/net/sock.h>
 const SOCK_DONE: u64 = 1 << 1;
+/// The bit that is set when the last descriptor of the socket has been closed.
+const SOCK_DEAD: u64 = 1 << 0;
 
 /// The bit of `sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not
 /// known. User space sets it.
@@ -57,6 +60,21 @@ pub(super) trait Describe: Socket {
         } else {
             self.get::<u64>(Field::BytesReceived).saturating_sub(1)
         }
+    }
+
+    /// Writes the addresses of a `struct request_sock`, which begins as a `struct sock` does.
+    #[inline(always)]
+    fn describe_peer(self, to: &mut TcpSocket) {
+        to.family = self.family();
+        if to.family == AF_INET {
+            to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
+            to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];
+        } else {
+            self.get_into(&mut to.local, Field::LocalAddr6);
+            self.get_into(&mut to.remote, Field::RemoteAddr6);
+        }
+        to.local_port = self.bound_port();
+        to.remote_port = u16::from_be(self.get(Field::RemotePort));
     }
 
     /// Writes the socket, which leaves or is in `state`, into a record.
@@ -100,7 +118,53 @@ pub(super) trait Describe: Socket {
     }
 }
 
+/// Summarizes a connection.
+pub(super) trait Summarize: Socket {
+    /// Remembers that the handshake of the socket is over.
+    #[inline(always)]
+    fn establish(self, tracked: &mut Tracked) {
+        tracked.established = now();
+        if tracked.syn() != syn::NOT_COUNTED {
+            return;
+        }
+        // A child begins when its handshake is nearly over, but the kernel has measured the time
+        // from the SYN-ACK to its acknowledgment. There is no measurement if the SYN-ACK was
+        // retransmitted. A child of TCP Fast Open begins earlier, and may have measured something
+        // else by now.
+        let eighths = self.get::<u32>(Field::SmoothedRtt);
+        let is_measured = self.get::<u32>(Field::TotalRetrans) == 0
+            && u64::from(eighths) * (1_000 / 8) >= tracked.established.wrapping_sub(tracked.born);
+        tracked.handshake = if is_measured { eighths >> 3 } else { 0 };
+    }
+
+    /// Writes the summary of a connection that leaves this state.
+    #[inline(always)]
+    fn summarize(self, sk: Sock, tracked: &Tracked, from: u8, to: &mut Summary) {
+        to.established = tracked.established;
+        to.handshake = tracked.handshake;
+        self.get_into(&mut to.bytes_retrans, Field::BytesRetrans);
+        self.get_into(&mut to.smoothed_rtt, Field::SmoothedRtt);
+        self.get_into(&mut to.rtt_deviation, Field::RttDeviation);
+        self.get_into(&mut to.min_rtt, Field::MinRtt);
+        self.get_into(&mut to.total_retrans, Field::TotalRetrans);
+        self.get_into(&mut to.lost, Field::Lost);
+        self.get_into(&mut to.out_of_order, Field::OutOfOrder);
+        let flag = |is_set: bool, flag: u32| u32::from(is_set) * flag;
+        let flags = self.get::<u64>(Field::Flags);
+        to.flags = flag(flags & SOCK_DEAD != 0, ending::CLOSED)
+            | flag(flags & SOCK_DONE != 0, ending::PEER_CLOSED)
+            | flag(sk.get::<u64>(Field::SkSocket) != 0, ending::HAS_DESCRIPTOR)
+            | flag(
+                self.get::<u32>(Field::SndNxt) != self.get::<u32>(Field::WriteSeq),
+                ending::UNSENT,
+            )
+            | flag(is_repaired(self), ending::TAKEN_AWAY)
+            | flag(self.get::<u8>(Field::State) != from, ending::MISSED);
+    }
+}
+
 impl<S: Socket> Describe for S {}
+impl<S: Socket> Summarize for S {}
 
 /// Lets the bytes of a socket, whose close no hook saw, be those that the kernel counts without SYN
 /// and FIN. Other changes of the state may have been missed, so a FIN may have been sent.

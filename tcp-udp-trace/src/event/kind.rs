@@ -158,7 +158,7 @@ impl Kind {
         Some(match event.kind {
             EventKind::StateChange { .. } => Self::StateChange,
             EventKind::Accept => Self::Accept,
-            EventKind::Retransmit => Self::Retransmit,
+            EventKind::Retransmit { .. } => Self::Retransmit,
             EventKind::Reset { .. } => Self::Reset,
             EventKind::Connect => Self::Connect,
             EventKind::ConnectFailed { .. } => Self::ConnectFailed,

@@ -4,10 +4,12 @@ pub(crate) mod comm;
 pub(crate) mod escape;
 pub(crate) mod kind;
 pub(crate) mod process;
+pub(crate) mod reset_reason;
 pub(crate) mod rfc3339;
 pub(crate) mod sample_info;
 #[cfg(feature = "serde")]
 pub(crate) mod serde_impls;
+pub(crate) mod summary;
 pub(crate) mod tcp_info;
 pub(crate) mod tcp_state;
 pub(crate) mod udp_info;
@@ -21,7 +23,9 @@ use std::{
 
 use self::{
     process::{Process, User},
+    reset_reason::ResetReason,
     sample_info::SampleInfo,
+    summary::Summary,
     tcp_state::TcpState,
 };
 
@@ -77,13 +81,30 @@ pub enum EventKind {
         /// On the way to [`TcpState::Close`]: the socket's error (an `errno` of Linux, such as 111,
         /// `ECONNREFUSED`) if a `connect` failed, or if the peer or a timeout ended the connection.
         error: Option<i32>,
+        /// On the way to [`TcpState::Close`], except for a listener: the summary of the connection,
+        /// or of the attempt at one. `None` in every other change.
+        #[cfg_attr(feature = "serde", serde(default))]
+        summary: Option<Box<Summary>>,
     },
     /// TCP: `accept` returned the socket to a process, which owns it from now on. There is no such
     /// event for a connection that ended while it waited for its accept.
     Accept,
     /// TCP: the kernel retransmitted a segment, or several segments in one. Only with
     /// [`retransmits`](crate::TcpTracerBuilder::retransmits).
-    Retransmit,
+    ///
+    /// A SYN-ACK belongs to a connection that has no socket yet. The socket of its event is the
+    /// listener, with the addresses of that connection.
+    Retransmit {
+        /// The reason. `None` if this kernel does not show it.
+        #[cfg_attr(feature = "serde", serde(default))]
+        what: Option<Retransmission>,
+        /// The number of segments.
+        #[cfg_attr(feature = "serde", serde(default))]
+        packets: u32,
+        /// Their payload.
+        #[cfg_attr(feature = "serde", serde(default))]
+        bytes: u32,
+    },
     /// TCP: the connection was reset. Only with [`resets`](crate::TcpTracerBuilder::resets).
     ///
     /// A reset that this side sends while it closes comes after the socket's change to `CLOSE`. A
@@ -91,6 +112,9 @@ pub enum EventKind {
     Reset {
         /// The side that sent the reset.
         direction: ResetDirection,
+        /// The kernel's reason of a reset that this side sent. `None` before Linux 6.10.
+        #[cfg_attr(feature = "serde", serde(default))]
+        reason: Option<ResetReason>,
     },
     /// UDP: `connect` gave the socket a peer.
     Connect,
@@ -173,6 +197,44 @@ pub enum EventKind {
         /// Where they were lost.
         stage: LossStage,
     },
+}
+
+/// The reason of a retransmission.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
+#[non_exhaustive]
+pub enum Retransmission {
+    /// No acknowledgment came in time, or the kernel recovers from such a timeout.
+    Timeout,
+    /// Acknowledgments of later segments showed that the segment was lost.
+    Fast,
+    /// No SYN-ACK answered the SYN of `connect` in time.
+    Syn,
+    /// No acknowledgment answered the SYN-ACK in time.
+    SynAck,
+    /// The last segment was sent again to provoke an acknowledgment (tail loss probe).
+    Probe,
+}
+
+impl Retransmission {
+    /// Returns the name, as in JSON: `timeout`, `fast`, `syn`, `syn_ack`, `probe`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Fast => "fast",
+            Self::Syn => "syn",
+            Self::SynAck => "syn_ack",
+            Self::Probe => "probe",
+        }
+    }
+}
+
+impl fmt::Display for Retransmission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
 }
 
 /// The direction of a reset.
@@ -469,16 +531,39 @@ impl fmt::Display for Event {
 impl fmt::Display for EventKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::StateChange { from, to, error } => {
+            Self::StateChange {
+                from,
+                to,
+                error,
+                summary,
+            } => {
                 write!(f, "{from}->{to}")?;
-                match error {
-                    Some(errno) => write!(f, " ({})", std::io::Error::from_raw_os_error(*errno)),
+                if let Some(errno) = error {
+                    write!(f, " ({})", std::io::Error::from_raw_os_error(*errno))?;
+                }
+                match summary.as_ref().and_then(|summary| summary.ended_by) {
+                    Some(ended_by) => write!(f, " by {ended_by}"),
                     None => Ok(()),
                 }
             }
             Self::Accept => f.write_str("accept"),
-            Self::Retransmit => f.write_str("retransmit"),
-            Self::Reset { direction } => write!(f, "reset {direction}"),
+            Self::Retransmit {
+                what: Some(what),
+                packets,
+                bytes,
+            } => write!(f, "retransmit ({what}) {bytes} B/{packets}"),
+            Self::Retransmit {
+                what: None,
+                packets,
+                bytes,
+            } => write!(f, "retransmit {bytes} B/{packets}"),
+            Self::Reset { direction, reason } => {
+                write!(f, "reset {direction}")?;
+                match reason {
+                    Some(reason) => write!(f, " ({reason})"),
+                    None => Ok(()),
+                }
+            }
             Self::Connect => f.write_str("connect"),
             Self::ConnectFailed { error } => {
                 let error = std::io::Error::from_raw_os_error(*error);
@@ -534,9 +619,15 @@ mod tests {
 
     fn change(from: TcpState, to: TcpState) -> Event {
         let (time, uptime) = (SystemTime::UNIX_EPOCH, Duration::ZERO);
-        let error = None;
+        let (error, summary) = (None, None);
+        let kind = EventKind::StateChange {
+            from,
+            to,
+            error,
+            summary,
+        };
         Event {
-            kind: EventKind::StateChange { from, to, error },
+            kind,
             ..Event::gap(1, LossStage::Ring, Protocol::Tcp, time, uptime)
         }
     }

@@ -37,6 +37,47 @@ pub(crate) mod nanos {
     }
 }
 
+macro_rules! some_duration {
+    ($(#[$doc:meta])* $name:ident, $write:ident, $read:ident) => {
+        $(#[$doc])*
+        pub(crate) mod $name {
+            use super::*;
+            use std::time::Duration;
+
+            pub(crate) fn serialize<S: Serializer>(
+                duration: &Option<Duration>,
+                s: S,
+            ) -> Result<S::Ok, S::Error> {
+                match duration {
+                    Some(duration) => {
+                        s.serialize_u64(u64::try_from(duration.$write()).unwrap_or(u64::MAX))
+                    }
+                    None => s.serialize_none(),
+                }
+            }
+
+            pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+                d: D,
+            ) -> Result<Option<Duration>, D::Error> {
+                Ok(Option::<u64>::deserialize(d)?.map(Duration::$read))
+            }
+        }
+    };
+}
+
+some_duration!(
+    /// A `Duration` as a number of nanoseconds, or `null`.
+    some_nanos,
+    as_nanos,
+    from_nanos
+);
+some_duration!(
+    /// A `Duration` as a number of microseconds, or `null`.
+    some_micros,
+    as_micros,
+    from_micros
+);
+
 /// Untrusted words, as strings that are safe to show.
 pub(crate) mod words {
     use super::*;
@@ -109,8 +150,10 @@ mod tests {
 
     use crate::{
         event::{
-            Direction, Event, EventKind, LossStage, Protocol, Socket, Traffic,
+            Direction, Event, EventKind, LossStage, Protocol, ResetDirection, Retransmission,
+            Socket, Traffic,
             process::{Origin, Process, User},
+            summary::{EndedBy, Summary},
             tcp_state::TcpState,
         },
         stats::Stats,
@@ -179,12 +222,13 @@ mod tests {
             from: TcpState::SynSent,
             to: TcpState::Established,
             error: None,
+            summary: None,
         };
         assert_eq!(
             serde_json::to_value(event(kind)).expect("an event can be written"),
             json!({
                 "time": "2026-01-31T12:00:00.123456789Z", "uptime_ns": 81_234_567_890_u64,
-                "kind": {"type": "state_change", "from": "SYN_SENT", "to": "ESTABLISHED", "error": null},
+                "kind": {"type": "state_change", "from": "SYN_SENT", "to": "ESTABLISHED", "error": null, "summary": null},
                 "process": {"pid": 4242, "tid": 4243, "uid": 1000, "comm": "curl", "origin": "creator", "cgroup": 7, "started_ns": 99},
                 "user": {"pid": 4300, "tid": 4301, "uid": 1001, "comm": "worker", "cgroup": 8, "started_ns": 100},
                 "socket": {
@@ -205,8 +249,44 @@ mod tests {
                 from,
                 to,
                 error: Some(104),
+                summary: Some(Box::new(Summary {
+                    handshake: Some(Duration::from_nanos(1_001)),
+                    established: None,
+                    srtt: Some(Duration::from_micros(7)),
+                    min_rtt: None,
+                    rttvar: Some(Duration::from_micros(3)),
+                    retransmitted_packets: 4,
+                    retransmitted_bytes: 5,
+                    lost_packets: 6,
+                    out_of_order: 8,
+                    ended_by: Some(EndedBy::PeerReset),
+                    reset_reason: None,
+                })),
             },
-            json!({"type": "state_change", "from": "FIN_WAIT1", "to": "CLOSE", "error": 104}),
+            json!({
+                "type": "state_change", "from": "FIN_WAIT1", "to": "CLOSE", "error": 104,
+                "summary": {
+                    "handshake_ns": 1001, "established_ns": null, "srtt_us": 7, "min_rtt_us": null,
+                    "rttvar_us": 3, "retransmitted_packets": 4, "retransmitted_bytes": 5,
+                    "lost_packets": 6, "out_of_order": 8, "ended_by": "peer_reset",
+                    "reset_reason": null
+                }
+            }),
+        );
+        check(
+            EventKind::Retransmit {
+                what: Some(Retransmission::SynAck),
+                packets: 1,
+                bytes: 0,
+            },
+            json!({"type": "retransmit", "what": "syn_ack", "packets": 1, "bytes": 0}),
+        );
+        check(
+            EventKind::Reset {
+                direction: ResetDirection::Sent,
+                reason: serde_json::from_str("\"TCP_STATE\"").expect("a reason"),
+            },
+            json!({"type": "reset", "direction": "sent", "reason": "TCP_STATE"}),
         );
         check(EventKind::Accept, json!({"type": "accept"}));
         check(EventKind::Connect, json!({"type": "connect"}));

@@ -1,5 +1,7 @@
 //! The kernel's view of a live TCP socket.
 
+use super::tcp_state::TcpState;
+
 /// Returns the bytes of a field; `None` if bytes are missing.
 pub(super) fn field<const N: usize>(bytes: &[u8], offset: usize) -> Option<[u8; N]> {
     bytes.get(offset..)?.first_chunk().copied()
@@ -59,7 +61,8 @@ macro_rules! tcp_info {
 }
 
 tcp_info! {
-    /// The state: a number of `tcp_states.h` (1 is ESTABLISHED, 10 is LISTEN).
+    /// The state: a number of `tcp_states.h` (1 is ESTABLISHED, 10 is LISTEN), see
+    /// [`tcp_state`](Self::tcp_state).
     state: u8 @ 0,
     /// The state of congestion control: `enum tcp_ca_state` (0 is open, 4 is loss).
     ca_state: u8 @ 1,
@@ -194,6 +197,14 @@ tcp_info! {
     accecn_fail_mode: u16 @ 276,
     /// Whether the kernel saw the option of Accurate ECN.
     accecn_opt_seen: u16 @ 278,
+}
+
+impl TcpInfo {
+    /// Returns the state; `None` for a number that this library does not know.
+    #[must_use]
+    pub const fn tcp_state(&self) -> Option<TcpState> {
+        TcpState::from_number(self.state)
+    }
 }
 
 #[cfg(test)]

@@ -118,7 +118,7 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Started {
     }
     hooks.push(hook("snapshot", files, snapshot, NO_SNAPSHOT));
     let mut samples = SampleScope::Nothing;
-    if sample_interval.is_some() {
+    if sample_interval.is_some() && !config.summaries_only {
         let loaded = load(ebpf, sockets);
         let mut hook = hook("sample", sockets, loaded, NO_SAMPLES);
         if hook.note.is_none() {
@@ -181,7 +181,7 @@ pub(super) fn pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
 
 /// Returns the iterators of a tracer.
 pub(super) fn programs(config: &Config) -> Vec<IterProgram> {
-    let samples = config.sample_interval.is_some();
+    let samples = config.sample_interval.is_some() && !config.summaries_only;
     let samples = samples.then(|| sockets(config.protocol));
     [files(config.protocol)]
         .into_iter()

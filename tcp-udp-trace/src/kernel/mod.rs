@@ -51,7 +51,7 @@ use self::{
 use crate::{
     config::{Buffer, Config},
     error::{Error, ErrorKind, ResultExt as _},
-    event::{Event, Protocol, Traffic},
+    event::{Event, Protocol, Traffic, reset_reason},
     filter::Filter,
     hook::Hook,
     pipeline::{
@@ -94,7 +94,7 @@ struct Facts {
     /// Whether a round of samples looks for sockets that are gone.
     finds_gone: bool,
     has_listened: u64,
-    repair: u8,
+    bitfields: [(&'static str, u8); 2],
     drop_reasons: [(&'static str, u32); 2],
     registers: u64,
     types_task: bool,
@@ -116,6 +116,9 @@ impl Facts {
             Protocol::Tcp => offsets::verifies_images(&btf),
             Protocol::Udp => offsets::verifies_images_of_udp(&btf),
         };
+        if config.resets {
+            reset_reason::set_names(|| offsets::reset_reasons(&btf));
+        }
         Ok(Self {
             offsets: offsets::resolve(&btf)?,
             ids: ids::find(&btf, targets),
@@ -125,7 +128,7 @@ impl Facts {
                 && config.sample_interval.is_some()
                 && offsets::verifies_images(&btf),
             has_listened: offsets::has_listened(&btf),
-            repair: offsets::repair(&btf),
+            bitfields: offsets::bitfields(&btf),
             drop_reasons: offsets::drop_reasons(&btf),
             registers: offsets::registers(&btf),
             types_task: offsets::types_task(&btf),
@@ -175,6 +178,9 @@ impl Kernel {
         for (name, reason) in &facts.drop_reasons {
             loader.override_global(name, reason, true);
         }
+        for (name, bits) in &facts.bitfields {
+            loader.override_global(name, bits, true);
+        }
         let mut ebpf = loader
             .override_global("OFFSETS", &facts.offsets[..], true)
             .override_global("CPUS", &(cpus as u64), true)
@@ -183,8 +189,8 @@ impl Kernel {
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &facts.has_listened, true)
+            .override_global("ONLY_ENDS", &u8::from(config.summaries_only), true)
             .override_global("AARCH64", &u8::from(cfg!(target_arch = "aarch64")), true)
-            .override_global("REPAIR", &facts.repair, true)
             .override_global("REGISTERS", &facts.registers, true)
             .override_global("TYPED_TASK", &u8::from(facts.types_task), true)
             .override_global("IMAGES", &u8::from(facts.images), true)

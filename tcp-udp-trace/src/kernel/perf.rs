@@ -13,7 +13,7 @@ use aya::{
 };
 use nix::sys::epoll::{self, Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollOp};
 use perf_event::{Builder, SampleFlag, Sampler, events::Software};
-use tcp_udp_trace_common::{Head, Udp};
+use tcp_udp_trace_common::{End, Head};
 use zerocopy::FromBytes as _;
 
 use super::maps::SHARE;
@@ -46,7 +46,7 @@ pub(super) type BufferMap = Array<MapData, RawFd>;
 struct Record {
     time: u64,
     length: usize,
-    bytes: [u8; size_of::<Udp>()],
+    bytes: [u8; size_of::<End>()],
 }
 
 impl Perf {
@@ -71,7 +71,7 @@ impl Perf {
         Ok(Self {
             buffers,
             most: large.max(MAX_PAGE),
-            capacity: bytes / size_of::<Udp>(),
+            capacity: bytes / size_of::<End>(),
             wakes,
             _maps: maps,
             taken: Taken::default(),
@@ -190,7 +190,7 @@ impl Record {
         if words.is_empty() {
             return None;
         }
-        let mut bytes = [0; size_of::<Udp>()];
+        let mut bytes = [0; size_of::<End>()];
         // A longer one is not a record of the programs.
         let length = if words.len() <= bytes.len() {
             words.len()
@@ -221,7 +221,7 @@ mod tests {
         Record {
             time,
             length: 0,
-            bytes: [0; size_of::<Udp>()],
+            bytes: [0; size_of::<End>()],
         }
     }
 

@@ -47,7 +47,9 @@ pub(super) fn signals(config: &Config) -> Vec<&'static Signal> {
     };
     let on_request = [(config.retransmits, &RETRANSMIT), (config.resets, &RESET)];
     let on_request = on_request.into_iter().filter(|(enabled, _)| *enabled);
-    always.iter().chain(on_request.map(|(_, s)| s)).collect()
+    let signals = always.iter().chain(on_request.map(|(_, s)| s));
+    let ends = |signal: &&Signal| !config.summaries_only || OF_ENDS.contains(&signal.name);
+    signals.filter(ends).collect()
 }
 
 impl Signal {
@@ -86,6 +88,9 @@ impl Choice {
             .any(|(_, point)| matches!(point, Tracepoint(..)))
     }
 }
+
+/// The signals that the ends of connections come from.
+const OF_ENDS: &[&str] = &["state", "end", "accept"];
 
 /// The signal whose hooks see the port that the kernel chooses for a listener.
 pub(super) const LISTEN: &str = "listen";
@@ -133,11 +138,15 @@ const TCP: &[Signal] = &[
 /// The signals that a `TcpTracer` has on request.
 #[rustfmt::skip]
 const RETRANSMIT: Signal = Signal { name: "retransmit", required: false, slots: &[&[
-    best(&[("tcp_retransmit_err", RawTracepoint("tcp_retransmit_skb"))]),
-    best(&[("tcp_retransmit", RawTracepoint("tcp_retransmit_skb"))]),
+    best(&[("tcp_retransmit_err", RawTracepoint("tcp_retransmit_skb")),
+           ("tcp_retransmit_synack", RawTracepoint("tcp_retransmit_synack"))]),
+    best(&[("tcp_retransmit", RawTracepoint("tcp_retransmit_skb")),
+           ("tcp_retransmit_synack", RawTracepoint("tcp_retransmit_synack"))]),
 ]] };
 #[rustfmt::skip]
 const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
+    best(&[("tcp_reset_sent_reason", RawTracepoint("tcp_send_reset")),
+           ("tcp_reset_received", RawTracepoint("tcp_receive_reset"))]),
     best(&[("tcp_reset_sent", RawTracepoint("tcp_send_reset")),
            ("tcp_reset_received", RawTracepoint("tcp_receive_reset"))]),
 ]] };

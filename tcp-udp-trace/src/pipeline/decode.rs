@@ -7,16 +7,17 @@ use std::{
 };
 
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, FlowKey, Head, Owner, Peer, StateChange, Tcp, TcpSocket, Udp, direction,
-    kind, mark, older, origin,
+    AF_INET, AF_INET6, Anomaly, End, FlowKey, Head, Owner, Peer, StateChange, Tcp, TcpSocket, Udp,
+    direction, kind, mark, older, origin, retransmission,
 };
 use zerocopy::{FromBytes, IntoBytes as _};
 
-use super::{clock::BootClock, images::ImageKey};
+use super::{clock::BootClock, ending::Ending, images::ImageKey};
 use crate::event::{
-    Direction, Event, EventKind, Protocol, ResetDirection, Socket, Traffic,
+    Direction, Event, EventKind, Protocol, ResetDirection, Retransmission, Socket, Traffic,
     comm::Comm,
     process::{Origin, Process, User},
+    reset_reason::ResetReason,
     sample_info::SampleInfo,
     tcp_state::TcpState,
 };
@@ -50,13 +51,33 @@ pub(crate) fn decode(
     let sample = |cookie| info(cookie).map(|info| EventKind::Sample { info });
     match u32::read_from_prefix(bytes).map_err(|_| Malformed)?.0 {
         kind::STATE_CHANGE => {
-            let record: StateChange = read(bytes)?;
+            let is_end = bytes.len() == size_of::<End>();
+            let (record, summary) = if is_end {
+                let End { change, summary } = read(bytes)?;
+                (change, Some(summary))
+            } else {
+                (read::<StateChange>(bytes)?, None)
+            };
             let state = |number| TcpState::from_number(number).ok_or(Malformed);
             let error = i32::try_from(record.error).map_err(|_| Malformed)?;
+            let error = (error != 0).then_some(error);
+            let (from, to) = (state(record.from)?, state(record.to)?);
+            if is_end != (to == TcpState::Close && from != TcpState::Listen) {
+                return Err(Malformed);
+            }
+            let summary = summary.map(|summary| {
+                let end = Ending {
+                    from,
+                    error,
+                    summary: &summary,
+                };
+                Box::new(end.summary(&record.socket, record.head.time))
+            });
             let kind = EventKind::StateChange {
-                from: state(record.from)?,
-                to: state(record.to)?,
-                error: (error != 0).then_some(error),
+                from,
+                to,
+                error,
+                summary,
             };
             tcp(&record.head, &record.socket, kind, clock).map(Some)
         }
@@ -75,15 +96,22 @@ pub(crate) fn decode(
             udp(&record, kind, clock).map(Some)
         }
         kind @ (kind::RETRANSMIT | kind::RESET_SENT | kind::RESET_RECEIVED) => {
-            let record: Tcp = read(bytes)?;
+            let record: Anomaly = read(bytes)?;
+            let reset = |direction| EventKind::Reset {
+                direction,
+                reason: record
+                    .what
+                    .checked_sub(1)
+                    .and_then(ResetReason::from_number),
+            };
             let kind = match kind {
-                kind::RETRANSMIT => EventKind::Retransmit,
-                kind::RESET_SENT => EventKind::Reset {
-                    direction: ResetDirection::Sent,
+                kind::RETRANSMIT => EventKind::Retransmit {
+                    what: retransmission(record.what)?,
+                    packets: record.packets,
+                    bytes: record.bytes,
                 },
-                _ => EventKind::Reset {
-                    direction: ResetDirection::Received,
-                },
+                kind::RESET_SENT => reset(ResetDirection::Sent),
+                _ => reset(ResetDirection::Received),
             };
             tcp(&record.head, &record.socket, kind, clock).map(Some)
         }
@@ -120,6 +148,18 @@ pub(crate) fn decode(
         }
         _ => Err(Malformed),
     }
+}
+
+fn retransmission(what: u32) -> Result<Option<Retransmission>, Malformed> {
+    Ok(Some(match what {
+        retransmission::UNKNOWN => return Ok(None),
+        retransmission::TIMEOUT => Retransmission::Timeout,
+        retransmission::FAST => Retransmission::Fast,
+        retransmission::SYN => Retransmission::Syn,
+        retransmission::SYN_ACK => Retransmission::SynAck,
+        retransmission::PROBE => Retransmission::Probe,
+        _ => return Err(Malformed),
+    }))
 }
 
 fn connect_failed(errno: u64) -> Result<EventKind, Malformed> {
@@ -322,7 +362,7 @@ fn is_of_listener(kind: &EventKind) -> bool {
         ),
         EventKind::Sample {
             info: SampleInfo::Tcp(info),
-        } => TcpState::from_number(info.state) == Some(TcpState::Listen),
+        } => info.tcp_state() == Some(TcpState::Listen),
         _ => false,
     }
 }
@@ -421,8 +461,9 @@ mod tests {
         Ok(decoded.expect("not a sample"))
     }
 
-    fn record() -> StateChange {
-        let mut record = StateChange::new_zeroed();
+    fn record() -> End {
+        let mut end = End::new_zeroed();
+        let record = &mut end.change;
         record.head = Head {
             kind: kind::STATE_CHANGE,
             lost: 3,
@@ -443,7 +484,7 @@ mod tests {
         record.socket.owner.tid = 4243;
         record.socket.owner.started = 5;
         record.socket.owner.comm = zerocopy::transmute!(*b"curl\0\0\0\0\0\0\0\0\0\0\0\0");
-        record
+        end
     }
 
     fn words(address: &str) -> [u32; 4] {
@@ -465,7 +506,7 @@ mod tests {
         assert_eq!(
             event.to_string(),
             "1970-01-01T00:16:41.000000000Z tcp 127.0.0.1:40000 > 10.1.2.3:443 \
-             SYN_SENT->CLOSE (Connection refused (os error 111)) curl[4242] tx 0 B/0 rx 0 B/0"
+             SYN_SENT->CLOSE (Connection refused (os error 111)) by refused curl[4242] tx 0 B/0 rx 0 B/0"
         );
         assert_eq!(event.socket.age, Duration::from_nanos(1));
         assert_eq!(event.socket.cookie, None);
@@ -476,7 +517,7 @@ mod tests {
     fn a_sample_and_its_answer_are_joined_by_the_cookie() {
         let mut record = Tcp::new_zeroed();
         record.head.kind = kind::SAMPLE_TCP;
-        record.socket = self::record().socket;
+        record.socket = self::record().change.socket;
         record.socket.cookie = 77;
         let info = SampleInfo::Tcp(Box::default());
         let known = |cookie| (cookie == 77).then(|| info.clone());
@@ -493,7 +534,7 @@ mod tests {
     fn the_addresses_of_a_failed_connect_may_differ_in_family() {
         let mut record = Tcp::new_zeroed();
         record.head.kind = kind::CONNECT_FAILED_TCP;
-        record.socket = self::record().socket;
+        record.socket = self::record().change.socket;
         record.socket.family = AF_INET6;
         record.socket.local = words("::ffff:10.1.2.3");
         record.socket.remote = words("::1");
@@ -525,7 +566,7 @@ mod tests {
             (older::UNKNOWN, None),
         ] {
             let mut record = record();
-            record.socket.older = written;
+            record.change.socket.older = written;
             let decoded = decode(record.as_bytes()).expect("a well-formed record");
             assert_eq!(decoded.event.socket.older, read);
         }
@@ -540,7 +581,7 @@ mod tests {
             (direction::LISTENER, Some(Direction::Listener)),
         ] {
             let mut record = record();
-            record.socket.direction = written;
+            record.change.socket.direction = written;
             let decoded = decode(record.as_bytes()).expect("a well-formed record");
             assert_eq!(decoded.event.socket.direction, read);
         }
@@ -550,7 +591,7 @@ mod tests {
     fn a_partly_written_owner_is_none() {
         let check = |clear: fn(&mut Owner)| {
             let mut record = record();
-            clear(&mut record.socket.owner);
+            clear(&mut record.change.socket.owner);
             let decoded = decode(record.as_bytes()).expect("a well-formed record");
             assert_eq!(decoded.event.process, None);
         };
@@ -576,7 +617,7 @@ mod tests {
         };
         let user = |raw| {
             let mut record = record();
-            record.socket.user = raw;
+            record.change.socket.user = raw;
             decode(record.as_bytes()).expect("well-formed").event.user
         };
         let (one, other) = (of(1, [1, 1]), of(2, [2, 2]));
@@ -631,10 +672,22 @@ mod tests {
     }
 
     #[test]
+    fn only_the_end_of_a_connection_has_a_summary() {
+        let mut end = record();
+        assert_eq!(decode(end.change.as_bytes()), Err(Malformed));
+        end.change.from = 10;
+        assert_eq!(decode(end.as_bytes()), Err(Malformed), "a listener");
+        assert!(decode(end.change.as_bytes()).is_ok());
+        (end.change.from, end.change.to) = (2, 1);
+        assert_eq!(decode(end.as_bytes()), Err(Malformed), "not an end");
+        assert!(decode(end.change.as_bytes()).is_ok());
+    }
+
+    #[test]
     fn rejects_malformed_records() {
         let check = |break_it: fn(&mut StateChange)| {
             let mut record = record();
-            break_it(&mut record);
+            break_it(&mut record.change);
             assert_eq!(decode(record.as_bytes()), Err(Malformed));
         };
         check(|r| r.head.kind = 0);

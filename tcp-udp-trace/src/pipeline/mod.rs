@@ -7,6 +7,8 @@ pub(crate) mod clock;
 #[cfg(target_os = "linux")]
 pub(crate) mod decode;
 #[cfg(target_os = "linux")]
+mod ending;
+#[cfg(target_os = "linux")]
 pub(crate) mod flows;
 #[cfg(target_os = "linux")]
 pub(crate) mod images;

@@ -184,6 +184,19 @@ impl<'a> Btf<'a> {
         all.find_map(|[string, value]| self.is_name(string, enumerator).then_some(value))
     }
 
+    /// Returns the values and the names of an enum's enumerators.
+    pub(crate) fn enumerators(&self, name: &str) -> impl Iterator<Item = (u32, &'a [u8])> {
+        let ty = self.id(kind::ENUM, name).and_then(|id| self.by_id(id));
+        let all = ty.into_iter().flat_map(|ty| records(ty.extra));
+        all.filter_map(|[string, value]| Some((value, self.string(string)?)))
+    }
+
+    /// Returns a string without its NUL.
+    fn string(&self, offset: u32) -> Option<&'a [u8]> {
+        let rest = self.strings.get(offset as usize..)?;
+        rest.split(|byte| *byte == 0).next()
+    }
+
     fn index(&mut self) -> Result<(), BtfError> {
         let mut offset = 0;
         while (offset as usize) < self.types.len() {

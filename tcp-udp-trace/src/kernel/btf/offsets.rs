@@ -93,10 +93,29 @@ pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
     }
 }
 
-/// Returns the bit of `tcp_sock.repair` in its byte; 0 if it is unknown.
-pub(in crate::kernel) fn repair(btf: &Btf<'_>) -> u8 {
-    let bitfield = btf.bitfield(FIELDS[Field::Repair as usize].path);
-    bitfield.map_or(0, |(_, bits)| bits)
+/// Returns the bits of bitfields in their bytes, by the name of their global. 0 if a bitfield is
+/// unknown.
+pub(in crate::kernel) fn bitfields(btf: &Btf<'_>) -> [(&'static str, u8); 2] {
+    let bits = |field| {
+        let bitfield = btf.bitfield(FIELDS[field as usize].path);
+        bitfield.map_or(0, |(_, bits)| bits)
+    };
+    // The programs compare this one with numbers.
+    let ca_state = Some(bits(Field::CaState)).filter(|bits| bits & 1 == 1);
+    [
+        ("REPAIR", bits(Field::Repair)),
+        ("CA_STATE", ca_state.unwrap_or(0)),
+    ]
+}
+
+/// Returns the kernel's reasons of resets: number and name. Empty before Linux 6.10.
+pub(in crate::kernel) fn reset_reasons(btf: &Btf<'_>) -> Vec<(u32, String)> {
+    let all = btf.enumerators("sk_rst_reason");
+    let named = all.filter_map(|(value, name)| {
+        let name = str::from_utf8(name).ok()?;
+        Some((value, name.strip_prefix("SK_RST_REASON_")?.to_owned()))
+    });
+    named.collect()
 }
 
 /// Returns the bit of `sock.sk_flags` that the kernel sets when a socket begins to listen; 0 if it
