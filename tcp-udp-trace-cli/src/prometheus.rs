@@ -181,7 +181,10 @@ impl Metrics {
             EventKind::ConnectFailed { .. } if event.socket.protocol == Protocol::Tcp => {
                 self.failed.get_or_create(&of).inc();
             }
-            EventKind::Retransmit => drop(self.retransmits.get_or_create(&of).inc()),
+            EventKind::Retransmit { packets, .. } => {
+                let retransmits = self.retransmits.get_or_create(&of);
+                retransmits.inc_by(u64::from(*packets));
+            }
             _ => {}
         }
         if event.socket.protocol == Protocol::Tcp {

@@ -110,6 +110,7 @@ impl Networks {
                 from: SynSent,
                 to: Close,
                 error,
+                ..
             } => Some(error.map_or_else(|| "closed".to_owned(), errno)),
             EventKind::ConnectFailed { error } if event.socket.protocol == Protocol::Tcp => {
                 Some(errno(error))

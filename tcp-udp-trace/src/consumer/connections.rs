@@ -13,6 +13,7 @@ use crate::{
         Direction, Event, EventKind, Protocol, Socket, Traffic,
         process::{Process, User},
         sample_info::SampleInfo,
+        summary::Summary,
         tcp_state::TcpState,
     },
 };
@@ -111,6 +112,8 @@ pub struct Connection {
     pub handshake: Option<Duration>,
     /// The error that ended the connection, as in [`EventKind::StateChange`].
     pub error: Option<i32>,
+    /// The summary of a TCP connection that has ended, as in [`EventKind::StateChange`].
+    pub summary: Option<Box<Summary>>,
     /// The other end, if it is on this machine and was seen.
     pub peer: Option<Peer>,
 }
@@ -489,6 +492,7 @@ impl Connection {
             state: None,
             handshake: None,
             error: None,
+            summary: None,
             peer: None,
         };
         connection.update(event);
@@ -506,9 +510,12 @@ impl Connection {
         self.age = event.socket.age;
         self.direction = event.socket.direction.or(self.direction);
         match &event.kind {
-            EventKind::StateChange { to, error, .. } => {
+            EventKind::StateChange {
+                to, error, summary, ..
+            } => {
                 self.state = Some(*to);
                 self.error = *error;
+                self.summary.clone_from(summary);
                 if event.is_open() && event.socket.older == Some(false) {
                     self.handshake = Some(event.socket.age);
                 }

@@ -146,7 +146,10 @@ where
     /// # Cancel safety
     ///
     /// A future that is dropped loses no event.
-    #[allow(clippy::should_implement_trait, reason = "it is the `next` of a stream")]
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "it is the `next` of a stream"
+    )]
     pub fn next(&mut self) -> impl Future<Output = Option<Event>> + Unpin {
         poll_fn(|cx| Pin::new(&mut *self).poll_next(cx))
     }

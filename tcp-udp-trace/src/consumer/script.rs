@@ -30,8 +30,21 @@ pub(super) fn event(protocol: Protocol, id: u64, [born, now]: [u64; 2], kind: Ev
 }
 
 pub(super) fn change(from: TcpState, to: TcpState) -> EventKind {
-    let error = None;
-    EventKind::StateChange { from, to, error }
+    let (error, summary) = (None, None);
+    EventKind::StateChange {
+        from,
+        to,
+        error,
+        summary,
+    }
+}
+
+pub(super) fn retransmit() -> EventKind {
+    EventKind::Retransmit {
+        what: None,
+        packets: 1,
+        bytes: 1,
+    }
 }
 
 pub(super) fn sample() -> EventKind {

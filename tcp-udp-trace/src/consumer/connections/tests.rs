@@ -1,6 +1,6 @@
 use super::*;
 use crate::consumer::script::{
-    Random, address, change, event, flow, gap, process, sample, traffic,
+    Random, address, change, event, flow, gap, process, retransmit, sample, traffic,
 };
 use TcpState::{
     Close, CloseWait, Established, FinWait1, FinWait2, LastAck, Listen, SynRecv, SynSent,
@@ -93,7 +93,7 @@ fn listeners_and_failed_attempts_are_no_connections() {
         CLIENT,
         EventKind::ConnectFailed { error: 101 },
     ));
-    set.add(&tcp(1, HERE, CLIENT, EventKind::Retransmit));
+    set.add(&tcp(1, HERE, CLIENT, retransmit()));
     assert!(set.is_empty());
 }
 

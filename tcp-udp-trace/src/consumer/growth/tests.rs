@@ -2,7 +2,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use super::*;
 use crate::{
-    consumer::script::{Random, address, change, event, flow, gap, traffic},
+    consumer::script::{Random, address, change, event, flow, gap, retransmit, traffic},
     event::tcp_state::TcpState::{Close, Established, FinWait2, Listen, SynSent},
 };
 
@@ -39,11 +39,22 @@ fn a_connection_adds_its_total() {
     assert_eq!(add(&tcp(1, 1, change(SynSent, Established), 0)), NONE);
     assert_eq!(add(&tcp(1, 2, EventKind::Accept, 5)), traffic(5));
     // Another CPU has read a newer total before.
-    assert_eq!(add(&tcp(1, 2, EventKind::Retransmit, 4)), NONE);
+    assert_eq!(add(&tcp(1, 2, retransmit(), 4)), NONE);
     assert_eq!(add(&gap(Protocol::Tcp, 3)), NONE);
     assert_eq!(add(&tcp(1, 3, change(FinWait2, Close), 9)), traffic(4));
     let direction = crate::event::ResetDirection::Sent;
-    assert_eq!(add(&tcp(1, 3, EventKind::Reset { direction }, 9)), NONE);
+    assert_eq!(
+        add(&tcp(
+            1,
+            3,
+            EventKind::Reset {
+                direction,
+                reason: None
+            },
+            9
+        )),
+        NONE
+    );
     assert_eq!(growth.known.len(), 0);
 }
 
@@ -267,7 +278,7 @@ impl World {
         }
         self.open.insert(id, (protocol, born, total + more));
         if protocol == Protocol::Tcp {
-            self.report(&of(EventKind::Retransmit, total + more), is_lost);
+            self.report(&of(retransmit(), total + more), is_lost);
             return;
         }
         if random.once_in(8) {
