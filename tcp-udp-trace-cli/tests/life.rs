@@ -5,7 +5,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 
 use crate::{
     tool::{PROGRAM, Tool},
@@ -19,8 +19,12 @@ pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
     for (up, down) in [(0, 0), (1, 70_000), (1_000_000, 3)] {
         let (client, server) = (pair.connection(up, down)?, pair.listener.local);
         let (near, far) = (pair.client.pid(), pair.server.pid());
-        ends.push(format!("{near} life client out {client} {server} {up} {down}"));
-        ends.push(format!("{far} life-server in {server} {client} {down} {up}"));
+        ends.push(format!(
+            "{near} life client out {client} {server} {up} {down}"
+        ));
+        ends.push(format!(
+            "{far} life-server in {server} {client} {down} {up}"
+        ));
     }
     // A failed attempt and a listener are no connections: they must not have a line.
     pair.fail_to_connect()?;
@@ -35,6 +39,16 @@ pub(crate) fn each_connection_is_one_line() -> anyhow::Result<()> {
         let (milliseconds, words) = words.split_last().context("an empty line")?;
         let milliseconds: f64 = milliseconds.parse()?;
         ensure!((0.0..60_000.0).contains(&milliseconds), "{line}");
+        let (words, quality) = words.split_at(words.len() - 3);
+        let [rtt, retransmitted, end] = quality else {
+            bail!("{line}");
+        };
+        let rtt: f64 = rtt.parse()?;
+        ensure!((0.0..60_000.0).contains(&rtt), "{line}");
+        // The client closes first.
+        let is_client = words.contains(&"out");
+        ensure!(*end == if is_client { "local" } else { "peer" }, "{line}");
+        ensure!(retransmitted.parse::<u32>().is_ok(), "{line}");
         lives.push(words.join(" "));
     }
     ends.sort();

@@ -1,5 +1,6 @@
 //! Prints one line for each TCP connection when it ends: owner, the side that started it (`out` is
-//! this side), addresses, bytes, duration. The command `tcp-udp-trace life` is this file.
+//! this side), addresses, bytes, smoothed round-trip time, retransmitted segments, how it ended,
+//! duration. The command `tcp-udp-trace life` is this file.
 //!
 //! The duration of a connection that is older than the tracer is unknown. It has a `>`.
 //!
@@ -17,7 +18,9 @@ use std::{
 
 use clap::Parser;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use tcp_udp_trace::{Direction, Event, EventKind, Filter, Kind, TcpState, TcpTracer};
+use tcp_udp_trace::{
+    Direction, EndedBy, Event, EventKind, Filter, Kind, Summary, TcpState, TcpTracer,
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Print each TCP connection of the machine when it ends.
@@ -59,12 +62,24 @@ pub(crate) async fn life(args: Args) -> Result<(), Box<dyn Error + Send + Sync>>
     let mut out = io::stdout();
     writeln!(
         out,
-        "{:>7} {:15} {:3} {:>21} {:>21} {:>12} {:>12} {:>12}",
-        "PID", "COMM", "DIR", "LOCAL", "REMOTE", "TX_BYTES", "RX_BYTES", "MS"
+        "{:>7} {:15} {:3} {:>21} {:>21} {:>12} {:>12} {:>8} {:>7} {:12} {:>12}",
+        "PID",
+        "COMM",
+        "DIR",
+        "LOCAL",
+        "REMOTE",
+        "TX_BYTES",
+        "RX_BYTES",
+        "RTT_MS",
+        "RETRANS",
+        "END",
+        "MS"
     )?;
     while let Some(event) = tracer.next().await {
         match event.kind {
-            EventKind::StateChange { .. } if event.is_close() => print(&mut out, &event)?,
+            EventKind::StateChange { ref summary, .. } if event.is_close() => {
+                print(&mut out, &event, summary.as_deref())?;
+            }
             EventKind::Lost { .. } => eprintln!("{event}"),
             _ => {}
         }
@@ -73,7 +88,7 @@ pub(crate) async fn life(args: Args) -> Result<(), Box<dyn Error + Send + Sync>>
     Ok(())
 }
 
-fn print(out: &mut impl Write, event: &Event) -> io::Result<()> {
+fn print(out: &mut impl Write, event: &Event, summary: Option<&Summary>) -> io::Result<()> {
     let (pid, comm) = event.process.as_ref().map_or_else(
         || ("-".to_owned(), "-".to_owned()),
         |process| (process.pid.to_string(), process.comm.to_string()),
@@ -83,6 +98,17 @@ fn print(out: &mut impl Write, event: &Event) -> io::Result<()> {
         Some(Direction::Inbound) => "in",
         _ => "?",
     };
+    let rtt = summary.and_then(|summary| summary.srtt);
+    let rtt = rtt.map_or_else(
+        || "-".to_owned(),
+        |rtt| format!("{:.3}", rtt.as_secs_f64() * 1000.0),
+    );
+    let retransmitted = summary.map_or_else(
+        || "-".to_owned(),
+        |summary| summary.retransmitted_packets.to_string(),
+    );
+    let ended_by = summary.and_then(|summary| summary.ended_by);
+    let end = ended_by.map_or("-", EndedBy::name);
     let mark = match event.socket.older {
         Some(false) => "",
         _ => ">",
@@ -90,7 +116,8 @@ fn print(out: &mut impl Write, event: &Event) -> io::Result<()> {
     let age = format!("{mark}{:.3}", event.socket.age.as_secs_f64() * 1000.0);
     writeln!(
         out,
-        "{pid:>7} {comm:15} {direction:3} {:>21} {:>21} {:>12} {:>12} {age:>12}",
+        "{pid:>7} {comm:15} {direction:3} {:>21} {:>21} {:>12} {:>12} \
+         {rtt:>8} {retransmitted:>7} {end:12} {age:>12}",
         event.socket.local.to_string(),
         event.socket.remote.to_string(),
         event.traffic.tx_bytes,
