@@ -136,22 +136,6 @@ pub mod retransmission {
     pub const PROBE: u32 = 5;
 }
 
-/// The state of a socket that closes, in [`Summary::flags`].
-pub mod ending {
-    /// The last descriptor of the socket has been closed.
-    pub const CLOSED: u32 = 1 << 0;
-    /// The peer's FIN has arrived.
-    pub const PEER_CLOSED: u32 = 1 << 1;
-    /// The socket has a `struct socket`, so a process made or accepted it.
-    pub const HAS_DESCRIPTOR: u32 = 1 << 2;
-    /// Not everything in the send queue was sent.
-    pub const UNSENT: u32 = 1 << 3;
-    /// The connection is being moved to another socket (`TCP_REPAIR`), and goes on there.
-    pub const TAKEN_AWAY: u32 = 1 << 4;
-    /// No program saw the change, so the state before it is not certain.
-    pub const MISSED: u32 = 1 << 5;
-}
-
 /// The side that started a TCP connection, in [`TcpSocket::direction`].
 pub mod direction {
     /// Not known.
@@ -357,8 +341,29 @@ pub struct Summary {
     pub lost: u32,
     /// Segments received out of order.
     pub out_of_order: u32,
-    /// Bits of [`ending`].
-    pub flags: u32,
+    /// Not 0 if the socket has a `struct socket`, so a process made or accepted it.
+    pub descriptor: u32,
+    /// Not 0 if not everything in the send queue was sent.
+    pub unsent: u32,
+    /// The lowest bits of `sk_flags`.
+    pub flags: u8,
+    /// Not 0 if the connection is being moved to another socket (`TCP_REPAIR`), and goes on there.
+    pub repair: u8,
+    /// The state that the kernel has for the socket: the previous one, unless no program saw the
+    /// change.
+    pub state: u8,
+    /// Padding.
+    pub _pad: u8,
+}
+
+/// Bits of [`Summary::flags`].
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/include/net/sock.h>
+pub mod sk_flag {
+    /// `SOCK_DEAD`: the last descriptor of the socket has been closed.
+    pub const CLOSED: u8 = 1 << 0;
+    /// `SOCK_DONE`: the peer's FIN has arrived.
+    pub const PEER_CLOSED: u8 = 1 << 1;
 }
 
 /// The end of a TCP connection, or of an attempt at one.
@@ -815,8 +820,8 @@ const _: () = {
     assert!(size_of::<TcpSocket>() == 216);
     assert!(size_of::<StateChange>() == 240);
     assert!(size_of::<Tcp>() == 232);
-    assert!(size_of::<Summary>() == 48);
-    assert!(size_of::<End>() == 288);
+    assert!(size_of::<Summary>() == 56);
+    assert!(size_of::<End>() == 296);
     assert!(size_of::<Anomaly>() == 248);
     assert!(size_of::<Tracked>() == 168);
     assert!(size_of::<Udp>() == 248);

@@ -61,7 +61,7 @@ macro_rules! builder {
                 self
             }
 
-            /// Sets the size of the buffer between kernel and reader; one event takes at most 296
+            /// Sets the size of the buffer between kernel and reader; one event takes at most 304
             /// bytes. 4,096 to 1,073,741,824, rounded up to a power of two, default
             /// [`DEFAULT_RING_BYTES`](crate::DEFAULT_RING_BYTES).
             ///
@@ -71,7 +71,7 @@ macro_rules! builder {
             /// only the ends of sockets that find the first ring full. These ends come a little
             /// late, but at their position in time. So while the reader does not run, no flood of
             /// other events costs the end of a socket. The room suffices for this number of ends:
-            /// with the default 2,656 of TCP, or 3,072 of UDP.
+            /// with the default 2,586 of TCP, or 3,072 of UDP.
             pub fn ring_bytes(mut self, bytes: u32) -> Self {
                 self.config.ring_bytes = bytes;
                 self

@@ -184,7 +184,13 @@ static REPAIR: Global<u8> = Global::new(0);
 /// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
 #[inline(always)]
 fn is_repaired(socket: impl Socket) -> bool {
-    socket.get::<u8>(Field::Repair) & REPAIR.load() != 0
+    repair(socket) != 0
+}
+
+/// Returns the kernel's bit of `TCP_REPAIR`.
+#[inline(always)]
+fn repair(socket: impl Socket) -> u8 {
+    socket.get::<u8>(Field::Repair) & REPAIR.load()
 }
 
 /// Returns whether a socket begins to listen without a port, and a later hook sees the port.
@@ -471,7 +477,7 @@ fn report(
         ctx,
         priority,
         ends,
-        |summary: &mut Summary| socket.summarize(sk, tracked, from, summary),
+        |summary: &mut Summary| socket.summarize(sk, tracked, summary),
         |record: &mut StateChange| {
             let port = if from == CLOSE {
                 socket.bound_port()

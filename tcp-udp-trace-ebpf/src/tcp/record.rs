@@ -1,9 +1,9 @@
 //! The contents of a TCP record.
 
 use aya_ebpf::Global;
-use tcp_udp_trace_common::{AF_INET, Field, Summary, TcpSocket, Tracked, ending, syn};
+use tcp_udp_trace_common::{AF_INET, Field, Summary, TcpSocket, Tracked, syn};
 
-use super::{is_repaired, sockets};
+use super::{repair, sockets};
 use crate::{
     owner,
     read::now,
@@ -19,8 +19,6 @@ pub(super) const EADDRNOTAVAIL: u32 = 99;
 ///
 /// <https://github.com/torvalds/linux/blob/v6.12/include/net/sock.h>
 const SOCK_DONE: u64 = 1 << 1;
-/// The bit that is set when the last descriptor of the socket has been closed.
-const SOCK_DEAD: u64 = 1 << 0;
 
 /// The bit of `sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not
 /// known. User space sets it.
@@ -137,9 +135,9 @@ pub(super) trait Summarize: Socket {
         tracked.handshake = if is_measured { eighths >> 3 } else { 0 };
     }
 
-    /// Writes the summary of a connection that leaves this state.
+    /// Writes the summary of a connection that ends.
     #[inline(always)]
-    fn summarize(self, sk: Sock, tracked: &Tracked, from: u8, to: &mut Summary) {
+    fn summarize(self, sk: Sock, tracked: &Tracked, to: &mut Summary) {
         to.established = tracked.established;
         to.handshake = tracked.handshake;
         self.get_into(&mut to.bytes_retrans, Field::BytesRetrans);
@@ -149,17 +147,14 @@ pub(super) trait Summarize: Socket {
         self.get_into(&mut to.total_retrans, Field::TotalRetrans);
         self.get_into(&mut to.lost, Field::Lost);
         self.get_into(&mut to.out_of_order, Field::OutOfOrder);
-        let flag = |is_set: bool, flag: u32| u32::from(is_set) * flag;
-        let flags = self.get::<u64>(Field::Flags);
-        to.flags = flag(flags & SOCK_DEAD != 0, ending::CLOSED)
-            | flag(flags & SOCK_DONE != 0, ending::PEER_CLOSED)
-            | flag(sk.get::<u64>(Field::SkSocket) != 0, ending::HAS_DESCRIPTOR)
-            | flag(
-                self.get::<u32>(Field::SndNxt) != self.get::<u32>(Field::WriteSeq),
-                ending::UNSENT,
-            )
-            | flag(is_repaired(self), ending::TAKEN_AWAY)
-            | flag(self.get::<u8>(Field::State) != from, ending::MISSED);
+        // Without branches, which would multiply the work of older kernels' verifiers.
+        let socket = sk.get::<u64>(Field::SkSocket);
+        to.descriptor = (socket >> 32) as u32 | socket as u32;
+        to.unsent = self.get::<u32>(Field::SndNxt) ^ self.get::<u32>(Field::WriteSeq);
+        to.flags = self.get::<u64>(Field::Flags) as u8;
+        to.repair = repair(self);
+        to.state = self.get(Field::State);
+        to._pad = 0;
     }
 }
 

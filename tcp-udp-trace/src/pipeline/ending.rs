@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tcp_udp_trace_common::{Summary as Record, TcpSocket, direction, ending, older};
+use tcp_udp_trace_common::{Summary as Record, TcpSocket, direction, older, sk_flag};
 
 use crate::event::{
     summary::{EndedBy, Summary},
@@ -46,7 +46,7 @@ impl Ending<'_> {
             total_retrans,
             lost,
             out_of_order,
-            flags: _,
+            ..
         } = self.summary;
         let nanos = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
         let is_established = established != 0;
@@ -79,11 +79,19 @@ impl Ending<'_> {
         use TcpState::{
             CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, SynRecv, SynSent,
         };
-        let has = |flag| self.summary.flags & flag != 0;
-        if has(ending::MISSED | ending::TAKEN_AWAY) {
+        let &Record {
+            descriptor,
+            unsent,
+            flags,
+            repair,
+            state,
+            ..
+        } = self.summary;
+        // Another state means that no program saw the change.
+        if repair != 0 || state != self.from as u8 {
             return None;
         }
-        let is_closed = has(ending::CLOSED);
+        let is_closed = flags & sk_flag::CLOSED != 0;
         match self.error {
             Some(errno::ECONNABORTED) => Some(EndedBy::Killed),
             Some(errno::ETIMEDOUT) => Some(EndedBy::Timeout),
@@ -112,7 +120,7 @@ impl Ending<'_> {
                 // The kernel may as well drop a child that it made twice.
                 SynRecv => None,
                 Established | CloseWait => {
-                    let is_accepted = is_closed || has(ending::HAS_DESCRIPTOR);
+                    let is_accepted = is_closed || descriptor != 0;
                     Some(if direction == direction::OUTBOUND || is_accepted {
                         EndedBy::LocalReset
                     } else {
@@ -122,9 +130,9 @@ impl Ending<'_> {
                 FinWait1 => Some(EndedBy::LocalReset),
                 // The kernel moves a closed socket to a smaller structure, which waits for the
                 // peer's FIN.
-                FinWait2 if is_closed || has(ending::PEER_CLOSED) => Some(EndedBy::Local),
+                FinWait2 if is_closed || flags & sk_flag::PEER_CLOSED != 0 => Some(EndedBy::Local),
                 FinWait2 => Some(EndedBy::LocalReset),
-                LastAck | Closing if has(ending::UNSENT) => Some(EndedBy::LocalReset),
+                LastAck | Closing if unsent != 0 => Some(EndedBy::LocalReset),
                 LastAck => Some(EndedBy::Peer),
                 Closing => Some(EndedBy::Local),
                 _ => None,
@@ -139,19 +147,30 @@ mod tests {
 
     use super::*;
 
-    /// Returns how a connection without an error ended.
-    fn ended_by(from: TcpState, direction: u8, flags: u32) -> Option<EndedBy> {
-        with_error(from, direction, flags, None)
+    /// A fact in the record.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Fact {
+        None,
+        Closed,
+        PeerClosed,
+        HasDescriptor,
+        TakenAway,
+        Missed,
+        Unsent,
     }
 
-    fn with_error(
-        from: TcpState,
-        direction: u8,
-        flags: u32,
-        error: Option<i32>,
-    ) -> Option<EndedBy> {
+    fn ended_by(from: TcpState, direction: u8, fact: Fact, error: Option<i32>) -> Option<EndedBy> {
         let mut summary = Record::new_zeroed();
-        summary.flags = flags;
+        summary.state = from as u8;
+        match fact {
+            Fact::None => {}
+            Fact::Closed => summary.flags = sk_flag::CLOSED,
+            Fact::PeerClosed => summary.flags = sk_flag::PEER_CLOSED,
+            Fact::HasDescriptor => summary.descriptor = 1 << 31,
+            Fact::TakenAway => summary.repair = 1 << 6,
+            Fact::Missed => summary.state = TcpState::Close as u8,
+            Fact::Unsent => summary.unsent = 1,
+        }
         let summary = &summary;
         Ending {
             from,
@@ -163,44 +182,39 @@ mod tests {
 
     #[test]
     fn states_and_flags_tell_how_a_connection_ended() {
+        use Fact::{Closed, HasDescriptor, Missed, PeerClosed, TakenAway, Unsent};
         use TcpState::{
             CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, SynRecv, SynSent,
         };
         use direction::{INBOUND, OUTBOUND, UNKNOWN};
-        use ending::{CLOSED, HAS_DESCRIPTOR, MISSED, PEER_CLOSED, TAKEN_AWAY, UNSENT};
-        for (from, direction, flags, expected) in [
-            (SynSent, OUTBOUND, HAS_DESCRIPTOR, Some(EndedBy::Local)),
-            (SynRecv, OUTBOUND, HAS_DESCRIPTOR, Some(EndedBy::Local)),
-            (SynRecv, INBOUND, 0, None),
-            (Established, INBOUND, 0, Some(EndedBy::NotAccepted)),
-            (Established, UNKNOWN, 0, Some(EndedBy::NotAccepted)),
-            (CloseWait, INBOUND, PEER_CLOSED, Some(EndedBy::NotAccepted)),
+        for (from, direction, fact, expected) in [
+            (SynSent, OUTBOUND, HasDescriptor, Some(EndedBy::Local)),
+            (SynRecv, OUTBOUND, HasDescriptor, Some(EndedBy::Local)),
+            (SynRecv, INBOUND, Fact::None, None),
+            (Established, INBOUND, Fact::None, Some(EndedBy::NotAccepted)),
+            (Established, UNKNOWN, Fact::None, Some(EndedBy::NotAccepted)),
+            (CloseWait, INBOUND, PeerClosed, Some(EndedBy::NotAccepted)),
             (
                 Established,
                 INBOUND,
-                HAS_DESCRIPTOR,
+                HasDescriptor,
                 Some(EndedBy::LocalReset),
             ),
-            (Established, OUTBOUND, 0, Some(EndedBy::LocalReset)),
-            (Established, OUTBOUND, TAKEN_AWAY, None),
-            (Established, OUTBOUND, MISSED, None),
-            (FinWait1, OUTBOUND, 0, Some(EndedBy::LocalReset)),
-            (FinWait2, OUTBOUND, CLOSED, Some(EndedBy::Local)),
-            (FinWait2, OUTBOUND, PEER_CLOSED, Some(EndedBy::Local)),
-            (
-                FinWait2,
-                OUTBOUND,
-                HAS_DESCRIPTOR,
-                Some(EndedBy::LocalReset),
-            ),
-            (Closing, OUTBOUND, CLOSED, Some(EndedBy::Local)),
-            (LastAck, OUTBOUND, CLOSED, Some(EndedBy::Peer)),
-            (LastAck, OUTBOUND, UNSENT, Some(EndedBy::LocalReset)),
+            (Established, OUTBOUND, Fact::None, Some(EndedBy::LocalReset)),
+            (Established, OUTBOUND, TakenAway, None),
+            (Established, OUTBOUND, Missed, None),
+            (FinWait1, OUTBOUND, Fact::None, Some(EndedBy::LocalReset)),
+            (FinWait2, OUTBOUND, Closed, Some(EndedBy::Local)),
+            (FinWait2, OUTBOUND, PeerClosed, Some(EndedBy::Local)),
+            (FinWait2, OUTBOUND, HasDescriptor, Some(EndedBy::LocalReset)),
+            (Closing, OUTBOUND, Closed, Some(EndedBy::Local)),
+            (LastAck, OUTBOUND, Closed, Some(EndedBy::Peer)),
+            (LastAck, OUTBOUND, Unsent, Some(EndedBy::LocalReset)),
         ] {
             assert_eq!(
-                ended_by(from, direction, flags),
+                ended_by(from, direction, fact, None),
                 expected,
-                "{from} {direction} {flags:b}"
+                "{from} {direction} {fact:?}"
             );
         }
     }
@@ -208,23 +222,58 @@ mod tests {
     #[test]
     fn errors_tell_how_a_connection_ended() {
         use TcpState::{CloseWait, Established, FinWait2, SynSent};
-        for (from, flags, error, expected) in [
-            (SynSent, 0, errno::ECONNREFUSED, Some(EndedBy::Refused)),
-            (SynSent, 0, errno::ETIMEDOUT, Some(EndedBy::Timeout)),
-            (SynSent, 0, errno::EHOSTUNREACH, Some(EndedBy::Unreachable)),
-            (Established, 0, errno::ECONNABORTED, Some(EndedBy::Killed)),
-            (Established, 0, errno::ECONNRESET, Some(EndedBy::PeerReset)),
-            (CloseWait, 0, errno::EPIPE, Some(EndedBy::PeerReset)),
-            (FinWait2, 0, errno::ECONNRESET, Some(EndedBy::PeerReset)),
+        for (from, fact, error, expected) in [
+            (
+                SynSent,
+                Fact::None,
+                errno::ECONNREFUSED,
+                Some(EndedBy::Refused),
+            ),
+            (
+                SynSent,
+                Fact::None,
+                errno::ETIMEDOUT,
+                Some(EndedBy::Timeout),
+            ),
+            (
+                SynSent,
+                Fact::None,
+                errno::EHOSTUNREACH,
+                Some(EndedBy::Unreachable),
+            ),
+            (
+                Established,
+                Fact::None,
+                errno::ECONNABORTED,
+                Some(EndedBy::Killed),
+            ),
+            (
+                Established,
+                Fact::None,
+                errno::ECONNRESET,
+                Some(EndedBy::PeerReset),
+            ),
+            (
+                CloseWait,
+                Fact::None,
+                errno::EPIPE,
+                Some(EndedBy::PeerReset),
+            ),
             (
                 FinWait2,
-                ending::CLOSED,
+                Fact::None,
+                errno::ECONNRESET,
+                Some(EndedBy::PeerReset),
+            ),
+            (
+                FinWait2,
+                Fact::Closed,
                 errno::ECONNRESET,
                 Some(EndedBy::Local),
             ),
-            (SynSent, 0, 99, None),
+            (SynSent, Fact::None, 99, None),
         ] {
-            let found = with_error(from, direction::OUTBOUND, flags, Some(error));
+            let found = ended_by(from, direction::OUTBOUND, fact, Some(error));
             assert_eq!(found, expected, "{from} {error}");
         }
     }
