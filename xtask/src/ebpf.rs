@@ -155,12 +155,7 @@ fn check(record: &str, objects: &[(PathBuf, Vec<u8>)]) -> Result<()> {
 }
 
 /// Builds the programs of `binary` and returns the stripped object.
-fn build(
-    toolchain: &Toolchain,
-    binary: &str,
-    features: &[&str],
-    locked: bool,
-) -> Result<Vec<u8>> {
+fn build(toolchain: &Toolchain, binary: &str, features: &[&str], locked: bool) -> Result<Vec<u8>> {
     let remaps = remaps(toolchain)?;
     let flags = rustflags(&toolchain.bpf_linker, &remaps);
 
@@ -207,8 +202,8 @@ const STRIP: &[&str] = &[
 
 fn rustflags(linker: &Path, remaps: &[(PathBuf, &str)]) -> Vec<String> {
     let mut flags = vec![
-        // The programs do not depend on the architecture (`arch.rs`). But aya-ebpf has code for one,
-        // and takes the host's if none is set.
+        // The programs do not depend on the architecture (`arch.rs`). But aya-ebpf has code for
+        // one, and takes the host's if none is set.
         "--cfg=bpf_target_arch=\"x86_64\"".to_owned(),
         format!("-Clinker={}", linker.display()),
         // bpf-linker makes BTF from the debug information.

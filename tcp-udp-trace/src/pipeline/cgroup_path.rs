@@ -62,7 +62,7 @@ pub(crate) fn unit(path: &[u8]) -> Option<&str> {
     let first = names(path).find(|name| slice_name(name).is_none())?;
     let name = unit_name(first)?;
     let has_type = |of: &&str| name.strip_suffix(of).is_some_and(|rest| !rest.is_empty());
-    TYPES.iter().any(|of| has_type(of)).then_some(name)
+    TYPES.iter().any(has_type).then_some(name)
 }
 
 /// Returns the systemd slice that a cgroup belongs to: the last one of those at the beginning.
