@@ -171,7 +171,4 @@ fields! {
     IoFiles: 8 = "io_ring_ctx.file_table.data.nodes | io_ring_ctx.file_table.files",
     IoFileCount: 4 = "io_ring_ctx.file_table.data.nr | io_ring_ctx.nr_user_files",
     IoNodeFile: 8 = "io_rsrc_node.file_ptr",
-    HashElements: 8 = "bpf_htab.elems",
-    HashElementSize: 4 = "bpf_htab.elem_size",
-    HashElementHash: 4 = "htab_elem.hash",
 }

@@ -645,7 +645,7 @@ pub struct Tracked {
     pub tree_generation: u16,
     /// `sk_uid` when the socket was put into the map. Its room there is counted for this user.
     pub room_uid: u32,
-    /// The last round of samples that found the socket gone, 0 for none.
+    /// The last search that found the socket gone, 0 for none.
     pub gone_in: u32,
     /// For a child of a listener: the time from the SYN-ACK to its acknowledgment, in microseconds.
     /// 0 if it is not known.

@@ -513,12 +513,19 @@ fn control_filter(ctx: *mut c_void) -> i32 {
     query::control_filter(&RawTracePointContext::new(ctx))
 }
 
-/// Reports the ends of TCP sockets that no hook saw.
+/// Reports the TCP socket at an address if it is gone, or without an address one whose address has
+/// another socket.
 #[unsafe(link_section = "raw_tp")]
 #[unsafe(no_mangle)]
-fn find_gone(ctx: *mut c_void) -> i32 {
+fn check_gone(ctx: *mut c_void) -> i32 {
     let args = RawTracePointContext::new(ctx);
-    tcp::gone::find(ctx, args.arg(0), args.arg(1))
+    match args.arg(0) {
+        0 => tcp::gone::report_replaced(ctx),
+        sk => {
+            tcp::gone::check(ctx, Sock::new(sk), args.arg(1));
+            0
+        }
+    }
 }
 
 /// Returns the totals of a flow.

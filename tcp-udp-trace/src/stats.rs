@@ -46,8 +46,9 @@ pub struct Stats {
     pub untracked: u64,
     /// State changes that no hook saw. The next change of the socket shows them. If a close was
     /// missed, the tracer reports it when the kernel frees the socket. If no hook saw that either,
-    /// the tracer reports it when the socket is gone in two rounds of
-    /// [samples](crate::TcpTracerBuilder::sample_interval). This is a lower bound.
+    /// the tracer reports it when two searches, one in every fourth round of
+    /// [samples](crate::TcpTracerBuilder::sample_interval), found the socket gone. This is a lower
+    /// bound.
     pub missed: u64,
     /// TCP sockets that the tracer left out because they are neither IPv4 nor IPv6.
     pub unknown_family: u64,

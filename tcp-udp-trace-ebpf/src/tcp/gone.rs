@@ -1,8 +1,8 @@
 //! The ends of sockets that no hook saw.
 //!
-//! A socket whose last change of state and whose end no hook saw stays in the map. Each round of
-//! samples compares the entries with the memory of their sockets. An entry whose socket is gone in
-//! two rounds in a row is reported as closed.
+//! A socket whose last change of state and whose end no hook saw stays in the map. Now and then, a
+//! search compares the entries with the memory of their sockets. An entry whose socket is gone in
+//! two searches in a row is reported as closed.
 //!
 //! The memory of a TCP socket is used only for other TCP sockets until the kernel gives the page
 //! back, so it usually still has the numbers of the connection. If another life has begun at the
@@ -25,28 +25,19 @@ use crate::{
     counters,
     emit::{self, Context, Priority},
     filter,
-    read::{has, offset, read, read_at},
+    read::has,
     sock::{Sock, Socket as _, tcp_state::CLOSE},
     stopping::is_stopping,
 };
-
-/// How many elements of the map one run checks. The verifier processes each iteration of the loop.
-const STEPS: u32 = 64;
-
-/// The result of the last run of a round.
-const ALL: i32 = i32::MAX;
 
 /// The entries that had not ended when another life began at their addresses. If it is full, they
 /// are only counted.
 #[map]
 static REPLACED: Queue<Tracked> = Queue::with_max_entries(64, 0);
 
-/// The entry that is being reported, and the address of the map of sockets. User space runs one
-/// search at a time.
+/// The entry that is being reported. User space runs one search at a time.
 #[map]
 static GONE: Array<Tracked> = Array::with_max_entries(1, 0);
-#[map]
-static ADDRESS: Array<u64> = Array::with_max_entries(1, 0);
 
 /// Another life begins at the address of a socket that has not ended.
 // Not inlined: it is rare, and the map's value would take stack.
@@ -58,78 +49,58 @@ pub(super) fn replaced(sk: &u64) -> u32 {
     0
 }
 
-/// Reports at most one socket that is gone. Checks the elements of the map from this index on.
-/// `round` is the number of the round, which is greater than 1. Returns how many elements were
-/// checked.
+/// Reports one of the entries that another life has replaced. Returns 0 if there is none.
 #[inline(always)]
-pub(crate) fn find(ctx: Context, begin: u64, round: u32) -> i32 {
-    let Some(gone) = GONE.get_ptr_mut(0) else {
-        return ALL;
-    };
-    // SAFETY: a valid pointer to the map's value, which no other program uses.
-    let gone = unsafe { &mut *gone };
-    if is_stopping() || !has(Field::References) || !has(Field::Locked) {
-        return ALL;
+pub(crate) fn report_replaced(ctx: Context) -> i32 {
+    if is_stopping() {
+        return 0;
     }
-    let mut checked = 0;
-    let mut sk = Sock::new(0);
+    let Some(gone) = gone() else { return 0 };
     if !pop(gone) {
-        let Some(elements) = Elements::new() else {
-            return ALL;
-        };
-        let mut found = 0;
-        while checked < STEPS && found == 0 {
-            let key = elements.key(begin + u64::from(checked));
-            found = u64::from(differs(Sock::new(key))) * key;
-            checked += 1;
-        }
-        sk = Sock::new(found);
-        let Some(tracked) = sockets::get(sk) else {
-            return checked.cast_signed();
-        };
-        if !is_gone(sk, tracked) {
-            return checked.cast_signed();
-        }
-        let is_second = tracked.gone_in + 1 == round;
-        tracked.gone_in = round;
-        if !is_second {
-            return checked.cast_signed();
-        }
-        *gone = *tracked;
-        if tracked.state == CLOSE {
-            sockets::forget(sk, gone.room_uid);
-            return checked.cast_signed();
-        }
-        // Another life may begin at the address at any time.
-        tracked.state = CLOSE;
-        tracked.syn &= !syn::HELD;
-        counters::missed();
-        // A socket that was never connected is another one.
-        if sk.get::<u8>(Field::State) != CLOSE
-            || sk.get::<u16>(Field::RemotePort) == 0
-            || !is_like(sk, gone)
-        {
-            sk = Sock::new(0);
-        }
+        return 0;
     }
-    forget_syn(gone);
-    report(ctx, sk, gone);
-    checked.cast_signed()
+    report(ctx, Sock::new(0), gone);
+    1
 }
 
-/// Returns whether the memory of the socket of this key differs from the entry, so that the socket
-/// may be gone.
+/// Reports the socket at this address if it is gone for the second search in a row. `search` is the
+/// number of the search, which is greater than 1.
 #[inline(always)]
-fn differs(sk: Sock) -> bool {
-    let Some(tracked) = sockets::get(sk) else {
-        return false;
+pub(crate) fn check(ctx: Context, sk: Sock, search: u32) {
+    if is_stopping() || !has(Field::References) || !has(Field::Locked) {
+        return;
+    }
+    let (Some(gone), Some(tracked)) = (gone(), sockets::get(sk)) else {
+        return;
     };
-    let (netns, _) = sk.netns();
-    let state = sk.get::<u8>(Field::State) ^ tracked.state;
-    // Without branches, because the verifier follows each of them in each iteration.
-    let references = u64::from(sk.get::<u32>(Field::References));
-    let is_unused = references.wrapping_sub(1) >> 63;
-    u64::from(state) | u64::from(netns ^ tracked.netns) | is_unused != 0
+    if !is_gone(sk, tracked) {
+        return;
+    }
+    let is_second = tracked.gone_in + 1 == search;
+    tracked.gone_in = search;
+    if !is_second {
+        return;
+    }
+    *gone = *tracked;
+    if tracked.state == CLOSE {
+        sockets::forget(sk, gone.room_uid);
+        return;
+    }
+    // Another life may begin at the address at any time.
+    tracked.state = CLOSE;
+    tracked.syn &= !syn::HELD;
+    counters::missed();
+    // A socket that was never connected is another one.
+    let is_same = sk.get::<u8>(Field::State) == CLOSE
+        && sk.get::<u16>(Field::RemotePort) != 0
+        && is_like(sk, gone);
+    report(ctx, if is_same { sk } else { Sock::new(0) }, gone);
+}
+
+#[inline(always)]
+fn gone() -> Option<&'static mut Tracked> {
+    // SAFETY: a valid pointer to the map's value, which no other program uses.
+    GONE.get_ptr_mut(0).map(|gone| unsafe { &mut *gone })
 }
 
 /// Returns whether the socket of this entry is gone.
@@ -156,6 +127,7 @@ fn is_like(sk: Sock, tracked: &Tracked) -> bool {
 /// Reports the end of a socket. If the address is 0, its numbers are lost.
 #[inline(always)]
 fn report(ctx: Context, sk: Sock, tracked: &mut Tracked) {
+    forget_syn(tracked);
     let from = tracked.state;
     let states = no_state(from & 0xf) | no_state(CLOSE);
     if !filter::passes_tcp(kind::STATE_CHANGE, states, sk, tracked) {
@@ -193,39 +165,3 @@ fn pop(to: &mut Tracked) -> bool {
     };
     error == 0
 }
-
-/// The preallocated elements of the map of sockets, used and unused ones.
-///
-/// <https://github.com/torvalds/linux/blob/v6.12/kernel/bpf/hashtab.c>
-struct Elements {
-    first: u64,
-    size: u64,
-}
-
-impl Elements {
-    #[inline(always)]
-    fn new() -> Option<Self> {
-        let address = ADDRESS.get_ptr_mut(0)?;
-        // SAFETY: a valid pointer to the map's value. Volatile, so that the verifier does not know
-        // that the number is the address of a map.
-        let map = unsafe {
-            address
-                .cast::<*const HashMapOfSockets>()
-                .write_volatile(&raw const sockets::SOCKETS);
-            address.read_volatile()
-        };
-        let first = read(map, Field::HashElements);
-        let size = u64::from(read::<u32>(map, Field::HashElementSize));
-        (first != 0 && size != 0 && has(Field::HashElementHash)).then_some(Self { first, size })
-    }
-
-    /// Returns the key of an element. The element may be unused, so the key may not be in the map.
-    #[inline(always)]
-    fn key(&self, index: u64) -> u64 {
-        // The key follows the hash, and is aligned to 8.
-        let key = u64::from(offset(Field::HashElementHash)) + 8 & !7;
-        read_at(self.first + index * self.size + key)
-    }
-}
-
-type HashMapOfSockets = aya_ebpf::maps::HashMap<u64, Tracked>;

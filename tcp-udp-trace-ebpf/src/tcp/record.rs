@@ -3,7 +3,7 @@
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{AF_INET, Field, Summary, TcpSocket, Tracked, syn};
 
-use super::{repair, sockets};
+use super::sockets;
 use crate::{
     owner,
     read::now,
@@ -24,6 +24,10 @@ const SOCK_DONE: u64 = 1 << 1;
 /// known. User space sets it.
 #[unsafe(no_mangle)]
 static HAS_LISTENED: Global<u64> = Global::new(0);
+
+/// The bit of [`Field::Repair`] in its byte, 0 if it is not known. User space sets it.
+#[unsafe(no_mangle)]
+static REPAIR: Global<u8> = Global::new(0);
 
 /// Writes a socket into a record.
 pub(super) trait Describe: Socket {
@@ -160,6 +164,12 @@ pub(super) trait Summarize: Socket {
 
 impl<S: Socket> Describe for S {}
 impl<S: Socket> Summarize for S {}
+
+/// Returns the kernel's bit of `TCP_REPAIR`.
+#[inline(always)]
+pub(super) fn repair(socket: impl Socket) -> u8 {
+    socket.get::<u8>(Field::Repair) & REPAIR.load()
+}
 
 /// Lets the bytes of a socket, whose close no hook saw, be those that the kernel counts without SYN
 /// and FIN. Other changes of the state may have been missed, so a FIN may have been sent.

@@ -32,10 +32,10 @@ pub(super) const CONTROL_FILTER: &str = "control_filter";
 /// Returns the fill level of the ring. It is only in the object with a ring.
 pub(super) const RING_FILL: &str = "ring_fill";
 /// Reports the ends of TCP sockets that no hook saw.
-pub(super) const FIND_GONE: &str = "find_gone";
+pub(super) const CHECK_GONE: &str = "check_gone";
 /// All of them.
 pub(super) const CONTROL_PROGRAMS: [&str; 5] =
-    [ARM_WAKEUP, QUERY_FLOW, CONTROL_FILTER, RING_FILL, FIND_GONE];
+    [ARM_WAKEUP, QUERY_FLOW, CONTROL_FILTER, RING_FILL, CHECK_GONE];
 
 /// Runs a program that takes no arguments, and returns its result.
 pub(super) fn run(ebpf: &Ebpf, name: &str) -> io::Result<u32> {
@@ -83,10 +83,10 @@ pub(super) fn control_filter(ebpf: &Ebpf, args: &[u64]) -> io::Result<i32> {
     run_with(ebpf, CONTROL_FILTER, args)
 }
 
-/// Checks the elements of the map of TCP sockets from this index on. Returns how many were checked.
-pub(super) fn find_gone(ebpf: &Ebpf, begin: u32, round: u32) -> io::Result<u32> {
-    let checked = run_with(ebpf, FIND_GONE, &[begin.into(), round.into()])?;
-    Ok(checked.unsigned_abs())
+/// Reports the TCP socket at this address if it is gone. With address 0, reports a socket whose
+/// address has another one, and returns whether there was one.
+pub(super) fn check_gone(ebpf: &Ebpf, address: u64, search: u32) -> io::Result<bool> {
+    Ok(run_with(ebpf, CHECK_GONE, &[address, search.into()])? != 0)
 }
 
 /// Runs a program with arguments, and returns its result, which is not negative.

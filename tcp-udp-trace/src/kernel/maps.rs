@@ -1,7 +1,12 @@
 //! The sizes and the flags of the maps, and the maps that user space takes out of the eBPF object.
 
-use aya::{Ebpf, maps::MapError};
-use tcp_udp_trace_common::{ON_DEMAND, Udp};
+use std::io;
+
+use aya::{
+    Ebpf,
+    maps::{HashMap, MapData, MapError},
+};
+use tcp_udp_trace_common::{ON_DEMAND, Tracked, Udp};
 
 use crate::{
     config::{Config, LATE_SHARE},
@@ -84,6 +89,28 @@ pub(super) fn with_allocation(object: &[u8], on_demand: bool) -> Vec<u8> {
         }
     }
     object
+}
+
+/// The TCP sockets that the programs remember.
+#[derive(Debug)]
+pub(crate) struct TcpSockets {
+    map: HashMap<MapData, u64, [u8; size_of::<Tracked>()]>,
+    most: usize,
+}
+
+impl TcpSockets {
+    pub(super) fn open(ebpf: &mut Ebpf, most: u32) -> Result<Self, Error> {
+        let map = take_map(ebpf, "SOCKETS", HashMap::try_from)?;
+        let most = most as usize;
+        Ok(Self { map, most })
+    }
+
+    /// Returns their addresses. If sockets end meanwhile, some may come twice and others not at
+    /// all.
+    pub(crate) fn addresses(&self) -> impl Iterator<Item = io::Result<u64>> {
+        let addresses = self.map.keys().take(self.most);
+        addresses.map(|address| address.map_err(io::Error::other))
+    }
 }
 
 /// Takes a map out of the object.

@@ -24,10 +24,11 @@ use std::{
     fs::{self, File},
     io,
     os::fd::{AsFd as _, AsRawFd as _},
+    sync::Arc,
     thread,
 };
 
-pub(crate) use self::{iter::SampleScope, ring::Ring};
+pub(crate) use self::{iter::SampleScope, maps::TcpSockets, ring::Ring};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, MapData, PerCpuArray},
@@ -42,7 +43,7 @@ use self::{
         ids::{self, Ids},
         offsets,
     },
-    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, FIND_GONE, QUERY_FLOW, RING_FILL},
+    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, CHECK_GONE, QUERY_FLOW, RING_FILL},
     filter::Filters,
     iter::IterProgram,
     maps::{SHARE, take_map},
@@ -74,9 +75,8 @@ pub(crate) struct Kernel {
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
     rejected: PerCpuArray<MapData, u64>,
     protocol: Protocol,
-    /// How many elements the map of TCP sockets has, 0 if no program looks for sockets that are
-    /// gone. The kernel adds one for each CPU.
-    elements: u32,
+    /// The TCP sockets that the programs remember, if the tracer looks for those that are gone.
+    tcp_sockets: Option<Arc<TcpSockets>>,
     filters: Filters,
     log: Option<EbpfLogger<&'static dyn Log>>,
     /// The last value from the kernel, which the kernel shows only while the programs are loaded.
@@ -91,8 +91,6 @@ struct Facts {
     ids: Ids,
     /// Whether the programs report the images of processes.
     images: bool,
-    /// Whether a round of samples looks for sockets that are gone.
-    finds_gone: bool,
     has_listened: u64,
     bitfields: [(&'static str, u8); 2],
     drop_reasons: [(&'static str, u32); 2],
@@ -123,10 +121,6 @@ impl Facts {
             offsets: offsets::resolve(&btf)?,
             ids: ids::find(&btf, targets),
             images: config.process_details && verifies,
-            // The verifier of 5.10 takes minutes for this loop as well.
-            finds_gone: config.protocol == Protocol::Tcp
-                && config.sample_interval.is_some()
-                && offsets::verifies_images(&btf),
             has_listened: offsets::has_listened(&btf),
             bitfields: offsets::bitfields(&btf),
             drop_reasons: offsets::drop_reasons(&btf),
@@ -163,7 +157,8 @@ impl Kernel {
         let mut controls = vec![ARM_WAKEUP, CONTROL_FILTER];
         controls.extend((buffer == Buffer::Ring).then_some(RING_FILL));
         controls.extend((config.protocol == Protocol::Udp).then_some(QUERY_FLOW));
-        controls.extend(facts.finds_gone.then_some(FIND_GONE));
+        let finds_gone = config.protocol == Protocol::Tcp && config.sample_interval.is_some();
+        controls.extend(finds_gone.then_some(CHECK_GONE));
         // The loader rounds the size in the same way.
         let ring_bytes = config.ring_bytes.next_power_of_two();
         let wake_shift = (ring_bytes / SHARE).ilog2();
@@ -208,6 +203,8 @@ impl Kernel {
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
+        let tcp_sockets = finds_gone.then(|| TcpSockets::open(&mut ebpf, config.max_sockets));
+        let tcp_sockets = tcp_sockets.transpose()?.map(Arc::new);
         for name in controls {
             let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
             program.and_then(control::load_control).map_err(|source| {
@@ -240,7 +237,7 @@ impl Kernel {
                 counters,
                 rejected,
                 protocol: config.protocol,
-                elements: u32::from(facts.finds_gone) * (config.max_sockets + cpus as u32),
+                tcp_sockets,
                 filters,
                 log,
                 recursion_misses: None,
@@ -267,15 +264,17 @@ impl Kernel {
         iter::open(&mut self.ebpf).map_err(io::Error::other)
     }
 
-    /// Reports the ends of TCP sockets that no hook saw, each in its second round. Checks some
-    /// elements of the map of sockets from this index on. Returns the next index; `None` at the
-    /// end.
-    pub(crate) fn find_gone(&self, begin: u32, round: u32) -> io::Result<Option<u32>> {
-        if begin >= self.elements {
-            return Ok(None);
-        }
-        let next = begin.saturating_add(control::find_gone(&self.ebpf, begin, round)?);
-        Ok((next < self.elements).then_some(next))
+    /// Returns the TCP sockets that the programs remember, if the tracer looks for those that are
+    /// gone.
+    pub(crate) fn tcp_sockets(&self) -> Option<Arc<TcpSockets>> {
+        self.tcp_sockets.clone()
+    }
+
+    /// Reports the TCP socket at this address if it is gone for the second search in a row. With
+    /// address 0, reports a socket whose address has another one, and returns whether there was
+    /// one.
+    pub(crate) fn check_gone(&self, address: u64, search: u32) -> io::Result<bool> {
+        control::check_gone(&self.ebpf, address, search)
     }
 
     /// Arms the wake-up by the next record. Returns how many records found the ring full so far,

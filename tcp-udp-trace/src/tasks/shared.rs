@@ -19,7 +19,7 @@ use crate::{
     event::Protocol,
     filter::Filter,
     hook::Hook,
-    kernel::SampleScope,
+    kernel::{SampleScope, TcpSockets},
     lock::lock,
     pipeline::{pending_samples::PendingSamples, queue::Queue},
     stats::Stats,
@@ -197,13 +197,16 @@ impl Shared {
         Some(ended)
     }
 
-    /// Reports the ends of TCP sockets that no hook saw, see [`Kernel::find_gone`].
-    ///
-    /// [`Kernel::find_gone`]: crate::kernel::Kernel::find_gone
-    pub(crate) fn find_gone(&self, begin: u32, round: u32) -> io::Result<Option<u32>> {
+    /// See [`Kernel::tcp_sockets`](crate::kernel::Kernel::tcp_sockets).
+    pub(crate) fn tcp_sockets(&self) -> Option<Arc<TcpSockets>> {
+        self.source().as_ref()?.kernel.tcp_sockets()
+    }
+
+    /// See [`Kernel::check_gone`](crate::kernel::Kernel::check_gone).
+    pub(crate) fn check_gone(&self, address: u64, search: u32) -> io::Result<bool> {
         match &*self.source() {
-            Some(source) => source.kernel.find_gone(begin, round),
-            None => Ok(None),
+            Some(source) => source.kernel.check_gone(address, search),
+            None => Ok(false),
         }
     }
 
