@@ -81,7 +81,8 @@ macro_rules! builder {
             /// life to its end. 1 to 16,777,216, default
             /// [`DEFAULT_MAX_SOCKETS`](crate::DEFAULT_MAX_SOCKETS).
             ///
-            /// Each takes at most 550 bytes of kernel memory, of which the start allocates at most 32.
+            /// Each takes at most 550 bytes of kernel memory, of which the start allocates at most
+            /// 32.
             /// Before Linux 6.1, each takes at most 290 bytes, and the start allocates all of it.
             ///
             /// The last eighth is for users who have less than a 64th of them, so that no user can

@@ -225,8 +225,8 @@
 //! can use its
 //! [`block_on`](https://docs.rs/tokio/1/tokio/runtime/struct.Runtime.html#method.block_on) with
 //! [`TcpTracer::next`] instead. Another executor, such as
-//! `futures::executor::block_on_stream(tcp)`, needs a multi-thread runtime that is not dropped. With
-//! a `current_thread` runtime that no thread drives, it waits for ever.
+//! `futures::executor::block_on_stream(tcp)`, needs a multi-thread runtime that is not dropped.
+//! With a `current_thread` runtime that no thread drives, it waits for ever.
 //!
 //! ## One tracer for several tasks
 //!

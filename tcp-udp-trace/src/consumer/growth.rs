@@ -16,8 +16,8 @@ use crate::{
 ///
 /// - **TCP.** The first event of a connection that began after the tracer's start adds the whole
 ///   total, so an event that was lost before it is made up for. The first event of a connection
-///   that may be older ([`Socket::older`](crate::Socket::older)) adds nothing, because a part of its
-///   total is older than the tracer.
+///   that may be older ([`Socket::older`](crate::Socket::older)) adds nothing, because a part of
+///   its total is older than the tracer.
 /// - **UDP.** The reports of flows ([`EventKind::Flow`]) add to [`traffic`](Increment::traffic).
 ///   A flow that starts again at zero adds to what its earlier lives have added. The other events
 ///   carry the totals of a socket, and would count the same datagrams again. Only the close of a

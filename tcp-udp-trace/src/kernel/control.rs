@@ -34,8 +34,13 @@ pub(super) const RING_FILL: &str = "ring_fill";
 /// Reports the ends of TCP sockets that no hook saw.
 pub(super) const CHECK_GONE: &str = "check_gone";
 /// All of them.
-pub(super) const CONTROL_PROGRAMS: [&str; 5] =
-    [ARM_WAKEUP, QUERY_FLOW, CONTROL_FILTER, RING_FILL, CHECK_GONE];
+pub(super) const CONTROL_PROGRAMS: [&str; 5] = [
+    ARM_WAKEUP,
+    QUERY_FLOW,
+    CONTROL_FILTER,
+    RING_FILL,
+    CHECK_GONE,
+];
 
 /// Runs a program that takes no arguments, and returns its result.
 pub(super) fn run(ebpf: &Ebpf, name: &str) -> io::Result<u32> {

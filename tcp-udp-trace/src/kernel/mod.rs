@@ -43,7 +43,7 @@ use self::{
         ids::{self, Ids},
         offsets,
     },
-    control::{ARM_WAKEUP, CONTROL_FILTER, CONTROL_PROGRAMS, CHECK_GONE, QUERY_FLOW, RING_FILL},
+    control::{ARM_WAKEUP, CHECK_GONE, CONTROL_FILTER, CONTROL_PROGRAMS, QUERY_FLOW, RING_FILL},
     filter::Filters,
     iter::IterProgram,
     maps::{SHARE, take_map},

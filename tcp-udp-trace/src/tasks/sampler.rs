@@ -172,7 +172,7 @@ impl Round<'_> {
         let Some(sockets) = self.shared.tcp_sockets() else {
             return Ok(());
         };
-        if number % ROUNDS_A_SEARCH != 0 {
+        if !number.is_multiple_of(ROUNDS_A_SEARCH) {
             return Ok(());
         }
         // The programs take the number before the first one for a search that did not exist.
