@@ -128,16 +128,16 @@ pub(super) trait Summarize: Socket {
         }
         // A child begins when its handshake is nearly over, but the kernel has measured the time
         // from the SYN-ACK to its acknowledgment. There is no measurement if the SYN-ACK was
-        // retransmitted. A child of TCP Fast Open begins earlier, and may have measured something
-        // else by now.
+        // retransmitted. With TCP Fast Open, data may have been measured instead.
+        let others =
+            self.get::<u64>(Field::BytesSent) | u64::from(self.get::<u32>(Field::TotalRetrans));
         let eighths = self.get::<u32>(Field::SmoothedRtt);
-        let is_measured = self.get::<u32>(Field::TotalRetrans) == 0
-            && u64::from(eighths) * (1_000 / 8) >= tracked.established.wrapping_sub(tracked.born);
-        tracked.handshake = if is_measured { eighths >> 3 } else { 0 };
+        tracked.handshake = if others == 0 { eighths >> 3 } else { 0 };
     }
 
     /// Writes the summary of a connection that ends.
-    #[inline(always)]
+    // Not inlined: its values would take stack of the caller.
+    #[inline(never)]
     fn summarize(self, sk: Sock, tracked: &Tracked, to: &mut Summary) {
         to.established = tracked.established;
         to.handshake = tracked.handshake;
