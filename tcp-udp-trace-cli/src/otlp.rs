@@ -154,6 +154,7 @@ impl Export {
                 from,
                 to: Close,
                 error,
+                ..
             } => {
                 if from == SynSent {
                     self.failed.add(1, &by_name);

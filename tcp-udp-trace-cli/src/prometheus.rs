@@ -192,7 +192,7 @@ impl Metrics {
             EventKind::ConnectFailed { .. } if event.socket.protocol == Protocol::Tcp => {
                 self.failed.get_or_create(&of).inc();
             }
-            EventKind::Retransmit => drop(self.retransmits.get_or_create(&of).inc()),
+            EventKind::Retransmit { .. } => drop(self.retransmits.get_or_create(&of).inc()),
             _ => {}
         }
         self.connections.set(self.open.len() as i64);

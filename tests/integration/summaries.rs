@@ -312,7 +312,7 @@ fn wait_readable(actor: &Actor, socket: &Endpoint) -> anyhow::Result<()> {
 
 /// Refused, without an answer, and unreachable. They have no handshake and no round-trip time.
 fn connections_that_fail() -> anyhow::Result<()> {
-    const NOBODY: &str = "10.77.0.9";
+    const UNUSED: &str = "10.77.0.9";
     let _far = veth()?;
     ip(&format!(
         "neigh replace {FAR} lladdr 02:00:00:00:00:99 dev near0 nud permanent"
@@ -329,7 +329,7 @@ fn connections_that_fail() -> anyhow::Result<()> {
     };
     let refused = |v6| SocketAddr::new(loopback(v6).ip(), 1);
     let timeout = SocketAddr::new(FAR.parse()?, 80);
-    let unreachable = SocketAddr::new(NOBODY.parse()?, 80);
+    let unreachable = SocketAddr::new(UNUSED.parse()?, 80);
     let mut ends = vec![
         (
             fails(loopback(false), refused(false), Errno::ECONNREFUSED)?,
@@ -502,7 +502,8 @@ fn is_end_of(event: &Event, end: &Exchange, pid: u32, direction: Direction) -> b
         && summary.established.is_some()
 }
 
-/// A reset connection, a refused one, one that nobody accepts, and a listener that has no event.
+/// A reset connection, a refused one, one that no process accepts, and a listener, which has no
+/// event.
 fn only_summaries_of_every_ending() -> anyhow::Result<()> {
     let collector = Collector::start_with(|builder| {
         let builder = builder.summaries_only(true).resets(true);
@@ -512,8 +513,8 @@ fn only_summaries_of_every_ending() -> anyhow::Result<()> {
     let reset = pair.connect()?;
     pair.client.abort(&reset.client)?;
     let refused = pair.client.bind(loopback(true))?;
-    let nobody = SocketAddr::new(loopback(true).ip(), 1);
-    pair.client.fail(Command::Connect(refused.fd, nobody))?;
+    let unused = SocketAddr::new(loopback(true).ip(), 1);
+    pair.client.fail(Command::Connect(refused.fd, unused))?;
     let waiting = pair.client.connect(pair.listener.local)?;
     pair.collector.wait_closed(3)?;
     pair.server.close(&pair.listener)?;

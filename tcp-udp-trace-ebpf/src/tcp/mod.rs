@@ -10,7 +10,7 @@ use tcp_udp_trace_common::{
     hold, kind, origin, retransmission, syn,
 };
 
-use self::record::{Describe as _, EADDRNOTAVAIL, Summarize as _, error};
+use self::record::{Describe as _, EADDRNOTAVAIL, Summarize as _, error, is_repaired};
 use crate::{
     connect::{self, Connect},
     counters,
@@ -168,25 +168,6 @@ pub(crate) fn state_changed(
 #[inline(always)]
 fn is_unseen(from: u8, to: u8) -> bool {
     filter::only_ends() && is_connected(from) && is_connected(to)
-}
-
-/// The bit of [`Field::Repair`] in its byte, 0 if it is not known. User space sets it.
-#[unsafe(no_mangle)]
-static REPAIR: Global<u8> = Global::new(0);
-
-/// Returns whether a socket that connects takes over a connection (`TCP_REPAIR`). The kernel then
-/// sends no SYN, so no SYN is acknowledged.
-///
-/// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
-#[inline(always)]
-fn is_repaired(socket: impl Socket) -> bool {
-    repair(socket) != 0
-}
-
-/// Returns the kernel's bit of `TCP_REPAIR`.
-#[inline(always)]
-fn repair(socket: impl Socket) -> u8 {
-    socket.get::<u8>(Field::Repair) & REPAIR.load()
 }
 
 /// Returns whether a socket begins to listen without a port, and a later hook sees the port.

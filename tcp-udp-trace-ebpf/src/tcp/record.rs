@@ -3,7 +3,7 @@
 use aya_ebpf::Global;
 use tcp_udp_trace_common::{AF_INET, Field, Summary, TcpSocket, Tracked, syn};
 
-use super::{repair, sockets};
+use super::sockets;
 use crate::{
     owner,
     read::now,
@@ -24,6 +24,25 @@ const SOCK_DONE: u64 = 1 << 1;
 /// known. User space sets it.
 #[unsafe(no_mangle)]
 static HAS_LISTENED: Global<u64> = Global::new(0);
+
+/// The bit of [`Field::Repair`] in its byte, 0 if it is not known. User space sets it.
+#[unsafe(no_mangle)]
+static REPAIR: Global<u8> = Global::new(0);
+
+/// Returns whether a socket that connects takes over a connection (`TCP_REPAIR`). The kernel then
+/// sends no SYN, so no SYN is acknowledged.
+///
+/// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
+#[inline(always)]
+pub(super) fn is_repaired(socket: impl Socket) -> bool {
+    repair(socket) != 0
+}
+
+/// Returns the kernel's bit of `TCP_REPAIR`.
+#[inline(always)]
+fn repair(socket: impl Socket) -> u8 {
+    socket.get::<u8>(Field::Repair) & REPAIR.load()
+}
 
 /// Writes a socket into a record.
 pub(super) trait Describe: Socket {

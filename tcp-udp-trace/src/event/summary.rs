@@ -68,7 +68,7 @@ pub struct Summary {
     /// How the connection ended. `None` if that is unknown.
     pub ended_by: Option<EndedBy>,
     /// The kernel's reason of the reset that ended the connection. `None` if the kernel does not
-    /// tell it before this event. It tells the reason of most resets that this side sends only
+    /// report it before this event. It reports the reason of most resets that this side sends only
     /// after the change to `CLOSE`, see [`EventKind::Reset`](crate::EventKind::Reset).
     pub reset_reason: Option<ResetReason>,
 }

@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn states_and_flags_tell_how_a_connection_ended() {
+    fn states_and_flags_show_how_a_connection_ended() {
         use Fact::{Closed, HasDescriptor, Missed, PeerClosed, TakenAway, Unsent};
         use TcpState::{
             CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, SynRecv, SynSent,
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_tell_how_a_connection_ended() {
+    fn errors_show_how_a_connection_ended() {
         use TcpState::{CloseWait, Established, FinWait2, SynSent};
         for (from, fact, error, expected) in [
             (
