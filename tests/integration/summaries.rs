@@ -502,7 +502,7 @@ fn is_end_of(event: &Event, end: &Exchange, pid: u32, direction: Direction) -> b
         && summary.established.is_some()
 }
 
-/// A reset connection, a refused one, one that no process accepts, and a listener that has no
+/// A reset connection, a refused one, one that no process accepts, and a listener, which has no
 /// event.
 fn only_summaries_of_every_ending() -> anyhow::Result<()> {
     let collector = Collector::start_with(|builder| {

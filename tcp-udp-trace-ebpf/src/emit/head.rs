@@ -9,40 +9,23 @@ use crate::{counters, read::now};
 /// The context of a program. The helper that writes into a perf buffer requires it.
 pub(crate) type Context = *mut c_void;
 
-/// A record, which begins with a [`Head`].
-pub(crate) trait Record: 'static {
-    fn head(&mut self) -> &mut Head;
-}
+/// A record.
+///
+/// # Safety
+///
+/// It begins with a [`Head`].
+pub(crate) unsafe trait Record: 'static {}
 
-impl Record for tcp_udp_trace_common::StateChange {
-    fn head(&mut self) -> &mut Head {
-        &mut self.head
-    }
-}
-
-impl Record for tcp_udp_trace_common::Anomaly {
-    fn head(&mut self) -> &mut Head {
-        &mut self.head
-    }
-}
-
-impl Record for tcp_udp_trace_common::Udp {
-    fn head(&mut self) -> &mut Head {
-        &mut self.head
-    }
-}
-
-impl Record for tcp_udp_trace_common::Tcp {
-    fn head(&mut self) -> &mut Head {
-        &mut self.head
-    }
-}
-
-impl Record for tcp_udp_trace_common::Image {
-    fn head(&mut self) -> &mut Head {
-        &mut self.head
-    }
-}
+// SAFETY: all of them begin with a `Head`.
+unsafe impl Record for tcp_udp_trace_common::StateChange {}
+// SAFETY: see above.
+unsafe impl Record for tcp_udp_trace_common::Anomaly {}
+// SAFETY: see above.
+unsafe impl Record for tcp_udp_trace_common::Udp {}
+// SAFETY: see above.
+unsafe impl Record for tcp_udp_trace_common::Tcp {}
+// SAFETY: see above.
+unsafe impl Record for tcp_udp_trace_common::Image {}
 
 /// How bad it would be to lose a record.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -94,13 +94,14 @@ pub(crate) fn record<R: Record>(
                 && align_of::<R>() <= align_of::<LargestRecord>()
         )
     };
-    write(ctx, kind, priority, size_of::<R>(), |space| {
-        // SAFETY: the slot is large enough, and aligned. A record consists of integers and bytes,
-        // so the old contents are a valid record.
-        let record = unsafe { &mut *space.cast::<R>() };
-        fill(record);
-        record.head()
-    })
+    let Some(slot) = Slot::claim() else {
+        counters::lost(kind);
+        return false;
+    };
+    // SAFETY: the slot is large enough, aligned, and used by this program only. A record consists
+    // of integers and bytes, so the old contents are a valid record.
+    fill(unsafe { &mut *(&raw mut (*slot).space).cast::<R>() });
+    output_slot(ctx, slot, kind, priority, size_of::<R>())
 }
 
 /// Writes the record of a state change. At the end of a connection, it has a summary.
@@ -112,40 +113,34 @@ pub(crate) fn state_change(
     summarize: impl FnOnce(&mut Summary),
     fill: impl FnOnce(&mut StateChange),
 ) -> bool {
+    let Some(slot) = Slot::claim() else {
+        counters::lost(kind::STATE_CHANGE);
+        return false;
+    };
+    // SAFETY: as in `record`.
+    let End { change, summary } = unsafe { &mut (*slot).space };
+    if ends {
+        summarize(summary);
+    }
+    fill(change);
     let size = if ends {
         size_of::<End>()
     } else {
         size_of::<StateChange>()
     };
-    write(ctx, kind::STATE_CHANGE, priority, size, |space| {
-        // SAFETY: the old contents are a valid record.
-        let End { change, summary } = unsafe { &mut *space };
-        if ends {
-            summarize(summary);
-        }
-        fill(change);
-        &mut change.head
-    })
+    output_slot(ctx, slot, kind::STATE_CHANGE, priority, size)
 }
 
-/// Writes a record of this size. `fill` returns its head.
+/// Completes the record of this size in the slot, writes it, and releases the slot.
 #[inline(always)]
-fn write(
-    ctx: Context,
-    kind: u32,
-    priority: Priority,
-    size: usize,
-    fill: impl FnOnce(*mut LargestRecord) -> &'static mut Head,
-) -> bool {
-    let Some(slot) = Slot::claim() else {
-        counters::lost(kind);
-        return false;
-    };
+fn output_slot(ctx: Context, slot: *mut Slot, kind: u32, priority: Priority, size: usize) -> bool {
     // SAFETY: the slot is used by this program only.
     let space = unsafe { &raw mut (*slot).space };
     // The time is taken last, because user space sorts the records of different CPUs by their
     // times.
-    *fill(space) = head(kind);
+    //
+    // SAFETY: every record begins with its head.
+    unsafe { space.cast::<Head>().write(head(kind)) };
     let data = space.cast();
     let written = output(&EVENTS, ctx, data, size)
         || priority != Priority::Normal && output(&URGENT, ctx, data, size);

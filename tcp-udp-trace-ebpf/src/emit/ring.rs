@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::RingBuf,
 };
 
-use tcp_udp_trace_common::{End, StateChange, Summary, kind};
+use tcp_udp_trace_common::{End, Head, StateChange, Summary, kind};
 
 use super::{
     head::{Context, Priority, Record, head},
@@ -109,11 +109,12 @@ fn write<R: Record>(
         return false;
     };
     // SAFETY: the kernel gave at least `size_of::<R>()` writable bytes, aligned to 8. A record
-    // consists of integers and bytes, and all of them are written before the record is read or
-    // submitted.
-    let record = unsafe { &mut *entry };
-    *record.head() = head(kind);
-    fill(record);
+    // consists of integers and bytes, beginning with its head, and all of them are written before
+    // the record is read or submitted.
+    unsafe {
+        entry.cast::<Head>().write(head(kind));
+        fill(&mut *entry);
+    }
     // SAFETY: the pointer comes from a reservation, which is submitted once.
     unsafe { bpf_ringbuf_submit(entry.cast(), wake) };
     true

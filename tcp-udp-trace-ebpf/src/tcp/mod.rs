@@ -11,7 +11,7 @@ use tcp_udp_trace_common::{
     hold, kind, origin, retransmission, syn,
 };
 
-use self::record::{Describe as _, EADDRNOTAVAIL, Summarize as _, error, repair};
+use self::record::{Describe as _, EADDRNOTAVAIL, Summarize as _, error, is_repaired};
 use crate::{
     connect::{self, Connect},
     counters,
@@ -172,15 +172,6 @@ pub(crate) fn state_changed(
 #[inline(always)]
 fn is_unseen(from: u8, to: u8) -> bool {
     filter::only_ends() && is_connected(from) && is_connected(to)
-}
-
-/// Returns whether a socket that connects takes over a connection (`TCP_REPAIR`). The kernel then
-/// sends no SYN, so no SYN is acknowledged.
-///
-/// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
-#[inline(always)]
-fn is_repaired(socket: impl Socket) -> bool {
-    repair(socket) != 0
 }
 
 /// Returns whether a socket begins to listen without a port, and a later hook sees the port.

@@ -29,6 +29,21 @@ static HAS_LISTENED: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static REPAIR: Global<u8> = Global::new(0);
 
+/// Returns whether a socket that connects takes over a connection (`TCP_REPAIR`). The kernel then
+/// sends no SYN, so no SYN is acknowledged.
+///
+/// <https://elixir.bootlin.com/linux/v6.12/source/net/ipv4/tcp_output.c>
+#[inline(always)]
+pub(super) fn is_repaired(socket: impl Socket) -> bool {
+    repair(socket) != 0
+}
+
+/// Returns the kernel's bit of `TCP_REPAIR`.
+#[inline(always)]
+fn repair(socket: impl Socket) -> u8 {
+    socket.get::<u8>(Field::Repair) & REPAIR.load()
+}
+
 /// Writes a socket into a record.
 pub(super) trait Describe: Socket {
     /// Returns the payload bytes put on the wire, each counted once, for a socket that leaves
@@ -131,16 +146,16 @@ pub(super) trait Summarize: Socket {
         }
         // A child begins when its handshake is nearly over, but the kernel has measured the time
         // from the SYN-ACK to its acknowledgment. There is no measurement if the SYN-ACK was
-        // retransmitted. A child of TCP Fast Open begins earlier, and may have measured something
-        // else by now.
+        // retransmitted. With TCP Fast Open, data may have been measured instead.
+        let others =
+            self.get::<u64>(Field::BytesSent) | u64::from(self.get::<u32>(Field::TotalRetrans));
         let eighths = self.get::<u32>(Field::SmoothedRtt);
-        let is_measured = self.get::<u32>(Field::TotalRetrans) == 0
-            && u64::from(eighths) * (1_000 / 8) >= tracked.established.wrapping_sub(tracked.born);
-        tracked.handshake = if is_measured { eighths >> 3 } else { 0 };
+        tracked.handshake = if others == 0 { eighths >> 3 } else { 0 };
     }
 
     /// Writes the summary of a connection that ends.
-    #[inline(always)]
+    // Not inlined: its values would take stack of the caller.
+    #[inline(never)]
     fn summarize(self, sk: Sock, tracked: &Tracked, to: &mut Summary) {
         to.established = tracked.established;
         to.handshake = tracked.handshake;
@@ -164,12 +179,6 @@ pub(super) trait Summarize: Socket {
 
 impl<S: Socket> Describe for S {}
 impl<S: Socket> Summarize for S {}
-
-/// Returns the kernel's bit of `TCP_REPAIR`.
-#[inline(always)]
-pub(super) fn repair(socket: impl Socket) -> u8 {
-    socket.get::<u8>(Field::Repair) & REPAIR.load()
-}
 
 /// Lets the bytes of a socket, whose close no hook saw, be those that the kernel counts without SYN
 /// and FIN. Other changes of the state may have been missed, so a FIN may have been sent.

@@ -20,7 +20,7 @@ pub struct Summary {
     ///
     /// `None` if the handshake did not succeed or the tracer did not see all of it. For an inbound
     /// connection also if the SYN-ACK was retransmitted, or the kernel kept no state of the
-    /// handshake (SYN cookies), or TCP Fast Open skipped it.
+    /// handshake (SYN cookies), or data was sent before its end (TCP Fast Open).
     #[cfg_attr(
         feature = "serde",
         serde(
