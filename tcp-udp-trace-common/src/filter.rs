@@ -37,10 +37,42 @@ pub const CGROUPS: u64 = 1 << 38;
 pub const NAMESPACES: u64 = 1 << 39;
 /// At least one of the ports must be in the set [`PORT`].
 pub const PORTS: u64 = 1 << 40;
-/// The local address must be in one of the networks of the local side ([`Network`]).
+/// The smallest network of the local side ([`Network`]) that has the local address must be one that
+/// passes.
 pub const LOCAL: u64 = 1 << 41;
-/// The remote address must be in one of the networks of the remote side ([`Network`]).
+/// The same for the remote address and the remote side.
 pub const REMOTE: u64 = 1 << 42;
+/// The socket must be chosen by its id ([`is_chosen`]).
+pub const ONE_IN: u64 = 1 << 43;
+/// The directions of TCP that pass. If none of these bits is set, there is no restriction.
+pub const DIRECTIONS: u64 = 7 << 45;
+
+/// Returns the one of [`DIRECTIONS`] for this [direction](crate::direction); 0 for an unknown one.
+#[must_use]
+#[inline(always)]
+pub const fn direction(direction: u8) -> u64 {
+    DIRECTIONS & 1 << (44 + (direction & 3))
+}
+
+/// Returns whether a socket with this id is chosen. The ids are hashed, and the hash must be at
+/// most `last`.
+#[must_use]
+#[inline(always)]
+pub const fn is_chosen(id: u64, last: u32) -> bool {
+    // The finalizer of MurmurHash3.
+    let id = (id ^ (id >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    let id = (id ^ (id >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    (id >> 32) as u32 <= last
+}
+
+/// Returns the value of `last` that chooses one of so many sockets, at least 1.
+#[must_use]
+pub const fn last_of(one_in: u32) -> u32 {
+    match one_in {
+        0 | 1 => u32::MAX,
+        one_in => u32::MAX / one_in,
+    }
+}
 
 /// Returns the generation, which distinguishes the values of one filter from those of another. It
 /// is never 0.
@@ -98,7 +130,7 @@ impl Value {
     }
 }
 
-/// A network that passes the filter, as the key of a trie.
+/// A network, as the key of a trie. The value is one of [`verdict`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Network {
@@ -125,8 +157,19 @@ impl Network {
     }
 }
 
+/// Whether addresses of a [`Network`] pass the filter.
+pub mod verdict {
+    /// They pass.
+    pub const PASSES: u8 = 0;
+    /// They do not pass.
+    pub const EXCLUDED: u8 = 1;
+}
+
 /// The maximum number of values, and of networks, in a filter.
 pub const MAX_VALUES: u32 = 512;
+/// The maximum number of networks that are added to those of a filter: where a filter only excludes
+/// networks, all others pass; and loopback addresses.
+pub const MORE_NETWORKS: u32 = 8;
 /// The maximum number of processes in the trees of a filter at a time.
 pub const MAX_TREE_MEMBERS: u32 = 4096;
 
@@ -147,7 +190,7 @@ pub struct TreeMember {
 pub mod op {
     /// Replace the current filter's word by this one.
     pub const SWITCH: u64 = 0;
-    /// Prepare a filter of this generation.
+    /// Prepare a filter of this generation, and its argument of [`is_chosen`](super::is_chosen).
     pub const PREPARE: u64 = 1;
     /// Add a value, passed as its words.
     pub const ADD: u64 = 2;
@@ -155,7 +198,7 @@ pub mod op {
     pub const REMOVE: u64 = 3;
     /// Return the pid of the calling process in the initial pid namespace.
     pub const CALLER: u64 = 4;
-    /// Add a network, passed as its words.
+    /// Add a network that passes, passed as its words.
     pub const ADD_NETWORK: u64 = 5;
     /// Remove a network.
     pub const REMOVE_NETWORK: u64 = 6;
@@ -172,6 +215,8 @@ pub mod op {
     /// Return [`netns::COOKIE_BITS`](super::netns::COOKIE_BITS) bits of the cookie of the namespace
     /// that was found, from this bit on.
     pub const NETNS_COOKIE: u64 = 11;
+    /// Add a network that is excluded, passed as its words.
+    pub const EXCLUDE_NETWORK: u64 = 12;
 }
 
 /// Returns the bytes that the iterator of pids writes for a process: its pid in the reader's pid

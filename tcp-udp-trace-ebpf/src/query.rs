@@ -12,14 +12,14 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{
     Field, FlowKey, FlowQuery, Traffic,
-    filter::{self, Network, Value, membership, op},
+    filter::{self, Network, Value, membership, op, verdict},
     report,
 };
 
 use crate::{
     counters, emit,
     filter::{
-        sets::{CURRENT, NETWORKS, NEXT, VALUES, has, key, set, word},
+        sets::{CURRENT, NETWORKS, NEXT, VALUES, has, key, place_of_last, set, word},
         tree::{is_member, member},
     },
     netns,
@@ -51,7 +51,12 @@ pub(crate) fn control_filter(ctx: &RawTracePointContext) -> i32 {
     };
     match operation {
         op::SWITCH => set(CURRENT, a),
-        op::PREPARE => set(NEXT, a),
+        op::PREPARE => {
+            if a != 0 {
+                set(place_of_last(a), b);
+            }
+            set(NEXT, a)
+        }
         op::ADD => result(VALUES.insert(value, 0, u64::from(BPF_ANY))),
         op::REMOVE => result(VALUES.remove(value)),
         op::CALLER => (bpf_get_current_pid_tgid() >> 32) as i32,
@@ -59,7 +64,8 @@ pub(crate) fn control_filter(ctx: &RawTracePointContext) -> i32 {
             0 => -1,
             pid => read::<u32>(pid, Field::PidLevel) as i32,
         },
-        op::ADD_NETWORK => result(NETWORKS.insert(key(&network), 0, u64::from(BPF_ANY))),
+        op::ADD_NETWORK => add_network(&network, verdict::PASSES),
+        op::EXCLUDE_NETWORK => add_network(&network, verdict::EXCLUDED),
         op::REMOVE_NETWORK => result(NETWORKS.remove(key(&network))),
         op::MEMBERSHIP => {
             let word = word(CURRENT);
@@ -71,6 +77,11 @@ pub(crate) fn control_filter(ctx: &RawTracePointContext) -> i32 {
         op::NETNS_COOKIE => netns::cookie(a),
         _ => -1,
     }
+}
+
+#[inline(always)]
+fn add_network(network: &Network, verdict: u8) -> i32 {
+    result(NETWORKS.insert(key(network), verdict, u64::from(BPF_ANY)))
 }
 
 #[inline(always)]

@@ -99,6 +99,14 @@ pub(crate) fn described(events: &[Event]) -> BTreeMap<String, usize> {
         let kind = match &event.kind {
             // The two tracers have seen the socket for different times.
             EventKind::Flow { last, .. } => format!("flow, last: {last}"),
+            // The two tracers have read the clock at different moments.
+            EventKind::StateChange {
+                from,
+                to,
+                error,
+                summary,
+                ..
+            } => format!("{from} -> {to} {error:?} {}", summary.is_some()),
             kind => format!("{kind:?}"),
         };
         let line = format!("{kind} {pid:?} {local} {remote} {traffic:?}");

@@ -18,7 +18,7 @@ use integration_tests::{
     tcp_pair::loopback,
     udp_actor::ROOM,
 };
-use tcp_udp_trace::{Comm, Event, EventKind, Family, Filter, Kind, TcpState};
+use tcp_udp_trace::{Comm, Direction, Event, EventKind, Family, Filter, Kind, TcpState};
 
 use crate::compared::{Case, compare, described};
 
@@ -119,6 +119,24 @@ impl World {
             Case::new(Filter::new().remote(Ipv4Addr::new(126, 0, 0, 0), 8), |_| {
                 false
             }),
+            Case::new(
+                Filter::new().not_local(Ipv4Addr::new(127, 0, 0, 0), 8),
+                move |e| !matches!(local(e), IpAddr::V4(ip) if ip.is_loopback()),
+            ),
+            Case::new(
+                Filter::new().not_remote(Ipv6Addr::LOCALHOST, 128),
+                move |e| remote(e) != IpAddr::V6(Ipv6Addr::LOCALHOST),
+            ),
+            // A part of a network.
+            Case::new(
+                Filter::new()
+                    .remote(Ipv4Addr::new(127, 0, 0, 0), 8)
+                    .not_remote(Ipv4Addr::LOCALHOST, 32),
+                move |e| matches!(remote(e), IpAddr::V4(ip) if ip.is_loopback() && ip != Ipv4Addr::LOCALHOST),
+            ),
+            Case::new(Filter::new().exclude_loopback(), move |e| {
+                ![local(e), remote(e)].iter().any(IpAddr::is_loopback)
+            }),
             Case::new(Filter::new().only_self(), move |e| pid(e) == Some(ours)),
             Case::new(Filter::new().exclude_self(), move |e| pid(e) != Some(ours)),
             Case::new(Filter::new().pid(ours), move |e| pid(e) == Some(ours)),
@@ -168,6 +186,20 @@ fn each_setting_of_tcp() -> anyhow::Result<()> {
                 .state(TcpState::FinWait2)
                 .state(TcpState::Listen),
             move |e| state(e, TcpState::FinWait2) || state(e, TcpState::Listen),
+        ),
+        Case::new(Filter::new().direction(Direction::Outbound), |e| {
+            e.socket.direction == Some(Direction::Outbound)
+        }),
+        Case::new(
+            Filter::new()
+                .direction(Direction::Inbound)
+                .direction(Direction::Listener),
+            |e| {
+                let directions = [Direction::Inbound, Direction::Listener];
+                e.socket
+                    .direction
+                    .is_some_and(|it| directions.contains(&it))
+            },
         ),
         Case::new(Filter::new().kind(Kind::Close), |_| false),
         Case::new(Filter::new(), |_| true),
@@ -237,6 +269,7 @@ fn each_setting_of_udp() -> anyhow::Result<()> {
         }),
         // Settings for TCP.
         Case::new(Filter::new().state(TcpState::Established), |_| true),
+        Case::new(Filter::new().direction(Direction::Outbound), |_| true),
         Case::new(Filter::new().kind(Kind::Accept), |_| false),
     ]);
     let handle = collectors[0].handle().clone();
@@ -287,13 +320,13 @@ impl World {
     }
 }
 
-fn bind_udp(actor: &mut Actor, address: SocketAddr) -> anyhow::Result<Endpoint> {
+pub(crate) fn bind_udp(actor: &mut Actor, address: SocketAddr) -> anyhow::Result<Endpoint> {
     let v6 = address.is_ipv6();
     let socket = actor.socket(Command::OpenUdp { v6 })?;
     actor.socket(Command::Bind(socket.fd, address))
 }
 
-fn send(from: &Endpoint, to: SocketAddr, sizes: &[usize]) -> Command {
+pub(crate) fn send(from: &Endpoint, to: SocketAddr, sizes: &[usize]) -> Command {
     let send = Operation::Send {
         by: SendCall::SendTo,
         to: Some(to),
@@ -302,7 +335,7 @@ fn send(from: &Endpoint, to: SocketAddr, sizes: &[usize]) -> Command {
     Command::Udp(from.fd, send)
 }
 
-fn receive(socket: &Endpoint, count: usize) -> Command {
+pub(crate) fn receive(socket: &Endpoint, count: usize) -> Command {
     let receive = Operation::Receive {
         by: ReceiveCall::RecvFrom,
         count,

@@ -41,6 +41,7 @@ mod lifecycle;
 mod namespace_filters;
 mod namespaces;
 mod neighbors;
+mod one_in_filters;
 mod overflow;
 mod owner;
 mod privileges;
@@ -122,6 +123,7 @@ fn main() -> ExitCode {
         delivery::trials(),
         overflow::trials(),
         filters::trials(),
+        one_in_filters::trials(),
         filter_changes::trials(),
         first_steps::trials(),
         identity::trials(),

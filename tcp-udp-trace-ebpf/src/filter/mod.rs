@@ -12,7 +12,7 @@ use tcp_udp_trace_common::{
 };
 
 use self::{
-    sets::{current, has, is_in_network},
+    sets::{current, has, passes_networks, place_of_last, word},
     tree::{is_member, member},
 };
 use crate::{
@@ -113,14 +113,18 @@ fn matches_socket(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     let owner: *const Owner = owner::of_socket(tracked);
     // SAFETY: a pointer into `tracked`. The owner does not overlap the field that is written here.
     let owner = unsafe { &*owner };
-    matches_owner(word, owner, &mut tracked.tree_generation)
+    let directions = word & filter::DIRECTIONS;
+    (directions == 0 || directions & filter::direction(tracked.direction()) != 0)
+        && matches_owner(word, owner, &mut tracked.tree_generation)
         && matches_environment(word, sk, cgroup, netns)
+        && is_chosen(word, tracked.id)
 }
 
 #[inline(never)]
 fn matches_udp(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
     let UdpTracked {
         sk,
+        id,
         cgroup,
         netns_cookie,
         netns,
@@ -137,6 +141,12 @@ fn matches_udp(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
             [(*netns).into(), *netns_cookie],
         )
         && matches_ends(word, &at.local, &at.flow.peer)
+        && is_chosen(word, *id)
+}
+
+#[inline(always)]
+fn is_chosen(of: u64, id: u64) -> bool {
+    of & filter::ONE_IN == 0 || filter::is_chosen(id, word(place_of_last(of)) as u32)
 }
 
 #[inline(always)]
@@ -207,6 +217,6 @@ fn matches_ends(word: u64, local: &Peer, remote: &Peer) -> bool {
     if word & filter::PORTS != 0 && !port(local) && !port(remote) {
         return false;
     }
-    (word & filter::LOCAL == 0 || is_in_network(word, 0, local))
-        && (word & filter::REMOTE == 0 || is_in_network(word, 1, remote))
+    (word & filter::LOCAL == 0 || passes_networks(word, 0, local))
+        && (word & filter::REMOTE == 0 || passes_networks(word, 1, remote))
 }

@@ -9,17 +9,25 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{
     ON_DEMAND, Peer,
-    filter::{self, Network, Value},
+    filter::{self, Network, Value, verdict},
 };
 
 /// The word of the current filter, and the word of the next one, of which only the generation is
-/// set.
+/// set. Then the arguments of [`filter::is_chosen`]: the one of the current filter, and the one of
+/// the next or the previous filter.
 #[map]
-static FILTER: Array<u64> = Array::with_max_entries(2, 0);
+static FILTER: Array<u64> = Array::with_max_entries(4, 0);
 
 pub(crate) const CURRENT: u32 = 0;
 
 pub(crate) const NEXT: u32 = 1;
+
+/// Returns the place of the argument of [`filter::is_chosen`] of a filter. Of two filters in a row,
+/// one has an odd generation.
+#[inline(always)]
+pub(crate) fn place_of_last(word: u64) -> u32 {
+    2 + u32::from(filter::generation(word) & 1)
+}
 
 /// The values of the sets.
 #[map]
@@ -28,8 +36,10 @@ pub(crate) static VALUES: HashMap<Value, u8> =
 
 /// The networks of the filter.
 #[map]
-pub(crate) static NETWORKS: LpmTrie<[u32; 5], u8> =
-    LpmTrie::with_max_entries(2 * filter::MAX_VALUES, BPF_F_NO_PREALLOC);
+pub(crate) static NETWORKS: LpmTrie<[u32; 5], u8> = LpmTrie::with_max_entries(
+    2 * (filter::MAX_VALUES + filter::MORE_NETWORKS),
+    BPF_F_NO_PREALLOC,
+);
 
 #[inline(always)]
 pub(crate) fn word(of: u32) -> u64 {
@@ -57,8 +67,9 @@ pub(crate) fn has(word: u64, set: u16, value: [u64; 2]) -> bool {
     VALUES.get_ptr(value).is_some()
 }
 
+/// Returns whether the filter lets this address pass.
 #[inline(always)]
-pub(super) fn is_in_network(word: u64, side: u8, end: &Peer) -> bool {
+pub(super) fn passes_networks(word: u64, side: u8, end: &Peer) -> bool {
     let [a, b, c, d] = end.address.map(u64::from);
     let generation = filter::generation(word);
     let address = Network::new(
@@ -68,7 +79,7 @@ pub(super) fn is_in_network(word: u64, side: u8, end: &Peer) -> bool {
         128,
         [a | b << 32, c | d << 32],
     );
-    NETWORKS.get(key(&address)).is_some()
+    NETWORKS.get(key(&address)) == Some(&verdict::PASSES)
 }
 
 #[inline(always)]

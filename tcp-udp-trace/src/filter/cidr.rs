@@ -20,6 +20,8 @@ pub(super) struct Cidr {
 pub(crate) struct SidedCidr {
     pub(super) side: u8,
     pub(super) network: Cidr,
+    /// The filter rejects its addresses.
+    pub(crate) is_excluded: bool,
 }
 
 impl SidedCidr {
@@ -82,6 +84,35 @@ impl Cidr {
     pub(super) fn contains(self, address: IpAddr) -> bool {
         self.network(address) == Some(self.address)
     }
+
+    /// Returns whether all addresses of another network are in this one.
+    pub(super) fn covers(self, other: Self) -> bool {
+        self.length <= other.length && self.contains(other.address)
+    }
+
+    /// The networks of loopback addresses.
+    pub(super) const LOOPBACK: [Self; 2] = [
+        Self {
+            address: IpAddr::V4(Ipv4Addr::new(127, 0, 0, 0)),
+            length: 8,
+        },
+        Self {
+            address: IpAddr::V6(Ipv6Addr::LOCALHOST),
+            length: 128,
+        },
+    ];
+
+    /// The networks of all addresses.
+    pub(super) const ALL: [Self; 2] = [
+        Self {
+            address: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            length: 0,
+        },
+        Self {
+            address: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+            length: 0,
+        },
+    ];
 }
 
 impl Display for Cidr {

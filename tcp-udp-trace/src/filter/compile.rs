@@ -1,11 +1,15 @@
 //! The form of a filter for the programs.
 
-use tcp_udp_trace_common::filter as wire;
+use tcp_udp_trace_common::{direction as numbers, filter as wire};
 
-use super::{Family, Filter, cidr::SidedCidr, invalid};
+use super::{
+    Family, Filter,
+    cidr::{Cidr, SidedCidr},
+    invalid,
+};
 use crate::{
     error::Error,
-    event::{comm::Comm, kind::Kind},
+    event::{Direction, comm::Comm, kind::Kind},
 };
 
 /// A filter in the form of the kernel side, without a generation.
@@ -13,6 +17,8 @@ use crate::{
 pub(crate) struct Compiled {
     /// See [`wire`]; 0 if everything passes.
     pub(crate) word: u64,
+    /// See [`wire::is_chosen`].
+    pub(crate) last: u32,
     /// The set of each value, and the value.
     pub(crate) values: Vec<(u16, [u64; 2])>,
     pub(crate) networks: Vec<SidedCidr>,
@@ -56,14 +62,19 @@ impl Filter {
             ports,
             local,
             remote,
+            not_local,
+            not_remote,
             cgroups,
             cgroup_paths: _,
             namespaces,
             families,
             kinds,
             states,
+            directions,
+            one_in,
             only_self: _,
             exclude_self,
+            exclude_loopback,
         } = self;
         let mut compiled = Compiled {
             exclude_self: *exclude_self,
@@ -81,6 +92,9 @@ impl Filter {
                 compiled.word &= !wire::no_state(state as u8);
             }
         }
+        for &direction in directions {
+            compiled.word |= wire::direction(direction_number(direction));
+        }
         if !families.is_empty() {
             for (family, bit) in [(Family::Ipv4, wire::NO_IPV4), (Family::Ipv6, wire::NO_IPV6)] {
                 if !families.contains(&family) {
@@ -90,7 +104,7 @@ impl Filter {
         }
         let number = |value: u64| [value, 0];
         let known = |name: &str, value: u64| match value {
-            0 => Err(invalid(format!("{name} is 0: that means unknown"))),
+            0 => Err(invalid(format!("{name} is 0: that has no meaning here"))),
             value => Ok(number(value)),
         };
         compiled.set(wire::PROCESS, wire::PID, pids, |&pid| {
@@ -122,20 +136,35 @@ impl Filter {
             let [inode, _] = known("netns", namespace.inode.into())?;
             Ok([inode, namespace.cookie])
         })?;
-        for (name, bit, side, networks) in [
-            ("local", wire::LOCAL, LOCAL_SIDE, local),
-            ("remote", wire::REMOTE, REMOTE_SIDE, remote),
+        for (name, networks) in [
+            ("local", local),
+            ("remote", remote),
+            ("not_local", not_local),
+            ("not_remote", not_remote),
         ] {
             for network in networks {
                 network
                     .check()
                     .map_err(|message| invalid(format!("{name} is {network}: {message}")))?;
-                compiled.word |= bit;
-                compiled.networks.push(SidedCidr {
-                    side,
-                    network: *network,
-                });
             }
+        }
+        for (bit, side, passing, excluded) in [
+            (wire::LOCAL, LOCAL_SIDE, local, not_local),
+            (wire::REMOTE, REMOTE_SIDE, remote, not_remote),
+        ] {
+            let mut excluded = excluded.clone();
+            if *exclude_loopback {
+                excluded.extend(Cidr::LOOPBACK);
+            }
+            if !passing.is_empty() || !excluded.is_empty() {
+                compiled.word |= bit;
+                compiled.networks.extend(networks(side, passing, &excluded));
+            }
+        }
+        if let Some(one_in) = *one_in {
+            known("one_in", one_in.into())?;
+            compiled.word |= wire::ONE_IN;
+            compiled.last = wire::last_of(one_in);
         }
         if *exclude_self {
             compiled.word |= wire::NOT_OWN;
@@ -143,7 +172,10 @@ impl Filter {
         let most = wire::MAX_VALUES as usize - 1;
         for (values, count) in [
             ("values", compiled.values.len() + compiled.roots.len()),
-            ("networks", compiled.networks.len()),
+            (
+                "networks",
+                local.len() + remote.len() + not_local.len() + not_remote.len(),
+            ),
         ] {
             if count > most {
                 return Err(invalid(format!(
@@ -152,6 +184,35 @@ impl Filter {
             }
         }
         Ok(compiled)
+    }
+}
+
+/// Returns the networks of a side so that the smallest network of an address tells whether the
+/// address passes: it is in one that passes, if there is one, and in none that is excluded.
+fn networks(side: u8, passing: &[Cidr], excluded: &[Cidr]) -> Vec<SidedCidr> {
+    let sided = |network, is_excluded| SidedCidr {
+        side,
+        network,
+        is_excluded,
+    };
+    let passing = if passing.is_empty() {
+        &Cidr::ALL
+    } else {
+        passing
+    };
+    let is_excluded = |network: &Cidr| excluded.iter().any(|other| other.covers(*network));
+    let passing = passing.iter().filter(|network| !is_excluded(network));
+    let passing = passing.map(|&network| sided(network, false));
+    passing
+        .chain(excluded.iter().map(|&network| sided(network, true)))
+        .collect()
+}
+
+const fn direction_number(direction: Direction) -> u8 {
+    match direction {
+        Direction::Outbound => numbers::OUTBOUND,
+        Direction::Inbound => numbers::INBOUND,
+        Direction::Listener => numbers::LISTENER,
     }
 }
 
@@ -195,6 +256,11 @@ mod tests {
             "remote is \"localhost\": not an IP address",
         );
         check("cgroup=0", "cgroup is 0");
+        check("direction=up", "direction is \"up\"");
+        check("one_in=0", "one_in is 0");
+        check("one_in=1,2", "one_in has one value");
+        check("not_local=10.0.0.1/8", "not_local is 10.0.0.1/8: it has");
+        check("not_remote=x", "not_remote is \"x\": not an IP address");
         check("netns=0", "netns is 0");
         check("family=ipx", "family is \"ipx\"");
         check("kind=lost", "kind is \"lost\"");
@@ -209,6 +275,43 @@ mod tests {
             &format!("port={}", ["1"; 512].join(",")),
             "the filter has 512 values",
         );
+    }
+
+    /// The smallest network decides as all networks together do.
+    #[test]
+    fn the_smallest_network_decides() {
+        let addresses = [
+            "10.1.2.3",
+            "10.1.3.3",
+            "10.2.0.1",
+            "11.0.0.1",
+            "::1",
+            "2001:db8::1",
+        ];
+        for text in [
+            "local=10.0.0.0/8",
+            "not_local=10.0.0.0/8",
+            "local=10.0.0.0/8 not_local=10.1.0.0/16",
+            "local=10.1.0.0/16,11.0.0.0/8 not_local=10.0.0.0/8",
+            "local=10.1.2.0/24,10.0.0.0/8 not_local=10.1.0.0/16",
+            "local=10.1.2.3 not_local=10.1.2.3",
+            "local=::/0 not_local=::1",
+            "not_local=0.0.0.0/0",
+            "not_local=::/0,10.1.2.0/24",
+            "not_local=10.0.0.0/8,10.1.0.0/16",
+        ] {
+            let filter: Filter = text.parse().unwrap();
+            let networks = filter.compile().unwrap().networks;
+            for address in addresses.map(|address| address.parse().unwrap()) {
+                let is_in = |networks: &[Cidr]| networks.iter().any(|n| n.contains(address));
+                let passes =
+                    (filter.local.is_empty() || is_in(&filter.local)) && !is_in(&filter.not_local);
+                let smallest = networks.iter().filter(|n| n.network.contains(address));
+                let smallest = smallest.max_by_key(|n| n.network.length);
+                let found = smallest.is_some_and(|n| !n.is_excluded);
+                assert_eq!(found, passes, "{text}: {address}");
+            }
+        }
     }
 
     #[test]

@@ -16,10 +16,15 @@ use std::{
     path::PathBuf,
 };
 
+use tcp_udp_trace_common::filter as wire;
+
 use self::cidr::Cidr;
 use crate::{
     error::{Error, ErrorKind},
-    event::{Event, Socket, comm::Comm, kind::Kind, process::Process, tcp_state::TcpState},
+    event::{
+        Direction, Event, Protocol, Socket, comm::Comm, kind::Kind, process::Process,
+        tcp_state::TcpState,
+    },
 };
 
 /// Selects the events that a tracer reports. A filter without restrictions selects all events.
@@ -31,7 +36,8 @@ use crate::{
 /// from its beginning.
 ///
 /// Values of the same setting are alternatives. Different settings must all match. `pid`,
-/// `pid_tree` and `only_self` count as the same setting, and so do `cgroup` and `cgroup_path`:
+/// `pid_tree` and `only_self` count as the same setting. The settings that begin with `not_` or
+/// `exclude_` reject: one value that matches is enough.
 ///
 /// ```
 /// # use tcp_udp_trace::Filter;
@@ -46,10 +52,10 @@ use crate::{
 /// [`family`](Self::family) if one of the socket's flows passes the filter. That needs a flow that
 /// the tracer still remembers ([`Stats::flows_evicted`](crate::Stats::flows_evicted)).
 ///
-/// A filter has at most 511 values and 511 networks. An event whose process, address or cgroup is
-/// unknown passes no restriction on it. A gap ([`Lost`](crate::EventKind::Lost)) always passes. The
-/// tracer checks a filter when it is set: [`filter`](crate::TcpTracerBuilder::filter),
-/// [`set_filter`](crate::TracerHandle::set_filter).
+/// A filter has at most 511 values and 511 networks. An event whose process, address, cgroup or
+/// direction is unknown passes no restriction on it, and no setting rejects it for that. A gap
+/// ([`Lost`](crate::EventKind::Lost)) always passes. The tracer checks a filter when it is set:
+/// [`filter`](crate::TcpTracerBuilder::filter), [`set_filter`](crate::TracerHandle::set_filter).
 ///
 /// # Text
 ///
@@ -57,13 +63,15 @@ use crate::{
 /// `name=value,value`. The names are those of the methods:
 ///
 /// - `kind` and `state` have the names of [`Kind`] and [`TcpState`], `family` is `ipv4` or `ipv6`.
+/// - A `direction` is `outbound`, `inbound` or `listener`.
 /// - Networks are `address/length` or one address.
 /// - A `comm` has blanks, commas and unprintable characters as `\xNN`. Only the first 15 bytes of a
 ///   longer name count, because the kernel keeps no more.
 /// - A `cgroup` is an id, or an absolute path in the same form as a `comm`.
-/// - `only_self` and `exclude_self` have no value.
+/// - `one_in` has one value.
+/// - `only_self`, `exclude_self` and `exclude_loopback` have no value.
 ///
-/// Names of settings, kinds, states and families may be in upper or lower case.
+/// Names of settings, kinds, states, families and directions may be in upper or lower case.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[must_use = "a filter does nothing until a tracer has it"]
 pub struct Filter {
@@ -74,14 +82,19 @@ pub struct Filter {
     ports: Vec<u16>,
     local: Vec<Cidr>,
     remote: Vec<Cidr>,
+    not_local: Vec<Cidr>,
+    not_remote: Vec<Cidr>,
     cgroups: Vec<u64>,
     cgroup_paths: Vec<PathBuf>,
     namespaces: Vec<Namespace>,
     families: Vec<Family>,
     kinds: Vec<Kind>,
     states: Vec<TcpState>,
+    directions: Vec<Direction>,
+    one_in: Option<u32>,
     only_self: bool,
     exclude_self: bool,
+    exclude_loopback: bool,
 }
 
 /// A network namespace.
@@ -194,6 +207,22 @@ impl Filter {
         self
     }
 
+    /// Rejects sockets whose local address is in this network, as in [`local`](Self::local). A
+    /// socket whose local address is not known yet passes.
+    pub fn not_local(mut self, address: impl Into<IpAddr>, length: u8) -> Self {
+        let address = address.into();
+        self.not_local.push(Cidr { address, length });
+        self
+    }
+
+    /// Rejects sockets whose peer's address is in this network, as in [`local`](Self::local). A
+    /// listener passes, and so does the end of an unconnected UDP socket.
+    pub fn not_remote(mut self, address: impl Into<IpAddr>, length: u8) -> Self {
+        let address = address.into();
+        self.not_remote.push(Cidr { address, length });
+        self
+    }
+
     /// Selects sockets that were created in this cgroup, not in a cgroup below it:
     /// [`Socket::cgroup`](crate::Socket::cgroup). The id is not 0.
     pub fn cgroup(mut self, id: u64) -> Self {
@@ -255,6 +284,23 @@ impl Filter {
         self
     }
 
+    /// TCP: selects sockets of this direction: [`Socket::direction`](crate::Socket::direction). A
+    /// socket whose direction is unknown does not pass. UDP: no restriction.
+    pub fn direction(mut self, direction: Direction) -> Self {
+        self.directions.push(direction);
+        self
+    }
+
+    /// Selects one of so many sockets, by a hash of their [ids](crate::Socket::id): all events of a
+    /// socket, or none. The number is not 0. A later call replaces it.
+    ///
+    /// To estimate the sums of all sockets, multiply those of the selected ones. Another tracer
+    /// selects other sockets, because it gives them other ids.
+    pub fn one_in(mut self, sockets: u32) -> Self {
+        self.one_in = Some(sockets);
+        self
+    }
+
     /// Selects sockets that the tracing process itself owns, in any pid namespace.
     pub fn only_self(mut self) -> Self {
         self.only_self = true;
@@ -264,6 +310,13 @@ impl Filter {
     /// Rejects sockets that the tracing process itself owns.
     pub fn exclude_self(mut self) -> Self {
         self.exclude_self = true;
+        self
+    }
+
+    /// Rejects sockets with a loopback address (`127.0.0.0/8`, `::1`) on either side. Traffic
+    /// between other addresses of this machine passes.
+    pub fn exclude_loopback(mut self) -> Self {
+        self.exclude_loopback = true;
         self
     }
 
@@ -285,13 +338,20 @@ impl Filter {
         }
         let (local, remote) = (event.socket.local, event.socket.remote);
         let ports = [local.port(), remote.port()];
-        let within = |networks: &[Cidr], address: SocketAddr| {
-            networks.is_empty() || networks.iter().any(|n| n.contains(address.ip()))
+        let is_in = |networks: &[Cidr], address: SocketAddr| {
+            networks
+                .iter()
+                .any(|network| network.contains(address.ip()))
         };
+        let within = |networks: &[Cidr], address| networks.is_empty() || is_in(networks, address);
         one_of(&self.families, &Family::of(local.ip()))
             && (self.ports.is_empty() || ports.iter().any(|port| self.ports.contains(port)))
             && within(&self.local, local)
             && within(&self.remote, remote)
+            && !is_in(&self.not_local, local)
+            && !is_in(&self.not_remote, remote)
+            && (!self.exclude_loopback
+                || ![local, remote].iter().any(|a| is_in(&Cidr::LOOPBACK, *a)))
     }
 
     /// Returns whether all other properties of an event pass. The end of a UDP socket needs only
@@ -308,6 +368,14 @@ impl Filter {
         };
         one_of(&self.kinds, &kind)
             && one_of(&self.uids, &socket.uid)
+            && self
+                .one_in
+                .is_none_or(|one_in| wire::is_chosen(socket.id, wire::last_of(one_in)))
+            && (socket.protocol == Protocol::Udp
+                || self.directions.is_empty()
+                || socket
+                    .direction
+                    .is_some_and(|it| self.directions.contains(&it)))
             && one_of(&self.cgroups, &socket.cgroup)
             && (self.namespaces.is_empty() || self.namespaces.iter().any(|one| one.is_of(socket)))
             && (self.comms.is_empty() || owner(&|process| self.comms.contains(&process.comm)))
@@ -388,6 +456,8 @@ mod tests {
             .local(Ipv4Addr::LOCALHOST, 32)
             .remote(Ipv4Addr::new(10, 0, 0, 0), 8)
             .remote(Ipv6Addr::UNSPECIFIED, 0)
+            .not_local(Ipv4Addr::new(10, 1, 0, 0), 16)
+            .not_remote(Ipv6Addr::LOCALHOST, 128)
             .cgroup(7)
             .cgroup_path("/a b,c")
             .netns(8)
@@ -395,8 +465,12 @@ mod tests {
             .family(Family::Ipv6)
             .kind(Kind::StateChange)
             .state(TcpState::Established)
+            .direction(Direction::Outbound)
+            .direction(Direction::Listener)
+            .one_in(10)
             .only_self()
             .exclude_self()
+            .exclude_loopback()
     }
 
     #[test]
@@ -431,6 +505,9 @@ mod tests {
             "kind=flow",
             "state=LISTEN",
             "exclude_self",
+            "not_local=128.0.0.0/1",
+            "not_remote=10.0.0.0/16,::/0",
+            "one_in=1",
         ] {
             assert!(matches(&event, text, unrelated), "{text}");
         }
@@ -447,6 +524,9 @@ mod tests {
             "pid=7",
             "comm=x",
             "pid_tree=7",
+            "not_local=127.0.0.1",
+            "remote=10.0.0.0/8 not_remote=10.1.0.0/16",
+            "exclude_loopback",
         ] {
             assert!(!matches(&event, text, unrelated), "{text}");
         }
@@ -468,6 +548,24 @@ mod tests {
         assert!(!matches(&event, "pid_tree=1", unrelated));
         assert!(matches(&event, "pid_tree=1", member));
         assert!(!matches(&event, "exclude_self", member));
+        event.socket.local = "10.0.0.1:50".parse().unwrap();
+        assert!(matches(&event, "exclude_loopback", unrelated));
+        event.socket.remote = "[::1]:50".parse().unwrap();
+        assert!(!matches(&event, "exclude_loopback", unrelated));
+    }
+
+    #[test]
+    fn one_in_so_many_sockets_is_chosen() {
+        // Each CPU counts its own ids.
+        let ids = (0..64_u64).flat_map(|cpu| (0..2_000).map(move |id| cpu << 48 | id));
+        for one_in in [1, 2, 3, 10, 1000] {
+            let last = wire::last_of(one_in);
+            let chosen = ids.clone().filter(|&id| wire::is_chosen(id, last)).count();
+            let expected = 128_000.0 / f64::from(one_in);
+            let difference = (chosen as f64 - expected).abs();
+            assert!(difference <= 5.0 * expected.sqrt(), "{one_in}: {chosen}");
+        }
+        assert!(!wire::is_chosen(1, wire::last_of(u32::MAX)));
     }
 
     #[test]

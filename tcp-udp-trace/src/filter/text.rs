@@ -10,6 +10,7 @@ use super::{Family, Filter, Namespace, invalid};
 use crate::{
     error::Error,
     event::{
+        Direction,
         comm::Comm,
         escape::{Escaped, unescape},
         tcp_state::TcpState,
@@ -35,6 +36,8 @@ impl Display for Filter {
         list("port", texts(&self.ports))?;
         list("local", texts(&self.local))?;
         list("remote", texts(&self.remote))?;
+        list("not_local", texts(&self.not_local))?;
+        list("not_remote", texts(&self.not_remote))?;
         let paths = self.cgroup_paths.iter().map(|path| path_text(path));
         list(
             "cgroup",
@@ -44,9 +47,12 @@ impl Display for Filter {
         list("family", texts(&self.families))?;
         list("kind", texts(&self.kinds))?;
         list("state", texts(&self.states))?;
+        list("direction", texts(&self.directions))?;
+        list("one_in", texts(self.one_in.as_slice()))?;
         for (name, is_set) in [
             ("only_self", self.only_self),
             ("exclude_self", self.exclude_self),
+            ("exclude_loopback", self.exclude_loopback),
         ] {
             if is_set {
                 write!(f, "{blank}{name}")?;
@@ -91,9 +97,10 @@ impl FromStr for Filter {
                 match setting.to_ascii_lowercase().as_str() {
                     "only_self" => filter.only_self = true,
                     "exclude_self" => filter.exclude_self = true,
+                    "exclude_loopback" => filter.exclude_loopback = true,
                     _ => {
                         return Err(invalid(format!(
-                            "{:?}: a setting is name=value, only_self or exclude_self",
+                            "{:?}: a setting is name=value, only_self, exclude_self or exclude_loopback",
                             Escaped(setting.as_bytes()).to_string()
                         )));
                     }
@@ -116,7 +123,24 @@ impl Filter {
             "port" => parse(name, values, &mut self.ports, number),
             "local" => parse(name, values, &mut self.local, str::parse),
             "remote" => parse(name, values, &mut self.remote, str::parse),
+            "not_local" => parse(name, values, &mut self.not_local, str::parse),
+            "not_remote" => parse(name, values, &mut self.not_remote, str::parse),
             "cgroup" => self.parse_cgroups(name, values),
+            "direction" => parse(name, values, &mut self.directions, |text| {
+                [Direction::Outbound, Direction::Inbound, Direction::Listener]
+                    .into_iter()
+                    .find(|direction| text.eq_ignore_ascii_case(direction.name()))
+                    .ok_or_else(|| "one of outbound, inbound, listener".into())
+            }),
+            "one_in" => {
+                let mut all = Vec::new();
+                parse(name, values, &mut all, number)?;
+                let [one_in] = all[..] else {
+                    return Err(invalid(format!("{name} has one value")));
+                };
+                self.one_in = Some(one_in);
+                Ok(())
+            }
             "netns" => parse(name, values, &mut self.namespaces, |text| {
                 number::<u32>(text).map(Namespace::from)
             }),
@@ -135,8 +159,8 @@ impl Filter {
                 named.ok_or_else(|| "not a TCP state, such as ESTABLISHED".into())
             }),
             _ => Err(invalid(format!(
-                "there is no setting {:?}: there are pid, pid_tree, uid, comm, port, local, remote, cgroup, netns, family, kind, \
-                 state, only_self and exclude_self",
+                "there is no setting {:?}: there are pid, pid_tree, uid, comm, port, local, remote, not_local, not_remote, cgroup, \
+                 netns, family, kind, state, direction, one_in, only_self, exclude_self and exclude_loopback",
                 Escaped(name.as_bytes()).to_string()
             ))),
         }
@@ -222,7 +246,7 @@ mod tests {
         let filter = everything();
         assert_eq!(
             filter.to_string(),
-            r"pid=1,2 pid_tree=3 uid=0 comm=a\x20b\x2cc\x5c\x0a port=443 local=127.0.0.1/32 remote=10.0.0.0/8,::/0 cgroup=7,/a\x20b\x2cc netns=8 family=ipv4,ipv6 kind=state_change state=ESTABLISHED only_self exclude_self"
+            r"pid=1,2 pid_tree=3 uid=0 comm=a\x20b\x2cc\x5c\x0a port=443 local=127.0.0.1/32 remote=10.0.0.0/8,::/0 not_local=10.1.0.0/16 not_remote=::1/128 cgroup=7,/a\x20b\x2cc netns=8 family=ipv4,ipv6 kind=state_change state=ESTABLISHED direction=outbound,listener one_in=10 only_self exclude_self exclude_loopback"
         );
         assert_eq!(filter.to_string().parse::<Filter>().unwrap(), filter);
         assert_eq!("".parse::<Filter>().unwrap(), Filter::new());

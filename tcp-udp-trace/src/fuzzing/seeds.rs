@@ -111,6 +111,10 @@ fn write_seeds() {
             r"only_self cgroup=/a\x20b,7 comm=longer-than-the-kernels STATE=Listen",
         ),
         ("kinds", "kind=state_change,close state=ESTABLISHED,CLOSE"),
+        (
+            "exclusions",
+            "not_local=10.0.0.0/8 not_remote=::1 direction=inbound one_in=10 exclude_loopback",
+        ),
         ("wrong", "pid=0 remote=10.0.0.1/8 color=\u{202e}"),
     ] {
         write_seed("filter", name, text.as_bytes());

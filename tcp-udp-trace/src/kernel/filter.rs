@@ -33,6 +33,8 @@ const TREE_PROGRAMS: [(&str, HookPoint); 2] = [
 #[derive(Debug, Default)]
 pub(super) struct Filters {
     generation: u16,
+    /// The generation of the current filter.
+    current: u16,
     installed: Installed,
     follows_trees: bool,
     /// The filter, with its names resolved.
@@ -89,8 +91,14 @@ impl Filters {
         if filter.word == 0 && !self.were_used() {
             return Ok(());
         }
-        // Of two generations in a row, one is odd. 0 means no generation.
-        self.generation = self.generation.checked_add(1).unwrap_or(2);
+        // If the current generation is odd, the new one is even, or vice versa. 0 means no
+        // generation.
+        let next = |generation: u16| generation.checked_add(1).unwrap_or(2);
+        self.generation = next(self.generation);
+        if self.generation % 2 == self.current % 2 {
+            // The filter of the generation in between was refused.
+            self.generation = next(self.generation);
+        }
         let mut new = Installed::default();
         let built = self.build(ebpf, filter, protocol, &mut new);
         let word = match filter.word {
@@ -104,6 +112,7 @@ impl Filters {
             new.remove(ebpf);
             return Err(error);
         }
+        self.current = self.generation;
         // A program that has started with the old filter notices the change, and uses the new one.
         std::mem::replace(&mut self.installed, new).remove(ebpf);
         Ok(())
@@ -117,12 +126,13 @@ impl Filters {
         new: &mut Installed,
     ) -> Result<(), Error> {
         let generation = self.generation;
-        control_filter(ebpf, &[op::PREPARE, wire::of_generation(generation)]).map_err(refused)?;
+        let prepared = wire::of_generation(generation);
+        control_filter(ebpf, &[op::PREPARE, prepared, filter.last.into()]).map_err(refused)?;
         for &(set, value) in &filter.values {
             new.add(ebpf, Value::new(generation, set, value))?;
         }
         for network in &filter.networks {
-            new.add_network(ebpf, network.wire(generation))?;
+            new.add_network(ebpf, network.wire(generation), network.is_excluded)?;
         }
         if filter.exclude_self {
             let pid = Caller::new(ebpf).own_pid()?;
@@ -183,8 +193,18 @@ impl Installed {
         Ok(())
     }
 
-    fn add_network(&mut self, ebpf: &Ebpf, network: Network) -> Result<(), Error> {
-        control_filter(ebpf, &network_args(op::ADD_NETWORK, &network)).map_err(refused)?;
+    fn add_network(
+        &mut self,
+        ebpf: &Ebpf,
+        network: Network,
+        is_excluded: bool,
+    ) -> Result<(), Error> {
+        let op = if is_excluded {
+            op::EXCLUDE_NETWORK
+        } else {
+            op::ADD_NETWORK
+        };
+        control_filter(ebpf, &network_args(op, &network)).map_err(refused)?;
         self.networks.push(network);
         Ok(())
     }
