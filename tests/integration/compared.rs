@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, ensure};
-use integration_tests::collector::{Collector, show};
+use integration_tests::collector::{Collector, show, without_summary};
 use tcp_udp_trace::{Event, EventKind, Filter};
 
 /// A filter, and a function that applies its documentation to an event.
@@ -99,15 +99,7 @@ pub(crate) fn described(events: &[Event]) -> BTreeMap<String, usize> {
         let kind = match &event.kind {
             // The two tracers have seen the socket for different times.
             EventKind::Flow { last, .. } => format!("flow, last: {last}"),
-            // The two tracers have read the clock at different moments.
-            EventKind::StateChange {
-                from,
-                to,
-                error,
-                summary,
-                ..
-            } => format!("{from} -> {to} {error:?} {}", summary.is_some()),
-            kind => format!("{kind:?}"),
+            _ => format!("{:?}", without_summary(event)),
         };
         let line = format!("{kind} {pid:?} {local} {remote} {traffic:?}");
         *described.entry(line).or_default() += 1;

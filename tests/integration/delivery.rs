@@ -10,7 +10,7 @@ use std::{
 use anyhow::ensure;
 use integration_tests::{
     actor::{Actor, Command},
-    collector::{Collector, show},
+    collector::{Collector, show, without_summary},
     cpu_load::CpuLoad,
     crowd::remember_closed_connections,
     expected_tcp::{CLOCK_ERROR, ExpectedTcp, LISTENER},
@@ -153,7 +153,7 @@ fn two_tracers_at_once_give_the_same_events() -> anyhow::Result<()> {
         let socket = event.socket;
         let addresses = (socket.local, socket.remote);
         (
-            event.kind.clone(),
+            without_summary(event),
             event.process.clone(),
             addresses,
             socket.cookie,

@@ -464,6 +464,17 @@ pub fn check_conservation(stats: &Stats) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Returns the kind of an event without the summary of a connection, which differs from tracer to
+/// tracer: two tracers read the clock at different moments.
+#[must_use]
+pub fn without_summary(event: &Event) -> EventKind {
+    let mut kind = event.kind.clone();
+    if let EventKind::StateChange { summary, .. } = &mut kind {
+        *summary = None;
+    }
+    kind
+}
+
 /// Formats events: one a line, the last 200 of them, with the fields that `Display` leaves out.
 #[must_use]
 pub fn show(events: &[Event]) -> String {

@@ -14,11 +14,11 @@ use aya_ebpf::{
     maps::{Array, Queue},
 };
 use tcp_udp_trace_common::{
-    AF_INET, AF_INET6, Field, StateChange, Tracked, filter::no_state, kind, syn,
+    AF_INET, AF_INET6, Field, StateChange, Summary, Tracked, filter::no_state, kind, syn,
 };
 
 use super::{
-    record::{Describe as _, error, forget_syn},
+    record::{Describe as _, Summarize as _, error, forget_syn},
     sockets,
 };
 use crate::{
@@ -26,7 +26,10 @@ use crate::{
     emit::{self, Context, Priority},
     filter,
     read::has,
-    sock::{Sock, Socket as _, tcp_state::CLOSE},
+    sock::{
+        Sock, Socket as _,
+        tcp_state::{CLOSE, LISTEN},
+    },
     stopping::is_stopping,
 };
 
@@ -134,10 +137,11 @@ fn report(ctx: Context, sk: Sock, tracked: &mut Tracked) {
         return;
     }
     let family = if sk.0 == 0 { AF_INET } else { sk.family() };
-    emit::record(
+    emit::state_change(
         ctx,
-        kind::STATE_CHANGE,
         Priority::Final,
+        from != LISTEN,
+        |summary: &mut Summary| sk.summarize(sk, tracked, summary),
         |record: &mut StateChange| {
             let port = sk.connected_port();
             sk.describe(tracked, family, from, port, &mut record.socket);
