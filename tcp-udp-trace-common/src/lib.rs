@@ -341,19 +341,23 @@ pub struct Summary {
     pub lost: u32,
     /// Segments received out of order.
     pub out_of_order: u32,
-    /// Not 0 if the socket has a `struct socket`, so a process made or accepted it.
-    pub descriptor: u32,
+    /// The state of the `struct socket`. 0 if there is none, because no process has accepted the
+    /// socket, or its last descriptor has been closed. [`Summary::MISSED`] if no program saw the
+    /// change.
+    pub socket_state: u32,
     /// Not 0 if not everything in the send queue was sent.
     pub unsent: u32,
     /// The lowest bits of `sk_flags`.
     pub flags: u8,
     /// Not 0 if the connection is being moved to another socket (`TCP_REPAIR`), and goes on there.
     pub repair: u8,
-    /// The state that the kernel has for the socket: the previous one, unless no program saw the
-    /// change.
-    pub state: u8,
     /// Padding.
-    pub _pad: u8,
+    pub _pad: [u8; 2],
+}
+
+impl Summary {
+    /// In [`Summary::socket_state`]: no program saw the change.
+    pub const MISSED: u32 = u32::MAX;
 }
 
 /// Bits of [`Summary::flags`].
@@ -708,13 +712,16 @@ impl Tracked {
     /// Returns one of [`direction`].
     #[inline(always)]
     pub const fn direction(&self) -> u8 {
-        match self.syn() {
-            // A listener without an id cannot be distinguished from a child.
-            _ if self.id == 0 => direction::UNKNOWN,
-            _ if self.listener == self.id => direction::LISTENER,
-            syn::COUNTED => direction::OUTBOUND,
-            syn::NOT_COUNTED => direction::INBOUND,
-            _ => direction::UNKNOWN,
+        // For each of `syn`, two bits.
+        const OF_CONNECTIONS: u8 = direction::OUTBOUND << (2 * syn::COUNTED)
+            | direction::INBOUND << (2 * syn::NOT_COUNTED);
+        if self.listener != self.id {
+            OF_CONNECTIONS >> (2 * self.syn()) & 3
+        } else if self.id != 0 {
+            direction::LISTENER
+        } else {
+            // A listener without an id cannot be distinguished from a connection.
+            direction::UNKNOWN
         }
     }
 }

@@ -66,6 +66,16 @@ pub(crate) trait Socket: Copy {
         u16::from_be(self.get(Field::LocalPort))
     }
 
+    /// Returns the state of the `struct socket` above this socket, 0 if there is none. That is not
+    /// the state of TCP.
+    #[inline(always)]
+    fn socket_state(self) -> u32 {
+        match self.get::<u64>(Field::SkSocket) {
+            0 => 0,
+            socket => read(socket, Field::SocketState),
+        }
+    }
+
     /// Returns the inode and the cookie of the socket's network namespace.
     #[inline(always)]
     fn netns(self) -> (u32, u64) {
@@ -171,6 +181,24 @@ impl Socket for TcpSock {
         *to = self.get(field);
     }
 
+    /// The verifier knows the type of this pointer as well.
+    #[inline(always)]
+    fn socket_state(self) -> u32 {
+        let (socket, state) = (offset(Field::SkSocket), offset(Field::SocketState));
+        if socket == ABSENT || state == ABSENT {
+            return 0;
+        }
+        // SAFETY: the verifier checks both loads. A load through a bad pointer returns 0.
+        unsafe {
+            let socket = self.0.add(socket as usize).cast::<*const u8>();
+            let socket = socket.read_volatile();
+            if socket.is_null() {
+                return 0;
+            }
+            socket.add(state as usize).cast::<u32>().read_volatile()
+        }
+    }
+
     /// [`TcpSock::new`] has checked that.
     #[inline(always)]
     fn is_tcp(self) -> bool {
@@ -226,16 +254,6 @@ impl Sock {
             Self::new(read(self.0, Field::MptcpFirst))
         } else {
             self
-        }
-    }
-
-    /// Returns the state of the `struct socket` above this socket, 0 if there is none. That is not
-    /// the state of TCP.
-    #[inline(always)]
-    pub(crate) fn socket_state(self) -> u32 {
-        match self.get::<u64>(Field::SkSocket) {
-            0 => 0,
-            socket => read(socket, Field::SocketState),
         }
     }
 

@@ -141,7 +141,7 @@ fn report(ctx: Context, sk: Sock, tracked: &mut Tracked) {
         ctx,
         Priority::Final,
         from != LISTEN,
-        |summary: &mut Summary| sk.summarize(sk, tracked, summary),
+        |summary: &mut Summary| sk.summarize(Summary::MISSED, tracked, summary),
         |record: &mut StateChange| {
             let port = sk.connected_port();
             sk.describe(tracked, family, from, port, &mut record.socket);

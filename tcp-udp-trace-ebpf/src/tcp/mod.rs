@@ -78,6 +78,11 @@ pub(crate) fn state_changed(
         }
         return;
     }
+    let socket_state = if to == CLOSE {
+        socket.socket_state()
+    } else {
+        0
+    };
     let mut listener = None;
     let (syn, owner) = match (from, to) {
         (CLOSE, SYN_SENT) => {
@@ -134,11 +139,10 @@ pub(crate) fn state_changed(
                 }
                 if to == CLOSE {
                     // A socket without an open descriptor has neither of these states.
-                    let is_unreturned =
-                        from != LISTEN && !matches!(sk.socket_state(), 0 | SS_CONNECTED);
+                    let is_unreturned = from != LISTEN && !matches!(socket_state, 0 | SS_CONNECTED);
                     tracked.set_unreturned(is_unreturned);
                 }
-                report(ctx, sk, socket, family, tracked, change);
+                report(ctx, sk, socket, family, tracked, change, socket_state);
                 return;
             }
             (sockets::met_in(from), owner::UNKNOWN)
@@ -164,7 +168,8 @@ pub(crate) fn state_changed(
         return;
     }
     if is_remembered || program == Program::First {
-        report(ctx, sk, socket, family, &mut tracked, (from, to));
+        let change = (from, to);
+        report(ctx, sk, socket, family, &mut tracked, change, socket_state);
     }
 }
 
@@ -195,7 +200,7 @@ pub(crate) fn listener_has_port(ctx: Context, sk: Sock) {
     if let Some(tracked) = sockets::get(sk) {
         if tracked.state == LISTEN && tracked.is_held() && !is_stopping() {
             tracked.syn &= !syn::HELD;
-            report(ctx, sk, sk, sk.family(), tracked, (CLOSE, LISTEN));
+            report(ctx, sk, sk, sk.family(), tracked, (CLOSE, LISTEN), 0);
         }
     }
 }
@@ -428,7 +433,7 @@ fn owner_of_connection(sk: Sock, socket: impl Socket) -> Option<Owner> {
     sockets::get(first).map(|tracked| *owner::of_socket(tracked))
 }
 
-/// Reports a state change.
+/// Reports a state change. At the end of a connection, the `struct socket` has this state.
 #[inline(always)]
 fn report(
     ctx: Context,
@@ -437,6 +442,7 @@ fn report(
     family: u16,
     tracked: &mut Tracked,
     (from, to): (u8, u8),
+    socket_state: u32,
 ) {
     let ends = to == CLOSE && from != LISTEN;
     if filter::only_ends() && !ends {
@@ -458,7 +464,7 @@ fn report(
         ctx,
         priority,
         ends,
-        |summary: &mut Summary| socket.summarize(sk, tracked, summary),
+        |summary: &mut Summary| socket.summarize(socket_state, tracked, summary),
         |record: &mut StateChange| {
             let port = if from == CLOSE {
                 socket.bound_port()
@@ -481,9 +487,9 @@ pub(crate) fn destroyed(ctx: Context, sk: Sock) {
         if tracked.state != CLOSE && !is_stopping() {
             // Neither program saw its close.
             counters::missed();
-            let state = tracked.state;
+            let change = (tracked.state, CLOSE);
             record::forget_syn(tracked);
-            report(ctx, sk, sk, sk.family(), tracked, (state, CLOSE));
+            report(ctx, sk, sk, sk.family(), tracked, change, Summary::MISSED);
         }
         sockets::forget(sk, tracked.room_uid);
     }

@@ -8,7 +8,7 @@ use crate::{
     owner,
     read::now,
     sock::{
-        Sock, Socket,
+        Socket,
         tcp_state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK, LISTEN, SYN_SENT},
     },
 };
@@ -156,7 +156,7 @@ pub(super) trait Summarize: Socket {
     /// Writes the summary of a connection that ends.
     // Not inlined: its values would take stack of the caller.
     #[inline(never)]
-    fn summarize(self, sk: Sock, tracked: &Tracked, to: &mut Summary) {
+    fn summarize(self, socket_state: u32, tracked: &Tracked, to: &mut Summary) {
         to.established = tracked.established;
         to.handshake = tracked.handshake;
         self.get_into(&mut to.bytes_retrans, Field::BytesRetrans);
@@ -167,13 +167,11 @@ pub(super) trait Summarize: Socket {
         self.get_into(&mut to.lost, Field::Lost);
         self.get_into(&mut to.out_of_order, Field::OutOfOrder);
         // Without branches, which would multiply the work of older kernels' verifiers.
-        let socket = sk.get::<u64>(Field::SkSocket);
-        to.descriptor = (socket >> 32) as u32 | socket as u32;
+        to.socket_state = socket_state;
         to.unsent = self.get::<u32>(Field::SndNxt) ^ self.get::<u32>(Field::WriteSeq);
         to.flags = self.get::<u64>(Field::Flags) as u8;
         to.repair = repair(self);
-        to.state = self.get(Field::State);
-        to._pad = 0;
+        to._pad = [0; 2];
     }
 }
 

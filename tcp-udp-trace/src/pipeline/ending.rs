@@ -80,15 +80,13 @@ impl Ending<'_> {
             CloseWait, Closing, Established, FinWait1, FinWait2, LastAck, SynRecv, SynSent,
         };
         let &Record {
-            descriptor,
+            socket_state,
             unsent,
             flags,
             repair,
-            state,
             ..
         } = self.summary;
-        // Another state means that no program saw the change.
-        if repair != 0 || state != self.from as u8 {
+        if repair != 0 || socket_state == Record::MISSED {
             return None;
         }
         let is_closed = flags & sk_flag::CLOSED != 0;
@@ -120,7 +118,7 @@ impl Ending<'_> {
                 // The kernel may as well drop a child that it made twice.
                 SynRecv => None,
                 Established | CloseWait => {
-                    let is_accepted = is_closed || descriptor != 0;
+                    let is_accepted = is_closed || socket_state != 0;
                     Some(if direction == direction::OUTBOUND || is_accepted {
                         EndedBy::LocalReset
                     } else {
@@ -161,14 +159,13 @@ mod tests {
 
     fn ended_by(from: TcpState, direction: u8, fact: Fact, error: Option<i32>) -> Option<EndedBy> {
         let mut summary = Record::new_zeroed();
-        summary.state = from as u8;
         match fact {
             Fact::None => {}
             Fact::Closed => summary.flags = sk_flag::CLOSED,
             Fact::PeerClosed => summary.flags = sk_flag::PEER_CLOSED,
-            Fact::HasDescriptor => summary.descriptor = 1 << 31,
+            Fact::HasDescriptor => summary.socket_state = 3,
             Fact::TakenAway => summary.repair = 1 << 6,
-            Fact::Missed => summary.state = TcpState::Close as u8,
+            Fact::Missed => summary.socket_state = Record::MISSED,
             Fact::Unsent => summary.unsent = 1,
         }
         let summary = &summary;
