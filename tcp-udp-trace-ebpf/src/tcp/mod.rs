@@ -116,8 +116,7 @@ pub(crate) fn state_changed(
             };
             if let Some(tracked) = tracked {
                 // The other program counts the change that it reports after a held one.
-                let is_known = tracked.is_held() || is_unseen(tracked.state, from);
-                if tracked.state != from && !is_known {
+                if tracked.state != from && !tracked.is_held() && !is_unseen(tracked.state, from) {
                     counters::missed();
                 }
                 let change = if tracked.is_held() {
@@ -142,7 +141,7 @@ pub(crate) fn state_changed(
                     let is_unreturned = from != LISTEN && !matches!(socket_state, 0 | SS_CONNECTED);
                     tracked.set_unreturned(is_unreturned);
                 }
-                report(ctx, sk, socket, family, tracked, change, socket_state);
+                report(ctx, sk, socket, tracked, change, socket_state);
                 return;
             }
             (sockets::met_in(from), owner::UNKNOWN)
@@ -169,7 +168,7 @@ pub(crate) fn state_changed(
     }
     if is_remembered || program == Program::First {
         let change = (from, to);
-        report(ctx, sk, socket, family, &mut tracked, change, socket_state);
+        report(ctx, sk, socket, &mut tracked, change, socket_state);
     }
 }
 
@@ -200,7 +199,7 @@ pub(crate) fn listener_has_port(ctx: Context, sk: Sock) {
     if let Some(tracked) = sockets::get(sk) {
         if tracked.state == LISTEN && tracked.is_held() && !is_stopping() {
             tracked.syn &= !syn::HELD;
-            report(ctx, sk, sk, sk.family(), tracked, (CLOSE, LISTEN), 0);
+            report(ctx, sk, sk, tracked, (CLOSE, LISTEN), 0);
         }
     }
 }
@@ -439,7 +438,6 @@ fn report(
     ctx: Context,
     sk: Sock,
     socket: impl Socket,
-    family: u16,
     tracked: &mut Tracked,
     (from, to): (u8, u8),
     socket_state: u32,
@@ -471,6 +469,8 @@ fn report(
             } else {
                 socket.connected_port()
             };
+            // Read again, because a value kept since the beginning would take stack.
+            let family = socket.family();
             socket.describe(tracked, family, from, port, &mut record.socket);
             record.from = from;
             record.to = to;
@@ -489,7 +489,7 @@ pub(crate) fn destroyed(ctx: Context, sk: Sock) {
             counters::missed();
             let change = (tracked.state, CLOSE);
             record::forget_syn(tracked);
-            report(ctx, sk, sk, sk.family(), tracked, change, Summary::MISSED);
+            report(ctx, sk, sk, tracked, change, Summary::MISSED);
         }
         sockets::forget(sk, tracked.room_uid);
     }
