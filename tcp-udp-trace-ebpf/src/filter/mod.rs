@@ -108,15 +108,18 @@ fn matches_connect(word: u64, sk: u64, tracked: &mut Tracked, ends: &(Peer, Peer
 /// Returns whether a TCP socket matches the filter apart from its ends.
 #[inline(always)]
 fn matches_socket(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
-    let cgroup = tracked.cgroup;
-    let netns = [tracked.netns.into(), tracked.netns_cookie];
     let owner: *const Owner = owner::of_socket(tracked);
     // SAFETY: a pointer into `tracked`. The owner does not overlap the field that is written here.
     let owner = unsafe { &*owner };
     let directions = word & filter::DIRECTIONS;
     (directions == 0 || directions & filter::direction(tracked.direction()) != 0)
         && matches_owner(word, owner, &mut tracked.tree_generation)
-        && matches_environment(word, sk, cgroup, netns)
+        && matches_environment(
+            word,
+            sk,
+            tracked.cgroup,
+            [tracked.netns.into(), tracked.netns_cookie],
+        )
         && is_chosen(word, tracked.id)
 }
 

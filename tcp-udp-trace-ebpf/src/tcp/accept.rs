@@ -74,7 +74,8 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         |record: &mut Tcp| {
             socket.describe(
                 tracked,
-                family,
+                // Read again, because a value kept since the beginning would take stack.
+                socket.family(),
                 state,
                 socket.connected_port(),
                 &mut record.socket,
