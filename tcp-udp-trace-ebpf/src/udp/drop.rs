@@ -5,7 +5,7 @@ use tcp_udp_trace_common::{AF_INET, Field, Peer};
 
 use super::{
     count, flows, nat,
-    packet::{ETH_P_IP, Headers, Packet, UDP_HEADER, headers, local_of_flow, scope},
+    packet::{ETH_P_IP, Headers, Packet, UDP_HEADER, headers_by_fields, local_of_flow, scope},
     sockets::{add_unsent, get, key_of},
 };
 use crate::{
@@ -70,7 +70,7 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
         destination_port,
         length,
         packets,
-    } = headers(skb);
+    } = headers_by_fields(skb);
     // A packet that arrives has the port of another socket.
     if source_port != sk.bound_port() && !is_refused {
         return;
