@@ -187,7 +187,7 @@ impl Filter {
     }
 }
 
-/// Returns the networks of a side so that the smallest network of an address tells whether the
+/// Returns the networks of a side so that the smallest network of an address shows whether the
 /// address passes: it is in one that passes, if there is one, and in none that is excluded.
 fn networks(side: u8, passing: &[Cidr], excluded: &[Cidr]) -> Vec<SidedCidr> {
     let sided = |network, is_excluded| SidedCidr {
