@@ -71,7 +71,7 @@ fn pack(library: &Value, allow_dirty: bool) -> Result<PathBuf> {
         workspace::recreate(&unpacked)?;
         process::run(
             Command::new("tar")
-                .args(["--extract", "--strip-components=1", "--file"])
+                .args(["--extract", "--touch", "--strip-components=1", "--file"])
                 .arg(folder.join(format!("{name}-{version}.crate")))
                 .arg("--directory")
                 .arg(&unpacked),
