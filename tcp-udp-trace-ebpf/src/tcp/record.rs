@@ -1,7 +1,7 @@
 //! The contents of a TCP record.
 
 use aya_ebpf::Global;
-use tcp_udp_trace_common::{AF_INET, Field, Summary, TcpSocket, Tracked, syn};
+use tcp_udp_trace_common::{AF_INET, Field, Summary, TcpSocket, Tracked, sk_flag, syn};
 
 use super::sockets;
 use crate::{
@@ -15,10 +15,6 @@ use crate::{
 
 const EADDRINUSE: u32 = 98;
 pub(super) const EADDRNOTAVAIL: u32 = 99;
-/// The bit of `sk_flags` that is set when the peer's FIN has arrived (`enum sock_flags`).
-///
-/// <https://github.com/torvalds/linux/blob/v6.12/include/net/sock.h>
-const SOCK_DONE: u64 = 1 << 1;
 
 /// The bit of `sk_flags` that the kernel sets when a socket has begun to listen, 0 if it is not
 /// known. User space sets it.
@@ -72,10 +68,22 @@ pub(super) trait Describe: Socket {
     /// which is now final, is read again.
     #[inline(always)]
     fn rx_bytes(self, counted: u64) -> u64 {
-        if self.get::<u64>(Field::Flags) & SOCK_DONE == 0 {
+        if self.get::<u64>(Field::Flags) & u64::from(sk_flag::PEER_CLOSED) == 0 {
             counted
         } else {
             self.get::<u64>(Field::BytesReceived).saturating_sub(1)
+        }
+    }
+
+    /// Writes the addresses of a socket of this family.
+    #[inline(always)]
+    fn describe_addresses(self, family: u16, to: &mut TcpSocket) {
+        if family == AF_INET {
+            to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
+            to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];
+        } else {
+            self.get_into(&mut to.local, Field::LocalAddr6);
+            self.get_into(&mut to.remote, Field::RemoteAddr6);
         }
     }
 
@@ -83,13 +91,7 @@ pub(super) trait Describe: Socket {
     #[inline(always)]
     fn describe_peer(self, to: &mut TcpSocket) {
         to.family = self.family();
-        if to.family == AF_INET {
-            to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
-            to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];
-        } else {
-            self.get_into(&mut to.local, Field::LocalAddr6);
-            self.get_into(&mut to.remote, Field::RemoteAddr6);
-        }
+        self.describe_addresses(to.family, to);
         to.local_port = self.bound_port();
         to.remote_port = u16::from_be(self.get(Field::RemotePort));
     }
@@ -116,13 +118,7 @@ pub(super) trait Describe: Socket {
         self.get_into(&mut to.uid, Field::SkUid);
         to.netns = tracked.netns;
         to.owner = *owner::of_socket(tracked);
-        if family == AF_INET {
-            to.local = [self.get(Field::LocalAddr4), 0, 0, 0];
-            to.remote = [self.get(Field::RemoteAddr4), 0, 0, 0];
-        } else {
-            self.get_into(&mut to.local, Field::LocalAddr6);
-            self.get_into(&mut to.remote, Field::RemoteAddr6);
-        }
+        self.describe_addresses(family, to);
         to.local_port = local_port;
         to.remote_port = u16::from_be(self.get(Field::RemotePort));
         to.family = family;

@@ -21,7 +21,7 @@ use crate::{
 /// The sockets by address. It is not an LRU map, because those evict live sockets long before they
 /// are full.
 #[map]
-pub(super) static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, ON_DEMAND);
+static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(65_536, ON_DEMAND);
 
 /// The last process that accepted a connection, by the id of the listener.
 #[map]
