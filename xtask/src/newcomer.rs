@@ -10,7 +10,7 @@ mod root;
 use std::{
     io::{Read, Write as _},
     net::{Ipv4Addr, TcpListener, TcpStream},
-    process::{Child, Stdio},
+    process::Stdio,
     sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
@@ -19,7 +19,10 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use self::{page::Step, root::Root};
-use crate::{process, workspace};
+use crate::{
+    process::{self, Ended},
+    workspace,
+};
 
 /// Run the commands of README.md and CONTRIBUTING.md as an unprivileged user of a clean Debian.
 #[derive(clap::Args)]
@@ -132,17 +135,6 @@ fn pieces(mut output: impl Read + Send + 'static) -> mpsc::Receiver<String> {
         }
     });
     receiver
-}
-
-/// A command that ends with this process, and with it all processes of its pid namespace.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // Both fail only if the command has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// A thread that makes connections on loopback, which the tracers show.

@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Read},
     os::unix::fs::MetadataExt as _,
-    process::Command,
+    process::{Child, Command},
     sync::mpsc,
     thread,
 };
@@ -103,6 +103,25 @@ pub(crate) fn as_root(program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("sudo");
         command.arg("-E").arg(program);
         command
+    }
+}
+
+/// Returns a command that runs a script of the shell. Its mounts and processes end with it.
+pub(crate) fn isolated(script: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--fork", "--kill-child"]);
+    command.args(["sh", "-euc", script]);
+    command
+}
+
+/// A program that ends when this is dropped.
+pub(crate) struct Ended(pub(crate) Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // Both fail only if the program has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

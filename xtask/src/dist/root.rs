@@ -71,19 +71,8 @@ struct Root(PathBuf);
 impl Root {
     /// Returns a command that runs a line of shell. Its mounts and processes end with it.
     fn command(&self, line: &str) -> Command {
-        let mut command = Command::new("unshare");
-        command
-            .args([
-                "--mount",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "sh",
-                "-euc",
-                RUN,
-            ])
-            .arg(&self.0)
-            .arg(line);
+        let mut command = process::isolated(RUN);
+        command.arg(&self.0).arg(line);
         command
     }
 

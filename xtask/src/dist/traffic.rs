@@ -1,9 +1,9 @@
 //! Checks that a program traces a connection of known size.
 
 use std::{
-    io::{BufRead as _, BufReader, Read, Write as _},
+    io::{Read as _, Write as _},
     net::{Ipv4Addr, TcpListener, TcpStream},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
@@ -11,6 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
+
+use crate::process::{Ended, lines};
 
 /// A number that no other connection of the port has.
 const BYTES: usize = 54_321;
@@ -31,8 +33,8 @@ pub(super) fn is_traced(mut tracer: Command) -> Result<()> {
             .spawn()
             .context("cannot start the tracer")?,
     );
-    let events = lines(child.0.stdout.take().context("no standard output")?);
-    let messages = lines(child.0.stderr.take().context("no standard error")?);
+    let events = lines(child.0.stdout.take().context("no standard output")?, |_| ());
+    let messages = lines(child.0.stderr.take().context("no standard error")?, |_| ());
     until(&messages, |line| line.starts_with("ready:"))?;
     let server = thread::spawn(move || -> Result<usize> {
         let mut bytes = Vec::new();
@@ -66,27 +68,4 @@ fn until(lines: &mpsc::Receiver<String>, mut is_match: impl FnMut(&str) -> bool)
         others.push('\n');
     }
     bail!("no line shows the connection:\n{others}")
-}
-
-fn lines(pipe: impl Read + Send + 'static) -> mpsc::Receiver<String> {
-    let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        for line in BufReader::new(pipe).lines().map_while(Result::ok) {
-            if sender.send(line).is_err() {
-                break;
-            }
-        }
-    });
-    receiver
-}
-
-/// A program that ends with this process.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        // Both fail only if the program has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

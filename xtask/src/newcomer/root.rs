@@ -99,17 +99,8 @@ impl Root {
             "script --quiet --return --command {} /dev/null",
             process::quote(&line)
         );
-        let mut command = Command::new("unshare");
+        let mut command = process::isolated(RUN);
         command
-            .args([
-                "--mount",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "sh",
-                "-euc",
-                RUN,
-            ])
             .arg(&self.folder)
             .arg(name(step.user))
             .arg(script)
