@@ -218,17 +218,24 @@ fn sum(collected: &Collected, name: &str) -> i64 {
     of_name.map(|(_, value)| value).sum()
 }
 
-pub(crate) fn rotel_passes_on_everything() -> anyhow::Result<()> {
-    let folder = Folder::new("rotel")?;
-    let (collector, runtime) = (Collector::default(), Runtime::new()?);
-    let rotel = Service::rotel(ROTEL, &collector.serve(&runtime)?, folder.path())?;
-    let mut tool = otlp(ROTEL)?;
+/// Makes twenty connections, three datagrams, and a connection that is refused. Returns the
+/// processes, which still run.
+fn act() -> anyhow::Result<Pair> {
     let mut pair = Pair::new("real-client", "real-server")?;
     for up in 1..=20 {
         pair.connection(up * 1000, up)?;
     }
     datagrams("real-client", "real-server", &[1, 0, 300])?;
     pair.fail_to_connect()?;
+    Ok(pair)
+}
+
+pub(crate) fn rotel_passes_on_everything() -> anyhow::Result<()> {
+    let folder = Folder::new("rotel")?;
+    let (collector, runtime) = (Collector::default(), Runtime::new()?);
+    let rotel = Service::rotel(ROTEL, &collector.serve(&runtime)?, folder.path())?;
+    let mut tool = otlp(ROTEL)?;
+    let _pair = act()?;
     tool.terminate()?;
     // It sends what it has before it ends.
     rotel.stop()?;
@@ -345,12 +352,7 @@ pub(crate) fn duckdb_answers_the_page() -> anyhow::Result<()> {
         "1000",
     ];
     let mut tool = Tool::start("ndjson", &args)?;
-    let mut pair = Pair::new("real-client", "real-server")?;
-    for up in 1..=20 {
-        pair.connection(up * 1000, up)?;
-    }
-    datagrams("real-client", "real-server", &[1, 0, 300])?;
-    pair.fail_to_connect()?;
+    let _pair = act()?;
     tool.terminate()?;
 
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/queries.md");
