@@ -297,7 +297,8 @@ pub struct TcpSocket {
     pub direction: u8,
     /// The interface that the socket is bound to, 0 for none.
     pub device: u32,
-    /// In a [`kind::CONNECT_FAILED_TCP`], the `errno` that the call returned. Otherwise 0.
+    /// In a [`kind::CONNECT_FAILED_TCP`], the `errno` that the call returned. In a
+    /// [`kind::SAMPLE_TCP`] of a listener, `sk_drops`. Otherwise 0.
     pub error: u32,
 }
 

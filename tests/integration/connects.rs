@@ -479,7 +479,7 @@ fn pass_filters() -> anyhow::Result<()> {
         if !is_udp {
             let in_state = |state: TcpState| {
                 move |event: &Event| match event.kind {
-                    EventKind::StateChange { from, to, .. } => [from, to].contains(&state),
+                    EventKind::StateChange { to, .. } => to == state,
                     _ => state == TcpState::Close,
                 }
             };

@@ -1,6 +1,10 @@
 //! Samples of open sockets: their values, and their choice.
 
-use std::{net::SocketAddr, os::fd::AsFd as _};
+use std::{
+    fs,
+    net::{SocketAddr, TcpStream},
+    os::fd::AsFd as _,
+};
 
 use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
@@ -19,6 +23,7 @@ pub(crate) fn trials() -> Vec<Test> {
             tcp_sample_equals_tcp_info,
             tcp_sample_is_of_the_socket_of_the_state_changes,
             listener_is_sampled_with_its_backlog,
+            listener_is_sampled_with_its_drops,
             udp_sample_has_queues_buffers_and_drops,
             samples_can_be_switched_off,
         ],
@@ -189,6 +194,77 @@ fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
             "{sample}"
         );
     }
+    Ok(())
+}
+
+/// Returns the count of dropped connections in the thread's network namespace.
+fn listen_drops() -> anyhow::Result<u32> {
+    let counts = fs::read_to_string("/proc/thread-self/net/netstat")?;
+    let mut lines = counts.lines().filter(|line| line.starts_with("TcpExt:"));
+    let (names, numbers) = (
+        lines.next().context("names")?,
+        lines.next().context("numbers")?,
+    );
+    let mut pairs = names.split(' ').zip(numbers.split(' '));
+    let (_, drops) = pairs
+        .find(|(name, _)| *name == "ListenDrops")
+        .context("no ListenDrops")?;
+    Ok(drops.parse()?)
+}
+
+/// The kernel drops the attempts to connect to a listener whose queue is full.
+fn listener_is_sampled_with_its_drops() -> anyhow::Result<()> {
+    const BACKLOG: u32 = 1;
+    // The queue takes one more.
+    const FIT: u32 = BACKLOG + 1;
+    let collector = Collector::start_sampling()?;
+    let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+    listener.bind(&loopback(false).into())?;
+    listener.listen(BACKLOG as i32)?;
+    let address = listener.local_addr()?.as_socket().context("an address")?;
+    let info = |dropped: bool| {
+        let sample = collector.wait_for_sample("the listener", |event| {
+            event.socket.local == address
+                && matches!(&event.kind, EventKind::Sample { info: SampleInfo::Tcp(info) }
+                            if info.drops.is_some_and(|drops| (drops > 0) == dropped))
+        })?;
+        match sample.kind {
+            EventKind::Sample {
+                info: SampleInfo::Tcp(info),
+            } => Ok(info),
+            kind => bail!("{kind:?}"),
+        }
+    };
+    let fit = (0..FIT).map(|_| TcpStream::connect(address));
+    let _fit = fit.collect::<Result<Vec<_>, _>>()?;
+    ensure!(listen_drops()? == 0);
+    let before = info(false)?;
+    ensure!(
+        (before.unacked, before.sacked) == (FIT, BACKLOG),
+        "{before:?}"
+    );
+
+    // Each is dropped at once, and again when its SYN is retransmitted.
+    let mut refused = Vec::new();
+    for _ in 0..3 {
+        let client = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        client.set_nonblocking(true)?;
+        ensure!(client.connect(&address.into()).is_err());
+        refused.push(client);
+    }
+    let at_least = listen_drops()?;
+    ensure!(at_least >= 3, "{at_least}");
+    let full = info(true)?;
+    let at_most = listen_drops()?;
+    ensure!(
+        full.drops
+            .is_some_and(|drops| (at_least..=at_most).contains(&drops)),
+        "not {at_least} to {at_most}: {full:?}"
+    );
+    ensure!((full.unacked, full.sacked) == (FIT, BACKLOG), "{full:?}");
+    // No other socket has the number.
+    let client = collector.wait_for_sample("a client", |event| event.socket.remote == address)?;
+    ensure!(serde_json::to_value(&client.kind)?["info"]["drops"].is_null());
     Ok(())
 }
 

@@ -132,8 +132,7 @@ fn is_like(sk: Sock, tracked: &Tracked) -> bool {
 fn report(ctx: Context, sk: Sock, tracked: &mut Tracked) {
     forget_syn(tracked);
     let from = tracked.state;
-    let states = no_state(from & 0xf) | no_state(CLOSE);
-    if !filter::passes_tcp(kind::STATE_CHANGE, states, sk, tracked) {
+    if !filter::passes_tcp(kind::STATE_CHANGE, no_state(CLOSE), sk, tracked) {
         return;
     }
     let family = if sk.0 == 0 { AF_INET } else { sk.family() };

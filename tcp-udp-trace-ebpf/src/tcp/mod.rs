@@ -308,6 +308,9 @@ pub(crate) fn sample(ctx: Context, sk: Sock, tracked: &mut Tracked) -> bool {
             |record: &mut Tcp| {
                 let port = sk.connected_port();
                 sk.describe(tracked, sk.family(), state, port, &mut record.socket);
+                if state == LISTEN {
+                    record.socket.error = sk.get(Field::Drops);
+                }
             },
         )
 }
@@ -446,7 +449,7 @@ fn report(
     if filter::only_ends() && !ends {
         return;
     }
-    let states = no_state(from & 0xf) | no_state(to & 0xf);
+    let states = no_state(to & 0xf);
     if !filter::passes_tcp(kind::STATE_CHANGE, states, sk, tracked) {
         return;
     }

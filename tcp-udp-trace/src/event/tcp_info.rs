@@ -30,6 +30,11 @@ macro_rules! tcp_info {
             /// The reason why a TCP Fast Open by this side failed: `TFO_*` of `linux/tcp.h`. 0 if
             /// it did not fail.
             pub fastopen_client_fail: u8,
+            /// For a listener: the connections, and attempts at one, that the kernel dropped, most
+            /// often because the queue of those that wait was full (`sk_drops`, the sum of which is
+            /// `ListenDrops`). It is not a field of `struct tcp_info`. `None` for other sockets.
+            #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Option::is_none"))]
+            pub drops: Option<u32>,
             $($(#[$doc])* pub $name: $type,)+
             $($(#[$later_doc])*
               #[cfg_attr(feature = "serde", serde(default, skip_serializing_if = "Option::is_none"))]
@@ -45,6 +50,7 @@ macro_rules! tcp_info {
                     rcv_wscale: scales >> 4,
                     delivery_rate_app_limited: flags & 1 != 0,
                     fastopen_client_fail: flags >> 1 & 3,
+                    drops: None,
                     $($name: field(bytes, $offset).map($type::from_ne_bytes)?,)+
                     $($later: field(bytes, $later_offset).map($later_type::from_ne_bytes),)+
                 })

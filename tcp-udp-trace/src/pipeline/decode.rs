@@ -117,8 +117,16 @@ pub(crate) fn decode(
         }
         kind::SAMPLE_TCP => {
             let record: Tcp = read(bytes)?;
-            sample(record.socket.cookie)
-                .map(|kind| tcp(&record.head, &record.socket, kind, clock))
+            let mut kind = sample(record.socket.cookie);
+            match &mut kind {
+                Some(EventKind::Sample {
+                    info: SampleInfo::Tcp(info),
+                }) if info.tcp_state() == Some(TcpState::Listen) => {
+                    info.drops = Some(record.socket.error);
+                }
+                _ => {}
+            }
+            kind.map(|kind| tcp(&record.head, &record.socket, kind, clock))
                 .transpose()
         }
         kind::SAMPLE_UDP => {
@@ -447,6 +455,7 @@ mod tests {
     use zerocopy::FromZeros as _;
 
     use super::*;
+    use crate::event::tcp_info::TcpInfo;
 
     fn clock() -> BootClock {
         BootClock::new(
@@ -527,6 +536,19 @@ mod tests {
         assert_eq!(decoded.event.socket.cookie, Some(77));
         record.socket.cookie = 78;
         assert_eq!(super::decode(record.as_bytes(), clock(), known), Ok(None));
+
+        // A listener, whose drops are in the record.
+        record.socket.error = 5;
+        let info = TcpInfo {
+            state: 10,
+            ..TcpInfo::default()
+        };
+        let listener = |_| Some(SampleInfo::Tcp(Box::new(info)));
+        let decoded = super::decode(record.as_bytes(), clock(), listener);
+        let drops = Some(5);
+        let info = SampleInfo::Tcp(Box::new(TcpInfo { drops, ..info }));
+        let kind = decoded.expect("well-formed").expect("known").event.kind;
+        assert_eq!(kind, EventKind::Sample { info });
     }
 
     #[test]
