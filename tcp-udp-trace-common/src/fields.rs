@@ -14,8 +14,8 @@ pub struct WantedField {
     /// The structure, then the members down to the field. ` | ` separates alternative names of
     /// different kernels.
     pub path: &'static str,
-    /// Its size in bytes, of which the programs may read fewer. A field of another size is not the
-    /// expected one.
+    /// Its size in bytes, of which the programs may read fewer. 0 for an array without a fixed
+    /// length. A field of another size is not the expected one.
     pub size: u32,
 }
 
@@ -58,7 +58,10 @@ fields! {
     NetOps: 8 = "net.ns.ops",
     NetNext: 8 = "net.list.next",
     CgroupNode: 8 = "cgroup.kn",
+    CgroupLevel: 4 = "cgroup.level",
+    Ancestors: 0 = "cgroup.ancestors | cgroup.ancestor_ids",
     CgroupNodeId: 8 = "kernfs_node.id",
+    KernfsPrivate: 8 = "kernfs_node.priv",
     BytesReceived: 8 = "tcp_sock.bytes_received",
     BytesSent: 8 = "tcp_sock.bytes_sent",
     BytesRetrans: 8 = "tcp_sock.bytes_retrans",
@@ -160,6 +163,8 @@ fields! {
     ArgEnd: 8 = "mm_struct.arg_end",
     FileMount: 8 = "file.f_path.mnt",
     FileDentry: 8 = "file.f_path.dentry",
+    DentryInode: 8 = "dentry.d_inode",
+    InodePrivate: 8 = "inode.i_private",
     DentryParent: 8 = "dentry.d_parent",
     DentryName: 8 = "dentry.d_name.name",
     DentryHashed: 8 = "dentry.d_hash.pprev",

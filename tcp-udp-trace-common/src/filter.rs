@@ -31,7 +31,7 @@ pub const NOT_OWN: u64 = 1 << 35;
 pub const COMMS: u64 = 1 << 36;
 /// The socket's user must be in the set [`UID`].
 pub const UIDS: u64 = 1 << 37;
-/// The cgroup must be in the set [`CGROUP`].
+/// The cgroup must be in the set [`CGROUP`], or below one in the set [`CGROUP_ROOT`].
 pub const CGROUPS: u64 = 1 << 38;
 /// The network namespace must be in the set [`NETNS`].
 pub const NAMESPACES: u64 = 1 << 39;
@@ -74,6 +74,25 @@ pub const fn last_of(one_in: u32) -> u32 {
     }
 }
 
+/// Returns the numbers of a filter that have no room in its word: `last` of [`is_chosen`] in the
+/// lower half, and in the upper half the levels of the cgroups in the set [`CGROUP_ROOT`], each plus
+/// 1.
+#[must_use]
+pub fn argument(last: u32, levels: impl IntoIterator<Item = u8>) -> u64 {
+    let levels = levels.into_iter().take(TREE_LEVELS as usize);
+    let levels = levels.fold(0, |all, level| {
+        all << TREE_LEVEL_BITS | (u64::from(level) + 1)
+    });
+    u64::from(last) | levels << u32::BITS
+}
+
+/// The maximum number of levels that the trees of cgroups in a filter may begin at.
+pub const TREE_LEVELS: u32 = 4;
+/// The number of bits of a level in [`argument`].
+pub const TREE_LEVEL_BITS: u32 = u32::BITS / TREE_LEVELS;
+/// The maximum level of a cgroup that a tree may begin at.
+pub const MAX_TREE_LEVEL: u8 = u8::MAX - 1;
+
 /// Returns the generation, which distinguishes the values of one filter from those of another. It
 /// is never 0.
 #[must_use]
@@ -103,6 +122,8 @@ pub const CGROUP: u16 = 5;
 pub const NETNS: u16 = 6;
 /// Ports.
 pub const PORT: u16 = 7;
+/// Ids of cgroups that are the roots of trees.
+pub const CGROUP_ROOT: u16 = 8;
 
 // The following types are keys of maps. They consist of whole words. If a program writes a word in
 // pieces, the verifier assumes that the previous contents still matter, and verifies the same code
@@ -190,7 +211,7 @@ pub struct TreeMember {
 pub mod op {
     /// Replace the current filter's word by this one.
     pub const SWITCH: u64 = 0;
-    /// Prepare a filter of this generation, and its argument of [`is_chosen`](super::is_chosen).
+    /// Prepare a filter of this generation, and with this [`argument`](super::argument).
     pub const PREPARE: u64 = 1;
     /// Add a value, passed as its words.
     pub const ADD: u64 = 2;
@@ -217,6 +238,10 @@ pub mod op {
     pub const NETNS_COOKIE: u64 = 11;
     /// Add a network that is excluded, passed as its words.
     pub const EXCLUDE_NETWORK: u64 = 12;
+    /// Return the level of a cgroup, passed as a descriptor of its folder and its id.
+    pub const CGROUP_LEVEL: u64 = 13;
+    /// Return whether a cgroup is known to be below one of the current filter's trees.
+    pub const IS_BELOW: u64 = 14;
 }
 
 /// Returns the bytes that the iterator of pids writes for a process: its pid in the reader's pid

@@ -19,7 +19,8 @@ use tcp_udp_trace_common::{
 use crate::{
     counters, emit,
     filter::{
-        sets::{CURRENT, NETWORKS, NEXT, VALUES, has, key, place_of_last, set, word},
+        cgroup, find_cgroup,
+        sets::{CURRENT, NETWORKS, NEXT, VALUES, has, index_of_argument, key, set, word},
         tree::{is_member, member},
     },
     netns,
@@ -53,7 +54,7 @@ pub(crate) fn control_filter(ctx: &RawTracePointContext) -> i32 {
         op::SWITCH => set(CURRENT, a),
         op::PREPARE => {
             if a != 0 {
-                set(place_of_last(a), b);
+                set(index_of_argument(a), b);
             }
             set(NEXT, a)
         }
@@ -75,6 +76,8 @@ pub(crate) fn control_filter(ctx: &RawTracePointContext) -> i32 {
         }
         op::FIND_NETNS | op::GO_ON => netns::find(operation == op::FIND_NETNS, a),
         op::NETNS_COOKIE => netns::cookie(a),
+        op::CGROUP_LEVEL => cgroup::level(a, b),
+        op::IS_BELOW => i32::from(cgroup::is_known_below(word(CURRENT), a)),
         _ => -1,
     }
 }
@@ -121,6 +124,7 @@ pub(crate) fn query_flow(ctx: &TcContext) -> Result<i32, i64> {
     ctx.store(offset_of!(FlowQuery, approximate), &flow.approximate, 0)?;
     if let Some(tracked) = get(ctx.load(offset_of!(FlowQuery, socket))?) {
         ctx.store(offset_of!(FlowQuery, user), &tracked.user, 0)?;
+        find_cgroup(tracked);
     }
     if forget != 0 {
         let _ = FLOWS.remove(key);

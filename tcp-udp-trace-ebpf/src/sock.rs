@@ -212,6 +212,18 @@ pub(crate) fn cgroup_id(cgroup: u64) -> u64 {
     read(read::<u64>(cgroup, Field::CgroupNode), Field::CgroupNodeId)
 }
 
+/// Returns the address of the open file of a descriptor of the current process.
+#[inline(always)]
+pub(crate) fn file_of_descriptor(fd: i64) -> Option<u64> {
+    let files = read::<u64>(current_task(), Field::Files);
+    let table = read::<u64>(files, Field::FdTable);
+    if fd < 0 || fd >= i64::from(read::<u32>(table, Field::FdCount)) {
+        return None;
+    }
+    let array = read::<u64>(table, Field::FdArray);
+    Some(read_at(array + (fd as u64) * 8))
+}
+
 impl Sock {
     pub(crate) const fn new(address: u64) -> Self {
         Self(address)
@@ -237,13 +249,7 @@ impl Sock {
     /// Returns the socket of a descriptor of the current process.
     #[inline(always)]
     pub(crate) fn of_descriptor(fd: i64) -> Option<Self> {
-        let files = read::<u64>(current_task(), Field::Files);
-        let table = read::<u64>(files, Field::FdTable);
-        if fd < 0 || fd >= i64::from(read::<u32>(table, Field::FdCount)) {
-            return None;
-        }
-        let array = read::<u64>(table, Field::FdArray);
-        Self::of_file(read_at(array + (fd as u64) * 8))
+        Self::of_file(file_of_descriptor(fd)?)
     }
 
     /// Returns the TCP socket: the first subflow if this is a socket of Multipath TCP, otherwise

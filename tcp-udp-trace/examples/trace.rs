@@ -86,9 +86,9 @@ pub(crate) struct Args {
     port: Vec<u16>,
     /// Print only the events that pass this filter, such as
     /// "pid_tree=1234 remote=10.0.0.0/8 kind=accept,close". It has any of pid, pid_tree, uid, comm,
-    /// port, local, remote, not_local, not_remote, cgroup (an id or an absolute path), netns,
-    /// family, kind, state, direction, one_in, only_self, exclude_self, exclude_loopback. A pid is
-    /// a number of this program's pid namespace.
+    /// port, local, remote, not_local, not_remote, cgroup and cgroup_tree (an id or an absolute
+    /// path), netns, family, kind, state, direction, one_in, only_self, exclude_self,
+    /// exclude_loopback. A pid is a number of this program's pid namespace.
     #[arg(long, value_name = "FILTER", default_value = "")]
     filter: Filter,
 }

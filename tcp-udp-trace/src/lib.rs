@@ -287,8 +287,9 @@
 //!
 //! A tracer sees every namespace of the machine, in whatever namespace it runs. [`Socket::netns`]
 //! and [`Socket::cgroup`] identify the namespace and the cgroup of an event. [`Filter::netns`] and
-//! [`Filter::cgroup_path`] restrict the events to some of them. [`Socket::netns_cookie`]
-//! distinguishes namespaces that have had the same inode number.
+//! [`Filter::cgroup_tree_path`] restrict the events to some of them: a pod, a slice or a unit, with
+//! the cgroups below it. [`Filter::cgroup_path`] selects one cgroup alone.
+//! [`Socket::netns_cookie`] distinguishes namespaces that have had the same inode number.
 //!
 //! With [`process_details`](TcpTracerBuilder::process_details), [`ProcessDetails`] has the id of
 //! the owner's container and its systemd unit. `docs/events.md` in the repository shows how to join
@@ -305,7 +306,7 @@
 //! # async fn run(pid: u32) -> Result<(), Box<dyn std::error::Error>> {
 //! // The network namespace of a process, and a service's cgroup as `/proc/PID/cgroup` shows it.
 //! let netns = std::fs::metadata(format!("/proc/{pid}/ns/net"))?.ino().try_into()?;
-//! let filter = Filter::new().netns(netns).cgroup_path("/system.slice/nginx.service");
+//! let filter = Filter::new().netns(netns).cgroup_tree_path("/system.slice/nginx.service");
 //! let tcp = TcpTracer::builder().filter(filter).start().await?;
 //! # Ok(())
 //! # }

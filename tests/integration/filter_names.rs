@@ -261,6 +261,8 @@ fn cgroups_by_their_paths() -> anyhow::Result<()> {
         Case::new(Filter::new().cgroup_path(&folder), is_inside),
         Case::new(Filter::new().cgroup_path(&shown), is_inside),
         Case::new(text.parse()?, is_inside),
+        Case::new(Filter::new().cgroup_tree_path(&shown), is_inside),
+        Case::new(Filter::new().cgroup_tree(id), is_inside),
         Case::new(Filter::new().cgroup_path("/"), {
             let root = fs::metadata(unified)?;
             let root = std::os::unix::fs::MetadataExt::ino(&root);
@@ -292,6 +294,29 @@ fn cgroup_in_a_cgroup_namespace() -> anyhow::Result<()> {
         "cgroup is /: cgroup v2 is not mounted, or not at the root of this cgroup namespace",
     )?;
     collector.set_filter(Filter::new().cgroup_path(&folder))?;
+    collector.set_filter(Filter::new().cgroup_tree_path(&folder))?;
+    collector.set_filter(Filter::new().cgroup_tree(entered.cgroup().id()?))?;
+    // The levels are those of the machine's hierarchy.
+    let mut trees = Filter::new();
+    let mut path = folder.clone();
+    let mut below = Vec::new();
+    for _ in 0..5 {
+        trees = trees.cgroup_tree_path(&path);
+        path.push("below");
+        fs::create_dir(&path)?;
+        below.push(path.clone());
+    }
+    refused(
+        &collector,
+        &trees,
+        "cgroup_tree has cgroups at 5 levels of the hierarchy: at most 4",
+    )?;
+    for path in below.iter().rev() {
+        fs::remove_dir(path)?;
+    }
+    let none = Filter::new().cgroup_tree(u64::MAX);
+    let message = format!("cgroup_tree is {}: there is no such cgroup", u64::MAX);
+    refused(&collector, &none, &message)?;
     collector.finish_all()?;
     drop(entered);
     Ok(())

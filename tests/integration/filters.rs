@@ -1,9 +1,12 @@
 //! Filters: exactly the events that pass are reported, and the others take no room.
 
 use std::{
+    cell::RefCell,
+    collections::HashSet,
     ffi::OsStr,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
     process,
+    rc::Rc,
     time::Duration,
 };
 
@@ -14,7 +17,7 @@ use integration_tests::{
     collector::{Collector, SAMPLE_INTERVAL, show},
     expected_tcp::{ACTIVE_CLIENT, ExpectedTcp},
     netns::Netns,
-    suite::Test,
+    suite::{Test, skip},
     tcp_pair::loopback,
     udp_actor::ROOM,
 };
@@ -28,6 +31,8 @@ pub(crate) fn trials() -> Vec<Test> {
             each_setting_of_tcp,
             each_setting_of_udp,
             trees_of_processes,
+            trees_of_cgroups,
+            flows_in_trees_of_cgroups,
             samples_are_filtered,
         ],
     ]
@@ -165,7 +170,7 @@ fn each_setting_of_tcp() -> anyhow::Result<()> {
     let mut cases = world.cases()?;
     let port = v6.local.port();
     let state = |event: &Event, state| match event.kind {
-        EventKind::StateChange { from, to, .. } => [from, to].contains(&state),
+        EventKind::StateChange { to, .. } => to == state,
         // An accept of a connection that was just made.
         _ => state == TcpState::Established,
     };
@@ -431,6 +436,183 @@ fn trees_of_processes() -> anyhow::Result<()> {
     let came = filtered.finish_all()?;
     ensure!(came.len() == expected, "{}", show(&came[expected..]));
     reference.finish_all().map(drop)
+}
+
+/// Cgroups below one another, and a process in each.
+struct Tree {
+    processes: [Actor; 3],
+    /// This process moves to cgroups that are made later.
+    mover: Actor,
+    /// A cgroup below the root of the tree, the root, and a cgroup beside it. Dropped in this order,
+    /// after the processes.
+    cgroups: [Cgroup; 3],
+    /// The ids of the cgroups of the whole tree, and of those below the one below the root.
+    ids: [Rc<RefCell<HashSet<u64>>>; 2],
+}
+
+impl Tree {
+    /// Returns `None` without cgroup v2.
+    fn of_name(name: &str) -> anyhow::Result<Option<Self>> {
+        let beside = format!("{name}-2");
+        let (Some(root), Some(beside)) = (Cgroup::new(name)?, Cgroup::new(&beside)?) else {
+            return Ok(None);
+        };
+        let below = root.below("below")?;
+        let all = HashSet::from([root.id()?, below.id()?]);
+        let lower = HashSet::from([below.id()?]);
+        let cgroups = [below, root, beside];
+        let mut processes = Vec::new();
+        for (cgroup, name) in cgroups.iter().zip(["below", "root", "beside"]) {
+            let process = Actor::spawn(name)?;
+            cgroup.adopt(process.pid())?;
+            processes.push(process);
+        }
+        Ok(Some(Self {
+            cgroups,
+            processes: processes.try_into().ok().context("three")?,
+            mover: Actor::spawn("mover")?,
+            ids: [all, lower].map(RefCell::new).map(Rc::new),
+        }))
+    }
+
+    /// Makes a cgroup two levels below the root, and moves a process there meanwhile.
+    fn in_a_later_cgroup<T>(
+        &mut self,
+        act: impl FnOnce(&mut Actor) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let [below, _, beside] = &self.cgroups;
+        let later = below.below("later")?;
+        for ids in &self.ids {
+            ids.borrow_mut().insert(later.id()?);
+        }
+        later.adopt(self.mover.pid())?;
+        let result = act(&mut self.mover)?;
+        beside.adopt(self.mover.pid())?;
+        Ok(result)
+    }
+
+    /// Returns filters, each with a function that applies its documentation to an event.
+    fn cases(&self) -> anyhow::Result<Vec<Case>> {
+        let [below, root, beside] = &self.cgroups;
+        let (root_id, below_id, beside_id) = (root.id()?, below.id()?, beside.id()?);
+        let is_in = |which: usize| {
+            let ids = Rc::clone(&self.ids[which]);
+            move |event: &Event| ids.borrow().contains(&event.socket.cgroup)
+        };
+        let text = format!("cgroup_tree={}", below.path().display());
+        let machine = root.path().parent().context("a root")?;
+        Ok(vec![
+            Case::new(Filter::new().cgroup_tree(root_id), is_in(0)),
+            Case::new(Filter::new().cgroup_tree_path(root.path()), is_in(0)),
+            Case::new(text.parse()?, is_in(1)),
+            Case::new(Filter::new().cgroup_tree(below_id), is_in(1)),
+            Case::new(Filter::new().cgroup(below_id), move |event| {
+                event.socket.cgroup == below_id
+            }),
+            // Two trees that begin at different levels.
+            Case::new(
+                Filter::new().cgroup_tree(below_id).cgroup_tree(beside_id),
+                {
+                    let is_below = is_in(1);
+                    move |event| is_below(event) || event.socket.cgroup == beside_id
+                },
+            ),
+            // Both settings name cgroups.
+            Case::new(
+                Filter::new().cgroup_tree(below_id).cgroup(root_id),
+                is_in(0),
+            ),
+            Case::new(Filter::new().cgroup_tree(beside_id), move |event| {
+                event.socket.cgroup == beside_id
+            }),
+            Case::new(Filter::new().cgroup_tree_path(machine), |event| {
+                event.socket.cgroup != 0
+            }),
+        ])
+    }
+}
+
+/// Cgroups from before the filter, later ones, and one that is removed before its sockets end.
+fn trees_of_cgroups() -> anyhow::Result<()> {
+    let Some(mut tree) = Tree::of_name("tree-tcp")? else {
+        return skip("cgroup v2 is not mounted");
+    };
+    let start = || Collector::start_with(|builder| builder.sample_interval(None));
+    let mut cases = vec![Case::new(Filter::new(), |_| true)];
+    cases.extend(tree.cases()?);
+    let count = cases.len();
+    let mut orphans = None;
+    compare([start()?, start()?], &cases, || {
+        for process in &mut tree.processes {
+            let listener = process.listen(loopback(false))?;
+            process.close(&listener)?;
+        }
+        tree.in_a_later_cgroup(|mover| {
+            let listener = mover.listen(loopback(false))?;
+            mover.close(&listener)
+        })?;
+        if orphans.is_none() {
+            let listen = |mover: &mut Actor| {
+                let listeners = (0..count).map(|_| mover.listen(loopback(false)));
+                listeners.collect::<Result<Vec<_>, _>>()
+            };
+            orphans = Some(tree.in_a_later_cgroup(listen)?);
+        }
+        let orphan = orphans.as_mut().and_then(Vec::pop).context("no orphan")?;
+        tree.mover.close(&orphan)?;
+        Ok(5)
+    })
+}
+
+/// User space applies the filter to the totals that it reports as the programs do.
+fn flows_in_trees_of_cgroups() -> anyhow::Result<()> {
+    let Some(mut tree) = Tree::of_name("tree-udp")? else {
+        return skip("cgroup v2 is not mounted");
+    };
+    let start = || {
+        Collector::start_udp_with(|builder| {
+            let builder = builder.interval(Duration::from_secs(3600));
+            builder.sample_interval(None)
+        })
+    };
+    // Each filter is set while flows exist that began with no filter.
+    let all = || Case::new(Filter::new(), |_| true);
+    let cases: Vec<_> = tree.cases()?.into_iter().flat_map(|c| [all(), c]).collect();
+    let mut receiver = Actor::spawn("receiver")?;
+    tree.cgroups[2].adopt(receiver.pid())?;
+    let mut older: Vec<(usize, Endpoint)> = Vec::new();
+    compare([start()?, start()?], &cases, || {
+        let to = bind_udp(&mut receiver, loopback(false))?;
+        let mut send_from = |process: &mut Actor| {
+            let socket = bind_udp(process, loopback(false))?;
+            process.run(send(&socket, to.local, &[10, 20]))?;
+            receiver.run(receive(&to, 2))?;
+            anyhow::Ok(socket)
+        };
+        let mut closed = 0;
+        let ends = !older.is_empty();
+        for (which, socket) in older.drain(..) {
+            let process = tree.processes.get_mut(which);
+            process.unwrap_or(&mut tree.mover).close(&socket)?;
+            closed += 1;
+        }
+        let mut sockets = Vec::new();
+        for (which, process) in tree.processes.iter_mut().enumerate() {
+            sockets.push((which, send_from(process)?));
+        }
+        sockets.push((3, tree.in_a_later_cgroup(&mut send_from)?));
+        if !ends {
+            older = std::mem::take(&mut sockets);
+        }
+        for (which, socket) in sockets {
+            let process = tree.processes.get_mut(which);
+            process.unwrap_or(&mut tree.mover).close(&socket)?;
+            closed += 1;
+        }
+        // Its end shows that the events before it have come.
+        receiver.close(&to)?;
+        Ok(closed + 1)
+    })
 }
 
 fn samples_are_filtered() -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 //! Decides which events are reported. The decision comes before the record, so an event that does
 //! not pass takes no room in the ring.
 
+pub(crate) mod cgroup;
 pub(crate) mod sets;
 pub(crate) mod tree;
 
@@ -12,7 +13,7 @@ use tcp_udp_trace_common::{
 };
 
 use self::{
-    sets::{current, has, passes_networks, place_of_last, word},
+    sets::{argument, current, has, passes_networks},
     tree::{is_member, member},
 };
 use crate::{
@@ -39,7 +40,9 @@ pub(crate) fn only_ends() -> bool {
 #[inline(always)]
 pub(crate) fn passes_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     decide(kind, |word| {
-        states & !word != 0 && matches_tcp(word, sk.0, tracked)
+        states & !word != 0
+            && matches_cgroup(word, sk, tracked.cgroup)
+            && matches_tcp(word, sk.0, tracked)
     })
 }
 
@@ -48,15 +51,33 @@ pub(crate) fn passes_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked
 #[inline(always)]
 pub(crate) fn passes_connect(sk: Sock, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
     decide(kind::CONNECT_FAILED_TCP, |word| {
-        filter::no_state(CLOSE) & !word != 0 && matches_connect(word, sk.0, tracked, ends)
+        filter::no_state(CLOSE) & !word != 0
+            && matches_cgroup(word, sk, tracked.cgroup)
+            && matches_connect(word, sk.0, tracked, ends)
     })
 }
 
 /// Returns whether an event of UDP passes the filter.
 #[inline(always)]
 pub(crate) fn passes_udp(kind: u32, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
-    kind == kind::CLOSE && tracked.has_flows()
-        || decide(kind, |word| matches_udp(word, tracked, at))
+    if kind == kind::CLOSE && tracked.has_flows() {
+        find_cgroup(tracked);
+        return true;
+    }
+    decide(kind, |word| {
+        matches_cgroup(word, Sock::new(tracked.sk), tracked.cgroup)
+            && matches_udp(word, tracked, at)
+    })
+}
+
+/// Finds out whether the cgroup of a socket is below one of the filter's trees, so that user space
+/// can query it for an event that it produces itself.
+#[inline(always)]
+pub(crate) fn find_cgroup(tracked: &UdpTracked) {
+    let word = current();
+    if word != 0 {
+        matches_cgroup(word, Sock::new(tracked.sk), tracked.cgroup);
+    }
 }
 
 /// Returns whether an event passes the filter, and counts the event if not.
@@ -81,6 +102,11 @@ fn count(kind: u32) -> bool {
         unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(count, 1) };
     }
     false
+}
+
+#[inline(always)]
+fn matches_cgroup(word: u64, sk: Sock, id: u64) -> bool {
+    word & filter::CGROUPS == 0 || cgroup::matches(word, sk.0, id)
 }
 
 // Not inlined: the function is in the program once, and without a filter it costs only the
@@ -114,12 +140,7 @@ fn matches_socket(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     let directions = word & filter::DIRECTIONS;
     (directions == 0 || directions & filter::direction(tracked.direction()) != 0)
         && matches_owner(word, owner, &mut tracked.tree_generation)
-        && matches_environment(
-            word,
-            sk,
-            tracked.cgroup,
-            [tracked.netns.into(), tracked.netns_cookie],
-        )
+        && matches_environment(word, sk, [tracked.netns.into(), tracked.netns_cookie])
         && is_chosen(word, tracked.id)
 }
 
@@ -128,7 +149,6 @@ fn matches_udp(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
     let UdpTracked {
         sk,
         id,
-        cgroup,
         netns_cookie,
         netns,
         owner,
@@ -137,19 +157,14 @@ fn matches_udp(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
     } = tracked;
     // The arguments are assembled late, because values kept from before would take too much stack.
     matches_owner(word, owner, tree_generation)
-        && matches_environment(
-            word,
-            Sock::new(*sk),
-            *cgroup,
-            [(*netns).into(), *netns_cookie],
-        )
+        && matches_environment(word, Sock::new(*sk), [(*netns).into(), *netns_cookie])
         && matches_ends(word, &at.local, &at.flow.peer)
         && is_chosen(word, *id)
 }
 
 #[inline(always)]
 fn is_chosen(of: u64, id: u64) -> bool {
-    of & filter::ONE_IN == 0 || filter::is_chosen(id, word(place_of_last(of)) as u32)
+    of & filter::ONE_IN == 0 || filter::is_chosen(id, argument(of) as u32)
 }
 
 #[inline(always)]
@@ -194,10 +209,9 @@ fn name([first, second]: [u64; 2]) -> [u64; 2] {
 }
 
 #[inline(always)]
-fn matches_environment(word: u64, sk: Sock, cgroup: u64, netns: [u64; 2]) -> bool {
+fn matches_environment(word: u64, sk: Sock, netns: [u64; 2]) -> bool {
     let one_of = |bit, set, value| word & bit == 0 || has(word, set, value);
     one_of(filter::NAMESPACES, filter::NETNS, netns)
-        && one_of(filter::CGROUPS, filter::CGROUP, [cgroup, 0])
         && (word & filter::UIDS == 0
             || has(
                 word,

@@ -13,8 +13,7 @@ use tcp_udp_trace_common::{
 };
 
 /// The word of the current filter, and the word of the next one, of which only the generation is
-/// set. Then the arguments of [`filter::is_chosen`]: the one of the current filter, and the one of
-/// the next or the previous filter.
+/// set. Then the [`argument`] of the current filter, and the one of the next or the previous filter.
 #[map]
 static FILTER: Array<u64> = Array::with_max_entries(4, 0);
 
@@ -22,10 +21,10 @@ pub(crate) const CURRENT: u32 = 0;
 
 pub(crate) const NEXT: u32 = 1;
 
-/// Returns the place of the argument of [`filter::is_chosen`] of a filter. Of two filters in a row,
-/// one has an odd generation.
+/// Returns the index of the [`argument`] of a filter. Of two filters in a row, one has an odd
+/// generation.
 #[inline(always)]
-pub(crate) fn place_of_last(word: u64) -> u32 {
+pub(crate) fn index_of_argument(word: u64) -> u32 {
     2 + u32::from(filter::generation(word) & 1)
 }
 
@@ -44,6 +43,12 @@ pub(crate) static NETWORKS: LpmTrie<[u32; 5], u8> = LpmTrie::with_max_entries(
 #[inline(always)]
 pub(crate) fn word(of: u32) -> u64 {
     FILTER.get(of).copied().unwrap_or(0)
+}
+
+/// Returns the numbers of a filter that have no room in its word, see [`filter::argument`].
+#[inline(always)]
+pub(super) fn argument(of: u64) -> u64 {
+    word(index_of_argument(of))
 }
 
 #[inline(always)]

@@ -1,9 +1,11 @@
 //! The form of a filter for the programs.
 
+use std::collections::BTreeSet;
+
 use tcp_udp_trace_common::{direction as numbers, filter as wire};
 
 use super::{
-    Family, Filter,
+    CgroupTree, Family, Filter,
     cidr::{Cidr, SidedCidr},
     invalid,
 };
@@ -17,8 +19,8 @@ use crate::{
 pub(crate) struct Compiled {
     /// See [`wire`]; 0 if everything passes.
     pub(crate) word: u64,
-    /// See [`wire::is_chosen`].
-    pub(crate) last: u32,
+    /// See [`wire::argument`].
+    pub(crate) argument: u64,
     /// The set of each value, and the value.
     pub(crate) values: Vec<(u16, [u64; 2])>,
     pub(crate) networks: Vec<SidedCidr>,
@@ -66,6 +68,8 @@ impl Filter {
             not_remote,
             cgroups,
             cgroup_paths: _,
+            cgroup_trees,
+            cgroup_tree_paths: _,
             namespaces,
             families,
             kinds,
@@ -132,6 +136,9 @@ impl Filter {
         compiled.set(wire::CGROUPS, wire::CGROUP, cgroups, |&id| {
             known("cgroup", id)
         })?;
+        compiled.set(wire::CGROUPS, wire::CGROUP_ROOT, cgroup_trees, |tree| {
+            known("cgroup_tree", tree.id)
+        })?;
         compiled.set(wire::NAMESPACES, wire::NETNS, namespaces, |namespace| {
             let [inode, _] = known("netns", namespace.inode.into())?;
             Ok([inode, namespace.cookie])
@@ -161,11 +168,13 @@ impl Filter {
                 compiled.networks.extend(networks(side, passing, &excluded));
             }
         }
+        let mut last = 0;
         if let Some(one_in) = *one_in {
             known("one_in", one_in.into())?;
             compiled.word |= wire::ONE_IN;
-            compiled.last = wire::last_of(one_in);
+            last = wire::last_of(one_in);
         }
+        compiled.argument = wire::argument(last, levels(cgroup_trees)?);
         if *exclude_self {
             compiled.word |= wire::NOT_OWN;
         }
@@ -185,6 +194,19 @@ impl Filter {
         }
         Ok(compiled)
     }
+}
+
+/// Returns the levels that trees of cgroups begin at.
+fn levels(trees: &[CgroupTree]) -> Result<BTreeSet<u8>, Error> {
+    let levels: BTreeSet<_> = trees.iter().map(|tree| tree.level).collect();
+    let most = wire::TREE_LEVELS as usize;
+    if levels.len() > most {
+        return Err(invalid(format!(
+            "cgroup_tree has cgroups at {} levels of the hierarchy: at most {most}",
+            levels.len()
+        )));
+    }
+    Ok(levels)
 }
 
 /// Returns the networks of a side so that the smallest network of an address shows whether the
@@ -256,6 +278,11 @@ mod tests {
             "remote is \"localhost\": not an IP address",
         );
         check("cgroup=0", "cgroup is 0");
+        check("cgroup_tree=0", "cgroup_tree is 0");
+        check(
+            "cgroup_tree=a/b",
+            "cgroup_tree is \"a/b\": an id, or an absolute path",
+        );
         check("direction=up", "direction is \"up\"");
         check("one_in=0", "one_in is 0");
         check("one_in=1,2", "one_in has one value");

@@ -36,7 +36,7 @@ use crate::{
 /// from its beginning.
 ///
 /// Values of the same setting are alternatives. Different settings must all match. `pid`,
-/// `pid_tree` and `only_self` count as the same setting. The settings that begin with `not_` or
+/// `pid_tree` and `only_self` count as the same setting, and so do `cgroup` and `cgroup_tree`. The settings that begin with `not_` or
 /// `exclude_` reject: one value that matches is enough.
 ///
 /// ```
@@ -67,7 +67,7 @@ use crate::{
 /// - Networks are `address/length` or one address.
 /// - A `comm` has blanks, commas and unprintable characters as `\xNN`. Only the first 15 bytes of a
 ///   longer name count, because the kernel keeps no more.
-/// - A `cgroup` is an id, or an absolute path in the same form as a `comm`.
+/// - A `cgroup` or `cgroup_tree` is an id, or an absolute path in the same form as a `comm`.
 /// - `one_in` has one value.
 /// - `only_self`, `exclude_self` and `exclude_loopback` have no value.
 ///
@@ -86,6 +86,8 @@ pub struct Filter {
     not_remote: Vec<Cidr>,
     cgroups: Vec<u64>,
     cgroup_paths: Vec<PathBuf>,
+    cgroup_trees: Vec<CgroupTree>,
+    cgroup_tree_paths: Vec<PathBuf>,
     namespaces: Vec<Namespace>,
     families: Vec<Family>,
     kinds: Vec<Kind>,
@@ -126,6 +128,27 @@ impl From<u32> for Namespace {
 impl fmt::Display for Namespace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.inode.fmt(f)
+    }
+}
+
+/// A cgroup and all cgroups below it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct CgroupTree {
+    /// The id that the filter gives.
+    id: u64,
+    /// How many cgroups are above it. 0 until the filter is [resolved](Filter::resolve).
+    level: u8,
+}
+
+impl From<u64> for CgroupTree {
+    fn from(id: u64) -> Self {
+        Self { id, level: 0 }
+    }
+}
+
+impl fmt::Display for CgroupTree {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.id.fmt(f)
     }
 }
 
@@ -249,6 +272,28 @@ impl Filter {
         self
     }
 
+    /// Selects sockets that were created in this cgroup or in one below it, such as those of a pod, a
+    /// slice or a unit. The id is not 0.
+    ///
+    /// Cgroups that are made later belong to the tree, too, and so do cgroups that have been
+    /// removed while they still have sockets. The tracer looks up the cgroup once, when the filter
+    /// is set: it must exist then, below a mount point of cgroup v2.
+    ///
+    /// The trees of a filter begin at up to four different levels of the hierarchy. Counted from
+    /// the root, `/system.slice` is at level 1 and `/system.slice/nginx.service` at level 2.
+    pub fn cgroup_tree(mut self, id: u64) -> Self {
+        self.cgroup_trees.push(id.into());
+        self
+    }
+
+    /// Selects sockets that were created in the cgroup at this path or in one below it, as in
+    /// [`cgroup_tree`](Self::cgroup_tree). The path is one of those of
+    /// [`cgroup_path`](Self::cgroup_path).
+    pub fn cgroup_tree_path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.cgroup_tree_paths.push(path.into());
+        self
+    }
+
     /// Selects sockets of the network namespace that has this inode number when the filter is set:
     /// [`Socket::netns`](crate::Socket::netns). The number is not 0.
     ///
@@ -276,7 +321,7 @@ impl Filter {
         self
     }
 
-    /// TCP: selects state changes from or to this state, and other events of sockets in this state.
+    /// TCP: selects state changes to this state, and other events of sockets in this state.
     /// The socket of a [`ConnectFailed`](crate::EventKind::ConnectFailed) is in `CLOSE`. UDP: no
     /// restriction.
     pub fn state(mut self, state: TcpState) -> Self {
@@ -321,14 +366,9 @@ impl Filter {
     }
 
     /// Returns whether an event that user space produced passes. The programs have let the socket
-    /// pass before. `membership` returns the facts about a process that only the programs have. The
-    /// filter must be a [resolved](Self::resolve) one.
-    pub(crate) fn matches(
-        &self,
-        event: &Event,
-        membership: impl Fn(&Process) -> Membership,
-    ) -> bool {
-        self.matches_ends(event) && self.matches_but_ends(event, membership)
+    /// pass before. The filter must be a [resolved](Self::resolve) one.
+    pub(crate) fn matches(&self, event: &Event, members: &impl Members) -> bool {
+        self.matches_ends(event) && self.matches_but_ends(event, members)
     }
 
     /// Returns whether the ports and addresses of an event pass.
@@ -356,11 +396,7 @@ impl Filter {
 
     /// Returns whether all other properties of an event pass. The end of a UDP socket needs only
     /// that if one of its flows [matches](Self::matches).
-    pub(crate) fn matches_but_ends(
-        &self,
-        event: &Event,
-        membership: impl Fn(&Process) -> Membership,
-    ) -> bool {
+    pub(crate) fn matches_but_ends(&self, event: &Event, members: &impl Members) -> bool {
         let (process, socket) = (event.process.as_ref(), &event.socket);
         let owner = |matches: &dyn Fn(&Process) -> bool| process.is_some_and(matches);
         let Some(kind) = Kind::of(event) else {
@@ -376,13 +412,16 @@ impl Filter {
                 || socket
                     .direction
                     .is_some_and(|it| self.directions.contains(&it)))
-            && one_of(&self.cgroups, &socket.cgroup)
+            && (self.cgroups.is_empty() && self.cgroup_trees.is_empty()
+                || self.cgroups.contains(&socket.cgroup)
+                || !self.cgroup_trees.is_empty() && members.has_cgroup(socket.cgroup))
             && (self.namespaces.is_empty() || self.namespaces.iter().any(|one| one.is_of(socket)))
             && (self.comms.is_empty() || owner(&|process| self.comms.contains(&process.comm)))
-            && (!self.exclude_self || !owner(&|process| membership(process).is_own))
+            && (!self.exclude_self || !owner(&|process| members.has_process(process).is_own))
             && (self.pids.is_empty() && self.pid_trees.is_empty()
                 || owner(&|process| self.pids.contains(&process.pid))
-                || !self.pid_trees.is_empty() && owner(&|process| membership(process).is_in_tree))
+                || !self.pid_trees.is_empty()
+                    && owner(&|process| members.has_process(process).is_in_tree))
     }
 
     /// Returns whether any sample can pass.
@@ -403,6 +442,15 @@ impl Filter {
 /// Returns whether a list lets a value pass. An empty list has no restriction.
 fn one_of<T: PartialEq>(allowed: &[T], value: &T) -> bool {
     allowed.is_empty() || allowed.contains(value)
+}
+
+/// The members of a filter's trees, which only the programs know.
+pub(crate) trait Members {
+    /// Returns the relation of a process to the filter.
+    fn has_process(&self, process: &Process) -> Membership;
+
+    /// Returns whether the cgroup with this id is in one of the trees of cgroups.
+    fn has_cgroup(&self, id: u64) -> bool;
 }
 
 /// The relation of a process to a filter.
@@ -460,6 +508,8 @@ mod tests {
             .not_remote(Ipv6Addr::LOCALHOST, 128)
             .cgroup(7)
             .cgroup_path("/a b,c")
+            .cgroup_tree(9)
+            .cgroup_tree_path("/d e")
             .netns(8)
             .family(Family::Ipv4)
             .family(Family::Ipv6)
@@ -472,6 +522,27 @@ mod tests {
             .exclude_self()
             .exclude_loopback()
     }
+
+    /// Every process has this relation to the filter, and every cgroup is in a tree or not.
+    struct All(Membership, bool);
+
+    impl Members for All {
+        fn has_process(&self, _: &Process) -> Membership {
+            self.0
+        }
+
+        fn has_cgroup(&self, _: u64) -> bool {
+            self.1
+        }
+    }
+
+    const UNRELATED: All = All(
+        Membership {
+            is_in_tree: false,
+            is_own: false,
+        },
+        false,
+    );
 
     #[test]
     fn user_space_and_the_kernel_agree() {
@@ -490,11 +561,11 @@ mod tests {
         event.socket.local = "127.0.0.1:50".parse().unwrap();
         event.socket.remote = "10.1.2.3:53".parse().unwrap();
         event.socket.uid = 1000;
-        let matches = |event: &Event, text: &str, membership| {
+        let matches = |event: &Event, text: &str, members: &All| {
             let filter = text.parse::<Filter>().unwrap();
-            filter.matches(event, |_| membership)
+            filter.matches(event, members)
         };
-        let unrelated = Membership::default();
+        let unrelated = &UNRELATED;
         for text in [
             "",
             "port=53",
@@ -520,6 +591,8 @@ mod tests {
             "family=ipv6",
             "kind=close",
             "cgroup=1",
+            "cgroup_tree=1",
+            "cgroup=1 cgroup_tree=2",
             "netns=1",
             "pid=7",
             "comm=x",
@@ -544,6 +617,12 @@ mod tests {
             is_in_tree: true,
             is_own: true,
         };
+        let in_cgroup = &All(Membership::default(), true);
+        let member = &All(member, false);
+        assert!(matches(&event, "cgroup_tree=1", in_cgroup));
+        assert!(matches(&event, "cgroup=1 cgroup_tree=2", in_cgroup));
+        assert!(!matches(&event, "cgroup=1", in_cgroup));
+        assert!(!matches(&event, "cgroup_tree=1", member));
         assert!(matches(&event, "pid=7,8 comm=x", unrelated));
         assert!(!matches(&event, "pid_tree=1", unrelated));
         assert!(matches(&event, "pid_tree=1", member));
@@ -593,7 +672,7 @@ mod tests {
             for (inode, passes) in inodes {
                 let mut filter = Filter::new().netns(inode);
                 filter.namespaces[0].cookie = allowed;
-                let matches = filter.matches(&event, |_| Membership::default());
+                let matches = filter.matches(&event, &UNRELATED);
                 assert_eq!(matches, passes, "{shown} {allowed} {inode}");
             }
         }
@@ -622,10 +701,9 @@ mod tests {
             ("pid=7", false),
         ] {
             let filter = text.parse::<Filter>().unwrap();
-            let unrelated = |_: &Process| Membership::default();
-            assert!(!filter.matches(&event, unrelated), "{text}");
+            assert!(!filter.matches(&event, &UNRELATED), "{text}");
             assert_eq!(
-                filter.matches_but_ends(&event, unrelated),
+                filter.matches_but_ends(&event, &UNRELATED),
                 but_ends,
                 "{text}"
             );

@@ -1,9 +1,9 @@
 //! Translates the names in a filter. The programs identify processes by numbers of the initial pid
 //! namespace, cgroups by their ids, and network namespaces by inode and cookie.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::{Filter, Namespace, invalid};
+use super::{CgroupTree, Filter, Namespace, invalid, text::path_text};
 use crate::error::Error;
 
 /// Translates the caller's names to the ids that the programs compare.
@@ -17,6 +17,14 @@ pub(crate) trait Names {
 
     /// Returns the id of the cgroup at this path, or why there is none.
     fn cgroup(&mut self, path: &Path) -> Result<u64, String>;
+
+    /// Returns the id of the cgroup at this path and its level, 0 for the root, or why there is
+    /// none.
+    fn cgroup_tree(&mut self, path: &Path) -> Result<(u64, u8), String>;
+
+    /// Returns the path of the cgroup with this id, which [`cgroup_tree`](Self::cgroup_tree) takes,
+    /// or why there is none.
+    fn cgroup_path(&mut self, id: u64) -> Result<PathBuf, String>;
 
     /// Returns the cookie of the network namespace that has this inode now, 0 if the kernel has no
     /// cookies; `None` if there is no such namespace.
@@ -51,13 +59,22 @@ impl Filter {
             resolved.only_self = false;
         }
         for path in resolved.cgroup_paths.drain(..) {
-            let id = names.cgroup(&path).map_err(|message| {
-                invalid(format!(
-                    "cgroup is {}: {message}",
-                    super::text::path_text(&path)
-                ))
-            })?;
+            let id = names
+                .cgroup(&path)
+                .map_err(|message| invalid(format!("cgroup is {}: {message}", path_text(&path))))?;
             resolved.cgroups.push(id);
+        }
+        for tree in &mut resolved.cgroup_trees {
+            let path = names.cgroup_path(tree.id);
+            let found = path.and_then(|path| names.cgroup_tree(&path));
+            (_, tree.level) =
+                found.map_err(|message| invalid(format!("cgroup_tree is {tree}: {message}")))?;
+        }
+        for path in resolved.cgroup_tree_paths.drain(..) {
+            let (id, level) = names.cgroup_tree(&path).map_err(|message| {
+                invalid(format!("cgroup_tree is {}: {message}", path_text(&path)))
+            })?;
+            resolved.cgroup_trees.push(CgroupTree { id, level });
         }
         for namespace in &mut resolved.namespaces {
             let cookie = names.netns_cookie(namespace.inode)?;
@@ -91,6 +108,21 @@ mod tests {
             }
         }
 
+        fn cgroup_tree(&mut self, path: &Path) -> Result<(u64, u8), String> {
+            match path.to_str() {
+                Some("/c/d") => Ok((88, 2)),
+                _ => Err("there is no such cgroup".into()),
+            }
+        }
+
+        fn cgroup_path(&mut self, id: u64) -> Result<PathBuf, String> {
+            if id == 88 {
+                Ok("/c/d".into())
+            } else {
+                Err("there is no such cgroup".into())
+            }
+        }
+
         fn netns_cookie(&mut self, inode: u32) -> Result<Option<u64>, Error> {
             Ok((inode < 10).then_some(u64::from(inode) + 100))
         }
@@ -111,8 +143,17 @@ mod tests {
             ("pid=2 only_self", "pid=1002,1007"),
             ("exclude_self", "exclude_self"),
             (r"cgroup=5,/a\x20b", "cgroup=5,77"),
+            ("cgroup_tree=88", "cgroup_tree=88"),
+            ("cgroup_tree=/c/d", "cgroup_tree=88"),
         ] {
             assert_eq!(resolve(text).unwrap(), resolved, "{text}");
+        }
+        for text in ["cgroup_tree=88", "cgroup_tree=/c/d"] {
+            let filter = text.parse::<Filter>().unwrap();
+            let resolved = filter.resolve(&mut Child).unwrap();
+            assert_eq!(resolved.cgroup_trees, [CgroupTree { id: 88, level: 2 }]);
+            // The levels are above `last`, which is 0 without `one_in`.
+            assert_eq!(resolved.compile().unwrap().argument, 3 << 32);
         }
     }
 
@@ -134,6 +175,11 @@ mod tests {
             (
                 r"cgroup=/b\x20c",
                 r"cgroup is /b\x20c: there is no such cgroup",
+            ),
+            ("cgroup_tree=7", "cgroup_tree is 7: there is no such cgroup"),
+            (
+                "cgroup_tree=/a",
+                "cgroup_tree is /a: there is no such cgroup",
             ),
         ] {
             let error = resolve(text).expect_err(text);

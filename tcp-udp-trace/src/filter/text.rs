@@ -38,10 +38,14 @@ impl Display for Filter {
         list("remote", texts(&self.remote))?;
         list("not_local", texts(&self.not_local))?;
         list("not_remote", texts(&self.not_remote))?;
-        let paths = self.cgroup_paths.iter().map(|path| path_text(path));
+        let cgroups = |ids: Vec<String>, paths: &[PathBuf]| {
+            let paths = paths.iter().map(|path| path_text(path));
+            ids.into_iter().chain(paths).collect()
+        };
+        list("cgroup", cgroups(texts(&self.cgroups), &self.cgroup_paths))?;
         list(
-            "cgroup",
-            texts(&self.cgroups).into_iter().chain(paths).collect(),
+            "cgroup_tree",
+            cgroups(texts(&self.cgroup_trees), &self.cgroup_tree_paths),
         )?;
         list("netns", texts(&self.namespaces))?;
         list("family", texts(&self.families))?;
@@ -125,7 +129,13 @@ impl Filter {
             "remote" => parse(name, values, &mut self.remote, str::parse),
             "not_local" => parse(name, values, &mut self.not_local, str::parse),
             "not_remote" => parse(name, values, &mut self.not_remote, str::parse),
-            "cgroup" => self.parse_cgroups(name, values),
+            "cgroup" => parse_cgroups(name, values, &mut self.cgroups, &mut self.cgroup_paths),
+            "cgroup_tree" => parse_cgroups(
+                name,
+                values,
+                &mut self.cgroup_trees,
+                &mut self.cgroup_tree_paths,
+            ),
             "direction" => parse(name, values, &mut self.directions, |text| {
                 [Direction::Outbound, Direction::Inbound, Direction::Listener]
                     .into_iter()
@@ -159,26 +169,32 @@ impl Filter {
                 named.ok_or_else(|| "not a TCP state, such as ESTABLISHED".into())
             }),
             _ => Err(invalid(format!(
-                "there is no setting {:?}: there are pid, pid_tree, uid, comm, port, local, remote, not_local, not_remote, cgroup, \
+                "there is no setting {:?}: there are pid, pid_tree, uid, comm, port, local, remote, not_local, not_remote, cgroup, cgroup_tree, \
                  netns, family, kind, state, direction, one_in, only_self, exclude_self and exclude_loopback",
                 Escaped(name.as_bytes()).to_string()
             ))),
         }
     }
+}
 
-    /// Parses ids and paths. Paths begin with a slash.
-    fn parse_cgroups(&mut self, name: &str, values: &str) -> Result<(), Error> {
-        for value in values.split(',') {
-            if value.starts_with('/') {
-                parse(name, value, &mut self.cgroup_paths, path)?;
-            } else {
-                parse(name, value, &mut self.cgroups, |text| {
-                    number(text).map_err(|message| format!("an id, or an absolute path: {message}"))
-                })?;
-            }
+/// Parses ids and paths. Paths begin with a slash.
+fn parse_cgroups<T: From<u64>>(
+    name: &str,
+    values: &str,
+    ids: &mut Vec<T>,
+    paths: &mut Vec<PathBuf>,
+) -> Result<(), Error> {
+    for value in values.split(',') {
+        if value.starts_with('/') {
+            parse(name, value, paths, path)?;
+        } else {
+            parse(name, value, ids, |text| {
+                let id = number::<u64>(text).map(T::from);
+                id.map_err(|message| format!("an id, or an absolute path: {message}"))
+            })?;
         }
-        Ok(())
     }
+    Ok(())
 }
 
 /// Parses a process name. The kernel truncates a longer one.
@@ -246,7 +262,7 @@ mod tests {
         let filter = everything();
         assert_eq!(
             filter.to_string(),
-            r"pid=1,2 pid_tree=3 uid=0 comm=a\x20b\x2cc\x5c\x0a port=443 local=127.0.0.1/32 remote=10.0.0.0/8,::/0 not_local=10.1.0.0/16 not_remote=::1/128 cgroup=7,/a\x20b\x2cc netns=8 family=ipv4,ipv6 kind=state_change state=ESTABLISHED direction=outbound,listener one_in=10 only_self exclude_self exclude_loopback"
+            r"pid=1,2 pid_tree=3 uid=0 comm=a\x20b\x2cc\x5c\x0a port=443 local=127.0.0.1/32 remote=10.0.0.0/8,::/0 not_local=10.1.0.0/16 not_remote=::1/128 cgroup=7,/a\x20b\x2cc cgroup_tree=9,/d\x20e netns=8 family=ipv4,ipv6 kind=state_change state=ESTABLISHED direction=outbound,listener one_in=10 only_self exclude_self exclude_loopback"
         );
         assert_eq!(filter.to_string().parse::<Filter>().unwrap(), filter);
         assert_eq!("".parse::<Filter>().unwrap(), Filter::new());

@@ -25,7 +25,7 @@ use crate::{
         process::{Origin, Parent, Process, ProcessDetails, User},
         sample_info::SampleInfo,
     },
-    filter::{Filter, Membership},
+    filter::{Filter, Members, Membership},
     kernel,
     pipeline::{
         cgroup_path,
@@ -85,6 +85,19 @@ pub fn event_json(bytes: &[u8]) {
     }
 }
 
+/// No process and no cgroup is a member of a tree.
+struct NoMembers;
+
+impl Members for NoMembers {
+    fn has_process(&self, _: &Process) -> Membership {
+        Membership::default()
+    }
+
+    fn has_cgroup(&self, _: u64) -> bool {
+        false
+    }
+}
+
 /// Checks a filter in its text form.
 pub fn filter(bytes: &[u8]) {
     let Ok(text) = str::from_utf8(bytes) else {
@@ -98,9 +111,7 @@ pub fn filter(bytes: &[u8]) {
             if let Err(error) = filter.compile() {
                 can_be_shown(&error.to_string());
             }
-            let _ = filter.matches(&an_event(EventKind::Accept, None), |_| {
-                Membership::default()
-            });
+            let _ = filter.matches(&an_event(EventKind::Accept, None), &NoMembers);
         }
         Err(error) => can_be_shown(&error.to_string()),
     }

@@ -108,7 +108,7 @@ fn write_seeds() {
         ),
         (
             "names",
-            r"only_self cgroup=/a\x20b,7 comm=longer-than-the-kernels STATE=Listen",
+            r"only_self cgroup=/a\x20b,7 cgroup_tree=/c,8 comm=longer-than-the-kernels STATE=Listen",
         ),
         ("kinds", "kind=state_change,close state=ESTABLISHED,CLOSE"),
         (

@@ -84,11 +84,49 @@ pub(super) fn root() -> io::Result<Root> {
 ///
 /// A message that says why there is no such cgroup.
 pub(super) fn id_of(path: &Path) -> Result<u64, String> {
+    find(path).map(|(_, id)| id)
+}
+
+/// Opens the folder of a cgroup, as [`id_of`] finds it. Returns the id as well.
+///
+/// # Errors
+///
+/// The same.
+pub(super) fn open(path: &Path) -> Result<(File, u64), String> {
+    let (path, _) = find(path)?;
+    let folder = File::open(path).and_then(|folder| Ok((folder.metadata()?.ino(), folder)));
+    let (id, folder) = folder.map_err(|error| format!("its folder cannot be opened: {error}"))?;
+    Ok((folder, id))
+}
+
+/// Returns the folder of the cgroup with this id.
+///
+/// # Errors
+///
+/// A message that says why there is no such cgroup.
+pub(super) fn path_of(id: u64) -> Result<PathBuf, String> {
+    let mounts = mounts().map_err(|error| format!("the mounts cannot be read: {error}"))?;
+    let mut mounts = mounts.into_iter().filter(|mount| mount.is_v2);
+    let path = mounts.find_map(|Mount { point, .. }| {
+        let mut ids = HashMap::from([(id, None)]);
+        search(&point, &mut ids);
+        let path = ids.into_values().next()??;
+        Some(folder_of(&point, &path))
+    });
+    path.ok_or_else(|| format!("there is no such cgroup{}", where_v2_is()))
+}
+
+/// Returns the folder of a cgroup and its id, by the path of its folder or the one that
+/// `/proc/PID/cgroup` shows.
+fn find(path: &Path) -> Result<(PathBuf, u64), String> {
     if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
         return Err("not an absolute path without `..`".into());
     }
     match statfs(path).map(|system| system.filesystem_type()) {
-        Ok(CGROUP2_SUPER_MAGIC) => return folder_id(path).ok_or_else(|| NO_FOLDER.into()),
+        Ok(CGROUP2_SUPER_MAGIC) => {
+            let id = folder_id(path).ok_or(NO_FOLDER)?;
+            return Ok((path.to_owned(), id));
+        }
         Ok(CGROUP_SUPER_MAGIC) => return Err(of_v1(path)),
         _ => {}
     }
@@ -105,8 +143,9 @@ pub(super) fn id_of(path: &Path) -> Result<u64, String> {
                 .into(),
         );
     }
-    if let Some(id) = v2.iter().map(below).find_map(|path| folder_id(&path)) {
-        return Ok(id);
+    let mut folders = v2.iter().map(below);
+    if let Some(found) = folders.find_map(|path| folder_id(&path).map(|id| (path, id))) {
+        return Ok(found);
     }
     match v1.iter().map(below).find(|path| path.is_dir()) {
         Some(path) => Err(of_v1(&path)),

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     error::{Error, ErrorKind},
     event::{Event, Protocol, process::Process},
-    filter::{Filter, Membership, compile::Compiled, resolve::Names as _},
+    filter::{Filter, Members, Membership, compile::Compiled, resolve::Names as _},
 };
 
 /// The programs that keep the process trees up to date.
@@ -56,14 +56,12 @@ impl Filters {
 
     /// Returns whether an event that user space produced passes.
     pub(super) fn passes(&self, ebpf: &Ebpf, event: &Event) -> bool {
-        self.filter
-            .matches(event, |process| membership(ebpf, process))
+        self.filter.matches(event, &Programs(ebpf))
     }
 
     /// Like [`passes`](Self::passes), without a check of the event's ports and addresses.
     pub(super) fn passes_but_ends(&self, ebpf: &Ebpf, event: &Event) -> bool {
-        self.filter
-            .matches_but_ends(event, |process| membership(ebpf, process))
+        self.filter.matches_but_ends(event, &Programs(ebpf))
     }
 
     /// Installs a filter. After an error, the old one stays.
@@ -127,7 +125,7 @@ impl Filters {
     ) -> Result<(), Error> {
         let generation = self.generation;
         let prepared = wire::of_generation(generation);
-        control_filter(ebpf, &[op::PREPARE, prepared, filter.last.into()]).map_err(refused)?;
+        control_filter(ebpf, &[op::PREPARE, prepared, filter.argument]).map_err(refused)?;
         for &(set, value) in &filter.values {
             new.add(ebpf, Value::new(generation, set, value))?;
         }
@@ -236,13 +234,22 @@ fn network_args(op: u64, network: &Network) -> [u64; 4] {
     [op, head, first, second]
 }
 
-/// Returns the relation of a process to the filter; none if the query fails.
-fn membership(ebpf: &Ebpf, process: &Process) -> Membership {
-    let started = u64::try_from(process.started.as_nanos()).unwrap_or(u64::MAX);
-    let bits = control_filter(ebpf, &[op::MEMBERSHIP, process.pid.into(), started]).unwrap_or(0);
-    Membership {
-        is_in_tree: bits & membership::TREE != 0,
-        is_own: bits & membership::OWN != 0,
+/// The programs' knowledge of the current filter. If a query fails, there are no members.
+struct Programs<'a>(&'a Ebpf);
+
+impl Members for Programs<'_> {
+    fn has_process(&self, process: &Process) -> Membership {
+        let started = u64::try_from(process.started.as_nanos()).unwrap_or(u64::MAX);
+        let args = [op::MEMBERSHIP, process.pid.into(), started];
+        let bits = control_filter(self.0, &args).unwrap_or(0);
+        Membership {
+            is_in_tree: bits & membership::TREE != 0,
+            is_own: bits & membership::OWN != 0,
+        }
+    }
+
+    fn has_cgroup(&self, id: u64) -> bool {
+        control_filter(self.0, &[op::IS_BELOW, id]).is_ok_and(|answer| answer != 0)
     }
 }
 

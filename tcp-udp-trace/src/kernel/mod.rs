@@ -91,6 +91,7 @@ struct Facts {
     ids: Ids,
     /// Whether the programs report the images of processes.
     images: bool,
+    ancestor_ids: u8,
     has_listened: u64,
     bitfields: [(&'static str, u8); 2],
     drop_reasons: [(&'static str, u32); 2],
@@ -121,6 +122,7 @@ impl Facts {
             offsets: offsets::resolve(&btf)?,
             ids: ids::find(&btf, targets),
             images: config.process_details && verifies,
+            ancestor_ids: offsets::ancestor_ids(&btf),
             has_listened: offsets::has_listened(&btf),
             bitfields: offsets::bitfields(&btf),
             drop_reasons: offsets::drop_reasons(&btf),
@@ -184,6 +186,7 @@ impl Kernel {
             .override_global("INTERVAL", &interval, true)
             .override_global("PER_DATAGRAM", &u8::from(config.per_datagram), true)
             .override_global("HAS_LISTENED", &facts.has_listened, true)
+            .override_global("ANCESTOR_IDS", &facts.ancestor_ids, true)
             .override_global("ONLY_ENDS", &u8::from(config.summaries_only), true)
             .override_global("AARCH64", &u8::from(cfg!(target_arch = "aarch64")), true)
             .override_global("REGISTERS", &facts.registers, true)

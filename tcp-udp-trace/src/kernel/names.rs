@@ -1,9 +1,14 @@
 //! Resolves the names of a filter: processes by the caller's numbers, cgroups by their paths.
 
-use std::{collections::HashMap, io, path::Path};
+use std::{
+    collections::HashMap,
+    io,
+    os::fd::AsRawFd as _,
+    path::{Path, PathBuf},
+};
 
 use aya::Ebpf;
-use tcp_udp_trace_common::filter::{netns, op};
+use tcp_udp_trace_common::filter::{MAX_TREE_LEVEL, netns, op};
 
 use super::{cgroup, control::control_filter, iter};
 use crate::{
@@ -58,6 +63,21 @@ impl Names for Caller<'_> {
 
     fn cgroup(&mut self, path: &Path) -> Result<u64, String> {
         cgroup::id_of(path)
+    }
+
+    fn cgroup_tree(&mut self, path: &Path) -> Result<(u64, u8), String> {
+        let (folder, id) = cgroup::open(path)?;
+        let fd = u64::from(folder.as_raw_fd().cast_unsigned());
+        let level = control_filter(self.ebpf, &[op::CGROUP_LEVEL, fd, id]);
+        let level = level.map_err(|error| format!("its level cannot be read: {error}"))?;
+        match u8::try_from(level) {
+            Ok(level) if level <= MAX_TREE_LEVEL => Ok((id, level)),
+            _ => Err(format!("it is at level {level}, at most {MAX_TREE_LEVEL}")),
+        }
+    }
+
+    fn cgroup_path(&mut self, id: u64) -> Result<PathBuf, String> {
+        cgroup::path_of(id)
     }
 
     fn netns_cookie(&mut self, inode: u32) -> Result<Option<u64>, Error> {

@@ -93,6 +93,11 @@ pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
     }
 }
 
+/// Returns 1 if the kernel stores the ids of a cgroup's ancestors, rather than pointers to them.
+pub(in crate::kernel) fn ancestor_ids(btf: &Btf<'_>) -> u8 {
+    u8::from(btf.field("cgroup.ancestor_ids").is_some())
+}
+
 /// Returns the bits of bitfields in their bytes, by the name of their global. 0 if a bitfield is
 /// unknown.
 pub(in crate::kernel) fn bitfields(btf: &Btf<'_>) -> [(&'static str, u8); 2] {
