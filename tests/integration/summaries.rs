@@ -4,9 +4,10 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::SocketAddr,
+    io::{Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::fd::OwnedFd,
-    process::Command as Program,
+    process::{self, Command as Program},
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -20,7 +21,10 @@ use integration_tests::{
     tcp_info,
     tcp_pair::{Connection, TcpPair, loopback},
 };
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    sys::socket::{setsockopt, sockopt::TcpFastOpenConnect},
+};
 use tcp_udp_trace::{Direction, EndedBy, Event, EventKind, Summary, TcpState, Traffic};
 
 pub(crate) fn trials() -> Vec<Test> {
@@ -29,6 +33,7 @@ pub(crate) fn trials() -> Vec<Test> {
             numbers_are_those_of_tcp_info,
             loss_and_delay_are_those_of_tcp_info,
             handshake_takes_as_long_as_the_network,
+            fast_open,
             closed_by_either_side,
             reset_by_either_side,
             connections_that_fail,
@@ -185,6 +190,88 @@ fn handshake_takes_as_long_as_the_network() -> anyhow::Result<()> {
             DELAY <= handshake && handshake <= took,
             "{handshake:?} of {took:?} at {local}"
         );
+    }
+    Ok(())
+}
+
+/// TCP Fast Open: the SYN has data, so a process may accept and answer before the handshake ends.
+fn fast_open() -> anyhow::Result<()> {
+    /// Both sides, all listeners, and no cookies: bits of `tcp_fastopen` in the kernel's
+    /// `Documentation/networking/ip-sysctl.rst`.
+    const EVERYWHERE: u32 = 0x1 | 0x2 | 0x4 | 0x200 | 0x400;
+    /// A bit of `tcpi_options`: the data in the SYN was acknowledged.
+    const SYN_DATA: u64 = 32;
+    const SIZES: [usize; 2] = [700, 9_000];
+    fs::write("/proc/sys/net/ipv4/tcp_fastopen", EVERYWHERE.to_string())?;
+    for v6 in [false, true] {
+        let collector = Collector::start()?;
+        let listener = TcpListener::bind(loopback(v6))?;
+        let address = listener.local_addr()?;
+        let began = Instant::now();
+        let domain = socket2::Domain::for_address(address);
+        let client = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+        setsockopt(&client, TcpFastOpenConnect, &true)?;
+        // This sends nothing: the SYN takes the first data along.
+        client.connect(&address.into())?;
+        let mut client = TcpStream::from(client);
+        client.write_all(&vec![1; SIZES[0]])?;
+        let (mut server, from) = listener.accept()?;
+        let mut request = vec![0; SIZES[0]];
+        server.read_exact(&mut request)?;
+        server.write_all(&vec![2; SIZES[1]])?;
+        let mut answer = vec![0; SIZES[1]];
+        client.read_exact(&mut answer)?;
+        for (stream, mut other) in [(&client, &server), (&server, &client)] {
+            stream.shutdown(Shutdown::Write)?;
+            ensure!(other.read(&mut request)? == 0);
+        }
+        collector.wait_closed(2)?;
+        let total = began.elapsed();
+        let events = collector.events();
+        let (client, server) = (OwnedFd::from(client), OwnedFd::from(server));
+        let ends = [
+            (from, &client, Direction::Outbound, EndedBy::Local, SIZES),
+            (
+                address,
+                &server,
+                Direction::Inbound,
+                EndedBy::Peer,
+                [SIZES[1], SIZES[0]],
+            ),
+        ];
+        for (local, socket, direction, ended_by, [sent, received]) in ends {
+            let info: BTreeMap<_, _> = tcp_info::of(socket)?.into_iter().collect();
+            ensure!(info["options"] & SYN_DATA != 0, "no Fast Open: {info:?}");
+            let is_it = |event: &&Event| {
+                event.socket.local == local && event.socket.direction != Some(Direction::Listener)
+            };
+            for event in events.iter().filter(is_it) {
+                let owner = event.process.as_ref().map(|process| process.pid);
+                ensure!(event.socket.direction == Some(direction), "{event}");
+                ensure!(owner == Some(process::id()), "{event}");
+            }
+            let summary = summary_of(&events, local)?;
+            check_tcp_info(&summary, socket)?;
+            ensure!(summary.ended_by == Some(ended_by), "{summary:?}");
+            let (Some(handshake), Some(established)) = (summary.handshake, summary.established)
+            else {
+                bail!("no times: {summary:?}");
+            };
+            ensure!(
+                !handshake.is_zero() && handshake + established <= total + Duration::from_millis(1),
+                "{summary:?}"
+            );
+            let end = events.iter().rfind(is_it).context("no end")?;
+            let Traffic {
+                tx_bytes, rx_bytes, ..
+            } = end.traffic;
+            ensure!(
+                (tx_bytes, rx_bytes) == (sent as u64, received as u64),
+                "{end}"
+            );
+        }
+        drop(listener);
+        collector.finish_all()?;
     }
     Ok(())
 }

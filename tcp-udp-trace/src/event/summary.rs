@@ -67,9 +67,10 @@ pub struct Summary {
     pub out_of_order: u32,
     /// How the connection ended. `None` if that is unknown.
     pub ended_by: Option<EndedBy>,
-    /// The kernel's reason of the reset that ended the connection. `None` if the kernel does not
-    /// report it before this event. It reports the reason of most resets that this side sends only
-    /// after the change to `CLOSE`, see [`EventKind::Reset`](crate::EventKind::Reset).
+    /// The kernel's reason of the reset that ended the connection. So far it is always `None`. The
+    /// kernel has no reason for a reset that comes from the peer, and reports the reason of a reset
+    /// that this side sends after the change to `CLOSE`
+    /// ([`EventKind::Reset`](crate::EventKind::Reset)).
     pub reset_reason: Option<ResetReason>,
 }
 
