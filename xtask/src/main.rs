@@ -6,7 +6,7 @@
 )]
 
 // Layers, each uses only those after it: gate -> bench, collectors, dist, package
-// -> api, ebpf, fuzz, lint, miri, newcomer, setup, soak, test -> vm -> apt, report -> arch -> deps
+// -> api, ebpf, fuzz, lint, miri, newcomer, programs, setup, soak, test -> vm -> apt, report -> arch -> deps
 // -> process, workspace.
 mod api;
 mod apt;
@@ -23,6 +23,7 @@ mod miri;
 mod newcomer;
 mod package;
 mod process;
+mod programs;
 mod report;
 mod setup;
 mod soak;
@@ -49,6 +50,7 @@ enum Verb {
     Miri(miri::Args),
     Newcomer(newcomer::Args),
     Package(package::Args),
+    Programs(programs::Args),
     Test(test::Args),
     Soak(soak::Args),
     Bench(bench::Args),
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Verb::Miri(args) => miri::run(&args),
         Verb::Newcomer(args) => newcomer::run(&args),
         Verb::Package(args) => package::run(&args),
+        Verb::Programs(args) => programs::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Soak(args) => soak::run(&args),
         Verb::Bench(args) => bench::run(&args),
