@@ -75,8 +75,8 @@ pub const fn last_of(one_in: u32) -> u32 {
 }
 
 /// Returns the numbers of a filter that have no room in its word: `last` of [`is_chosen`] in the
-/// lower half, and in the upper half the levels of the cgroups in the set [`CGROUP_ROOT`], each plus
-/// 1.
+/// lower half, and in the upper half the levels of the cgroups in the set [`CGROUP_ROOT`]. Each
+/// level is increased by 1.
 #[must_use]
 pub fn argument(last: u32, levels: impl IntoIterator<Item = u8>) -> u64 {
     let levels = levels.into_iter().take(TREE_LEVELS as usize);

@@ -443,8 +443,8 @@ struct Tree {
     processes: [Actor; 3],
     /// This process moves to cgroups that are made later.
     mover: Actor,
-    /// A cgroup below the root of the tree, the root, and a cgroup beside it. Dropped in this order,
-    /// after the processes.
+    /// A cgroup below the root of the tree, the root, and a cgroup beside it. They are dropped in
+    /// this order, after the processes.
     cgroups: [Cgroup; 3],
     /// The ids of the cgroups of the whole tree, and of those below the one below the root.
     ids: [Rc<RefCell<HashSet<u64>>>; 2],

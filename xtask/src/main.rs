@@ -6,8 +6,8 @@
 )]
 
 // Layers, each uses only those after it: gate -> bench, collectors, dist, package
-// -> api, ebpf, fuzz, lint, miri, newcomer, programs, setup, soak, test -> vm -> apt, report -> arch -> deps
-// -> process, workspace.
+// -> api, ebpf, fuzz, lint, miri, newcomer, programs, setup, soak, test -> vm -> apt, report
+// -> arch -> deps -> process, workspace.
 mod api;
 mod apt;
 mod arch;

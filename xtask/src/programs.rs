@@ -18,7 +18,7 @@ use crate::{
     workspace,
 };
 
-/// Compare the events of nginx, Redis, iperf3 and dnsmasq with the counts of their clients, as root.
+/// Compare the events of nginx, Redis, iperf3 and dnsmasq with what these programs count, as root.
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 

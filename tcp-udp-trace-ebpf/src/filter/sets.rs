@@ -13,7 +13,8 @@ use tcp_udp_trace_common::{
 };
 
 /// The word of the current filter, and the word of the next one, of which only the generation is
-/// set. Then the [`argument`] of the current filter, and the one of the next or the previous filter.
+/// set. Then the [`argument`] of the current filter, and the one of the next or the previous
+/// filter.
 #[map]
 static FILTER: Array<u64> = Array::with_max_entries(4, 0);
 

@@ -36,8 +36,8 @@ use crate::{
 /// from its beginning.
 ///
 /// Values of the same setting are alternatives. Different settings must all match. `pid`,
-/// `pid_tree` and `only_self` count as the same setting, and so do `cgroup` and `cgroup_tree`. The settings that begin with `not_` or
-/// `exclude_` reject: one value that matches is enough.
+/// `pid_tree` and `only_self` count as the same setting, and so do `cgroup` and `cgroup_tree`. The
+/// settings that begin with `not_` or `exclude_` reject: one value that matches is enough.
 ///
 /// ```
 /// # use tcp_udp_trace::Filter;
@@ -272,8 +272,8 @@ impl Filter {
         self
     }
 
-    /// Selects sockets that were created in this cgroup or in one below it, such as those of a pod, a
-    /// slice or a unit. The id is not 0.
+    /// Selects sockets that were created in this cgroup or in one below it, such as those of a pod,
+    /// a slice or a unit. The id is not 0.
     ///
     /// Cgroups that are made later belong to the tree, too, and so do cgroups that have been
     /// removed while they still have sockets. The tracer looks up the cgroup once, when the filter
