@@ -174,7 +174,7 @@ fn checks() -> Vec<Check> {
         ),
         locked_memory(&release),
         open_files(),
-        mount("cgroup v2", &mounts, "cgroup2", "the UDP tracer needs cgroup v2: mount -t cgroup2 none /sys/fs/cgroup"),
+        mount("cgroup v2", &mounts, "cgroup2", "the UDP tracer needs cgroup v2: grant CAP_SYS_ADMIN, or mkdir /run/cgroup2 && mount -t cgroup2 none /run/cgroup2"),
         mount("tracefs", &mounts, "tracefs", tracefs_advice(&status)),
     ]
 }

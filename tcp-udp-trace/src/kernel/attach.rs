@@ -32,6 +32,11 @@ pub(super) fn attach(
                 if let Err(error) = &tracefs {
                     log::info!("no tracefs: {error}");
                 }
+                if protocol == Protocol::Udp && cgroup::root().is_err() {
+                    if let Err(error) = private_mounts::mount_cgroup_v2() {
+                        log::info!("no cgroup v2: {error}");
+                    }
+                }
                 plan.iter()
                     .map(|signal| attach_signal(ebpf, signal, protocol, tracefs.is_ok()))
                     .collect()
