@@ -80,7 +80,8 @@ pub enum Buffer {
     ///   `kernel.perf_event_mlock_kb` (516 KiB for each CPU) and `ulimit -l` allow together needs
     ///   `CAP_IPC_LOCK`. While the queue is full, the reader moves the records to its own memory,
     ///   up to twice as much.
-    /// - Events on a CPU that comes online after the start are lost, and counted.
+    /// - The first events on a CPU that comes online after the start are lost, and counted. The
+    ///   reader then makes buffers for the CPU, which needs the privileges of the start.
     /// - A sample may take the room of an event: at most an eighth of a CPU's share at a time.
     /// - The programs count anomalies ([`Stats`](crate::Stats)), but do not log them.
     Perf,

@@ -150,6 +150,14 @@ impl Ring {
         }
     }
 
+    /// Makes buffers for the CPUs that have come online, whose events were lost so far.
+    pub(crate) fn follow_cpus(&mut self) {
+        match self {
+            Self::Ring(_) => {}
+            Self::Perf(perf) => perf.follow_cpus(),
+        }
+    }
+
     /// Returns whether three quarters are full, so that the reader must take records now. Records
     /// other than lifecycle records find no room in the last eighth.
     pub(crate) fn is_nearly_full(&mut self, ring_fill: impl FnOnce() -> Option<u32>) -> bool {
