@@ -152,7 +152,8 @@ fn checks() -> Vec<Check> {
         ),
         Check::new("BTF", if has_btf { "/sys/kernel/btf/vmlinux" } else { "absent" }).advise(
             !has_btf,
-            "tracing needs a mounted /sys, and a kernel with CONFIG_DEBUG_INFO_BTF (most distributions)",
+            "tracing needs a mounted /sys, and a kernel with CONFIG_DEBUG_INFO_BTF (most distributions), or its BTF in a \
+             file (trace --btf)",
         ),
         capabilities(&status),
         Check::new("user namespace", if is_whole_range { "initial" } else { "not the initial one" })

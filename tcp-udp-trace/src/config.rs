@@ -1,6 +1,6 @@
 //! The settings of a tracer, their defaults and their ranges.
 
-use std::{ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use crate::{
     error::{Error, ErrorKind},
@@ -104,6 +104,8 @@ pub(crate) struct Config {
     pub(crate) per_datagram: bool,
     pub(crate) max_flows: u32,
     pub(crate) filter: Filter,
+    /// A file with the kernel's BTF, for a kernel that has none.
+    pub(crate) btf: Option<PathBuf>,
     pub(crate) retransmits: bool,
     pub(crate) resets: bool,
     pub(crate) summaries_only: bool,
@@ -125,6 +127,7 @@ impl Config {
             per_datagram: false,
             max_flows: DEFAULT_MAX_FLOWS,
             filter: Filter::new(),
+            btf: None,
             retransmits: false,
             resets: false,
             summaries_only: false,

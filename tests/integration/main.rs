@@ -23,6 +23,7 @@ macro_rules! trials {
 }
 
 mod anomalies;
+mod btf;
 mod bytes;
 mod compared;
 mod connects;
@@ -120,6 +121,7 @@ fn main() -> ExitCode {
         owner::trials(),
         details::trials(),
         uring::trials(),
+        btf::trials(),
         bytes::trials(),
         anomalies::trials(),
         errors::trials(),

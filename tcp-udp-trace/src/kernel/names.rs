@@ -5,7 +5,7 @@ use std::{collections::HashMap, io, path::Path};
 use aya::Ebpf;
 use tcp_udp_trace_common::filter::{netns, op};
 
-use super::{cgroup, control::control_filter, iter};
+use super::{btf::ids::Ids, cgroup, control::control_filter, iter};
 use crate::{
     error::{Error, ErrorKind},
     filter::resolve::Names,
@@ -14,6 +14,7 @@ use crate::{
 /// The names of the calling process.
 pub(super) struct Caller<'a> {
     ebpf: &'a mut Ebpf,
+    ids: &'a Ids,
     /// The processes of the caller's pid namespace, when they are needed.
     processes: Option<Processes>,
 }
@@ -26,9 +27,13 @@ enum Processes {
 }
 
 impl<'a> Caller<'a> {
-    pub(super) fn new(ebpf: &'a mut Ebpf) -> Self {
+    pub(super) fn new(ebpf: &'a mut Ebpf, ids: &'a Ids) -> Self {
         let processes = None;
-        Self { ebpf, processes }
+        Self {
+            ebpf,
+            ids,
+            processes,
+        }
     }
 
     fn processes(&mut self) -> Result<&Processes, Error> {
@@ -37,7 +42,7 @@ impl<'a> Caller<'a> {
             None if control_filter(self.ebpf, &[op::LEVEL]).map_err(unknown)? == 0 => {
                 Processes::Initial
             }
-            None => Processes::Child(iter::pids(self.ebpf).map_err(no_iterator)?),
+            None => Processes::Child(iter::pids(self.ebpf, self.ids).map_err(no_iterator)?),
         };
         Ok(self.processes.insert(processes))
     }
