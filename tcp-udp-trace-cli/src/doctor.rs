@@ -152,7 +152,8 @@ fn checks() -> Vec<Check> {
         ),
         Check::new("BTF", if has_btf { "/sys/kernel/btf/vmlinux" } else { "absent" }).advise(
             !has_btf,
-            "tracing needs a mounted /sys, and a kernel with CONFIG_DEBUG_INFO_BTF (most distributions)",
+            "tracing needs a mounted /sys, and a kernel with CONFIG_DEBUG_INFO_BTF (most distributions), or its BTF in a \
+             file (trace --btf)",
         ),
         capabilities(&status),
         Check::new("user namespace", if is_whole_range { "initial" } else { "not the initial one" })
@@ -174,7 +175,7 @@ fn checks() -> Vec<Check> {
         ),
         locked_memory(&release),
         open_files(),
-        mount("cgroup v2", &mounts, "cgroup2", "the UDP tracer needs cgroup v2: mount -t cgroup2 none /sys/fs/cgroup"),
+        mount("cgroup v2", &mounts, "cgroup2", "the UDP tracer needs cgroup v2: grant CAP_SYS_ADMIN, or mkdir /run/cgroup2 && mount -t cgroup2 none /run/cgroup2"),
         mount("tracefs", &mounts, "tracefs", tracefs_advice(&status)),
     ]
 }

@@ -14,6 +14,7 @@ use std::{
     fmt::Write as _,
     io::{self, ErrorKind, Write as _},
     os::fd::AsFd as _,
+    path::PathBuf,
     pin::pin,
     process::ExitCode,
     task::Poll,
@@ -77,6 +78,9 @@ pub(crate) struct Args {
     /// The buffer between kernel and reader. Default: the ring buffer, if the kernel has one.
     #[arg(long, value_name = "ring|perf", value_parser = buffer)]
     buffer: Option<Buffer>,
+    /// A file with the kernel's BTF, for a kernel that has none of its own.
+    #[arg(long, value_name = "PATH")]
+    btf: Option<PathBuf>,
     /// Print only the events of sockets that this process owns. The pid is a number of this
     /// program's pid namespace.
     #[arg(long, value_name = "N")]
@@ -186,6 +190,9 @@ pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync
         if let Some(buffer) = args.buffer {
             builder = builder.buffer(buffer);
         }
+        if let Some(btf) = &args.btf {
+            builder = builder.btf(btf);
+        }
         let builder = builder
             .filter(args.filter())
             .retransmits(args.retransmits)
@@ -200,6 +207,9 @@ pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync
         let mut builder = UdpTracer::builder().queue(args.queue);
         if let Some(buffer) = args.buffer {
             builder = builder.buffer(buffer);
+        }
+        if let Some(btf) = &args.btf {
+            builder = builder.btf(btf);
         }
         let builder = builder
             .filter(args.filter())

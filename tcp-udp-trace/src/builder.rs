@@ -1,6 +1,6 @@
 //! The builders of the tracers.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use crate::{
     blocking::BlockingTracer,
@@ -54,7 +54,7 @@ macro_rules! builder {
             }
 
             /// Selects the buffer between kernel and reader. Default: the ring buffer, or perf
-            /// buffers if the kernel has no ring buffer.
+            /// buffers if the kernel has no ring buffer, or one that programs must not use.
             /// [`TracerHandle::hooks`](crate::TracerHandle::hooks) names the buffer in use.
             pub fn buffer(mut self, buffer: Buffer) -> Self {
                 self.config.buffer = Some(buffer);
@@ -139,6 +139,26 @@ macro_rules! builder {
             /// later.
             pub fn filter(mut self, filter: Filter) -> Self {
                 self.config.filter = filter;
+                self
+            }
+
+            /// Sets a file with the running kernel's BTF, for a kernel that has none of its own in
+            /// `/sys/kernel/btf/vmlinux`. Default: no file.
+            ///
+            /// The file is raw BTF, as the unpacked archives of [BTFHub] are, or an ELF file with a
+            /// section `.BTF`, as `vmlinux` is. Where the kernel has BTF of its own, that is used,
+            /// so the same setting serves a whole fleet.
+            ///
+            /// The file must be that of the running kernel's very build. With another one, the
+            /// programs read wrong fields, and events are wrong.
+            ///
+            /// A kernel without BTF has no BTF tracepoints and no iterators.
+            /// [`TracerHandle::hooks`](crate::TracerHandle::hooks) reports the consequences: there
+            /// are no samples, and sockets older than the tracer have no owner until they are used.
+            ///
+            /// [BTFHub]: https://github.com/aquasecurity/btfhub-archive
+            pub fn btf(mut self, path: impl Into<PathBuf>) -> Self {
+                self.config.btf = Some(path.into());
                 self
             }
 

@@ -1,6 +1,6 @@
 //! The settings of a tracer, their defaults and their ranges.
 
-use std::{ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use crate::{
     error::{Error, ErrorKind},
@@ -80,7 +80,8 @@ pub enum Buffer {
     ///   `kernel.perf_event_mlock_kb` (516 KiB for each CPU) and `ulimit -l` allow together needs
     ///   `CAP_IPC_LOCK`. While the queue is full, the reader moves the records to its own memory,
     ///   up to twice as much.
-    /// - Events on a CPU that comes online after the start are lost, and counted.
+    /// - The first events on a CPU that comes online after the start are lost, and counted. The
+    ///   reader then makes buffers for the CPU, which needs the privileges of the start.
     /// - A sample may take the room of an event: at most an eighth of a CPU's share at a time.
     /// - The programs count anomalies ([`Stats`](crate::Stats)), but do not log them.
     Perf,
@@ -103,6 +104,8 @@ pub(crate) struct Config {
     pub(crate) per_datagram: bool,
     pub(crate) max_flows: u32,
     pub(crate) filter: Filter,
+    /// A file with the kernel's BTF, for a kernel that has none.
+    pub(crate) btf: Option<PathBuf>,
     pub(crate) retransmits: bool,
     pub(crate) resets: bool,
     pub(crate) summaries_only: bool,
@@ -124,6 +127,7 @@ impl Config {
             per_datagram: false,
             max_flows: DEFAULT_MAX_FLOWS,
             filter: Filter::new(),
+            btf: None,
             retransmits: false,
             resets: false,
             summaries_only: false,

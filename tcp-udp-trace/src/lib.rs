@@ -74,7 +74,8 @@
 //!
 //! # Kernels
 //!
-//! A tracer needs Linux 5.10 or newer with BTF (`/sys/kernel/btf/vmlinux`), on x86_64 or aarch64.
+//! A tracer needs Linux 5.10 or newer with BTF (`/sys/kernel/btf/vmlinux`, or a file:
+//! [`TcpTracerBuilder::btf`]), on x86_64 or aarch64.
 //! UDP needs cgroup v2. No code depends on a kernel version: the tracer tries each hook.
 //! [`TracerHandle::hooks`] returns the hooks in use and their cost. `docs/kernels.md` in the
 //! repository lists the hooks of each kernel.

@@ -23,6 +23,7 @@ macro_rules! trials {
 }
 
 mod anomalies;
+mod btf;
 mod bytes;
 mod compared;
 mod connects;
@@ -38,6 +39,7 @@ mod filters;
 mod first_steps;
 mod identity;
 mod lifecycle;
+mod machines;
 mod namespace_filters;
 mod namespaces;
 mod neighbors;
@@ -81,6 +83,7 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "overflow::ring_overflow_is_counted_where_it_happened",
     "lifecycle::every_signal_has_a_hook",
     "lifecycle::stop_ends_the_stream_after_the_last_event",
+    "machines::cpu_that_comes_and_goes",
     "samples::tcp_sample_is_of_the_socket_of_the_state_changes",
     "samples::udp_sample_has_queues_buffers_and_drops",
     "udp_numbers::both_directions",
@@ -92,6 +95,9 @@ const WITH_PERF_BUFFERS: &[&str] = &[
 /// The environment variable with the name of a kernel, as in docs/tests.md. With it, only the tests
 /// run that this kernel has by default.
 const DEFAULT_TESTS_OF: &str = "TUT_DEFAULT_TESTS_OF";
+
+/// The environment variable with the names of the tests and topics to run, separated by commas.
+const TESTS: &str = "TUT_TESTS";
 
 /// How many of the slowest tests are printed after the verdicts.
 const SLOWEST: usize = 10;
@@ -115,6 +121,7 @@ fn main() -> ExitCode {
         owner::trials(),
         details::trials(),
         uring::trials(),
+        btf::trials(),
         bytes::trials(),
         anomalies::trials(),
         errors::trials(),
@@ -130,6 +137,7 @@ fn main() -> ExitCode {
         filter_names::trials(),
         namespace_filters::trials(),
         lifecycle::trials(),
+        machines::trials(),
         privileges::trials(),
         faults::trials(),
         exhaustion::trials(),
@@ -163,6 +171,15 @@ fn main() -> ExitCode {
             runs.len(),
             names.len()
         );
+    }
+    if let Ok(wanted) = env::var(TESTS) {
+        for name in wanted.split(',') {
+            assert!(
+                runs.iter().any(|run| run.is_of(name)),
+                "there is no test {name}"
+            );
+        }
+        runs.retain(|run| wanted.split(',').any(|name| run.is_of(name)));
     }
     let trials = runs.iter().map(|run| run.trial()).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);

@@ -16,6 +16,7 @@ use integration_tests::{
     actor::{Actor, ReceiveCall, SendCall},
     collector::{Collector, SAMPLE_INTERVAL, check_conservation},
     kernel::{captures_images, is_at_least, open_files},
+    mounts,
     netns::Netns,
     privileges::{Capability, UNPRIVILEGED, become_unprivileged, keep},
     suite::{Test, skip},
@@ -25,7 +26,7 @@ use integration_tests::{
 use nix::{
     errno::Errno,
     libc,
-    mount::{MntFlags, MsFlags, mount, umount2},
+    mount::{MntFlags, umount2},
     sched::{CloneFlags, unshare},
     sys::resource::{Resource, getrlimit, setrlimit},
 };
@@ -54,6 +55,8 @@ pub(crate) fn trials() -> Vec<Test> {
             privileges_given_up_after_the_start,
             tracefs_that_cannot_be_mounted,
             tracefs_needs_sys_admin_and_dac_read_search,
+            cgroup_v2_that_is_not_mounted,
+            lockdown_is_named,
             seccomp_filter_is_named,
             seccomp_filter_of_perf_events_costs_hooks,
             user_namespace_is_named,
@@ -355,9 +358,7 @@ async fn until(
 
 /// Gives this thread a mount namespace without tracefs.
 fn hide_tracefs() -> anyhow::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    mounts::make_private()?;
     for place in ["/sys/kernel/tracing", "/sys/kernel/debug"] {
         // It need not be mounted.
         let _ = umount2(place, MntFlags::MNT_DETACH);
@@ -392,6 +393,44 @@ fn tracefs_needs_sys_admin_and_dac_read_search() -> anyhow::Result<()> {
             ensure!(hook.note.is_none() == is_enough, "{more:?}: {hook}");
             Ok(())
         })?;
+    }
+    Ok(())
+}
+
+/// Then the tracer of UDP mounts it privately, which needs `CAP_SYS_ADMIN`.
+fn cgroup_v2_that_is_not_mounted() -> anyhow::Result<()> {
+    mounts::make_private()?;
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo")?;
+    for mount in mounts.lines().filter(|line| line.contains(" - cgroup2 ")) {
+        let point = mount.split(' ').nth(4).context("no mount point")?;
+        umount2(point, MntFlags::MNT_DETACH)?;
+    }
+    let collector = Collector::start_udp()?;
+    let mut pair = UdpPair::new(Family::V4, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let expected = pair.close()?;
+    collector.finish_udp(expected.len())?.check_all(&expected)?;
+    on_thread(|| {
+        keep(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
+        let Err(error) = start(Protocol::Udp)? else {
+            bail!("started without cgroup v2")
+        };
+        let message = format!("{error:?}");
+        ensure!(message.contains("mount -t cgroup2"), "{message}");
+        Ok(())
+    })
+}
+
+/// Neither protocol can be traced in confidentiality mode, where programs cannot read the kernel's
+/// memory.
+fn lockdown_is_named() -> anyhow::Result<()> {
+    let lockdown = fs::read_to_string("/sys/kernel/security/lockdown").unwrap_or_default();
+    if !lockdown.contains("[confidentiality]") {
+        return skip("the kernel is not locked down so far");
+    }
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        ensure_forbidden(start(protocol)?, &["lockdown", "confidentiality"])?;
     }
     Ok(())
 }

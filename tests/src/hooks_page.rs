@@ -20,11 +20,16 @@ pub fn check(hooks: &[Hook]) -> anyhow::Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let version: Vec<_> = release.split('.').take(2).collect();
     let has_kprobes = Path::new("/sys/bus/event_source/devices/kprobe").exists();
-    let kernel = version.join(".") + if has_kprobes { "" } else { " hardened" };
+    let flavour = match (has_kprobes, release.contains("-rt-")) {
+        (false, _) => " hardened",
+        (true, true) => "-rt",
+        (true, false) => "",
+    };
+    let kernel = version.join(".") + flavour;
     let Some(column) = header
         .iter()
         .skip(FIRST_KERNEL)
-        .position(|name| *name == kernel)
+        .position(|names| names.split(", ").any(|name| name == kernel))
     else {
         eprintln!("docs/kernels.md has no column for {kernel}: nothing is compared");
         return Ok(());

@@ -53,6 +53,7 @@ pub mod expected_udp;
 pub mod flow_sums;
 pub mod hooks_page;
 pub mod kernel;
+pub mod mounts;
 pub mod netns;
 pub mod observed_tcp;
 pub mod pid_namespace;

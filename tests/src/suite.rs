@@ -215,6 +215,13 @@ impl Run {
         }
     }
 
+    /// Whether `name` is this name, or the part of it before the last `::`.
+    #[must_use]
+    pub fn is_of(&self, name: &str) -> bool {
+        let rest = self.name().strip_prefix(name).map(str::to_owned);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+    }
+
     /// Returns the test for the command line of `libtest_mimic`.
     #[must_use]
     pub fn trial(self) -> Trial {

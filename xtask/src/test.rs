@@ -6,7 +6,7 @@ mod suite;
 
 use std::{ffi::OsString, num::NonZeroUsize, path::Path};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::{
     arch::Arch,
@@ -24,9 +24,14 @@ pub(crate) struct Args {
     /// Run the integration tests and those of the command on this kernel, as root.
     #[arg(long)]
     local: bool,
-    /// Run the integration tests on these kernels in VMs: `5.10,6.1`, or `all`.
+    /// Run the integration tests on these kernels in VMs: `5.10,6.1`, or `all`. `extra` names
+    /// real-time kernels and the newest one, which `all` leaves out.
     #[arg(long, value_name = "KERNELS", value_delimiter = ',')]
     vm: Vec<String>,
+    /// Run a few integration tests on odd machines (xtask/src/vm/machine.rs): `one-cpu,small`, or
+    /// `all`. The kernel is 6.12 unless `--vm` names others.
+    #[arg(long, value_name = "MACHINES", value_delimiter = ',', conflicts_with_all = ["unit", "local"])]
+    machine: Vec<String>,
     /// Run the integration tests on kernels of this architecture, `aarch64` or `x86_64`, in VMs.
     /// The kernel is 6.12 unless `--vm` names others.
     #[arg(long, value_parser = Arch::named, conflicts_with_all = ["unit", "local"])]
@@ -53,14 +58,15 @@ impl Args {
     }
 }
 
-/// The kernel for `--arch` without `--vm`. One is enough, because the differences between
-/// architectures are almost the same on all kernels.
-const KERNEL_OF_ARCH: &str = "6.12";
+/// The kernel for `--arch` or `--machine` without `--vm`. One is enough, because the differences
+/// between architectures, or between machines, are almost the same on all kernels.
+const ONE_KERNEL: &str = "6.12";
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let everything = !args.unit && !args.local && args.vm.is_empty() && args.arch.is_none();
-    let kernels = if args.arch.is_some() && args.vm.is_empty() {
-        kernels(&[KERNEL_OF_ARCH.to_owned()], false)?
+    let has_one_kernel = args.arch.is_some() || !args.machine.is_empty();
+    let everything = !args.unit && !args.local && args.vm.is_empty() && !has_one_kernel;
+    let kernels = if has_one_kernel && args.vm.is_empty() {
+        kernels(&[ONE_KERNEL.to_owned()], false)?
     } else {
         kernels(&args.vm, everything)?
     };
@@ -104,6 +110,7 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
     }
     // The guests start after the local run has ended, because the tests measure time.
     let jobs = args.jobs.unwrap_or_else(vm::default_jobs);
+    let machines = vm::machines(&args.machine)?;
     let job = vm::Job {
         arch,
         program: &program,
@@ -115,7 +122,7 @@ fn integration(args: &Args, everything: bool, kernels: &[&'static Kernel]) -> Re
         files: &[],
         qemu: &[],
     };
-    rows.extend(vm::run(kernels, &job, jobs));
+    rows.extend(vm::run_on(kernels, &machines, &job, jobs));
     Ok(rows)
 }
 
@@ -131,24 +138,20 @@ pub(crate) fn command(filter: &str, variable: &str, value: &Path) -> Result<()> 
     Ok(())
 }
 
-/// Returns the kernels of the table that `names` selects.
+/// Returns the kernels of the table that `names` selects. Everything means `all`.
 pub(crate) fn kernels(names: &[String], everything: bool) -> Result<Vec<&'static Kernel>> {
-    if everything || names.iter().any(|name| name == "all") {
-        return Ok(KERNELS.iter().collect());
+    let has = |group: &str| names.iter().any(|name| name == group);
+    let (all, extra) = (everything || has("all"), has("extra"));
+    let is_of_group = |kernel: &Kernel| if kernel.is_extra { extra } else { all };
+    let is_group = |name: &str| name == "all" || name == "extra";
+    for name in names.iter().filter(|name| !is_group(name)) {
+        let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
+        ensure!(
+            known.contains(&&**name),
+            "unknown kernel {name:?}: choose from {}, or `all`, or `extra`",
+            known.join(", ")
+        );
     }
-    names
-        .iter()
-        .map(|name| {
-            KERNELS
-                .iter()
-                .find(|kernel| kernel.name == name)
-                .with_context(|| {
-                    let known: Vec<_> = KERNELS.iter().map(|kernel| kernel.name).collect();
-                    format!(
-                        "unknown kernel {name:?}: choose from {}, or `all`",
-                        known.join(", ")
-                    )
-                })
-        })
-        .collect()
+    let is_selected = |kernel: &&Kernel| is_of_group(kernel) || has(kernel.name);
+    Ok(KERNELS.iter().filter(is_selected).collect())
 }

@@ -7,6 +7,7 @@ mod cpio;
 mod guest;
 mod initramfs;
 mod kernel;
+mod machine;
 mod modules;
 mod userland;
 
@@ -20,10 +21,15 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use self::{guest::Ended, userland::Userland};
+use self::{
+    guest::Ended,
+    machine::{Guest, Machine},
+    userland::Userland,
+};
 pub(crate) use self::{
     initramfs::Job,
     kernel::{KERNELS, Kernel},
+    machine::machines,
 };
 use crate::{
     arch::Arch,
@@ -52,31 +58,47 @@ pub(crate) fn fetch(kernels: &[&Kernel], arch: &'static Arch) -> Result<()> {
 ///
 /// If a kernel cannot run (no QEMU, no mirror), its row says why, and the others still run.
 pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize) -> Vec<Row> {
+    run_on(kernels, &[], job, jobs)
+}
+
+/// Like [`run`], on each of `machines`, or on the usual one if there are none.
+pub(crate) fn run_on(
+    kernels: &[&'static Kernel],
+    machines: &[&'static Machine],
+    job: &Job<'_>,
+    jobs: NonZeroUsize,
+) -> Vec<Row> {
+    let odd = machines.iter().map(|machine| Some(*machine));
+    let usual = machines.is_empty().then_some(None);
+    let guests: Vec<_> = odd
+        .chain(usual)
+        .flat_map(|machine| kernels.iter().map(move |kernel| Guest { kernel, machine }))
+        .collect();
     let prepared = deps::ensure(&deps::VM)
         .and_then(|()| deps::ensure(job.arch.qemu_package))
         .and_then(|()| Userland::of(job.arch));
     let userland = match prepared {
         Ok(userland) => userland,
         Err(error) => {
-            let not_run = |kernel: &&Kernel| {
+            let not_run = |guest: &Guest| {
                 let outcome = Outcome::NotRun(format!("{error:#}"));
-                Row::new(kernel.name_on(job.arch), outcome)
+                Row::new(guest.name(job.arch), outcome)
             };
-            return kernels.iter().map(not_run).collect();
+            return guests.iter().map(not_run).collect();
         }
     };
 
-    let mut queue: Vec<_> = kernels.iter().enumerate().collect();
-    queue.sort_by_key(|(_, kernel)| kernel.seconds);
+    let mut queue: Vec<_> = guests.iter().enumerate().collect();
+    queue.sort_by_key(|(_, guest)| guest.kernel.seconds);
     let queue = Mutex::new(queue);
     let rows = Mutex::new(Vec::new());
     thread::scope(|scope| {
-        for _ in 0..jobs.get().min(kernels.len()) {
+        for _ in 0..jobs.get().min(guests.len()) {
             scope.spawn(|| {
                 loop {
                     let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
-                    let Some((index, kernel)) = next else { break };
-                    let row = run_one(kernel, job, &userland);
+                    let Some((index, guest)) = next else { break };
+                    let row = run_one(*guest, job, &userland);
                     rows.lock()
                         .unwrap_or_else(PoisonError::into_inner)
                         .push((index, row));
@@ -89,14 +111,14 @@ pub(crate) fn run(kernels: &[&'static Kernel], job: &Job<'_>, jobs: NonZeroUsize
     rows.into_iter().map(|(_, row)| row).collect()
 }
 
-fn run_one(kernel: &'static Kernel, job: &Job<'_>, userland: &Userland) -> Row {
-    let name = kernel.name_on(job.arch);
-    let installed = match kernel.cached_or_fetch(job.arch) {
+fn run_one(guest: Guest, job: &Job<'_>, userland: &Userland) -> Row {
+    let name = guest.name(job.arch);
+    let installed = match guest.kernel.cached_or_fetch(job.arch) {
         Ok(installed) => installed,
         Err(error) => return Row::new(name, Outcome::NotRun(format!("{error:#}"))),
     };
     let started = Instant::now();
-    let mut row = boot_with_retry(&name, &installed, job, userland)
+    let mut row = boot_with_retry(guest, &installed, job, userland)
         .unwrap_or_else(|error| Row::new("", Outcome::Broken(format!("{error:#}"))));
     row.name = format!("{name} ({})", installed.release);
     row.elapsed = started.elapsed();
@@ -112,17 +134,18 @@ const BOOTS: usize = 5;
 ///
 /// The note of the row reports each crash, because the eBPF programs could be the cause as well.
 fn boot_with_retry(
-    name: &str,
+    guest: Guest,
     installed: &kernel::Installed,
     job: &Job<'_>,
     userland: &Userland,
 ) -> Result<Row> {
+    let name = &*guest.name(job.arch);
     let logs = workspace::cache_dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let initrd = logs.join(format!("{name}.initramfs"));
     let log = logs.join(format!("{name}.log"));
-    // A filter selects few tests, so all of them run again.
-    let resumes = job.args.is_empty();
+    // A filter or a machine selects few tests, so all of them run again.
+    let resumes = job.args.is_empty() && guest.machine.is_none();
     let mut args = job.args.to_vec();
     let (mut crashes, mut counts) = (Vec::new(), Counts::default());
     // The tests that failed before a crash.
@@ -130,10 +153,10 @@ fn boot_with_retry(
     loop {
         fs::write(
             &initrd,
-            initramfs::build(name, installed, job, &args, userland)?,
+            initramfs::build(guest, installed, job, &args, userland)?,
         )
         .with_context(|| format!("cannot write {}", initrd.display()))?;
-        let ended = guest::boot(job, name, &installed.vmlinuz, &initrd, &log)?;
+        let ended = guest::boot(job, guest, &installed.vmlinuz, &initrd, &log)?;
         // The image is large, and only the log is of use afterwards.
         fs::remove_file(&initrd).with_context(|| format!("cannot remove {}", initrd.display()))?;
         let (mut failures, mut flaky, mut programs) = (Vec::new(), Vec::new(), Vec::new());

@@ -5,6 +5,7 @@ use std::{io, thread};
 use aya::{Ebpf, programs::ProgramError};
 
 use super::{
+    btf::ids::Ids,
     cgroup,
     errors::{self, chain},
     plan::{Choice, HookPoint, Signal},
@@ -23,6 +24,7 @@ pub(super) fn attach(
     ebpf: &mut Ebpf,
     plan: &[&Signal],
     protocol: Protocol,
+    ids: &Ids,
 ) -> Result<Vec<Hook>, Error> {
     // On a thread of its own, which may have a tracefs that the rest of the process does not see.
     thread::scope(|scope| {
@@ -32,8 +34,13 @@ pub(super) fn attach(
                 if let Err(error) = &tracefs {
                     log::info!("no tracefs: {error}");
                 }
+                if protocol == Protocol::Udp && cgroup::root().is_err() {
+                    if let Err(error) = private_mounts::mount_cgroup_v2() {
+                        log::info!("no cgroup v2: {error}");
+                    }
+                }
                 plan.iter()
-                    .map(|signal| attach_signal(ebpf, signal, protocol, tracefs.is_ok()))
+                    .map(|signal| attach_signal(ebpf, signal, protocol, tracefs.is_ok(), ids))
                     .collect()
             })
             .or_error(ErrorKind::Load, "no thread to attach the hooks")?;
@@ -48,6 +55,7 @@ fn attach_signal(
     signal: &Signal,
     protocol: Protocol,
     has_tracefs: bool,
+    ids: &Ids,
 ) -> Result<Hook, Error> {
     let mut hook = Hook {
         signal: signal.name.into(),
@@ -58,7 +66,7 @@ fn attach_signal(
     for slot in signal.slots {
         for choice in *slot {
             let attached = if has_tracefs || !choice.needs_tracefs() {
-                attach_choice(ebpf, choice)
+                attach_choice(ebpf, choice, ids)
             } else {
                 // aya is not called, because it would remember that there is no tracefs.
                 unload_all(ebpf, choice);
@@ -68,8 +76,8 @@ fn attach_signal(
             match attached {
                 Ok(attached) => {
                     hook.programs.extend(attached.programs);
-                    let note = hook.note.or_else(|| note(choice));
-                    let notes: Vec<_> = note.into_iter().chain(attached.taken).collect();
+                    let notes = hook.note.into_iter().chain(note(choice));
+                    let notes: Vec<_> = notes.chain(attached.taken).collect();
                     hook.note = (!notes.is_empty()).then(|| notes.join("; "));
                     break;
                 }
@@ -118,11 +126,15 @@ struct Attached {
 }
 
 /// Attaches a choice: all of its hooks, or at least the first.
-fn attach_choice(ebpf: &mut Ebpf, choice: &Choice) -> Result<Attached, (HookPoint, ProgramError)> {
+fn attach_choice(
+    ebpf: &mut Ebpf,
+    choice: &Choice,
+    ids: &Ids,
+) -> Result<Attached, (HookPoint, ProgramError)> {
     let mut attached = Attached::default();
     for (index, &(name, point)) in choice.hooks.iter().enumerate() {
         let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded);
-        match program.and_then(|program| attach_program(program, point)) {
+        match program.and_then(|program| attach_program(program, point, ids)) {
             Ok(()) => attached.programs.push(point.to_string()),
             Err(error) if index == 0 || errors::is_resource_exhaustion(&error) => {
                 unload_all(ebpf, choice);

@@ -73,7 +73,8 @@ pub(super) fn root() -> io::Result<Root> {
     own.ok_or_else(|| {
         io::Error::new(
             io::ErrorKind::NotFound,
-            "cgroup v2 is not mounted: mount -t cgroup2 none /sys/fs/cgroup",
+            "cgroup v2 is not mounted: grant CAP_SYS_ADMIN, or mount it at a folder of its own \
+             (mkdir /run/cgroup2 && mount -t cgroup2 none /run/cgroup2)",
         )
     })
 }

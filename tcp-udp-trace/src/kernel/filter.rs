@@ -7,10 +7,15 @@
 
 use std::error::Error as StdError;
 
-use aya::{Ebpf, programs::ProgramError};
-use tcp_udp_trace_common::filter::{self as wire, Network, Value, membership, op};
+use aya::{
+    Ebpf,
+    maps::lpm_trie::{Key, LpmTrie},
+    programs::ProgramError,
+};
+use tcp_udp_trace_common::filter::{self as wire, Network, Value, membership, op, verdict};
 
 use super::{
+    btf::ids::Ids,
     control::control_filter,
     errors, iter,
     names::Caller,
@@ -39,6 +44,19 @@ pub(super) struct Filters {
     follows_trees: bool,
     /// The filter, with its names resolved.
     filter: Filter,
+    /// The ids of the types that a filter may need.
+    ids: Ids,
+    networks: NetworkWriter,
+}
+
+/// The way of networks into their map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum NetworkWriter {
+    #[default]
+    Program,
+    /// On this real-time kernel, writers of the map sleep, which programs must not do. During a map
+    /// system call, the kernel skips kprobe and classic tracepoint programs on that CPU.
+    SystemCall,
 }
 
 /// The parts of a filter that are in the maps.
@@ -49,6 +67,14 @@ struct Installed {
 }
 
 impl Filters {
+    pub(super) fn new(ids: Ids, networks: NetworkWriter) -> Self {
+        Self {
+            ids,
+            networks,
+            ..Self::default()
+        }
+    }
+
     /// Returns whether there ever was a filter.
     pub(super) fn were_used(&self) -> bool {
         self.generation != 0
@@ -74,7 +100,7 @@ impl Filters {
         // An error of the caller's filter must show the caller's values, so it is checked before it
         // is resolved.
         filter.compile()?;
-        let resolved = filter.resolve(&mut Caller::new(ebpf))?;
+        let resolved = filter.resolve(&mut Caller::new(ebpf, &self.ids))?;
         self.switch(ebpf, &resolved.compile()?, protocol)?;
         self.filter = resolved;
         Ok(())
@@ -107,12 +133,12 @@ impl Filters {
             .and_then(|()| control_filter(ebpf, &[op::SWITCH, word]).map_err(refused))
             .and_then(|_| control_filter(ebpf, &[op::PREPARE, 0]).map_err(refused));
         if let Err(error) = switched {
-            new.remove(ebpf);
+            new.remove(ebpf, self.networks);
             return Err(error);
         }
         self.current = self.generation;
         // A program that has started with the old filter notices the change, and uses the new one.
-        std::mem::replace(&mut self.installed, new).remove(ebpf);
+        std::mem::replace(&mut self.installed, new).remove(ebpf, self.networks);
         Ok(())
     }
 
@@ -130,17 +156,26 @@ impl Filters {
             new.add(ebpf, Value::new(generation, set, value))?;
         }
         for network in &filter.networks {
-            new.add_network(ebpf, network.wire(generation), network.is_excluded)?;
+            let verdict = if network.is_excluded {
+                verdict::EXCLUDED
+            } else {
+                verdict::PASSES
+            };
+            let network = network.wire(generation);
+            self.networks
+                .set(ebpf, &network, Some(verdict))
+                .map_err(refused)?;
+            new.networks.push(network);
         }
         if filter.exclude_self {
-            let pid = Caller::new(ebpf).own_pid()?;
+            let pid = Caller::new(ebpf, &self.ids).own_pid()?;
             new.add(ebpf, Value::new(generation, wire::OWN, [pid.into(), 0]))?;
         }
         if filter.roots.is_empty() {
             return Ok(());
         }
         self.follow_trees(ebpf, protocol)?;
-        iter::load_tasks(ebpf).map_err(no_iterator)?;
+        iter::load_tasks(ebpf, &self.ids).map_err(no_iterator)?;
         let found = find_tree_members(ebpf, generation, &filter.roots, new);
         iter::unload_tasks(ebpf);
         found
@@ -153,7 +188,7 @@ impl Filters {
         }
         let attached = TREE_PROGRAMS.iter().try_for_each(|(name, point)| {
             let program = ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?;
-            attach_program(program, *point)
+            attach_program(program, *point, &self.ids)
         });
         self.follows_trees = attached.is_ok();
         attached.map_err(|error| {
@@ -191,30 +226,48 @@ impl Installed {
         Ok(())
     }
 
-    fn add_network(
-        &mut self,
-        ebpf: &Ebpf,
-        network: Network,
-        is_excluded: bool,
-    ) -> Result<(), Error> {
-        let op = if is_excluded {
-            op::EXCLUDE_NETWORK
-        } else {
-            op::ADD_NETWORK
-        };
-        control_filter(ebpf, &network_args(op, &network)).map_err(refused)?;
-        self.networks.push(network);
-        Ok(())
-    }
-
-    fn remove(self, ebpf: &Ebpf) {
+    fn remove(self, ebpf: &mut Ebpf, writer: NetworkWriter) {
         // A value that cannot be removed takes room, but no program uses it.
         for value in &self.values {
             let _ = control_filter(ebpf, &value_args(op::REMOVE, value));
         }
         for network in &self.networks {
-            let _ = control_filter(ebpf, &network_args(op::REMOVE_NETWORK, network));
+            let _ = writer.set(ebpf, network, None);
         }
+    }
+}
+
+impl NetworkWriter {
+    /// Inserts a network with its verdict, or removes it.
+    fn set(
+        self,
+        ebpf: &mut Ebpf,
+        network: &Network,
+        verdict: Option<u8>,
+    ) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        if self == Self::Program {
+            let op = match verdict {
+                Some(verdict::PASSES) => op::ADD_NETWORK,
+                Some(_) => op::EXCLUDE_NETWORK,
+                None => op::REMOVE_NETWORK,
+            };
+            control_filter(ebpf, &network_args(op, network))?;
+            return Ok(());
+        }
+        let map = ebpf
+            .map_mut("NETWORKS")
+            .ok_or("the object has no such map")?;
+        let mut networks = LpmTrie::<_, [u32; 5], u8>::try_from(map)?;
+        let &Network { head, address } = network;
+        // The words of 32 bits, in the order in which they are in memory.
+        let words = [head, address[0], address[1]].map(|word| [word as u32, (word >> 32) as u32]);
+        let [[bits, tag], [first, second], [third, fourth]] = words;
+        let key = Key::new(bits, [tag, first, second, third, fourth]);
+        match verdict {
+            Some(verdict) => networks.insert(&key, verdict, 0)?,
+            None => networks.remove(&key)?,
+        }
+        Ok(())
     }
 }
 

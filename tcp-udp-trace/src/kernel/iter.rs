@@ -15,7 +15,7 @@ use aya::{
 use tcp_udp_trace_common::filter::from_numbers;
 
 use super::{
-    btf::ids::{self, Target},
+    btf::ids::{self, Ids, Target},
     errors::chain,
     privileges::{Privileges, SYS_PTRACE},
     program::unload,
@@ -101,7 +101,7 @@ pub(super) struct Started {
 
 /// Takes the snapshot of existing sockets, and prepares the samples if they are enabled. The notes
 /// of the hooks report anything that the kernel refuses.
-pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Started {
+pub(super) fn start(ebpf: &mut Ebpf, config: &Config, ids: &Ids) -> Started {
     let Config {
         protocol,
         sample_interval,
@@ -109,7 +109,7 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Started {
     } = *config;
     let (files, sockets) = (files(protocol), sockets(protocol));
     let mut hooks = Vec::new();
-    let snapshot = load(ebpf, files)
+    let snapshot = load(ebpf, files, ids)
         .and_then(|()| open_iter(ebpf, files))
         .and_then(read_to_end)
         .map(drop);
@@ -119,7 +119,7 @@ pub(super) fn start(ebpf: &mut Ebpf, config: &Config) -> Started {
     hooks.push(hook("snapshot", files, snapshot, NO_SNAPSHOT));
     let mut samples = SampleScope::Nothing;
     if sample_interval.is_some() && !config.summaries_only {
-        let loaded = load(ebpf, sockets);
+        let loaded = load(ebpf, sockets, ids);
         let mut hook = hook("sample", sockets, loaded, NO_SAMPLES);
         if hook.note.is_none() {
             hook.programs.insert(0, "netlink:sock_diag".into());
@@ -150,8 +150,8 @@ pub(super) fn open(ebpf: &mut Ebpf) -> Result<File, String> {
 }
 
 /// Loads the program that [`visit_tasks`] runs.
-pub(super) fn load_tasks(ebpf: &mut Ebpf) -> Result<(), String> {
-    load(ebpf, TASKS)
+pub(super) fn load_tasks(ebpf: &mut Ebpf, ids: &Ids) -> Result<(), String> {
+    load(ebpf, TASKS, ids)
 }
 
 /// Visits all tasks, and returns how many the program counted.
@@ -167,8 +167,8 @@ pub(super) fn unload_tasks(ebpf: &mut Ebpf) {
 
 /// Returns the processes of the caller's pid namespace: each number there, with its number in the
 /// initial pid namespace.
-pub(super) fn pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
-    let bytes = load(ebpf, PIDS)
+pub(super) fn pids(ebpf: &mut Ebpf, ids: &Ids) -> Result<HashMap<u32, u32>, String> {
+    let bytes = load(ebpf, PIDS, ids)
         .and_then(|()| open_iter(ebpf, PIDS))
         .and_then(read_to_end);
     ebpf.program_mut(PIDS.program).map(unload);
@@ -177,6 +177,12 @@ pub(super) fn pids(ebpf: &mut Ebpf) -> Result<HashMap<u32, u32>, String> {
         .chunks_exact(8)
         .map_while(|chunk| chunk.try_into().ok());
     Ok(processes.map(from_numbers).collect())
+}
+
+/// Returns the types of the iterators that a filter may need.
+pub(super) fn targets_of_filters() -> [Target; 1] {
+    // The other one is the same iterator.
+    [TASKS.target()]
 }
 
 /// Returns the iterators of a tracer.
@@ -197,15 +203,14 @@ fn sockets(protocol: Protocol) -> IterProgram {
 }
 
 /// Loads the program of an iterator, if it was not loaded ahead.
-fn load(ebpf: &mut Ebpf, iter: IterProgram) -> Result<(), String> {
+fn load(ebpf: &mut Ebpf, iter: IterProgram, ids: &Ids) -> Result<(), String> {
     let program = ebpf.program_mut(iter.program);
     let program = program.ok_or("the object does not have it")?;
     if program.fd().is_ok() {
         return Ok(());
     }
-    let ids = ids::look_up(iter.target());
-    ids.and_then(|ids| iter.load(program, &ids))
-        .map_err(|error| chain(&error))
+    let ids = ids::for_aya(ids).map_err(|error| chain(&error))?;
+    iter.load(program, &ids).map_err(|error| chain(&error))
 }
 
 fn open_iter(ebpf: &mut Ebpf, iter: IterProgram) -> Result<File, String> {

@@ -42,12 +42,13 @@ use self::{
     btf::{
         ids::{self, Ids},
         offsets,
+        source::Source,
     },
     control::{ARM_WAKEUP, CHECK_GONE, CONTROL_FILTER, CONTROL_PROGRAMS, QUERY_FLOW, RING_FILL},
-    filter::Filters,
+    filter::{Filters, NetworkWriter},
     iter::IterProgram,
     maps::{SHARE, take_map},
-    plan::HookPoint,
+    plan::Signal,
 };
 use crate::{
     config::{Buffer, Config},
@@ -98,19 +99,18 @@ struct Facts {
     registers: u64,
     types_task: bool,
     allocates_on_demand: bool,
+    ring_buffer_sleeps: bool,
+    networks: NetworkWriter,
 }
 
 impl Facts {
     /// Reads the BTF, whose memory is free again afterwards.
-    fn read(
-        config: &Config,
-        likely: &[(&str, HookPoint)],
-        iters: &[IterProgram],
-    ) -> Result<Self, Error> {
-        let vmlinux = offsets::read_btf()?;
-        let btf = offsets::parse(&vmlinux)?;
-        let targets = likely.iter().filter_map(|(_, point)| point.target());
+    fn read(config: &Config, plan: &[&Signal], iters: &[IterProgram]) -> Result<Self, Error> {
+        let source = Source::read(config.btf.as_deref())?;
+        let btf = source.parse()?;
+        let targets = plan.iter().flat_map(|signal| signal.targets());
         let targets = targets.chain(iters.iter().map(|iter| iter.target()));
+        let targets = targets.chain(iter::targets_of_filters());
         let verifies = match config.protocol {
             Protocol::Tcp => offsets::verifies_images(&btf),
             Protocol::Udp => offsets::verifies_images_of_udp(&btf),
@@ -129,6 +129,12 @@ impl Facts {
             registers: offsets::registers(&btf),
             types_task: offsets::types_task(&btf),
             allocates_on_demand: offsets::allocates_on_demand(&btf),
+            ring_buffer_sleeps: offsets::ring_buffer_sleeps(&btf),
+            networks: if offsets::networks_sleep(&btf) {
+                NetworkWriter::SystemCall
+            } else {
+                NetworkWriter::Program
+            },
         })
     }
 }
@@ -146,7 +152,7 @@ impl Kernel {
         let likely = plan.iter().flat_map(|signal| signal.likely(has_kprobes));
         let likely: Vec<_> = likely.collect();
         let iters = iter::programs(config);
-        let facts = Facts::read(config, &likely, &iters)?;
+        let facts = Facts::read(config, &plan, &iters)?;
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
                 ErrorKind::Unsupported,
@@ -155,7 +161,7 @@ impl Kernel {
             .with_source(source)
         })?;
         let interval = u64::try_from(config.interval.as_nanos()).unwrap_or(u64::MAX);
-        let buffer = config.buffer.unwrap_or_else(ring::best);
+        let buffer = ring::choose(config.buffer, facts.ring_buffer_sleeps)?;
         let mut controls = vec![ARM_WAKEUP, CONTROL_FILTER];
         controls.extend((buffer == Buffer::Ring).then_some(RING_FILL));
         controls.extend((config.protocol == Protocol::Udp).then_some(QUERY_FLOW));
@@ -216,9 +222,9 @@ impl Kernel {
             })?;
         }
         // The filter must be there before the first event.
-        let mut filters = Filters::default();
+        let mut filters = Filters::new(facts.ids.clone(), facts.networks);
         filters.install(&mut ebpf, &config.filter, config.protocol)?;
-        let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol)?;
+        let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol, &facts.ids)?;
         if !shows_local(&hooks) {
             let mut hides_local = take_map(&mut ebpf, "HIDES_LOCAL", Array::<_, u32>::try_from)?;
             hides_local
@@ -229,9 +235,9 @@ impl Kernel {
         hold.set(0, held_listeners(&hooks), 0)
             .or_error(ErrorKind::Load, "cannot write to a map")?;
         // Only now, because the hooks have seen every socket that was created in the meantime.
-        let iters = iter::start(&mut ebpf, config);
+        let iters = iter::start(&mut ebpf, config, &facts.ids);
         hooks.extend(iters.hooks);
-        hooks.push(ring::hook(buffer));
+        hooks.push(ring::hook(buffer, facts.ring_buffer_sleeps));
         Ok((
             Self {
                 ebpf,
@@ -384,7 +390,8 @@ impl Kernel {
 /// Looks up everything that a start needs in arbitrary bytes. For the fuzzers.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn check_btf(bytes: &[u8]) -> Result<(), Error> {
-    let btf = offsets::parse(bytes)?;
+    let source = Source::from(bytes);
+    let btf = source.parse()?;
     let targets = ["task_file", "tcp"].map(ids::Target::iterator);
     let ids = ids::for_aya(&ids::find(&btf, targets));
     assert!(

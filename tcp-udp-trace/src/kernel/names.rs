@@ -10,7 +10,7 @@ use std::{
 use aya::Ebpf;
 use tcp_udp_trace_common::filter::{MAX_TREE_LEVEL, netns, op};
 
-use super::{cgroup, control::control_filter, iter};
+use super::{btf::ids::Ids, cgroup, control::control_filter, iter};
 use crate::{
     error::{Error, ErrorKind},
     filter::resolve::Names,
@@ -19,6 +19,7 @@ use crate::{
 /// The names of the calling process.
 pub(super) struct Caller<'a> {
     ebpf: &'a mut Ebpf,
+    ids: &'a Ids,
     /// The processes of the caller's pid namespace, when they are needed.
     processes: Option<Processes>,
 }
@@ -31,9 +32,13 @@ enum Processes {
 }
 
 impl<'a> Caller<'a> {
-    pub(super) fn new(ebpf: &'a mut Ebpf) -> Self {
+    pub(super) fn new(ebpf: &'a mut Ebpf, ids: &'a Ids) -> Self {
         let processes = None;
-        Self { ebpf, processes }
+        Self {
+            ebpf,
+            ids,
+            processes,
+        }
     }
 
     fn processes(&mut self) -> Result<&Processes, Error> {
@@ -42,7 +47,7 @@ impl<'a> Caller<'a> {
             None if control_filter(self.ebpf, &[op::LEVEL]).map_err(unknown)? == 0 => {
                 Processes::Initial
             }
-            None => Processes::Child(iter::pids(self.ebpf).map_err(no_iterator)?),
+            None => Processes::Child(iter::pids(self.ebpf, self.ids).map_err(no_iterator)?),
         };
         Ok(self.processes.insert(processes))
     }

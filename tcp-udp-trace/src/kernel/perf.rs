@@ -5,6 +5,7 @@ use std::{
     collections::VecDeque,
     io,
     os::fd::{AsRawFd, RawFd},
+    time::Duration,
 };
 
 use aya::{
@@ -26,16 +27,28 @@ const PERF_RECORD_SAMPLE: u32 = 9;
 
 /// The records of all CPUs, in the order of their times.
 pub(crate) struct Perf {
-    buffers: Vec<Sampler>,
-    /// The size of the largest buffer in bytes.
+    cpus: Vec<Cpu>,
+    /// The sizes of the large and of the small buffer of a CPU, in bytes.
+    sizes: [usize; 2],
+    /// At least the size of the largest buffer in bytes.
     most: usize,
     /// How many records of the largest size fit into all large buffers together.
     capacity: usize,
     /// Readable when one of the buffers wakes its reader.
     wakes: Epoll,
     /// The maps of the buffers. A map drops its buffers when it is closed.
-    _maps: [BufferMap; 2],
+    maps: [BufferMap; 2],
     taken: Taken,
+}
+
+/// The buffers of a CPU.
+struct Cpu {
+    number: u32,
+    /// The large and the small one.
+    buffers: [Sampler; 2],
+    /// How long the first event was enabled when it was last checked. The kernel disables it when
+    /// the CPU goes offline, for ever.
+    enabled: Option<Duration>,
 }
 
 /// A map that gives the programs the buffer of each CPU, by its descriptor. For aya, it is a map of
@@ -52,57 +65,107 @@ struct Record {
 impl Perf {
     /// Makes the large and the small buffers, and puts them into their maps. The large ones
     /// together have at least `bytes`.
-    pub(super) fn open(mut maps: [BufferMap; 2], bytes: usize) -> io::Result<Self> {
+    pub(super) fn open(maps: [BufferMap; 2], bytes: usize) -> io::Result<Self> {
         let cpus = online_cpus().map_err(|(_, error)| error)?;
         let large = (bytes / cpus.len().max(1)).next_power_of_two();
-        let small = large / SHARE as usize;
-        let wakes = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let mut buffers = Vec::with_capacity(2 * cpus.len());
-        for cpu in cpus {
-            for (map, bytes, wake_at) in [(0, large, small), (1, small, 1)] {
-                let buffer = buffer(cpu, bytes, wake_at)?;
-                watch(&wakes, &buffer)?;
-                maps[map]
-                    .set(cpu, buffer.as_raw_fd(), 0)
-                    .map_err(io::Error::other)?;
-                buffers.push(buffer);
-            }
-        }
-        Ok(Self {
-            buffers,
+        let mut perf = Self {
+            cpus: Vec::with_capacity(cpus.len()),
+            sizes: [large, large / SHARE as usize],
             most: large.max(MAX_PAGE),
             capacity: bytes / size_of::<End>(),
-            wakes,
-            _maps: maps,
+            wakes: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            maps,
             taken: Taken::default(),
-        })
+        };
+        for cpu in cpus {
+            perf.add(cpu)?;
+        }
+        Ok(perf)
+    }
+
+    /// Makes the buffers of a CPU.
+    fn add(&mut self, number: u32) -> io::Result<()> {
+        let [large, small] = self.sizes;
+        let buffers = [buffer(number, large, small)?, buffer(number, small, 1)?];
+        for (map, buffer) in self.maps.iter_mut().zip(&buffers) {
+            watch(&self.wakes, buffer)?;
+            map.set(number, buffer.as_raw_fd(), 0)
+                .map_err(io::Error::other)?;
+        }
+        self.cpus.push(Cpu {
+            number,
+            buffers,
+            enabled: None,
+        });
+        Ok(())
+    }
+
+    /// Makes the buffers of CPUs that have come online since the last call. A CPU that went and
+    /// came back in between is noticed by the call after the next.
+    pub(super) fn follow_cpus(&mut self) {
+        let Ok(online) = online_cpus() else { return };
+        let Self {
+            cpus, most, taken, ..
+        } = self;
+        cpus.retain_mut(|cpu| {
+            let is_alive = online.contains(&cpu.number) && cpu.is_alive();
+            if !is_alive {
+                cpu.empty(*most, &mut taken.records);
+            }
+            is_alive
+        });
+        for number in online {
+            if self.cpus.iter().any(|cpu| cpu.number == number) {
+                continue;
+            }
+            if let Err(error) = self.add(number) {
+                log::warn!("the events on CPU {number} are lost: no perf buffer: {error}");
+            }
+        }
     }
 
     /// Returns how many CPUs have buffers.
     pub(super) fn cpus(&self) -> usize {
-        (self.buffers.len() / 2).max(1)
+        self.cpus.len().max(1)
     }
 
     /// Takes the records out of the buffers, whose fill level cannot be read, and returns whether
     /// the reader's own memory now holds three quarters of what the buffers can hold.
     pub(super) fn is_nearly_full(&mut self) -> bool {
-        for buffer in &mut self.buffers {
-            empty(buffer, self.most, &mut self.taken.records);
+        for cpu in &mut self.cpus {
+            cpu.empty(self.most, &mut self.taken.records);
         }
         self.taken.records.len() >= self.capacity / 4 * 3
     }
 
     /// Passes the next record to `take`. Returns false if there is none.
     pub(super) fn next(&mut self, take: impl FnOnce(&[u8])) -> bool {
-        let (buffers, most) = (&mut self.buffers, self.most);
+        let (cpus, most) = (&mut self.cpus, self.most);
         let next = self.taken.next(|taken| {
-            for buffer in buffers.iter_mut() {
-                empty(buffer, most, taken);
+            for cpu in cpus.iter_mut() {
+                cpu.empty(most, taken);
             }
         });
         let Some(record) = next else { return false };
         take(&record.bytes[..record.length]);
         true
+    }
+}
+
+impl Cpu {
+    /// Takes the records out of both buffers, each of at most `most` bytes.
+    fn empty(&mut self, most: usize, taken: &mut VecDeque<Record>) {
+        for buffer in &mut self.buffers {
+            empty(buffer, most, taken);
+        }
+    }
+
+    /// Returns whether the kernel has enabled the buffers since the last call.
+    fn is_alive(&mut self) -> bool {
+        let read = self.buffers[0].as_counter_mut().read_full();
+        let enabled = read.ok().and_then(|read| read.time_enabled());
+        let before = std::mem::replace(&mut self.enabled, enabled);
+        enabled.is_none() || enabled != before
     }
 }
 

@@ -70,6 +70,15 @@ impl Signal {
     }
 }
 
+impl Signal {
+    /// Returns the types of the kernel's BTF that the programs of all choices need to load.
+    pub(super) fn targets(&self) -> impl Iterator<Item = Target> {
+        let choices = self.slots.iter().copied().flatten();
+        let hooks = choices.flat_map(|choice| choice.hooks);
+        hooks.filter_map(|(_, point)| point.target())
+    }
+}
+
 impl HookPoint {
     /// Returns the type of the kernel's BTF that a program for it needs to load.
     pub(super) fn target(self) -> Option<Target> {
@@ -105,7 +114,8 @@ use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, Kretprobe, RawTracepoint,
 #[rustfmt::skip]
 const TCP: &[Signal] = &[
     Signal { name: "state", required: true, slots: &[
-        &[best(&[("tcp_state_btf", BtfTracepoint("inet_sock_set_state"))])],
+        &[best(&[("tcp_state_btf", BtfTracepoint("inet_sock_set_state"))]),
+          worse(&[("tcp_state_raw", RawTracepoint("inet_sock_set_state"))], NO_BTF_STATE)],
         &[best(&[("tcp_state_tp", Tracepoint("sock", "inet_sock_set_state"))]),
           worse(&[("tcp_state_raw", RawTracepoint("inet_sock_set_state"))], NO_TRACEFS_STATE)],
     ] },
@@ -185,6 +195,8 @@ const UDP: &[Signal] = &[
     ]] },
 ];
 
+const NO_BTF_STATE: &str =
+    "the kernel has no BTF of its own: a state change takes about 150 ns longer";
 const NO_TRACEFS_STATE: &str =
     "without tracefs, a few per cent of transitions are missed under load on preemptible kernels";
 const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel, in 32-bit programs, and by \

@@ -33,6 +33,18 @@ pub(super) fn make_tracefs_visible() -> io::Result<()> {
     is_tracefs_visible().map(drop)
 }
 
+/// Where the calling thread mounts cgroup v2. The folder exists on every machine.
+const CGROUP: &str = "/sys/fs/cgroup";
+
+/// Mounts cgroup v2 for the calling thread only.
+///
+/// # Errors
+///
+/// The thread lacks `CAP_SYS_ADMIN`.
+pub(super) fn mount_cgroup_v2() -> io::Result<()> {
+    mount_privately("cgroup2", CGROUP)
+}
+
 /// Hides the kernel's BTF from the calling thread only.
 ///
 /// # Errors

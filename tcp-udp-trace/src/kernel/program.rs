@@ -4,7 +4,11 @@ use std::fs;
 
 use aya::programs::{CgroupAttachMode, CgroupSkbAttachType, Program, ProgramError};
 
-use super::{btf::ids, cgroup, plan::HookPoint};
+use super::{
+    btf::ids::{self, Ids},
+    cgroup,
+    plan::HookPoint,
+};
 
 /// The prefix of the name of a system call's function.
 const OF_ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
@@ -22,10 +26,15 @@ pub(super) fn has_kprobes() -> bool {
 }
 
 /// Attaches a program, and loads it if necessary.
-pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<(), ProgramError> {
+pub(super) fn attach_program(
+    program: &mut Program,
+    point: HookPoint,
+    ids: &Ids,
+) -> Result<(), ProgramError> {
     // The program may be loaded already: ahead, or for another hook.
     if program.fd().is_err() {
-        load(program, point, None)?;
+        let ids = point.target().map(|_| ids::for_aya(ids)).transpose()?;
+        load(program, point, ids.as_ref())?;
     }
     match (program, point) {
         (Program::RawTracePoint(program), HookPoint::RawTracepoint(name)) => {
@@ -64,20 +73,12 @@ pub(super) fn attach_program(program: &mut Program, point: HookPoint) -> Result<
     Ok(())
 }
 
-/// Loads a program. The ids of the kernel's BTF that aya needs are in `ids`, or are looked up.
+/// Loads a program. `ids` has the ids of the kernel's BTF, if the hook needs them.
 pub(super) fn load(
     program: &mut Program,
     point: HookPoint,
     ids: Option<&aya::Btf>,
 ) -> Result<(), ProgramError> {
-    let looked_up;
-    let ids = match (ids, point.target()) {
-        (None, Some(target)) => {
-            looked_up = ids::look_up(target)?;
-            Some(&looked_up)
-        }
-        (ids, _) => ids,
-    };
     match (program, point) {
         (Program::RawTracePoint(program), _) => program.load(),
         (Program::TracePoint(program), _) => program.load(),

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     config::{Buffer, Config},
-    error::Error,
+    error::{Error, ErrorKind},
     hook::Hook,
 };
 
@@ -90,31 +90,42 @@ impl Rings {
     }
 }
 
-/// Returns the best buffer that this kernel has.
-pub(super) fn best() -> Buffer {
-    // If the check fails, the load reports the reason.
-    if is_map_supported(MapType::RingBuf).unwrap_or(true) {
-        Buffer::Ring
-    } else {
-        Buffer::Perf
+/// Returns the chosen buffer, or the best one that this kernel has.
+///
+/// # Errors
+///
+/// The chosen buffer is a ring buffer whose writers sleep, which could stop the machine.
+pub(super) fn choose(chosen: Option<Buffer>, ring_sleeps: bool) -> Result<Buffer, Error> {
+    match chosen {
+        Some(Buffer::Ring) if ring_sleeps => Err(Error::new(
+            ErrorKind::Unsupported,
+            "the ring buffer of this real-time kernel sleeps where programs must not: choose perf buffers \
+             (`Buffer::Perf`), or no buffer",
+        )),
+        Some(buffer) => Ok(buffer),
+        None if ring_sleeps => Ok(Buffer::Perf),
+        // If the check fails, the load reports the reason.
+        None if is_map_supported(MapType::RingBuf).unwrap_or(true) => Ok(Buffer::Ring),
+        None => Ok(Buffer::Perf),
     }
 }
 
 /// Returns the hook that names the buffer in use.
-pub(super) fn hook(buffer: Buffer) -> Hook {
+pub(super) fn hook(buffer: Buffer, ring_sleeps: bool) -> Hook {
+    const COST: &str = "an event takes about 80 ns longer, and each CPU has a share of the room";
+    let reason = if ring_sleeps {
+        "the ring buffer of this real-time kernel sleeps"
+    } else {
+        "no ring buffer"
+    };
     let (map, note) = match buffer {
         Buffer::Ring => ("map:ringbuf", None),
-        Buffer::Perf => (
-            "map:perf_event_array",
-            Some(
-                "no ring buffer: an event takes about 80 ns longer, and each CPU has a share of the room",
-            ),
-        ),
+        Buffer::Perf => ("map:perf_event_array", Some(format!("{reason}: {COST}"))),
     };
     Hook {
         signal: "buffer".into(),
         programs: vec![map.into()],
-        note: note.map(Into::into),
+        note,
     }
 }
 
@@ -147,6 +158,14 @@ impl Ring {
         match self {
             Self::Ring(_) => 1,
             Self::Perf(perf) => perf.cpus(),
+        }
+    }
+
+    /// Makes buffers for the CPUs that have come online, whose events were lost so far.
+    pub(crate) fn follow_cpus(&mut self) {
+        match self {
+            Self::Ring(_) => {}
+            Self::Perf(perf) => perf.follow_cpus(),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use nix::time::{ClockId, clock_gettime};
@@ -30,6 +30,9 @@ use crate::{
 /// How many records the reader takes before it yields to other tasks.
 pub(super) const BATCH: usize = 256;
 
+/// The shortest time between two looks at the CPUs.
+const FOLLOW_AFTER: Duration = Duration::from_millis(100);
+
 /// Counts the events that reach user space, by kind.
 #[derive(Debug, Default)]
 struct Tally {
@@ -47,6 +50,8 @@ pub(super) struct Source {
     malformed: u64,
     /// Losses in the ring that are already in the stream.
     lost: u64,
+    /// The losses until the last look at the CPUs, and its time.
+    followed: (u64, Option<Instant>),
     pub(super) protocol: Protocol,
     flows: Flows,
     samples: Arc<PendingSamples>,
@@ -70,6 +75,7 @@ impl Source {
             tally: Tally::default(),
             malformed: 0,
             lost: 0,
+            followed: (0, None),
             protocol,
             flows,
             samples,
@@ -138,6 +144,7 @@ impl Source {
     /// Moves up to [`BATCH`] records to `batch`. Returns their number, and the number of samples
     /// among them. Fewer than [`BATCH`] means that the ring is empty.
     pub(super) fn read(&mut self, batch: &mut Vec<Event>) -> (usize, u64) {
+        self.follow_cpus();
         let clock = clock().with_offset(self.kernel.time_offset);
         let Self {
             kernel,
@@ -250,6 +257,16 @@ impl Source {
         self.report_losses(lost as u32, batch);
     }
 
+    /// If events were lost, looks for CPUs that have come online.
+    fn follow_cpus(&mut self) {
+        let (lost, at) = self.followed;
+        if lost == self.lost || at.is_some_and(|at| at.elapsed() < FOLLOW_AFTER) {
+            return;
+        }
+        self.followed = (self.lost, Some(Instant::now()));
+        self.ring.get_mut().follow_cpus();
+    }
+
     /// Reports losses that no record has followed yet. `lost` is the total, modulo 2³².
     pub(super) fn report_losses(&mut self, lost: u32, batch: &mut Vec<Event>) {
         let gap = new_losses(&mut self.lost, lost);
@@ -263,6 +280,7 @@ impl Source {
                 uptime,
             ));
         }
+        self.follow_cpus();
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::initramfs::Job;
+use super::{initramfs::Job, machine::Guest};
 use crate::{
     process,
     report::{Output, PATIENCE},
@@ -80,23 +80,28 @@ pub(super) enum Ended {
 /// Boots a guest and waits for its end.
 ///
 /// Copies the console to `log`, and the output of the tests also to standard output, each line
-/// after `name`.
+/// after the guest's name.
 pub(super) fn boot(
     job: &Job<'_>,
-    name: &str,
+    guest: Guest,
     vmlinuz: &Path,
     initrd: &Path,
     log: &Path,
 ) -> Result<Ended> {
     let arch = job.arch;
+    let name = guest.name(arch);
+    let (parameters, options) = guest
+        .machine
+        .map_or(("", &[][..]), |machine| (machine.parameters, machine.qemu));
     let mut qemu = Qemu(
         Command::new(arch.qemu)
             .args(arch.machine)
             .args(HARDWARE)
             .args(job.qemu)
+            .args(options)
             .arg("-append")
             .arg(format!(
-                "console={} {PARAMETERS} {}",
+                "console={} {PARAMETERS} {} {parameters}",
                 arch.console, job.parameters
             ))
             .arg("-kernel")

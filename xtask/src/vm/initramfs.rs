@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use super::{cpio::Archive, kernel::Installed, modules, userland::Userland};
+use super::{cpio::Archive, kernel::Installed, machine::Guest, modules, userland::Userland};
 use crate::{arch::Arch, process};
 
 /// The program that runs in a guest.
@@ -47,11 +47,11 @@ const FOLDERS: &[&str] = &[
     "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", "/bin", "/sbin",
 ];
 
-/// Builds an image that runs the job's program with `args` on the kernel `name`, and ends.
+/// Builds an image that runs the job's program with `args`, and ends.
 ///
 /// It is not compressed, because the guest would be slow to unpack it.
 pub(super) fn build(
-    name: &str,
+    guest: Guest,
     kernel: &Installed,
     job: &Job<'_>,
     args: &[OsString],
@@ -67,10 +67,19 @@ pub(super) fn build(
         "/etc/hosts".to_owned(),
         b"127.0.0.1 localhost\n::1 localhost\n".to_vec(),
     );
-    let default_tests_of = job.only_default_tests.then_some(name);
+    let name = guest.kernel.name_on(job.arch);
+    let variable = match guest.machine {
+        None => job
+            .only_default_tests
+            .then(|| format!("TUT_DEFAULT_TESTS_OF={name}")),
+        Some(machine) => args
+            .is_empty()
+            .then(|| format!("TUT_TESTS={}", machine.tests.join(","))),
+    };
+    let commands = guest.machine.map_or("", |machine| machine.commands);
     files.insert(
         "/tests/run".to_owned(),
-        run_script(args, default_tests_of).into_bytes(),
+        run_script(args, commands, variable).into_bytes(),
     );
     add_program(&mut files, userland, job.program, "/tests/integration")?;
     for (path, destination) in job.files {
@@ -96,17 +105,18 @@ pub(super) fn build(
     Ok(archive(&files))
 }
 
-/// Returns a script with the arguments. The kernel's command line would need another quoting.
-fn run_script(args: &[OsString], default_tests_of: Option<&str>) -> String {
-    let variable = default_tests_of
-        .map(|kernel| format!("export TUT_DEFAULT_TESTS_OF={kernel}\n"))
+/// Returns a script that prepares the machine, and runs the tests with the arguments. The kernel's
+/// command line would need another quoting.
+fn run_script(args: &[OsString], commands: &str, variable: Option<String>) -> String {
+    let variable = variable
+        .map(|variable| format!("export {variable}\n"))
         .unwrap_or_default();
     let words: Vec<_> = args
         .iter()
         .map(|arg| process::quote(&arg.to_string_lossy()))
         .collect();
     format!(
-        "#!/bin/sh\n{variable}exec /tests/integration {}\n",
+        "#!/bin/sh\n{commands}\n{variable}exec /tests/integration {}\n",
         words.join(" ")
     )
 }

@@ -13,53 +13,123 @@ use crate::{apt::Archive, arch::Arch, workspace};
 pub(crate) struct Kernel {
     /// The name for `--vm`.
     pub(crate) name: &'static str,
+    /// Whether `--vm extra` names it, and not `--vm all`. `.ci/run` has no time for it.
+    pub(crate) is_extra: bool,
     suite: &'static str,
-    /// The names of its packages are `PREFIX`, a part that changes with each update, `-cloud-`,
+    /// The names of its packages are `PREFIX`, a part that changes with each update, the flavour,
     /// Debian's architecture, and `SUFFIX`.
     prefixes: &'static [&'static str],
     moving_part_starts_with: &'static str,
+    flavour: &'static str,
     suffix: &'static str,
     /// About how many seconds the default tests take, on two cores with two guests at a time. The
     /// guest that takes longest starts first, so that no core is idle while the last one runs.
     pub(super) seconds: u32,
 }
 
-/// The oldest supported kernel, two long-term ones, and the newest.
+/// The flavour of small kernels for virtual machines.
+const CLOUD: &str = "cloud";
+/// The flavour of real-time kernels (`CONFIG_PREEMPT_RT`).
+const REAL_TIME: &str = "rt";
+
+/// The packages of a kernel: one, and since 7.2 one more for the modules.
+const ONE_PACKAGE: &[&str] = &["linux-image-"];
+const TWO_PACKAGES: &[&str] = &["linux-binary-", "linux-modules-"];
+
+/// The oldest supported kernel, two long-term ones and a new one, then those that run only on
+/// request: the newest of any suite, and real-time kernels.
 ///
-/// They are Debian's, because one mirror has them all. The flavour is cloud, because it is small.
+/// They are Debian's, because one mirror has them all.
 pub(crate) const KERNELS: &[Kernel] = &[
     Kernel {
         name: "5.10",
+        is_extra: false,
         suite: "bullseye",
-        prefixes: &["linux-image-"],
+        prefixes: ONE_PACKAGE,
         moving_part_starts_with: "5.10.",
+        flavour: CLOUD,
         suffix: "-unsigned",
         seconds: 340,
     },
     Kernel {
         name: "6.1",
+        is_extra: false,
         suite: "bookworm",
-        prefixes: &["linux-image-"],
+        prefixes: ONE_PACKAGE,
         moving_part_starts_with: "6.1.",
+        flavour: CLOUD,
         suffix: "-unsigned",
         seconds: 330,
     },
     Kernel {
         name: "6.12",
+        is_extra: false,
         suite: "trixie",
-        prefixes: &["linux-image-"],
+        prefixes: ONE_PACKAGE,
         moving_part_starts_with: "6.12.",
+        flavour: CLOUD,
         suffix: "-unsigned",
         seconds: 500,
     },
     Kernel {
         name: "7.2",
+        is_extra: false,
         suite: "sid",
-        // The first is the kernel. Newer packages have the modules apart.
-        prefixes: &["linux-binary-", "linux-modules-"],
+        prefixes: TWO_PACKAGES,
         moving_part_starts_with: "7.2.",
+        flavour: CLOUD,
         suffix: "",
         seconds: 490,
+    },
+    Kernel {
+        name: "7.3",
+        is_extra: true,
+        suite: "trixie-backports",
+        prefixes: TWO_PACKAGES,
+        moving_part_starts_with: "7.3.",
+        flavour: CLOUD,
+        suffix: "",
+        seconds: 500,
+    },
+    Kernel {
+        name: "5.10-rt",
+        is_extra: true,
+        suite: "bullseye",
+        prefixes: ONE_PACKAGE,
+        moving_part_starts_with: "5.10.",
+        flavour: REAL_TIME,
+        suffix: "-unsigned",
+        seconds: 500,
+    },
+    Kernel {
+        name: "6.1-rt",
+        is_extra: true,
+        suite: "bookworm",
+        prefixes: ONE_PACKAGE,
+        moving_part_starts_with: "6.1.",
+        flavour: REAL_TIME,
+        suffix: "-unsigned",
+        seconds: 500,
+    },
+    Kernel {
+        name: "6.12-rt",
+        is_extra: true,
+        suite: "trixie",
+        prefixes: ONE_PACKAGE,
+        moving_part_starts_with: "6.12.",
+        flavour: REAL_TIME,
+        suffix: "-unsigned",
+        seconds: 700,
+    },
+    Kernel {
+        name: "7.3-rt",
+        is_extra: true,
+        suite: "trixie-backports",
+        prefixes: TWO_PACKAGES,
+        moving_part_starts_with: "7.3.",
+        flavour: REAL_TIME,
+        suffix: "",
+        seconds: 700,
     },
 ];
 
@@ -127,7 +197,7 @@ impl Kernel {
         let [kernel_prefix, ..] = self.prefixes else {
             bail!("no packages in the table")
         };
-        let suffix = format!("-cloud-{}{}", arch.debian, self.suffix);
+        let suffix = format!("-{}-{}{}", self.flavour, arch.debian, self.suffix);
         let release = archive
             .package_names(kernel_prefix)?
             .iter()

@@ -5,12 +5,9 @@
 //! one name. So it gets BTF in which the needed types have the same ids, and all other types have
 //! no names.
 
-use std::io;
+use aya::{BtfError, Endianness};
 
-use aya::{BtfError, Endianness, programs::ProgramError};
-
-use super::{Btf, MAGIC, VERSION, kind, offsets};
-use crate::error::Error;
+use super::{Btf, MAGIC, VERSION, kind};
 
 /// A type that aya looks up by its name.
 #[derive(Debug, Clone)]
@@ -53,20 +50,6 @@ pub(in crate::kernel) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = T
         .filter_map(|target| Some((btf.id(target.kind, &target.name)?, target)))
         .map(|(id, target)| (target, id))
         .collect()
-}
-
-/// Returns BTF with one target, if the running kernel has it.
-///
-/// # Errors
-///
-/// The kernel's BTF cannot be read.
-pub(in crate::kernel) fn look_up(target: Target) -> Result<aya::Btf, ProgramError> {
-    let ids = || {
-        let vmlinux = offsets::read_btf()?;
-        Ok::<_, Error>(find(&offsets::parse(&vmlinux)?, [target]))
-    };
-    let ids = ids().map_err(io::Error::other)?;
-    Ok(for_aya(&ids)?)
 }
 
 /// Returns BTF with these targets.

@@ -18,6 +18,7 @@
 
 pub(in crate::kernel) mod ids;
 pub(in crate::kernel) mod offsets;
+pub(in crate::kernel) mod source;
 
 use thiserror::Error;
 

@@ -1,58 +1,16 @@
 //! Finds the offsets of the fields that the programs read on the running kernel.
 
-use std::{
-    fs::File,
-    io::{self, Read as _},
-};
-
 use nix::unistd::{SysconfVar, sysconf};
 use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
 
 use super::Btf;
 use crate::error::{Error, ErrorKind};
 
-/// The kernel's description of its own types.
-const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
-
-/// More room than the BTF takes. Unused room costs nothing. When an allocation of up to 32 MiB is
-/// freed, glibc raises its threshold for large allocations, and then keeps megabytes that the
-/// process does not need any more.
-const CAPACITY: usize = 33 << 20;
-
 /// Required fields. Without any other field, only one detail is missing.
 const REQUIRED: &[Field] = {
     use Field::{Family, LocalPort, Protocol, RemotePort, State};
     &[Family, LocalPort, Protocol, RemotePort, State]
 };
-
-/// Reads the running kernel's BTF.
-pub(in crate::kernel) fn read_btf() -> Result<Vec<u8>, Error> {
-    let mut btf = Vec::with_capacity(CAPACITY);
-    let read = File::open(VMLINUX).and_then(|mut file| file.read_to_end(&mut btf));
-    read.map(|_| btf).map_err(|source| {
-        let (kind, message) = match source.kind() {
-            io::ErrorKind::NotFound => (
-                ErrorKind::Unsupported,
-                "this kernel has no BTF (or /sys is not mounted): a kernel of at least 5.10 built with \
-                 CONFIG_DEBUG_INFO_BTF=y is needed",
-            ),
-            io::ErrorKind::PermissionDenied => (ErrorKind::Permission, "the kernel's BTF may not be read"),
-            _ => (ErrorKind::Unsupported, "the kernel's BTF cannot be read"),
-        };
-        Error::new(kind, format!("{VMLINUX}: {message}")).with_source(source)
-    })
-}
-
-/// Parses the kernel's BTF.
-pub(in crate::kernel) fn parse(btf: &[u8]) -> Result<Btf<'_>, Error> {
-    Btf::parse(btf).map_err(|source| {
-        Error::new(
-            ErrorKind::Unsupported,
-            format!("{VMLINUX} is not readable: {source}"),
-        )
-        .with_source(source)
-    })
-}
 
 /// Looks up every field.
 pub(in crate::kernel) fn resolve(btf: &Btf<'_>) -> Result<Offsets, Error> {
@@ -172,6 +130,25 @@ pub(in crate::kernel) fn allocates_on_demand(btf: &Btf<'_>) -> bool {
     btf.field("bpf_htab.ma.cache").is_some()
 }
 
+/// Returns whether writers of the ring buffer take a lock that sleeps on this kernel.
+///
+/// Programs at tracepoints must not sleep. On real-time kernels, `spinlock_t` sleeps, and the ring
+/// buffer [had such a lock][raw] before Linux 6.12 and its backports.
+///
+/// [raw]: https://git.kernel.org/torvalds/c/8b62645b09f870d70c7910e7550289d444239a46
+pub(in crate::kernel) fn ring_buffer_sleeps(btf: &Btf<'_>) -> bool {
+    btf.field(&format!("bpf_ringbuf.spinlock.{SLEEPS}"))
+        .is_some()
+}
+
+/// The member of a `spinlock_t` that sleeps: on real-time kernels, it is an `rt_mutex`.
+const SLEEPS: &str = "lock.wait_lock";
+
+/// Returns whether writers of a map of networks take a lock that sleeps on this kernel.
+pub(in crate::kernel) fn networks_sleep(btf: &Btf<'_>) -> bool {
+    btf.field(&format!("lpm_trie.lock.{SLEEPS}")).is_some()
+}
+
 /// Returns whether this kernel verifies the loops of `image` in milliseconds.
 ///
 /// The verifiers of 5.10 and 6.1 take minutes, because they track irrelevant numbers in programs
@@ -192,16 +169,16 @@ pub(in crate::kernel) fn verifies_images_of_udp(btf: &Btf<'_>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::source::read_own, *};
 
     #[test]
     #[cfg_attr(miri, ignore = "reads files of the kernel")]
     fn the_running_kernel_has_every_field() {
-        let Ok(btf) = read_btf() else {
+        let Ok(btf) = read_own() else {
             println!("skipped: this kernel has no BTF");
             return;
         };
-        let btf = parse(&btf).expect("the running kernel's BTF");
+        let btf = Btf::parse(&btf).expect("the running kernel's BTF");
         let offsets = resolve(&btf).expect("the fields of the running kernel");
         let missing: Vec<_> = offsets
             .iter()
@@ -215,7 +192,7 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "reads files of the kernel")]
     fn tcp_info_matches_the_running_kernel() {
-        let Ok(btf) = read_btf() else {
+        let Ok(btf) = read_own() else {
             println!("skipped: this kernel has no BTF");
             return;
         };
@@ -235,20 +212,14 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "reads files of the kernel")]
     fn the_running_kernel_saves_registers_below_the_end_of_a_stack() {
-        let Ok(btf) = read_btf() else {
+        let Ok(btf) = read_own() else {
             println!("skipped: this kernel has no BTF");
             return;
         };
-        let at = registers(&parse(&btf).expect("the running kernel's BTF"));
+        let at = registers(&Btf::parse(&btf).expect("the running kernel's BTF"));
         assert!(
             (15 << 10..64 << 10).contains(&at) && at.is_multiple_of(8),
             "{at}"
         );
-    }
-
-    #[test]
-    fn malformed_btf_is_an_unsupported_kernel() {
-        let error = parse(b"not BTF").err().expect("not BTF");
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
 }
