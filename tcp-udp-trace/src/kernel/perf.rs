@@ -39,6 +39,8 @@ pub(crate) struct Perf {
     /// The maps of the buffers. A map drops its buffers when it is closed.
     maps: [BufferMap; 2],
     taken: Taken,
+    /// A CPU has no buffers because they could not be made.
+    has_warned: bool,
 }
 
 /// The buffers of a CPU.
@@ -76,6 +78,7 @@ impl Perf {
             wakes: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             maps,
             taken: Taken::default(),
+            has_warned: false,
         };
         for cpu in cpus {
             perf.add(cpu)?;
@@ -119,7 +122,10 @@ impl Perf {
                 continue;
             }
             if let Err(error) = self.add(number) {
-                log::warn!("the events on CPU {number} are lost: no perf buffer: {error}");
+                // A later call tries again, but one warning is enough.
+                if !std::mem::replace(&mut self.has_warned, true) {
+                    log::warn!("the events on CPU {number} are lost: no perf buffer: {error}");
+                }
             }
         }
     }
