@@ -7,7 +7,7 @@ use aya::{Ebpf, programs::ProgramError};
 use super::{
     cgroup,
     errors::{self, chain},
-    plan::{Choice, HookPoint, Signal},
+    plan::{Abilities, Choice, HookPoint, Signal},
     private_mounts,
     privileges::Privileges,
     program::{attach_program, unload},
@@ -22,6 +22,7 @@ use crate::{
 pub(super) fn attach(
     ebpf: &mut Ebpf,
     plan: &[&Signal],
+    abilities: Abilities,
     protocol: Protocol,
 ) -> Result<Vec<Hook>, Error> {
     // On a thread of its own, which may have a tracefs that the rest of the process does not see.
@@ -33,7 +34,7 @@ pub(super) fn attach(
                     log::info!("no tracefs: {error}");
                 }
                 plan.iter()
-                    .map(|signal| attach_signal(ebpf, signal, protocol, tracefs.is_ok()))
+                    .map(|signal| attach_signal(ebpf, signal, abilities, protocol, tracefs.is_ok()))
                     .collect()
             })
             .or_error(ErrorKind::Load, "no thread to attach the hooks")?;
@@ -46,6 +47,7 @@ pub(super) fn attach(
 fn attach_signal(
     ebpf: &mut Ebpf,
     signal: &Signal,
+    abilities: Abilities,
     protocol: Protocol,
     has_tracefs: bool,
 ) -> Result<Hook, Error> {
@@ -56,7 +58,9 @@ fn attach_signal(
     };
     let mut refusal = None;
     for slot in signal.slots {
-        for choice in *slot {
+        let is_exact =
+            |choice: &&Choice| !(choice.if_not_preempted && abilities.preempts_tracepoints);
+        for choice in slot.iter().filter(is_exact) {
             let attached = if has_tracefs || !choice.needs_tracefs() {
                 attach_choice(ebpf, choice)
             } else {
