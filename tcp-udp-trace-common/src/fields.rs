@@ -19,12 +19,27 @@ pub struct WantedField {
     pub size: u32,
 }
 
+/// Returns whether a path begins in `struct sock`.
+const fn is_of_sock(path: &str) -> bool {
+    matches!(path.as_bytes(), [b's', b'o', b'c', b'k', b'.', ..])
+}
+
 macro_rules! fields {
     ($($(#[$cfg:meta])? $name:ident: $size:literal = $path:literal,)+) => {
         /// A field of a kernel structure: an index into [`FIELDS`] and [`Offsets`].
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Field {
             $($(#[$cfg])? #[doc = concat!("`", $path, "`")] $name,)+
+        }
+
+        impl Field {
+            /// Returns whether the field is in `struct sock`.
+            #[inline(always)]
+            pub const fn is_of_sock(self) -> bool {
+                match self {
+                    $($(#[$cfg])? Self::$name => is_of_sock($path),)+
+                }
+            }
         }
 
         /// Every field, in the order of [`Field`].

@@ -100,6 +100,17 @@ fn udp_empty(_ctx: SkBuffContext) -> i32 {
 /// Looks a socket up in a hash map, and adds to two numbers.
 #[cgroup_skb(egress)]
 fn udp_count(ctx: SkBuffContext) -> i32 {
+    count(&ctx)
+}
+
+/// Does the same for the socket that receives.
+#[cgroup_skb(ingress)]
+fn udp_count_in(ctx: SkBuffContext) -> i32 {
+    count(&ctx)
+}
+
+#[inline(always)]
+fn count(ctx: &SkBuffContext) -> i32 {
     // SAFETY: the context is an skb with a socket.
     let key = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     match TOTALS.get_ptr_mut(key) {

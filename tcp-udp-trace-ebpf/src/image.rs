@@ -31,13 +31,13 @@ const MAX_STEPS: u32 = 40;
 /// The maximum number of pieces of a command line.
 const MAX_PIECES: u32 = MAX_ARGUMENTS.div_ceil(PIECE) as u32;
 
-/// Returns [`Owner::exec`], or 0 if images are disabled.
+/// Returns [`Owner::exec`] from the kernel's number, or 0 if images are disabled.
 #[inline(always)]
-pub(crate) fn exec(leader: u64) -> u16 {
+pub(crate) fn exec(number: impl FnOnce() -> u64) -> u16 {
     if IMAGES.load() == 0 {
         return 0;
     }
-    read::<u64>(leader, Field::ExecId) as u16
+    number() as u16
 }
 
 /// Writes the image of the current process, if images are enabled and this image is new.

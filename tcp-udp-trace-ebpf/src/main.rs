@@ -121,6 +121,12 @@ fn tcp_end_raw(ctx: RawTracePointContext) -> i32 {
     0
 }
 
+#[btf_tracepoint(function = "tcp_destroy_sock")]
+fn tcp_end_btf(ctx: BtfTracePointContext) -> i32 {
+    tcp::destroyed(ctx.as_ptr(), Sock::new(ctx.arg(0)));
+    0
+}
+
 #[tracepoint]
 fn tcp_end_tp(ctx: TracePointContext) -> u32 {
     tcp::destroyed(ctx.as_ptr(), Sock::new(field(&ctx, 8)));

@@ -3,22 +3,18 @@
 
 use core::sync::atomic::{Ordering, compiler_fence};
 
-use aya_ebpf::{
-    Global,
-    helpers::{
-        bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-        generated::{bpf_get_current_cgroup_id, bpf_get_current_task_btf},
-    },
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid, bpf_get_current_uid_gid, generated::bpf_get_current_cgroup_id,
 };
 use tcp_udp_trace_common::{ABSENT, Field, Owner, Tracked, User, origin};
 
 use crate::{
     emit::Context,
     image,
-    read::{current_task, offset, read, read_at, read_into},
+    read::{current_task, offset, read, read_at},
     sock::{Sock, cgroup_id},
     syscall,
-    task::leader,
+    task::{Task, leader},
 };
 
 /// An owner that is not known.
@@ -54,7 +50,7 @@ pub(crate) fn current(ctx: Context, origin: u16) -> Owner {
 /// Other CPUs may read the owner meanwhile, see [`set_once`].
 #[inline(always)]
 pub(crate) fn set_current_once(ctx: Context, to: &mut Owner, origin: u16) {
-    if read::<u32>(current_task(), Field::TaskFlags) & WORKER == 0 {
+    if Task::current().get::<u32>(Field::TaskFlags) & WORKER == 0 {
         set_current(ctx, to, origin);
     }
 }
@@ -63,13 +59,13 @@ pub(crate) fn set_current_once(ctx: Context, to: &mut Owner, origin: u16) {
 #[inline(always)]
 pub(crate) fn set_current(ctx: Context, to: &mut Owner, origin: u16) {
     let pid_tgid = bpf_get_current_pid_tgid();
-    let leader = leader(current_task());
+    let leader = Task::current().leader();
     to.pid = (pid_tgid >> 32) as u32;
     to.tid = pid_tgid as u32;
     to.uid = bpf_get_current_uid_gid() as u32;
-    to.exec = image::exec(leader);
-    read_into(&mut to.comm, leader, Field::Comm);
-    read_into(&mut to.started, leader, Field::Started);
+    to.exec = image::exec(|| leader.get(Field::ExecId));
+    to.comm = leader.get(Field::Comm);
+    to.started = leader.get(Field::Started);
     // SAFETY: the helper takes no argument and cannot fail.
     to.cgroup = unsafe { bpf_get_current_cgroup_id() };
     image::write_if_new(ctx, to);
@@ -86,7 +82,7 @@ pub(crate) fn of_task(task: u64, origin: u16) -> Owner {
         tid: pid,
         uid: read(read(task, Field::Cred), Field::CredUid),
         origin,
-        exec: image::exec(leader),
+        exec: image::exec(|| read(leader, Field::ExecId)),
         comm: read(leader, Field::Comm),
         started: read(leader, Field::Started),
         cgroup: cgroup(task),
@@ -99,26 +95,10 @@ fn cgroup(task: u64) -> u64 {
     cgroup_id(read(read(task, Field::TaskCgroups), Field::CssSetCgroup))
 }
 
-/// Not 0 if programs of all types may load the fields of the current task. User space sets it.
-#[unsafe(no_mangle)]
-static TYPED_TASK: Global<u8> = Global::new(0);
-
 /// Returns the pid of the current process, also in programs that cannot call the helper for it.
 #[inline(always)]
 pub(crate) fn current_tgid() -> u32 {
-    match offset(Field::Tgid) {
-        ABSENT => 0,
-        offset if TYPED_TASK.load() == 0 => read_at(current_task() + u64::from(offset)),
-        // SAFETY: the helper returns the current task, and the verifier checks that the field is in
-        // it.
-        offset => unsafe {
-            bpf_get_current_task_btf()
-                .cast::<u8>()
-                .add(offset as usize)
-                .cast::<u32>()
-                .read_volatile()
-        },
-    }
+    Task::current().get(Field::Tgid)
 }
 
 /// Makes the current process the user of a socket, unless the current task is a kernel thread. If

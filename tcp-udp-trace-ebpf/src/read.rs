@@ -1,10 +1,13 @@
 //! Reads of kernel memory, and of the clock.
 
-use core::mem::MaybeUninit;
+use core::{mem::MaybeUninit, ptr};
 
-use aya_ebpf::helpers::{
-    bpf_ktime_get_boot_ns,
-    generated::{bpf_get_current_task, bpf_probe_read_kernel},
+use aya_ebpf::{
+    Global,
+    helpers::{
+        bpf_ktime_get_boot_ns,
+        generated::{bpf_get_current_task, bpf_probe_read_kernel},
+    },
 };
 use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
 
@@ -13,6 +16,11 @@ use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
 /// lacks.
 #[unsafe(no_mangle)]
 static OFFSETS: Offsets = [ABSENT; FIELDS.len()];
+
+/// Not 0 if programs of all types may load the fields of the current task, and if the cgroup of a
+/// socket is a pointer with a type. User space sets it.
+#[unsafe(no_mangle)]
+static TYPED: Global<u8> = Global::new(0);
 
 /// An integer, or the words of a larger value. Any bytes are a valid value.
 pub(crate) trait Plain: Copy {
@@ -38,6 +46,16 @@ plain! {
     [u16; 4] = [0; 4],
     // The fields that find the headers of a packet.
     [u64; 5] = [0; 5],
+}
+
+impl Plain for *const u8 {
+    const ZERO: Self = ptr::null();
+}
+
+/// Returns whether the verifier knows the types of the current task and of a socket's cgroup.
+#[inline(always)]
+pub(crate) fn is_typed() -> bool {
+    TYPED.load() != 0
 }
 
 /// Returns whether this kernel has `field`.
@@ -75,6 +93,19 @@ pub(crate) fn read_at<T: Plain>(address: u64) -> T {
     probe_read(value.as_mut_ptr(), address);
     // SAFETY: the helper has written all of it.
     unsafe { value.assume_init() }
+}
+
+/// Loads `field` of a structure whose type the verifier knows, or 0 if the kernel lacks the field or
+/// the pointer is bad. A load is ten times as fast as the helper.
+#[inline(always)]
+pub(crate) fn load<T: Plain>(base: *const u8, field: Field) -> T {
+    match offset(field) {
+        ABSENT => T::ZERO,
+        // SAFETY: the verifier checks that the field is in the structure, and a load through a bad
+        // pointer returns 0. Volatile, because the compiler must not load another size than the
+        // field's.
+        offset => unsafe { base.add(offset as usize).cast::<T>().read_volatile() },
+    }
 }
 
 /// Reads `field` of the structure at `base` into its destination, which saves a copy.

@@ -3,9 +3,9 @@
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::generated::bpf_skc_to_tcp_sock;
-use tcp_udp_trace_common::{ABSENT, AF_INET, AF_INET6, Field, Peer};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
-use crate::read::{Plain, current_task, has, offset, read, read_at, read_into};
+use crate::read::{Plain, current_task, has, is_typed, load, offset, read, read_at, read_into};
 
 const IPPROTO_TCP: u16 = 6;
 pub(crate) const IPPROTO_UDP: u16 = 17;
@@ -76,11 +76,36 @@ pub(crate) trait Socket: Copy {
         }
     }
 
+    /// Returns the listener that this socket was just cloned from, if the socket is a clone.
+    ///
+    /// The kernel clones a socket byte by byte, and an empty list points to itself. Until the
+    /// kernel initializes the clone's own list, that list points into the listener. This is not
+    /// documented, so the caller checks the result.
+    #[inline(always)]
+    fn listener(self) -> Option<Sock> {
+        if !has(Field::SentQueue) {
+            return None;
+        }
+        let list = self.get::<u64>(Field::SentQueue);
+        Some(Sock(list.wrapping_sub(offset(Field::SentQueue).into())))
+    }
+
     /// Returns the inode and the cookie of the socket's network namespace.
     #[inline(always)]
     fn netns(self) -> (u32, u64) {
         let net = self.get::<u64>(Field::Net);
         (read(net, Field::NetInode), read(net, Field::NetCookie))
+    }
+
+    /// Returns the id of the socket's cgroup (v2), or 0 if it has none.
+    #[inline(always)]
+    fn cgroup(self) -> u64 {
+        let cgroup = self.get::<u64>(Field::Cgroup);
+        // Before 5.15, an odd value is not a pointer but a network class of cgroup v1.
+        if cgroup == 0 || cgroup & 1 == 1 {
+            return 0;
+        }
+        cgroup_id(cgroup)
     }
 }
 
@@ -150,7 +175,12 @@ impl Socket for &SockCopy {
 /// A pointer that the verifier knows to be to a `struct tcp_sock`. Its fields are loaded like any
 /// other memory, which is ten times as fast as the helper.
 #[derive(Clone, Copy)]
-pub(crate) struct TcpSock(*const u8);
+pub(crate) struct TcpSock {
+    /// The argument of the program. Since Linux 6.2, the verifier knows that this pointer is valid,
+    /// so a load needs no check of the address.
+    sk: *const u8,
+    tcp: *const u8,
+}
 
 impl TcpSock {
     /// Returns the TCP socket at `sk`, or `None` if it is not a TCP socket. The verifier must know
@@ -160,20 +190,22 @@ impl TcpSock {
         // SAFETY: the helper checks the type. The verifier refuses the program if `sk` is not a
         // socket.
         let tcp = unsafe { bpf_skc_to_tcp_sock(sk) };
-        (!tcp.is_null()).then_some(Self(tcp.cast_const().cast()))
+        (!tcp.is_null()).then_some(Self {
+            sk: sk.cast_const().cast(),
+            tcp: tcp.cast_const().cast(),
+        })
     }
 }
 
 impl Socket for TcpSock {
     #[inline(always)]
     fn get<T: Plain>(self, field: Field) -> T {
-        match offset(field) {
-            ABSENT => T::ZERO,
-            // SAFETY: the kernel has checked that this is a TCP socket, and the verifier checks
-            // that the field is in it. Volatile, because the compiler must not load another size
-            // than the field's.
-            offset => unsafe { self.0.add(offset as usize).cast::<T>().read_volatile() },
-        }
+        let base = if field.is_of_sock() {
+            self.sk
+        } else {
+            self.tcp
+        };
+        load(base, field)
     }
 
     #[inline(always)]
@@ -184,25 +216,38 @@ impl Socket for TcpSock {
     /// The verifier knows the type of this pointer as well.
     #[inline(always)]
     fn socket_state(self) -> u32 {
-        let (socket, state) = (offset(Field::SkSocket), offset(Field::SocketState));
-        if socket == ABSENT || state == ABSENT {
-            return 0;
+        follow(self.get(Field::SkSocket), Field::SocketState)
+    }
+
+    #[inline(always)]
+    fn netns(self) -> (u32, u64) {
+        let net = self.get(Field::Net);
+        (follow(net, Field::NetInode), follow(net, Field::NetCookie))
+    }
+
+    #[inline(always)]
+    fn cgroup(self) -> u64 {
+        if !is_typed() {
+            return Sock::new(self.sk as u64).cgroup();
         }
-        // SAFETY: the verifier checks both loads. A load through a bad pointer returns 0.
-        unsafe {
-            let socket = self.0.add(socket as usize).cast::<*const u8>();
-            let socket = socket.read_volatile();
-            if socket.is_null() {
-                return 0;
-            }
-            socket.add(state as usize).cast::<u32>().read_volatile()
-        }
+        let node: *const u8 = follow(self.get(Field::Cgroup), Field::CgroupNode);
+        follow(node, Field::CgroupNodeId)
     }
 
     /// [`TcpSock::new`] has checked that.
     #[inline(always)]
     fn is_tcp(self) -> bool {
         true
+    }
+}
+
+/// Loads a field through a pointer that was itself loaded, or returns 0 if the pointer is null.
+#[inline(always)]
+fn follow<T: Plain>(pointer: *const u8, field: Field) -> T {
+    if pointer.is_null() {
+        T::ZERO
+    } else {
+        load(pointer, field)
     }
 }
 
@@ -268,32 +313,6 @@ impl Sock {
     #[inline(always)]
     pub(crate) fn has_file(self) -> bool {
         read::<u64>(self.get(Field::SkSocket), Field::SocketFile) != 0
-    }
-
-    /// Returns the id of the socket's cgroup (v2), or 0 if it has none.
-    #[inline(always)]
-    pub(crate) fn cgroup(self) -> u64 {
-        let cgroup = self.get::<u64>(Field::Cgroup);
-        // Before 5.15, an odd value is not a pointer but a network class of cgroup v1.
-        if cgroup == 0 || cgroup & 1 == 1 {
-            return 0;
-        }
-        cgroup_id(cgroup)
-    }
-
-    /// Returns the listener that this socket was just cloned from, if the listener can be found.
-    ///
-    /// The kernel clones a socket byte by byte, and an empty list points to itself. Until the
-    /// kernel initializes the clone's own list, that list points into the listener. This is not
-    /// documented, so the caller checks the result.
-    #[inline(always)]
-    pub(crate) fn listener(self) -> Option<Self> {
-        if !has(Field::SentQueue) {
-            return None;
-        }
-        let list = self.0 + u64::from(offset(Field::SentQueue));
-        let listener = read_at::<u64>(list).wrapping_sub(u64::from(offset(Field::SentQueue)));
-        (listener != self.0).then_some(Self(listener))
     }
 
     /// Returns the two ends of a connection, or of a future one. An IPv4-mapped address becomes its

@@ -30,7 +30,7 @@ use nix::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
-use tcp_udp_trace::{Event, EventKind, TcpTracer, TracerHandle, UdpTracer};
+use tcp_udp_trace::{Event, EventKind, Filter, TcpTracer, TracerHandle, UdpTracer};
 
 use crate::subject::Protocol;
 
@@ -46,6 +46,9 @@ const TCP: &str = "ours";
 const TCP_README: &str = "ours: README's program";
 const TCP_EVERYTHING: &str = "ours: everything, samples each second";
 const TCP_QUEUE: &str = "ours, queue of 262,144";
+const TCP_SUMMARIES: &str = "ours: summaries only";
+/// No event passes, because no socket has this port.
+const TCP_REJECTED: &str = "ours: a filter that rejects everything";
 const UDP: &str = "ours: flows";
 const UDP_EVERYTHING: &str = "ours: each datagram, samples each second";
 /// Room for all records that come while the reader is stopped.
@@ -54,10 +57,35 @@ pub(crate) const DRAIN: &str = "ours, a large ring";
 /// Returns the settings of our tracer for a comparison.
 pub(crate) fn setups(protocol: Protocol) -> impl Iterator<Item = &'static str> {
     let setups: &[_] = match protocol {
-        Protocol::Tcp => &[TCP, TCP_README, TCP_QUEUE, TCP_EVERYTHING],
+        Protocol::Tcp => &[
+            TCP,
+            TCP_README,
+            TCP_QUEUE,
+            TCP_EVERYTHING,
+            TCP_SUMMARIES,
+            TCP_REJECTED,
+        ],
         Protocol::Udp => &[UDP, UDP_EVERYTHING],
     };
     setups.iter().copied()
+}
+
+/// Returns the setup with everything at its default.
+pub(crate) const fn default(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => TCP,
+        Protocol::Udp => UDP,
+    }
+}
+
+/// Returns how many events a connection has with this setup, if that is not the number of its state
+/// changes.
+pub(crate) fn truth(setup: &str) -> Option<u64> {
+    match setup {
+        TCP_SUMMARIES => Some(2),
+        TCP_REJECTED => Some(0),
+        _ => None,
+    }
 }
 
 /// The counts that a subject reports.
@@ -124,9 +152,11 @@ fn ours(setup: &str) -> anyhow::Result<()> {
         let tcp = TcpTracer::builder();
         let udp = UdpTracer::builder();
         match setup {
-            TCP | TCP_README | TCP_QUEUE | TCP_EVERYTHING => {
+            TCP | TCP_README | TCP_QUEUE | TCP_EVERYTHING | TCP_SUMMARIES | TCP_REJECTED => {
                 let tcp = match setup {
                     TCP_QUEUE => tcp.queue(1 << 18),
+                    TCP_SUMMARIES => tcp.summaries_only(true),
+                    TCP_REJECTED => tcp.filter(Filter::new().port(1)),
                     TCP_EVERYTHING => tcp
                         .retransmits(true)
                         .resets(true)
@@ -206,18 +236,21 @@ async fn read(
     Ok(())
 }
 
-fn floor(name: &str, object: Option<&str>) -> anyhow::Result<()> {
+/// Runs programs of the floor, whose names have a `+` between them.
+fn floor(names: &str, object: Option<&str>) -> anyhow::Result<()> {
     let mut ebpf = Ebpf::load_file(object.context("no object")?)?;
-    match ebpf.program_mut(name).context("no such program")? {
-        Program::RawTracePoint(program) => attach_raw(program)?,
-        Program::CgroupSkb(program) => attach_egress(program)?,
-        _ => bail!("{name} is of another type"),
+    for name in names.split('+') {
+        match ebpf.program_mut(name).context("no such program")? {
+            Program::RawTracePoint(program) => attach_raw(program)?,
+            Program::CgroupSkb(program) => attach_to_cgroup(program)?,
+            _ => bail!("{name} is of another type"),
+        }
     }
     let mut ring = RingBuf::try_from(ebpf.take_map("RECORDS").context("no ring")?)?;
     let lost = Array::<_, u64>::try_from(ebpf.take_map("LOST").context("no map")?)?;
     let records = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&records);
-    let is_record = name == "tcp_record";
+    let is_record = names == "tcp_record";
     thread::spawn(move || -> anyhow::Result<()> {
         loop {
             let timeout = Timespec {
@@ -245,10 +278,13 @@ fn attach_raw(program: &mut RawTracePoint) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn attach_egress(program: &mut CgroupSkb) -> anyhow::Result<()> {
+fn attach_to_cgroup(program: &mut CgroupSkb) -> anyhow::Result<()> {
     let root = File::open(cgroup::mount_point().context("no cgroup v2")?)?;
     program.load()?;
-    program.attach(root, CgroupSkbAttachType::Egress, CgroupAttachMode::Single)?;
+    let attach_type = program
+        .expected_attach_type()
+        .unwrap_or(CgroupSkbAttachType::Egress);
+    program.attach(root, attach_type, CgroupAttachMode::Single)?;
     Ok(())
 }
 

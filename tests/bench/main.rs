@@ -138,6 +138,9 @@ fn bench(options: &Options) -> anyhow::Result<()> {
     if is_selected("latency") {
         rest::latency(options)?;
     }
+    if is_selected("memory") {
+        rest::memory(options)?;
+    }
     if is_selected("idle") {
         rest::idle(options)?;
     }

@@ -3,16 +3,24 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    pin::{Pin, pin},
+    process::{self, Stdio},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use anyhow::ensure;
+use futures_util::future::{Either, select};
 use integration_tests::actor::{Actor, Command};
 use nix::{
-    sys::signal::Signal,
+    sys::{
+        resource::{UsageWho, getrusage},
+        signal::Signal,
+        time::{TimeVal, TimeValLike as _},
+    },
     time::{ClockId, clock_gettime},
 };
-use tcp_udp_trace::{DEFAULT_LATENCY, EventKind, TcpTracer};
+use tcp_udp_trace::{DEFAULT_LATENCY, DEFAULT_SAMPLE_INTERVAL, EventKind, TcpTracer, UdpTracer};
 
 use crate::{
     Options, child,
@@ -127,6 +135,7 @@ pub(crate) fn idle(options: &Options) -> anyhow::Result<()> {
     let holders = hold(tcp, udp)?;
     println!("\n### Idle, with {tcp} TCP and {udp} UDP sockets\n");
     idle_tracers(options, time)?;
+    listing()?;
     drop(holders);
     Ok(())
 }
@@ -151,6 +160,109 @@ fn hold(tcp: u32, udp: u32) -> anyhow::Result<Vec<Actor>> {
     Ok(holders)
 }
 
+/// Measures `ss -tin` at the interval of the samples, as an alternative to them.
+fn listing() -> anyhow::Result<()> {
+    const TIMES: u32 = 3;
+    let spent = || -> anyhow::Result<(f64, f64)> {
+        let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+        let seconds = |time: TimeVal| time.num_microseconds() as f64 / 1e6;
+        let cpu = seconds(usage.user_time()) + seconds(usage.system_time());
+        Ok((cpu, usage.voluntary_context_switches() as f64))
+    };
+    let before = spent()?;
+    for _ in 0..TIMES {
+        let mut ss = process::Command::new("ss");
+        let listed = ss.arg("-tin").stdout(Stdio::null()).status();
+        let Ok(status) = listed else {
+            println!("\nskipped: `ss` is not installed");
+            return Ok(());
+        };
+        ensure!(status.success(), "ss: {status}");
+    }
+    let after = spent()?;
+    let all = f64::from(TIMES) * DEFAULT_SAMPLE_INTERVAL.as_secs_f64();
+    println!(
+        "| Tcp: `ss -tin` every {:.1} s | {:.1} | {:.2} | |",
+        DEFAULT_SAMPLE_INTERVAL.as_secs_f64(),
+        (after.1 - before.1) / all,
+        (after.0 - before.0) * 1e3 / all,
+    );
+    Ok(())
+}
+
+/// Measures memory, starts and stops.
+pub(crate) fn memory(options: &Options) -> anyhow::Result<()> {
+    let (tcp, udp) = (8_000, 2_000);
+    println!("\n### Memory, start and stop\n");
+    println!(
+        "| tracer | `start`, ms | peak RSS, MB | kernel memory, MB | with {tcp} TCP and {udp} UDP sockets more | \
+         `close`, ms | longest pause of the runtime meanwhile, ms |\n|---|---|---|---|---|---|---|"
+    );
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let mut series: [Series; 6] = Default::default();
+        for _ in 0..options.rounds {
+            let subject = Subject::Ours(child::default(protocol));
+            let mut running = Running::start(&subject, false, options)?;
+            running.settle()?;
+            let mb = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+            let start = running.query()?.start.unwrap_or_default();
+            let (rss, at_rest) = (running.peak_rss_kb()?, running.kernel_memory()?);
+            let holders = hold(tcp, udp)?;
+            running.settle()?;
+            let with_sockets = running.kernel_memory()?;
+            drop(holders);
+            running.stop(0)?;
+            let (close, pause) = close(protocol)?;
+            let figures = [
+                start.as_secs_f64() * 1e3,
+                mb(rss << 10),
+                mb(at_rest),
+                mb(with_sockets),
+                close.as_secs_f64() * 1e3,
+                pause.as_secs_f64() * 1e3,
+            ];
+            for (series, figure) in series.iter_mut().zip(figures) {
+                series.add(figure);
+            }
+        }
+        let [start, rss, at_rest, with_sockets, close, pause] = series;
+        println!(
+            "| {protocol:?} | {start:.1} | {rss:.1} | {at_rest:.1} | {with_sockets:.1} | {close:.1} | {pause:.1} |"
+        );
+    }
+    Ok(())
+}
+
+/// Returns how long a `close` takes, and how long other tasks of the runtime, which has one thread,
+/// could not run meanwhile.
+fn close(protocol: Protocol) -> anyhow::Result<(Duration, Duration)> {
+    const TICK: Duration = Duration::from_millis(1);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let close: Pin<Box<dyn Future<Output = _>>> = match protocol {
+            Protocol::Tcp => Box::pin(TcpTracer::builder().start().await?.close()),
+            Protocol::Udp => Box::pin(UdpTracer::builder().start().await?.close()),
+        };
+        let began = Instant::now();
+        let mut pause = Duration::ZERO;
+        let ticks = async {
+            loop {
+                let before = Instant::now();
+                tokio::time::sleep(TICK).await;
+                pause = pause.max(before.elapsed().saturating_sub(TICK));
+            }
+        };
+        let closed = match select(close, pin!(ticks)).await {
+            Either::Left((closed, _)) => closed,
+            Either::Right((never, _)) => never,
+        };
+        closed?;
+        Ok((began.elapsed(), pause))
+    })
+}
+
 fn idle_tracers(options: &Options, time: Duration) -> anyhow::Result<()> {
     println!("| tracer | wake-ups a second | CPU, ms a second | peak RSS, MB |\n|---|---|---|---|");
     for workload in workload::all(options.quick) {
@@ -160,7 +272,7 @@ fn idle_tracers(options: &Options, time: Duration) -> anyhow::Result<()> {
         }
         for subject in subject::of(&workload, options) {
             // The floor's programs do nothing, also when idle.
-            if matches!(subject, Subject::Nothing | Subject::Floor(..)) {
+            if matches!(subject, Subject::Nothing | Subject::Floor(..)) || subject.is_filtered() {
                 continue;
             }
             let mut running = Running::start(&subject, false, options)?;

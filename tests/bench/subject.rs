@@ -115,6 +115,11 @@ const PEERS: &[Peer] = &[
 pub(crate) fn of(workload: &Workload, options: &Options) -> Vec<Subject> {
     let protocol = workload.protocol;
     let mut subjects = vec![Subject::Nothing];
+    if workload.is_untraced {
+        let defaults = workload.tracers().iter().copied().map(child::default);
+        subjects.extend(defaults.map(Subject::Ours));
+        return subjects;
+    }
     subjects.extend(child::setups(protocol).map(Subject::Ours));
     for peer in PEERS.iter().filter(|peer| peer.protocol == protocol) {
         if find(peer.program).is_some() {
@@ -137,6 +142,7 @@ pub(crate) fn of(workload: &Workload, options: &Options) -> Vec<Subject> {
         Protocol::Udp => &[
             ("udp_empty", "floor: an empty program"),
             ("udp_count", "floor: one hash update"),
+            ("udp_count+udp_count_in", "floor: two hash updates"),
         ],
     };
     if options.floor.is_some() {
@@ -165,10 +171,16 @@ impl Subject {
         }
     }
 
+    /// Returns whether it reports only a part of the state changes.
+    pub(crate) fn is_filtered(&self) -> bool {
+        matches!(self, Self::Ours(setup) if child::truth(setup).is_some())
+    }
+
     /// How many events it must report for each unit; 0 if it does not report them one by one.
     pub(crate) fn truth(&self, workload: &Workload) -> u64 {
         match self {
             Self::Peer(peer) => peer.lines,
+            Self::Ours(setup) => child::truth(setup).unwrap_or(workload.events_each),
             _ => workload.events_each,
         }
     }
@@ -353,6 +365,23 @@ impl Running {
             .parse()?;
         let user = Duration::from_millis(10) * ticks;
         Ok(Cpu { total, user })
+    }
+
+    /// Returns the kernel memory of its maps and programs, in bytes.
+    pub(crate) fn kernel_memory(&self) -> anyhow::Result<u64> {
+        let pid = self.process.as_ref().context("nothing runs")?.pid;
+        let mut objects = std::collections::BTreeMap::new();
+        for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+            // A descriptor may be closed meanwhile.
+            let info = fs::read_to_string(entry?.path()).unwrap_or_default();
+            let line = |name| info.lines().find(|line| line.starts_with(name));
+            let object = line("map_id:").or_else(|| line("prog_id:"));
+            if let (Some(object), Some(memory)) = (object, line("memlock:")) {
+                let bytes = memory.rsplit('\t').next().context("no number")?;
+                objects.insert(object.to_owned(), bytes.trim().parse::<u64>()?);
+            }
+        }
+        Ok(objects.values().sum())
     }
 
     /// Returns how often it has gone to sleep by itself, all threads together. If it does not

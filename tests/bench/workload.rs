@@ -11,7 +11,7 @@ use std::{
 use nix::{
     sched::{CpuSet, sched_setaffinity},
     time::{ClockId, clock_gettime},
-    unistd::Pid,
+    unistd::{Pid, getppid},
 };
 
 use crate::subject::Protocol;
@@ -32,6 +32,8 @@ pub(crate) struct Workload {
     pub(crate) units: u64,
     /// The events that each unit makes; 0 if costs are not given per event.
     pub(crate) events_each: u64,
+    /// The tracers that are measured do not trace this traffic.
+    pub(crate) is_untraced: bool,
     /// The traffic keeps to the first CPU, the tracer to the others.
     pub(crate) is_pinned: bool,
     traffic: Traffic,
@@ -45,6 +47,8 @@ enum Traffic {
     Datagrams(u16),
     /// In blocks of this many bytes.
     Stream(usize),
+    /// None, only system calls that do hardly anything.
+    SystemCalls,
 }
 
 /// Returns all workloads, with far less traffic if `quick`.
@@ -53,29 +57,46 @@ pub(crate) fn all(quick: bool) -> Vec<Workload> {
     let cpus = cpus();
     let tcp = connections(20_000 / share);
     let udp = datagrams(1_000_000 / share);
+    let stream = Workload {
+        name: "tcp, one stream",
+        unit: "blocks of 64 KiB",
+        units: 30_000 / share,
+        events_each: 0,
+        is_pinned: false,
+        traffic: Traffic::Stream(1 << 16),
+        ..tcp.clone()
+    };
+    let untraced = |name, workload: &Workload| Workload {
+        name,
+        events_each: 0,
+        is_untraced: true,
+        ..workload.clone()
+    };
+    let calls = Workload {
+        unit: "system calls",
+        units: 2_000_000 / share,
+        traffic: Traffic::SystemCalls,
+        ..tcp.clone()
+    };
     vec![
         tcp.clone(),
         Workload {
             name: "tcp, all CPUs",
             is_pinned: false,
             traffic: Traffic::Connections(cpus),
-            ..tcp
+            ..tcp.clone()
         },
         udp.clone(),
         Workload {
             name: "udp, 10,000 flows",
             traffic: Traffic::Datagrams(10_000),
-            ..udp
+            ..udp.clone()
         },
-        Workload {
-            name: "tcp, one stream",
-            unit: "blocks of 64 KiB",
-            units: 30_000 / share,
-            events_each: 0,
-            is_pinned: false,
-            traffic: Traffic::Stream(1 << 16),
-            ..tcp
-        },
+        stream.clone(),
+        untraced("untraced: connections", &tcp),
+        untraced("untraced: one stream", &stream),
+        untraced("untraced: datagrams", &udp),
+        untraced("untraced: system calls", &calls),
     ]
 }
 
@@ -105,6 +126,7 @@ fn connections(units: u64) -> Workload {
         protocol: Protocol::Tcp,
         units,
         events_each: STATES,
+        is_untraced: false,
         is_pinned: cpus() > 1,
         traffic: Traffic::Connections(1),
     }
@@ -117,6 +139,7 @@ fn datagrams(units: u64) -> Workload {
         protocol: Protocol::Udp,
         units,
         events_each: 1,
+        is_untraced: false,
         is_pinned: cpus() > 1,
         traffic: Traffic::Datagrams(1),
     }
@@ -127,6 +150,15 @@ fn cpus() -> usize {
 }
 
 impl Workload {
+    /// Returns the protocols of the tracers that are measured.
+    pub(crate) fn tracers(&self) -> &'static [Protocol] {
+        match (self.protocol, self.is_untraced, self.traffic) {
+            (_, _, Traffic::SystemCalls) => &[Protocol::Tcp, Protocol::Udp],
+            (Protocol::Tcp, false, _) | (Protocol::Udp, true, _) => &[Protocol::Tcp],
+            (Protocol::Udp, false, _) | (Protocol::Tcp, true, _) => &[Protocol::Udp],
+        }
+    }
+
     /// Returns a smaller amount that suffices to read the kernel's clock.
     pub(crate) fn timed_units(&self) -> u64 {
         self.units / 4
@@ -164,6 +196,7 @@ impl Field {
             Traffic::Connections(pairs) => self.connections(pairs, units / pairs as u64),
             Traffic::Datagrams(peers) => self.datagrams(units, peers),
             Traffic::Stream(block) => self.stream(units, block),
+            Traffic::SystemCalls => self.system_calls(units),
         }?;
         let after = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID)?;
         Ok(match self.cpu {
@@ -258,6 +291,18 @@ impl Field {
             sender.join().unwrap()?;
             Ok(began.elapsed())
         })
+    }
+
+    fn system_calls(&self, count: u64) -> anyhow::Result<Duration> {
+        let run = || {
+            self.keep_to_cpu()?;
+            let began = Instant::now();
+            for _ in 0..count {
+                getppid();
+            }
+            anyhow::Ok(began.elapsed())
+        };
+        thread::scope(|scope| scope.spawn(run).join().unwrap())
     }
 
     fn keep_to_cpu(&self) -> anyhow::Result<()> {

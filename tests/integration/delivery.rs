@@ -15,7 +15,7 @@ use integration_tests::{
     crowd::remember_closed_connections,
     expected_tcp::{CLOCK_ERROR, ExpectedTcp, LISTENER},
     kernel,
-    netns::{FAR, Netns, veth},
+    netns::{FAR, Netns, steer_packets, veth},
     suite::{Test, skip},
     tcp_pair::{TcpPair, loopback},
 };
@@ -36,6 +36,7 @@ pub(crate) fn trials() -> Vec<Test> {
             first_event_after_a_pause_wakes_the_reader,
             churn_of_ten_thousand_connections_under_load,
             churn_across_namespaces_under_load,
+            churn_with_packets_steered_to_every_cpu,
             clock_steps_do_no_harm,
         ],
     ]
@@ -52,6 +53,17 @@ fn churn_of_ten_thousand_connections_under_load() -> anyhow::Result<()> {
 fn churn_across_namespaces_under_load() -> anyhow::Result<()> {
     let far = veth()?;
     churn(&far, &[SocketAddr::new(FAR.parse()?, 0)], 1_000)
+}
+
+/// The same where the softirqs of one connection run on all CPUs. Each program is skipped hundreds
+/// of times, because a softirq interrupted it, and the other program of the tracepoint runs.
+fn churn_with_packets_steered_to_every_cpu() -> anyhow::Result<()> {
+    if !kernel::is_emulated()? {
+        return skip("a hardened kernel runs no program in softirqs that interrupt pid 1");
+    }
+    let here = Netns::enter_new()?;
+    steer_packets()?;
+    churn(&here, &[loopback(false), loopback(true)], 500)
 }
 
 /// At each address of a namespace, a process listens, two others accept, and two clients make this

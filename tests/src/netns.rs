@@ -1,7 +1,7 @@
 //! Network namespaces, and the commands of `ip` and `tc` in them.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::ErrorKind,
     os::{fd::AsRawFd as _, unix::fs::MetadataExt as _},
     process::{self, Command},
@@ -12,6 +12,7 @@ use anyhow::{Context as _, bail};
 use nix::{
     errno::Errno,
     libc::{self, SOL_SOCKET},
+    mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
     sys::socket::{getsockopt, sockopt::GetStruct},
 };
@@ -80,6 +81,23 @@ impl Netns {
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", process::id(), self.file.as_raw_fd())
     }
+}
+
+/// Lets the packets on the loopback of the calling thread's namespace be received in softirqs on
+/// every CPU (receive packet steering). They interrupt the tasks there at any moment.
+pub fn steer_packets() -> anyhow::Result<()> {
+    let cpus = thread::available_parallelism()?.get().min(32);
+    let mask = (1_u64 << cpus) - 1;
+    let steer = || -> anyhow::Result<()> {
+        // A mount of sysfs shows the namespace of the thread that makes it.
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+        mount(none, "/", none, private, none)?;
+        mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none)?;
+        let file = "/sys/class/net/lo/queues/rx-0/rps_cpus";
+        fs::write(file, format!("{mask:x}")).context(file)
+    };
+    thread::scope(|scope| scope.spawn(steer).join().unwrap())
 }
 
 /// A namespace as `ip netns add` makes it: mounted, with no process in it.

@@ -208,6 +208,10 @@ fn rustflags(linker: &Path, remaps: &[(PathBuf, &str)]) -> Vec<String> {
         format!("-Clinker={}", linker.display()),
         // bpf-linker makes BTF from the debug information.
         "-Clink-arg=--btf".to_owned(),
+        // By default, bpf-linker asks LLVM to expand copies in a way that leaves the clearing of
+        // memory, and copies between places that may overlap, to functions that loop over bytes.
+        // Those take five instructions a byte.
+        "-Clink-arg=--disable-expand-memcpy-in-order".to_owned(),
         "-Cdebuginfo=2".to_owned(),
     ];
     flags.extend(

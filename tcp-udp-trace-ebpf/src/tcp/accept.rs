@@ -54,7 +54,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
     } else {
         // There is no room to remember the socket.
         let syn = syn::NOT_COUNTED | met();
-        fresh = sockets::fresh(sk, sk, state, syn, owner::UNKNOWN);
+        fresh = sockets::fresh(sk, state, syn);
         &mut fresh
     };
     owner::set_current_once(ctx, &mut tracked.acceptor, origin::ACCEPTOR);

@@ -84,29 +84,13 @@ pub(crate) fn state_changed(
         0
     };
     let mut listener = None;
-    let (syn, owner) = match (from, to) {
-        (CLOSE, SYN_SENT) => {
-            let owner = match owner_of_connection(sk, socket) {
-                Some(owner) => owner,
-                None => owner::current(ctx, origin::CREATOR),
-            };
-            let syn = if is_repaired(socket) {
-                syn::NOT_SENT
-            } else {
-                syn::COUNTED
-            };
-            (syn, owner)
-        }
-        (CLOSE, LISTEN) => {
-            let held = u8::from(is_to_be_held(socket)) * syn::HELD;
-            (
-                syn::NOT_COUNTED | held,
-                owner::current(ctx, origin::CREATOR),
-            )
-        }
+    let syn = match (from, to) {
+        (CLOSE, SYN_SENT) if is_repaired(socket) => syn::NOT_SENT,
+        (CLOSE, SYN_SENT) => syn::COUNTED,
+        (CLOSE, LISTEN) => syn::NOT_COUNTED | u8::from(is_to_be_held(socket)) * syn::HELD,
         (LISTEN, SYN_RECV) => {
-            listener = listener_of(sk);
-            (syn::NOT_COUNTED, owner::UNKNOWN)
+            listener = listener_of(sk, socket);
+            syn::NOT_COUNTED
         }
         _ => {
             // A socket that is not tracked is older than the tracer.
@@ -144,13 +128,19 @@ pub(crate) fn state_changed(
                 report(ctx, sk, socket, tracked, change, socket_state);
                 return;
             }
-            (sockets::met_in(from), owner::UNKNOWN)
+            sockets::met_in(from)
         }
     };
     let mut tracked = match listener {
         Some(listener) => sockets::child_of(listener, to, syn),
-        None => sockets::fresh(sk, socket, to, syn, owner),
+        None => sockets::fresh(socket, to, syn),
     };
+    if from == CLOSE && matches!(to, SYN_SENT | LISTEN) {
+        match owner_of_connection(sk, socket) {
+            Some(owner) => tracked.creator = owner,
+            None => owner::set_current_once(ctx, &mut tracked.creator, origin::CREATOR),
+        }
+    }
     // If there is no room to remember the socket, only the first program reports, because otherwise
     // both would.
     let begins = from == CLOSE || to == SYN_RECV;
@@ -235,7 +225,7 @@ pub(crate) fn connect_returned(ctx: Context, result: i64) {
         return;
     }
     // The socket is not remembered. If it connects later, that is another life.
-    let mut tracked = sockets::fresh(sk, sk, CLOSE, syn::COUNTED, owner::UNKNOWN);
+    let mut tracked = sockets::fresh(sk, CLOSE, syn::COUNTED);
     owner::set_current(ctx, &mut tracked.creator, origin::CREATOR);
     let ends = connect.ends();
     if !filter::passes_connect(sk, &mut tracked, &ends) {
@@ -410,8 +400,8 @@ const CA_LOSS: u8 = 4;
 
 /// Returns the listener of a child. The child has the listener's owner until a process accepts it.
 #[inline(always)]
-fn listener_of(child: Sock) -> Option<&'static Tracked> {
-    let listener = child.listener()?;
+fn listener_of(sk: Sock, child: impl Socket) -> Option<&'static Tracked> {
+    let listener = child.listener().filter(|listener| listener.0 != sk.0)?;
     let found = sockets::get(listener)?;
     // This proves that the address is a listener's, and that the listener has the child's port.
     (found.state == LISTEN && listener.bound_port() == child.bound_port()).then_some(found)

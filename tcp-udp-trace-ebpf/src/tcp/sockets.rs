@@ -61,13 +61,13 @@ pub(crate) fn holds() -> u32 {
 
 /// Returns the state of a new life of the socket at this address.
 #[inline(always)]
-pub(crate) fn fresh(sk: Sock, socket: impl Socket, state: u8, syn: u8, creator: Owner) -> Tracked {
+pub(crate) fn fresh(socket: impl Socket, state: u8, syn: u8) -> Tracked {
     let (netns, netns_cookie) = socket.netns();
     let id = id::next();
     Tracked {
         id,
         born: now(),
-        cgroup: sk.cgroup(),
+        cgroup: socket.cgroup(),
         netns_cookie,
         netns,
         state,
@@ -79,7 +79,7 @@ pub(crate) fn fresh(sk: Sock, socket: impl Socket, state: u8, syn: u8, creator: 
         _pad: 0,
         established: 0,
         listener: if state == LISTEN { id } else { 0 },
-        creator,
+        creator: owner::UNKNOWN,
         acceptor: owner::UNKNOWN,
     }
 }
@@ -178,7 +178,7 @@ pub(crate) fn adopt(sk: Sock, state: u8) -> Option<&'static mut Tracked> {
     if let Some(tracked) = get(sk) {
         return Some(tracked);
     }
-    let fresh = fresh(sk, sk, state, met_in(state), owner::UNKNOWN);
+    let fresh = fresh(sk, state, met_in(state));
     if !room::is_left(fresh.room_uid) {
         return None;
     }

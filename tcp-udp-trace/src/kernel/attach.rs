@@ -8,7 +8,7 @@ use super::{
     btf::ids::Ids,
     cgroup,
     errors::{self, chain},
-    plan::{Choice, HookPoint, Signal},
+    plan::{Abilities, Choice, HookPoint, Signal},
     private_mounts,
     privileges::Privileges,
     program::{attach_program, unload},
@@ -23,6 +23,7 @@ use crate::{
 pub(super) fn attach(
     ebpf: &mut Ebpf,
     plan: &[&Signal],
+    abilities: Abilities,
     protocol: Protocol,
     ids: &Ids,
 ) -> Result<Vec<Hook>, Error> {
@@ -40,7 +41,9 @@ pub(super) fn attach(
                     }
                 }
                 plan.iter()
-                    .map(|signal| attach_signal(ebpf, signal, protocol, tracefs.is_ok(), ids))
+                    .map(|signal| {
+                        attach_signal(ebpf, signal, abilities, protocol, tracefs.is_ok(), ids)
+                    })
                     .collect()
             })
             .or_error(ErrorKind::Load, "no thread to attach the hooks")?;
@@ -53,6 +56,7 @@ pub(super) fn attach(
 fn attach_signal(
     ebpf: &mut Ebpf,
     signal: &Signal,
+    abilities: Abilities,
     protocol: Protocol,
     has_tracefs: bool,
     ids: &Ids,
@@ -64,7 +68,14 @@ fn attach_signal(
     };
     let mut refusal = None;
     for slot in signal.slots {
-        for choice in *slot {
+        let choices = slot
+            .iter()
+            .filter(|choice| !(choice.if_not_preempted && abilities.preempts_tracepoints));
+        for choice in choices {
+            // A program that an earlier slot has attached is no second program.
+            if hook.programs.contains(&choice.hooks[0].1.to_string()) {
+                continue;
+            }
             let attached = if has_tracefs || !choice.needs_tracefs() {
                 attach_choice(ebpf, choice, ids)
             } else {

@@ -48,7 +48,7 @@ use self::{
     filter::{Filters, NetworkWriter},
     iter::IterProgram,
     maps::{SHARE, take_map},
-    plan::Signal,
+    plan::{Abilities, HookPoint, Signal},
 };
 use crate::{
     config::{Buffer, Config},
@@ -90,6 +90,9 @@ pub(crate) struct Kernel {
 struct Facts {
     offsets: Offsets,
     ids: Ids,
+    abilities: Abilities,
+    /// The programs that will probably be attached, each with its hook.
+    likely: Vec<(&'static str, HookPoint)>,
     /// Whether the programs report the images of processes.
     images: bool,
     ancestor_ids: u8,
@@ -105,9 +108,21 @@ struct Facts {
 
 impl Facts {
     /// Reads the BTF, whose memory is free again afterwards.
-    fn read(config: &Config, plan: &[&Signal], iters: &[IterProgram]) -> Result<Self, Error> {
+    fn read(
+        config: &Config,
+        plan: &[&'static Signal],
+        iters: &[IterProgram],
+    ) -> Result<Self, Error> {
         let source = Source::read(config.btf.as_deref())?;
         let btf = source.parse()?;
+        let abilities = Abilities {
+            has_kprobes: program::has_kprobes(),
+            preempts_tracepoints: offsets::preempts_tracepoints(&btf),
+        };
+        let likely = plan
+            .iter()
+            .flat_map(|signal| signal.likely(abilities))
+            .collect();
         let targets = plan.iter().flat_map(|signal| signal.targets());
         let targets = targets.chain(iters.iter().map(|iter| iter.target()));
         let targets = targets.chain(iter::targets_of_filters());
@@ -121,6 +136,7 @@ impl Facts {
         Ok(Self {
             offsets: offsets::resolve(&btf)?,
             ids: ids::find(&btf, targets),
+            abilities,
             images: config.process_details && verifies,
             ancestor_ids: offsets::ancestor_ids(&btf),
             has_listened: offsets::has_listened(&btf),
@@ -135,6 +151,7 @@ impl Facts {
             } else {
                 NetworkWriter::Program
             },
+            likely,
         })
     }
 }
@@ -148,11 +165,9 @@ impl Kernel {
         }
         preflight::check(config.protocol)?;
         let plan = plan::signals(config);
-        let has_kprobes = program::has_kprobes();
-        let likely = plan.iter().flat_map(|signal| signal.likely(has_kprobes));
-        let likely: Vec<_> = likely.collect();
         let iters = iter::programs(config);
         let facts = Facts::read(config, &plan, &iters)?;
+        let likely = &facts.likely;
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
                 ErrorKind::Unsupported,
@@ -196,7 +211,7 @@ impl Kernel {
             .override_global("ONLY_ENDS", &u8::from(config.summaries_only), true)
             .override_global("AARCH64", &u8::from(cfg!(target_arch = "aarch64")), true)
             .override_global("REGISTERS", &facts.registers, true)
-            .override_global("TYPED_TASK", &u8::from(facts.types_task), true)
+            .override_global("TYPED", &u8::from(facts.types_task), true)
             .override_global("IMAGES", &u8::from(facts.images), true)
             .map_max_entries("EVENTS", events)
             .map_max_entries("SEEN", if facts.images { 4096 } else { 1 })
@@ -208,7 +223,7 @@ impl Kernel {
             .or_error(ErrorKind::Load, "cannot read the programs' log")?;
         // Not at the same time as the maps: when memory runs out, the kernel kills a process that
         // loads programs, but returns an error to one that makes a map.
-        preload::load_ahead(&mut ebpf, &likely, &iters, &controls, &facts.ids);
+        preload::load_ahead(&mut ebpf, likely, &iters, &controls, &facts.ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
@@ -224,7 +239,13 @@ impl Kernel {
         // The filter must be there before the first event.
         let mut filters = Filters::new(facts.ids.clone(), facts.networks);
         filters.install(&mut ebpf, &config.filter, config.protocol)?;
-        let mut hooks = attach::attach(&mut ebpf, &plan, config.protocol, &facts.ids)?;
+        let mut hooks = attach::attach(
+            &mut ebpf,
+            &plan,
+            facts.abilities,
+            config.protocol,
+            &facts.ids,
+        )?;
         if !shows_local(&hooks) {
             let mut hides_local = take_map(&mut ebpf, "HIDES_LOCAL", Array::<_, u32>::try_from)?;
             hides_local

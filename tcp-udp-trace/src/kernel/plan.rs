@@ -1,8 +1,8 @@
 //! The attach plan: for each signal, the kernel hooks in order of preference.
 //!
-//! The plan does not depend on the version or the features of the kernel. The tracer tries each
-//! choice, and takes the first one that the running kernel accepts. docs/kernels.md shows which
-//! choices were taken on the tested kernels.
+//! The plan does not depend on the version of the kernel. The tracer tries each choice that is exact
+//! on the running kernel, and takes the first one that this kernel accepts. docs/kernels.md shows
+//! which choices were taken on the tested kernels.
 
 use super::btf::ids::Target;
 use crate::{config::Config, event::Protocol};
@@ -22,6 +22,16 @@ pub(super) struct Choice {
     pub(super) hooks: &'static [(&'static str, HookPoint)],
     /// The disadvantage compared with the choices before it, or the limit of the best choice.
     pub(super) cost: Option<&'static str>,
+    /// The choice is skipped on a kernel that may preempt a program of a tracepoint.
+    pub(super) if_not_preempted: bool,
+}
+
+/// The facts about the running kernel that the plan depends on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Abilities {
+    pub(super) has_kprobes: bool,
+    /// Whether the kernel may preempt a program of a tracepoint.
+    pub(super) preempts_tracepoints: bool,
 }
 
 /// A point in the kernel where a program can be attached.
@@ -56,10 +66,11 @@ impl Signal {
     /// Returns the programs, each with its hook, that will probably be attached.
     pub(super) fn likely(
         &self,
-        has_kprobes: bool,
+        abilities: Abilities,
     ) -> impl Iterator<Item = (&'static str, HookPoint)> {
         let is_likely = move |choice: &&Choice| match choice.hooks[0].1 {
-            Kprobe(_) | Kretprobe(_) => has_kprobes,
+            Kprobe(_) | Kretprobe(_) => abilities.has_kprobes,
+            _ if choice.if_not_preempted => !abilities.preempts_tracepoints,
             // It is the last choice.
             Fentry(_) => false,
             _ => true,
@@ -111,17 +122,24 @@ use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, Kretprobe, RawTracepoint,
 /// Two programs observe each state change, because the kernel skips a program that is already
 /// active on the CPU. On 7.2, one program missed up to half of all transitions, and both together
 /// missed none.
+///
+/// Where the kernel cannot preempt a program of a tracepoint, only a softirq interrupts it, and
+/// softirqs do not nest. So at most one of two programs is active, of whichever types they are.
+/// Elsewhere, the second program is classic: the kernel guards those in another way, and does not
+/// preempt them.
 #[rustfmt::skip]
 const TCP: &[Signal] = &[
     Signal { name: "state", required: true, slots: &[
         &[best(&[("tcp_state_btf", BtfTracepoint("inet_sock_set_state"))]),
           worse(&[("tcp_state_raw", RawTracepoint("inet_sock_set_state"))], NO_BTF_STATE)],
-        &[best(&[("tcp_state_tp", Tracepoint("sock", "inet_sock_set_state"))]),
+        &[best_if_not_preempted(&[("tcp_state_raw", RawTracepoint("inet_sock_set_state"))]),
+          best(&[("tcp_state_tp", Tracepoint("sock", "inet_sock_set_state"))]),
           worse(&[("tcp_state_raw", RawTracepoint("inet_sock_set_state"))], NO_TRACEFS_STATE)],
     ] },
     Signal { name: "end", required: false, slots: &[
         &[best(&[("tcp_end_raw", RawTracepoint("tcp_destroy_sock"))])],
-        &[best(&[("tcp_end_tp", Tracepoint("tcp", "tcp_destroy_sock"))])],
+        &[best_if_not_preempted(&[("tcp_end_btf", BtfTracepoint("tcp_destroy_sock"))]),
+          best(&[("tcp_end_tp", Tracepoint("tcp", "tcp_destroy_sock"))])],
     ] },
     Signal { name: "accept", required: false, slots: &[&[
         best(&[("accept_kprobe", Kprobe("security_sock_graft"))]),
@@ -198,7 +216,7 @@ const UDP: &[Signal] = &[
 const NO_BTF_STATE: &str =
     "the kernel has no BTF of its own: a state change takes about 150 ns longer";
 const NO_TRACEFS_STATE: &str =
-    "without tracefs, a few per cent of transitions are missed under load on preemptible kernels";
+    "without tracefs, a few per cent of transitions are missed under load";
 const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel, in 32-bit programs, and by \
      io_uring without completion or before Linux 5.18 are not seen";
 const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read on an unconnected socket do not report \
@@ -216,13 +234,25 @@ const NO_KPROBE_LISTEN: &str = "no kprobes: the first event of a listener withou
 const SYS_EXIT: &str = "no tracefs: each system call of the machine takes about 20 ns longer, and io_uring is not seen";
 
 const fn best(hooks: &'static [(&'static str, HookPoint)]) -> Choice {
-    Choice { hooks, cost: None }
+    Choice {
+        hooks,
+        cost: None,
+        if_not_preempted: false,
+    }
+}
+
+const fn best_if_not_preempted(hooks: &'static [(&'static str, HookPoint)]) -> Choice {
+    Choice {
+        if_not_preempted: true,
+        ..best(hooks)
+    }
 }
 
 const fn worse(hooks: &'static [(&'static str, HookPoint)], cost: &'static str) -> Choice {
     Choice {
         hooks,
         cost: Some(cost),
+        if_not_preempted: false,
     }
 }
 
@@ -262,7 +292,7 @@ mod tests {
                     (_, 0) => ", first program",
                     (_, _) => ", second program",
                 };
-                for Choice { hooks, cost } in *choices {
+                for Choice { hooks, cost, .. } in *choices {
                     let mut points: Vec<_> = hooks
                         .iter()
                         .map(|(_, point)| format!("`{point}`"))
@@ -294,7 +324,7 @@ mod tests {
             .filter_map(|row| {
                 let cells: Vec<_> = row.split('|').map(str::trim).collect();
                 Some((
-                    (cells.get(1)?.to_string(), cells.get(2)?.to_string()),
+                    [1, 2, 3].map(|cell| cells.get(cell).map(ToString::to_string)),
                     cells.get(4..cells.len() - 1)?.join(" | "),
                 ))
             })
@@ -302,7 +332,8 @@ mod tests {
         let mut table = String::new();
         for [signal, hooks, cost] in rows() {
             let none = vec![""; kernels].join(" | ");
-            let marks = marks.get(&(signal.clone(), hooks.clone())).unwrap_or(&none);
+            let key = [&signal, &hooks, &cost].map(|cell| Some(cell.clone()));
+            let marks = marks.get(&key).unwrap_or(&none);
             table += &format!("| {signal} | {hooks} | {cost} | {marks} |\n");
         }
         let rest: Vec<_> = below.lines().skip_while(is_row).collect();

@@ -124,6 +124,24 @@ pub(in crate::kernel) fn types_task(btf: &Btf<'_>) -> bool {
     btf.id(super::kind::STRUCT, "bpf_dynptr_kern").is_some()
 }
 
+/// Returns whether the kernel may preempt a program of a raw or BTF tracepoint.
+///
+/// Until Linux 6.19, all programs of a tracepoint run with preemption disabled
+/// ([`__DO_TRACE_CALL`][before]). Linux 7.0 protects them by SRCU instead, and remembers its grace
+/// periods in `tp_transition_snapshot.srcu_gp` ([`tracepoint.c`][after]). A kernel into which a part
+/// of that was ported counts as one that preempts: `srcu_reader_flavor` came with the variant of
+/// SRCU that the change needs.
+///
+/// [before]: https://github.com/torvalds/linux/blob/v6.12/include/linux/tracepoint.h
+/// [after]: https://github.com/torvalds/linux/blob/v7.0/kernel/tracepoint.c
+pub(in crate::kernel) fn preempts_tracepoints(btf: &Btf<'_>) -> bool {
+    let signs = [
+        "tp_transition_snapshot.srcu_gp",
+        "srcu_struct.srcu_reader_flavor",
+    ];
+    signs.iter().any(|path| btf.field(path).is_some())
+}
+
 /// Returns whether a hash map may allocate its entries when programs insert them. Linux 6.1 has an
 /// allocator for that. Earlier kernels warn that such an allocation may deadlock.
 pub(in crate::kernel) fn allocates_on_demand(btf: &Btf<'_>) -> bool {
