@@ -95,8 +95,8 @@ pub(crate) fn read_at<T: Plain>(address: u64) -> T {
     unsafe { value.assume_init() }
 }
 
-/// Loads `field` of a structure whose type the verifier knows, or 0 if the kernel lacks the field or
-/// the pointer is bad. A load is ten times as fast as the helper.
+/// Loads `field` of a structure whose type the verifier knows, or 0 if the kernel lacks the field
+/// or the pointer is bad. A load is ten times as fast as the helper.
 #[inline(always)]
 pub(crate) fn load<T: Plain>(base: *const u8, field: Field) -> T {
     match offset(field) {

@@ -87,7 +87,7 @@ pub(crate) fn state_changed(
     let syn = match (from, to) {
         (CLOSE, SYN_SENT) if is_repaired(socket) => syn::NOT_SENT,
         (CLOSE, SYN_SENT) => syn::COUNTED,
-        (CLOSE, LISTEN) => syn::NOT_COUNTED | u8::from(is_to_be_held(socket)) * syn::HELD,
+        (CLOSE, LISTEN) => syn::NOT_COUNTED | (u8::from(is_to_be_held(socket)) * syn::HELD),
         (LISTEN, SYN_RECV) => {
             listener = listener_of(sk, socket);
             syn::NOT_COUNTED

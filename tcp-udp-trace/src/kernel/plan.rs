@@ -1,8 +1,8 @@
 //! The attach plan: for each signal, the kernel hooks in order of preference.
 //!
-//! The plan does not depend on the version of the kernel. The tracer tries each choice that is exact
-//! on the running kernel, and takes the first one that this kernel accepts. docs/kernels.md shows
-//! which choices were taken on the tested kernels.
+//! The plan does not depend on the version of the kernel. The tracer tries each choice that is
+//! exact on the running kernel, and takes the first one that this kernel accepts. docs/kernels.md
+//! shows which choices were taken on the tested kernels.
 
 use super::btf::ids::Target;
 use crate::{config::Config, event::Protocol};

@@ -128,9 +128,9 @@ pub(in crate::kernel) fn types_task(btf: &Btf<'_>) -> bool {
 ///
 /// Until Linux 6.19, all programs of a tracepoint run with preemption disabled
 /// ([`__DO_TRACE_CALL`][before]). Linux 7.0 protects them by SRCU instead, and remembers its grace
-/// periods in `tp_transition_snapshot.srcu_gp` ([`tracepoint.c`][after]). A kernel into which a part
-/// of that was ported counts as one that preempts: `srcu_reader_flavor` came with the variant of
-/// SRCU that the change needs.
+/// periods in `tp_transition_snapshot.srcu_gp` ([`tracepoint.c`][after]). A kernel with a part of
+/// that counts as one that preempts: `srcu_reader_flavor` came with the variant of SRCU that the
+/// change needs.
 ///
 /// [before]: https://github.com/torvalds/linux/blob/v6.12/include/linux/tracepoint.h
 /// [after]: https://github.com/torvalds/linux/blob/v7.0/kernel/tracepoint.c
