@@ -140,6 +140,10 @@ fields! {
     SyscallThird: 8 = "pt_regs.dx",
     #[cfg(target_arch = "aarch64")]
     SyscallThird: 248 = "pt_regs.regs",
+    #[cfg(not(target_arch = "aarch64"))]
+    SyscallFifth: 8 = "pt_regs.r8",
+    #[cfg(target_arch = "aarch64")]
+    SyscallFifth: 248 = "pt_regs.regs",
     SockType: 2 = "sock.sk_type",
     Shutdown: 1 = "sock.sk_shutdown",
     Drops: 4 = "sock.sk_drops",
@@ -156,6 +160,7 @@ fields! {
     Segments: 2 = "tcp_skb_cb.tcp_gso_segs",
     SkbNext: 8 = "sk_buff.next",
     SkbProtocol: 2 = "sk_buff.protocol",
+    SkbMacHeader: 2 = "sk_buff.mac_header",
     SkbNetworkHeader: 2 = "sk_buff.network_header",
     SkbTransportHeader: 2 = "sk_buff.transport_header",
     SkbSegments: 2 = "skb_shared_info.gso_segs",

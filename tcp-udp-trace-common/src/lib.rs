@@ -440,14 +440,12 @@ pub struct Peer {
 }
 
 /// A flow: a UDP socket, one of its local addresses, and a peer.
-///
-/// The socket is identified by its id, because its key may change once (see [`Udp::key`]).
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
 pub struct FlowKey {
-    /// The socket, see [`Udp::id`].
+    /// The socket and its local port, see [`FlowKey::socket`].
     pub socket: u64,
     /// The peer.
     pub peer: Peer,
@@ -456,6 +454,30 @@ pub struct FlowKey {
     /// Local address, of the peer's family. Unspecified if the socket is bound to none and the
     /// receive hook does not see it.
     pub local: [u32; 4],
+}
+
+impl FlowKey {
+    /// Returns a socket and one of its local ports in one word. A socket that is disconnected may
+    /// get another port.
+    ///
+    /// The socket is identified by its id, because its key may change once (see [`Udp::key`]). The
+    /// highest 16 bits of an id are not used.
+    #[inline(always)]
+    pub const fn socket(id: u64, local_port: u16) -> u64 {
+        id << 16 | local_port as u64
+    }
+
+    /// Returns the id of the socket.
+    #[inline(always)]
+    pub const fn id(&self) -> u64 {
+        self.socket >> 16
+    }
+
+    /// Returns the local port of the socket.
+    #[inline(always)]
+    pub const fn local_port(&self) -> u16 {
+        self.socket as u16
+    }
 }
 
 /// The state that the programs remember of a flow.
@@ -516,6 +538,34 @@ pub struct FlowQuery {
     pub user: User,
     /// Not 0 if the flow has ended and is to be removed.
     pub forget: u64,
+}
+
+/// Bits of [`UdpTracked::approximate`]: why the totals may be wrong.
+pub mod approximate {
+    /// A read may have been several datagrams.
+    pub const READS: u8 = 1;
+    /// The kernel dropped a datagram, and the result of its send is not known.
+    pub const SENDS: u8 = 2;
+}
+
+/// Bits of [`UdpTracked::connects`].
+pub mod connects {
+    /// The socket was connected while it was bound to no address. From then on, it may have an
+    /// address or not.
+    pub const VARYING_ADDRESS: u8 = 1;
+    /// A `connect` of the socket, which had no peer, has begun. Its end may not be seen.
+    pub const BEGUN: u8 = 2;
+    /// That `connect` has been reported before its end was seen.
+    pub const REPORTED: u8 = 4;
+}
+
+/// Bits of [`UdpTracked::translated`]: what has changed the addresses of packets that the socket
+/// sent.
+pub mod translated {
+    /// Netfilter.
+    pub const BY_NETFILTER: u8 = 1;
+    /// Another program at the cgroup.
+    pub const BY_PROGRAM: u8 = 2;
 }
 
 /// Bits of [`Udp::marks`].
@@ -592,7 +642,7 @@ pub struct UdpTracked {
     pub netns_cookie: u64,
     /// Inode of the network namespace.
     pub netns: u32,
-    /// See [`mark::APPROXIMATE`].
+    /// Bits of [`approximate`].
     pub approximate: u8,
     /// The lowest bit is 1 once a flow of the socket has been reported. The close of the socket is
     /// then reported as well, so that user space reports the flows for the last time. The bits
@@ -601,9 +651,11 @@ pub struct UdpTracked {
     /// See [`Tracked::tree_generation`].
     pub tree_generation: u16,
     /// 1 once a datagram was counted for no flow, see [`Counters::unassigned`].
-    pub unassigned: u16,
-    /// 1 once netfilter has translated the addresses of a packet that the socket sent.
-    pub is_translated: u8,
+    pub unassigned: u8,
+    /// Bits of [`connects`].
+    pub connects: u8,
+    /// Bits of [`translated`].
+    pub translated: u8,
     /// 1 once another program at the cgroup has refused a packet that the socket sent.
     pub is_refused: u8,
     /// How many packets were found to be refused before they were counted, and are not freed yet.

@@ -1,12 +1,9 @@
 //! A `connect` that failed, and the address that it was called with.
 
-use core::mem::MaybeUninit;
-
-use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Peer};
 
 use crate::{
-    read::Plain,
+    read::read_user,
     sock::{Sock, Socket as _, peer6},
     syscall,
 };
@@ -61,7 +58,7 @@ impl Connect {
     pub(crate) fn ends(&self) -> (Peer, Peer) {
         // If the socket was connected before, only this port belongs to the socket itself.
         let local = self.sk.local_end(self.sk.bound_port());
-        let remote = self.remote().unwrap_or(Peer {
+        let remote = Self::remote(self.address, self.len).unwrap_or(Peer {
             address: [0; 4],
             port: 0,
             family: local.family,
@@ -73,18 +70,26 @@ impl Connect {
         (local, remote)
     }
 
+    /// Returns the address at this address of user memory, which the kernel has accepted.
     #[inline(always)]
-    fn remote(&self) -> Option<Peer> {
+    pub(crate) fn address(at: u64) -> Option<Peer> {
+        Self::remote(at, LEN6)
+    }
+
+    /// Returns the address of this length at an address of user memory, if it is one of IPv4 or
+    /// IPv6.
+    #[inline(always)]
+    fn remote(address: u64, len: u64) -> Option<Peer> {
         // The family, the port, and the address if the family is IPv4.
-        let head = read_user::<u64>(self.address).to_le();
+        let head = read_user::<u64>(address).to_le();
         let port = u16::from_be((head >> 16) as u16);
         match head as u16 {
-            AF_INET if self.len >= LEN4 => Some(Peer {
+            AF_INET if len >= LEN4 => Some(Peer {
                 address: [(head >> 32) as u32, 0, 0, 0],
                 port,
                 family: AF_INET,
             }),
-            AF_INET6 if self.len >= LEN6 => Some(peer6(read_user(self.address + 8), port)),
+            AF_INET6 if len >= LEN6 => Some(peer6(read_user(address + 8), port)),
             _ => None,
         }
     }
@@ -97,21 +102,5 @@ pub(crate) fn mapped(peer: &Peer) -> [u32; 4] {
         [0, 0, 0xffff_u32.to_be(), peer.address[0]]
     } else {
         peer.address
-    }
-}
-
-/// Reads memory of the current process, or zeros if the address is bad.
-#[inline(always)]
-fn read_user<T: Plain>(address: u64) -> T {
-    let mut value = MaybeUninit::<T>::uninit();
-    // SAFETY: the helper writes `size_of::<T>()` bytes whatever the address: the memory there, or
-    // zeros. A `Plain` may have any bytes.
-    unsafe {
-        bpf_probe_read_user(
-            value.as_mut_ptr().cast(),
-            size_of::<T>() as u32,
-            address as *const _,
-        );
-        value.assume_init()
     }
 }

@@ -327,10 +327,11 @@ fn connect(ctx: &SockAddrContext) -> i32 {
             bpf_get_socket_cookie(ctx.as_ptr()),
         )
     };
-    if protocol == IPPROTO_UDP
-        && udp::track_for_current_task(ctx.as_ptr(), key, sk.cast(), || true).is_some()
-    {
-        udp::connect::connect_started(key);
+    if protocol == IPPROTO_UDP {
+        let tracked = udp::track_for_current_task(ctx.as_ptr(), key, sk.cast(), || true);
+        if let Some(tracked) = tracked {
+            udp::connect::connect_started(key, tracked);
+        }
     }
     1
 }
@@ -361,10 +362,24 @@ fn udp_egress(ctx: SkBuffContext) -> i32 {
     1
 }
 
-/// `kfree_skb(skb, location, reason)`
+/// `kfree_skb(skb, location, reason)`, since 5.17.
 #[raw_tracepoint(tracepoint = "kfree_skb")]
 fn udp_drop(ctx: RawTracePointContext) -> i32 {
     udp::drop::dropped(ctx.as_ptr(), ctx.arg(0), ctx.arg(2));
+    0
+}
+
+/// `kfree_skb(skb, location)`
+#[raw_tracepoint(tracepoint = "kfree_skb")]
+fn udp_drop_no_reason(ctx: RawTracePointContext) -> i32 {
+    udp::drop::dropped_for_no_reason(ctx.arg(0));
+    0
+}
+
+/// `sock_send_length(sk, ret, flags)`: a send of the current thread has ended.
+#[raw_tracepoint(tracepoint = "sock_send_length")]
+fn udp_send_length(ctx: RawTracePointContext) -> i32 {
+    udp::drop::send_returned(ctx.arg(0), ctx.arg(1));
     0
 }
 

@@ -101,15 +101,19 @@ pub(crate) fn current_tgid() -> u32 {
     Task::current().get(Field::Tgid)
 }
 
+/// Returns whether a task is a thread of the kernel itself.
+#[inline(always)]
+pub(crate) fn is_kernel_thread(task: u64) -> bool {
+    read::<u32>(task, Field::TaskFlags) & (WORKER | KERNEL_THREAD) != 0
+}
+
 /// Makes the current process the user of a socket, unless the current task is a kernel thread. If
 /// `sent_by` is not 0, the process must be sending through this `struct sock`, because the kernel
 /// may be passing on another process's packet.
 #[inline(always)]
 pub(crate) fn set_user(user: &mut User, owner: u32, sent_by: u64) {
     let task = current_task();
-    if read::<u32>(task, Field::TaskFlags) & (WORKER | KERNEL_THREAD) != 0
-        || sent_by != 0 && !is_sending(sent_by)
-    {
+    if is_kernel_thread(task) || sent_by != 0 && sending(sent_by).is_none() {
         return;
     }
     let pid = read(task, Field::Tgid);
@@ -143,13 +147,14 @@ fn finish_user(user: &mut User, thread: u64) {
     user.check = user.checksum();
 }
 
-/// Returns whether the current process is in a send system call whose first argument is a
-/// descriptor of this socket.
+/// Returns the registers of the current process, if it is in a send system call whose first
+/// argument is a descriptor of this socket.
 #[inline(always)]
-fn is_sending(sk: u64) -> bool {
-    syscall::registers_of_any(syscall::SENDS)
-        .and_then(|regs| Sock::of_descriptor(i64::from(syscall::arguments(regs)[0] as i32)))
-        .is_some_and(|found| found.0 == sk)
+pub(crate) fn sending(sk: u64) -> Option<u64> {
+    let regs = syscall::registers_of_any(syscall::SENDS)?;
+    let fd = syscall::arguments(regs)[0];
+    let found = Sock::of_descriptor(i64::from(fd as i32))?;
+    (found.0 == sk).then_some(regs)
 }
 
 /// Sets the owner of a socket that has none. Other CPUs may read the owner meanwhile, so its

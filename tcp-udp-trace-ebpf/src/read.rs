@@ -6,7 +6,7 @@ use aya_ebpf::{
     Global,
     helpers::{
         bpf_ktime_get_boot_ns,
-        generated::{bpf_get_current_task, bpf_probe_read_kernel},
+        generated::{bpf_get_current_task, bpf_probe_read_kernel, bpf_probe_read_user},
     },
 };
 use tcp_udp_trace_common::{ABSENT, FIELDS, Field, Offsets};
@@ -123,6 +123,22 @@ fn probe_read<T: Plain>(to: *mut T, address: u64) {
     // there, or zeros. A `Plain` may have any bytes, and the callers' pointers are to memory for
     // one.
     unsafe { bpf_probe_read_kernel(to.cast(), size_of::<T>() as u32, address as *const _) };
+}
+
+/// Reads memory of the current process, or zeros if the address is bad.
+#[inline(always)]
+pub(crate) fn read_user<T: Plain>(address: u64) -> T {
+    let mut value = MaybeUninit::<T>::uninit();
+    // SAFETY: the helper writes `size_of::<T>()` bytes whatever the address: the memory there, or
+    // zeros. A `Plain` may have any bytes.
+    unsafe {
+        bpf_probe_read_user(
+            value.as_mut_ptr().cast(),
+            size_of::<T>() as u32,
+            address as *const _,
+        );
+        value.assume_init()
+    }
 }
 
 /// Returns the time on `CLOCK_BOOTTIME` in nanoseconds.

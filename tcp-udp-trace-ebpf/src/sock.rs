@@ -308,6 +308,15 @@ impl Sock {
         }
     }
 
+    /// Returns whether the socket has a local address, by `bind` or by `connect`.
+    #[inline(always)]
+    pub(crate) fn has_address(self) -> bool {
+        if self.family() == AF_INET {
+            return self.get::<u32>(Field::LocalAddr4) != 0;
+        }
+        self.get::<[u32; 4]>(Field::LocalAddr6) != [0; 4]
+    }
+
     /// Returns whether a process has, or had, a descriptor of this socket. The kernel's own sockets
     /// have no file.
     #[inline(always)]

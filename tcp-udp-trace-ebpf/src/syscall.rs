@@ -5,7 +5,7 @@ use tcp_udp_trace_common::{ABSENT, Field};
 
 use crate::{
     arch::is_aarch64,
-    read::{current_task, offset, read, read_at},
+    read::{current_task, offset, read, read_at, read_user},
 };
 
 /// The distance in bytes from the beginning of a task's kernel stack to its saved user registers
@@ -25,13 +25,17 @@ pub(crate) const ACCEPT: Syscall = Syscall::new(43, 202);
 pub(crate) const ACCEPT4: Syscall = Syscall::new(288, 242);
 pub(crate) const CONNECT: Syscall = Syscall::new(42, 203);
 pub(crate) const LISTEN: Syscall = Syscall::new(50, 201);
-/// `write`, `writev`, `sendto`, `sendmsg`, `sendmmsg`.
+pub(crate) const SETSOCKOPT: Syscall = Syscall::new(54, 208);
+const SENDTO: Syscall = Syscall::new(44, 206);
+const SENDMSG: Syscall = Syscall::new(46, 211);
+const SENDMMSG: Syscall = Syscall::new(307, 269);
+/// `write`, `writev`, and the calls above.
 pub(crate) const SENDS: &[Syscall] = &[
     Syscall::new(1, 64),
     Syscall::new(20, 66),
-    Syscall::new(44, 206),
-    Syscall::new(46, 211),
-    Syscall::new(307, 269),
+    SENDTO,
+    SENDMSG,
+    SENDMMSG,
 ];
 
 impl Syscall {
@@ -80,6 +84,25 @@ pub(crate) fn registers_of_any(of: &[Syscall]) -> Option<u64> {
     }
     let padded = top - PADDING;
     (!is_aarch64() && is_any_of(of, padded)).then_some(padded)
+}
+
+/// Returns the address in user memory of the destination that a send system call with these
+/// registers was given. Returns 0 if there is none, or there may be several.
+#[inline(always)]
+pub(crate) fn destination(regs: u64) -> u64 {
+    if is_any_of(&[SENDTO], regs) {
+        return match offset(Field::SyscallFifth) {
+            ABSENT => 0,
+            offset if is_aarch64() => read_at(regs + u64::from(offset) + 4 * 8),
+            offset => read_at(regs + u64::from(offset)),
+        };
+    }
+    let [_, messages, count] = arguments(regs);
+    if is_any_of(&[SENDMSG], regs) || is_any_of(&[SENDMMSG], regs) && count as u32 == 1 {
+        // The first field of a `struct msghdr`, and of a `struct mmsghdr`.
+        return read_user(messages);
+    }
+    0
 }
 
 /// Returns the first three arguments of the system call that a task with these registers is in.

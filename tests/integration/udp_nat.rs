@@ -1,12 +1,14 @@
-//! Sockets whose packets netfilter gives other addresses. A flow has the addresses that the socket
-//! knows.
+//! Sockets whose packets get other addresses, by netfilter or by a program at their cgroup. A flow
+//! has the addresses that the socket knows.
 
 use std::net::SocketAddr;
 
 use integration_tests::{
-    actor::{Operation, ReceiveCall, SendCall},
+    actor::{Actor, Operation, ReceiveCall, SendCall},
+    balancer::Balancer,
+    cgroup::Cgroup,
     netns::{FAR, NEAR, ip, nft, veth},
-    suite::Test,
+    suite::{Test, skip},
     udp_actor::{ROOM, UdpActor},
     udp_pair::UdpCollectors,
 };
@@ -19,6 +21,7 @@ pub(crate) fn trials() -> Vec<Test> {
             masquerade,
             other_port_of_the_source,
             one_backend_of_two_services,
+            balanced_by_a_program_of_the_cgroup,
         ],
     ]
 }
@@ -167,4 +170,38 @@ fn one_backend_of_two_services() -> anyhow::Result<()> {
         }
     }
     collectors.finish(&[client.close()?, server.close()?])
+}
+
+/// A socket load balancer replaces the addresses in the calls of its clients.
+fn balanced_by_a_program_of_the_cgroup() -> anyhow::Result<()> {
+    let collectors = UdpCollectors::start()?;
+    let mut expected = Vec::new();
+    for (service, backend) in [
+        ("192.0.2.53:53", "127.0.0.1:5353"),
+        ("[2001:db8::53]:53", "[::1]:5353"),
+    ] {
+        let (service, backend): (SocketAddr, SocketAddr) = (service.parse()?, backend.parse()?);
+        let mut server = UdpActor::bind("backend", backend)?;
+        let Some(cgroup) = Cgroup::new(&format!("balanced-{}", service.is_ipv6()))? else {
+            return skip("no cgroup v2");
+        };
+        let _balancer = Balancer::at(&cgroup, service, backend)?;
+        let mut calls = vec![SendCall::SendTo, SendCall::SendMsg, SendCall::SendMmsg];
+        calls.rotate_left(usize::from(service.is_ipv6()));
+        let actor = Actor::spawn("client")?;
+        cgroup.adopt(actor.pid())?;
+        let mut client = UdpActor::with(actor, backend)?;
+        client.bind_to(SocketAddr::new(backend.ip(), 0))?;
+        for (nth, by) in calls.into_iter().enumerate() {
+            client.send(by, Some(service), &[10 + nth])?;
+            server.receive(ReceiveCall::RecvFrom, 1)?;
+            server.send(SendCall::SendTo, Some(client.local()), &[100])?;
+            client.receive(ReceiveCall::RecvMsg, 1)?;
+        }
+        // Another socket, which gives the address of the backend itself.
+        let mut other = UdpActor::bind("other", SocketAddr::new(backend.ip(), 0))?;
+        converse(&mut other, Some(backend), &mut server)?;
+        expected.extend([client.close()?, other.close()?, server.close()?]);
+    }
+    collectors.finish(&expected)
 }

@@ -1,7 +1,7 @@
 //! The peer of each datagram, also on unconnected sockets, and the times of a flow's reports.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::IoSlice,
     net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     os::fd::AsRawFd as _,
@@ -17,6 +17,7 @@ use integration_tests::{
     flow_sums::last_reports,
     kernel::is_at_least,
     netns::{NEAR, ip, veth},
+    program_32bit::connect_udp,
     suite::{Test, skip},
     udp_actor::UdpActor,
     udp_pair::{Family, UdpCollectors, UdpPair},
@@ -40,8 +41,11 @@ pub(crate) fn trials() -> Vec<Test> {
             connected_socket_that_sends_elsewhere,
             connect_to_another_peer,
             connect_by_io_uring,
+            connect_by_a_32_bit_program,
             connect_with_datagrams_of_others_in_the_queue,
             disconnect,
+            another_port_after_disconnect,
+            connected_in_the_middle,
             failed_connect_is_no_event,
             multicast_v4,
             multicast_v6,
@@ -239,6 +243,35 @@ fn connect_by_io_uring() -> anyhow::Result<()> {
     collectors.finish(&expected)
 }
 
+/// No hook sees the end of the call. The event comes at the end of the socket, or with a sample.
+fn connect_by_a_32_bit_program() -> anyhow::Result<()> {
+    let collector = Collector::start_udp()?;
+    let to = UdpSocket::bind(Family::V4.loopback())?.local_addr()?;
+    let SocketAddr::V4(v4) = to else {
+        bail!("{to}");
+    };
+    let pid = connect_udp(v4)?;
+    let is_it = |event: &Event| {
+        event
+            .process
+            .as_ref()
+            .is_some_and(|process| process.pid == pid)
+    };
+    collector.wait_for("close", |event| event.is_end() && is_it(event))?;
+    let events = collector.finish_all()?;
+    let kinds: Vec<_> = events
+        .iter()
+        .filter(|event| is_it(event))
+        .map(|event| (event.kind.clone(), event.socket.remote))
+        .collect();
+    ensure!(
+        matches!(kinds[..], [(EventKind::Connect, peer), (EventKind::Close { .. }, _)] if peer == to),
+        "{}",
+        show(&events)
+    );
+    Ok(())
+}
+
 /// Datagrams that wait in the queue when a socket gets its peer may come from any sender. They
 /// never count as the peer's.
 fn connect_with_datagrams_of_others_in_the_queue() -> anyhow::Result<()> {
@@ -315,6 +348,82 @@ fn disconnect() -> anyhow::Result<()> {
         expected.extend([client.close()?, server.close()?]);
     }
     collectors.finish(&expected)
+}
+
+/// A disconnected socket that is bound to no port gets another one. Then its datagrams belong to
+/// another flow.
+fn another_port_after_disconnect() -> anyhow::Result<()> {
+    for address in [Family::V4, Family::V6].map(Family::loopback) {
+        let collector = Collector::start_udp()?;
+        let mut server = UdpActor::bind("server", address)?;
+        let mut client = UdpActor::open("client", address)?;
+        client.connect(server.local())?;
+        client.send(SendCall::Write, None, &[10])?;
+        let first = client.local();
+        client.disconnect()?;
+        let heir = UdpActor::bind("heir", first)?;
+        client.send(SendCall::SendTo, Some(server.local()), &[20])?;
+        let second = SocketAddr::new(address.ip(), client.local().port());
+        ensure!(first.port() != second.port());
+        server.receive(ReceiveCall::RecvFrom, 2)?;
+        server.send(SendCall::SendTo, Some(second), &[5])?;
+        client.receive(ReceiveCall::RecvFrom, 1)?;
+        let peer = server.local();
+        for actor in [client, heir, server] {
+            actor.close()?;
+        }
+        let events = collector.finish_in_order(3)?;
+        let mut flows = last_reports(&events);
+        flows.retain(|(_, remote), _| *remote == peer);
+        let expected = [((first, peer), (10, 0)), ((second, peer), (20, 5))].into();
+        ensure!(flows == expected, "{flows:?}: {}", show(&events));
+    }
+    Ok(())
+}
+
+/// A socket that is bound to no address has one while it is connected. All of its datagrams with
+/// one peer belong to one flow.
+fn connected_in_the_middle() -> anyhow::Result<()> {
+    for (any, address) in [
+        ("0.0.0.0:7771", Family::V4.loopback()),
+        ("[::]:7771", Family::V6.loopback()),
+    ] {
+        let collector = Collector::start_udp()?;
+        let mut server = UdpActor::bind("server", any.parse()?)?;
+        let mut client = UdpActor::bind("client", address)?;
+        let (at, peer) = (SocketAddr::new(address.ip(), 7771), client.local());
+        client.send(SendCall::SendTo, Some(at), &[10])?;
+        server.receive(ReceiveCall::RecvFrom, 1)?;
+        for size in [20, 30] {
+            server.connect(peer)?;
+            server.send(SendCall::Write, None, &[size])?;
+            client.send(SendCall::SendTo, Some(at), &[1])?;
+            server.receive(ReceiveCall::Read, 1)?;
+            server.disconnect()?;
+            server.send(SendCall::SendTo, Some(peer), &[size])?;
+        }
+        for actor in [client, server] {
+            actor.close()?;
+        }
+        let events = collector.finish_in_order(2)?;
+        let of_server = |event: &&Event| event.socket.remote == peer;
+        let flows: BTreeSet<_> = events
+            .iter()
+            .filter(of_server)
+            .filter_map(|event| match event.kind {
+                EventKind::Flow { age, .. } => Some(event.uptime - age),
+                _ => None,
+            })
+            .collect();
+        ensure!(flows.len() == 1, "{}", show(&events));
+        let totals = last_reports(&events);
+        ensure!(
+            totals.get(&(at, peer)) == Some(&(100, 12)),
+            "{}",
+            show(&events)
+        );
+    }
+    Ok(())
 }
 
 fn failed_connect_is_no_event() -> anyhow::Result<()> {

@@ -43,7 +43,9 @@
 
 pub mod actor;
 pub mod any_tracer;
+pub mod balancer;
 pub mod cgroup;
+mod cgroup_program;
 pub mod collector;
 pub mod cpu_load;
 pub mod crowd;
@@ -58,6 +60,7 @@ pub mod netns;
 pub mod observed_tcp;
 pub mod pid_namespace;
 pub mod privileges;
+pub mod program_32bit;
 pub mod recording;
 pub mod refusal;
 mod sample_order;

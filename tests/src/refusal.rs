@@ -7,12 +7,8 @@ use aya::{
     Ebpf,
     programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType},
 };
-use object::{
-    Architecture, BinaryFormat, Endianness, SectionKind, SymbolFlags, SymbolKind, SymbolScope,
-    write::{Object, Symbol, SymbolSection},
-};
 
-use crate::cgroup::Cgroup;
+use crate::{cgroup::Cgroup, cgroup_program::object};
 
 const NAME: &str = "refuse";
 
@@ -28,7 +24,7 @@ pub struct Refusal {
 impl Refusal {
     /// Lets no socket of this cgroup send any more.
     pub fn at(cgroup: &Cgroup) -> anyhow::Result<Self> {
-        let mut ebpf = Ebpf::load(&object()?)?;
+        let mut ebpf = Ebpf::load(&object(&[(NAME, "cgroup_skb/egress", CODE.to_vec())])?)?;
         let program = ebpf.program_mut(NAME).context("the program")?;
         let program: &mut CgroupSkb = program.try_into()?;
         program.load()?;
@@ -41,28 +37,4 @@ impl Refusal {
         )?;
         Ok(Self { _program: ebpf })
     }
-}
-
-fn object() -> anyhow::Result<Vec<u8>> {
-    let endianness = if cfg!(target_endian = "big") {
-        Endianness::Big
-    } else {
-        Endianness::Little
-    };
-    let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, endianness);
-    let section = object.add_section(vec![], b"cgroup_skb/egress".to_vec(), SectionKind::Text);
-    object.append_section_data(section, &CODE, 8);
-    object.add_symbol(Symbol {
-        name: NAME.into(),
-        value: 0,
-        size: CODE.len() as u64,
-        kind: SymbolKind::Text,
-        scope: SymbolScope::Dynamic,
-        weak: false,
-        section: SymbolSection::Section(section),
-        flags: SymbolFlags::None,
-    });
-    let license = object.add_section(vec![], b"license".to_vec(), SectionKind::Data);
-    object.append_section_data(license, b"GPL\0", 1);
-    Ok(object.write()?)
 }

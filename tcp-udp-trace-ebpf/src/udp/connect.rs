@@ -5,7 +5,7 @@ use core::ptr;
 use aya_ebpf::{
     bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid, macros::map, maps::LruHashMap,
 };
-use tcp_udp_trace_common::{AF_INET6, Field, Peer, kind};
+use tcp_udp_trace_common::{AF_INET6, Field, Peer, UdpTracked, connects, kind};
 
 use super::{
     records::{record, report, totals_of},
@@ -33,7 +33,16 @@ const IO_WORKER: u32 = 0x10;
 
 /// The current thread begins to connect the socket.
 #[inline(always)]
-pub(crate) fn connect_started(key: u64) {
+pub(crate) fn connect_started(key: u64, tracked: &mut UdpTracked) {
+    let sk = Sock::new(tracked.sk);
+    if !sk.has_address() {
+        tracked.connects |= connects::VARYING_ADDRESS;
+    }
+    tracked.connects &= !(connects::BEGUN | connects::REPORTED);
+    if sk.get::<u8>(Field::State) != ESTABLISHED {
+        tracked.connects |= connects::BEGUN;
+        tracked.strangers = queued(sk);
+    }
     if read::<u32>(current_task(), Field::TaskFlags) & IO_WORKER != 0 {
         return;
     }
@@ -59,8 +68,22 @@ pub(crate) fn connect_returned(ctx: Context, result: i64) {
 fn report_connect(ctx: Context, key: u64, result: i64) {
     let Some(tracked) = get(key) else { return };
     let sk = Sock::new(tracked.sk);
+    let is_reported = tracked.connects & connects::REPORTED != 0;
+    tracked.connects &= !(connects::BEGUN | connects::REPORTED);
+    if is_reported {
+        return;
+    }
     if result == 0 && sk.get::<u8>(Field::State) == ESTABLISHED {
         tracked.strangers = queued(sk);
+        report(ctx, kind::CONNECT, key, tracked, sk, 0);
+    }
+}
+
+/// Reports a `connect` that has ended unseen, as in a 32-bit program, or is about to end.
+#[inline(always)]
+pub(super) fn report_unseen(ctx: Context, key: u64, tracked: &mut UdpTracked, sk: Sock) {
+    if tracked.connects & connects::BEGUN != 0 && sk.get::<u8>(Field::State) == ESTABLISHED {
+        tracked.connects ^= connects::BEGUN | connects::REPORTED;
         report(ctx, kind::CONNECT, key, tracked, sk, 0);
     }
 }

@@ -9,9 +9,12 @@ use aya_ebpf::{
     macros::map,
     maps::{HashMap, LruHashMap},
 };
-use tcp_udp_trace_common::{Flow, FlowKey, ON_DEMAND, Traffic, UdpTracked, kind, report};
+use tcp_udp_trace_common::{
+    Flow, FlowKey, ON_DEMAND, Traffic, UdpTracked, approximate, kind, report, translated,
+};
 
 use super::{
+    balancer,
     packet::{Packet, is_set},
     records::{Totals, record},
 };
@@ -60,7 +63,7 @@ pub(super) fn count(
     } else {
         reveal(flow, &datagrams.local.address);
     }
-    if datagrams.direction == Direction::Received && tracked.approximate != 0 {
+    if datagrams.direction == Direction::Received && tracked.approximate & approximate::READS != 0 {
         // Set before the datagrams are counted, so that a reader of the totals sees the mark, too.
         flow.approximate = 1;
     }
@@ -101,13 +104,31 @@ pub(super) fn count(
     }
 }
 
-/// Subtracts datagrams that were counted for the flow and not sent. `datagrams` has the negative
-/// numbers.
+/// Returns the flow that datagrams were counted for, and gives the datagrams the addresses that the
+/// socket knows.
 #[inline(always)]
-pub(super) fn take_back(tracked: &mut UdpTracked, datagrams: &mut Datagrams, packet: impl Packet) {
-    let found = find(tracked, datagrams, packet);
-    if let Some(flow) = found.or_else(|| get_unwanted(&datagrams.flow)) {
-        add(&mut flow.traffic, datagrams);
+pub(super) fn find_counted(
+    tracked: &mut UdpTracked,
+    datagrams: &mut Datagrams,
+    packet: impl Packet,
+) -> Option<&'static mut Flow> {
+    find(tracked, datagrams, packet).or_else(|| get_unwanted(&datagrams.flow))
+}
+
+/// Returns the flow with this key.
+#[inline(always)]
+pub(super) fn get_counted(key: &FlowKey) -> Option<&'static mut Flow> {
+    get_flow(key).or_else(|| get_unwanted(key))
+}
+
+/// Subtracts datagrams that were counted and not sent.
+#[inline(always)]
+pub(super) fn take_back(traffic: &mut Traffic, bytes: u64, packets: u64) {
+    let (to_bytes, to_packets) = (&raw mut traffic.tx_bytes, &raw mut traffic.tx_packets);
+    // SAFETY: as in `add`.
+    unsafe {
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(to_bytes, bytes.wrapping_neg());
+        atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(to_packets, packets.wrapping_neg());
     }
 }
 
@@ -122,18 +143,24 @@ fn find<P: Packet>(
     datagrams: &mut Datagrams,
     packet: P,
 ) -> Option<&'static mut Flow> {
-    datagrams.flow.socket = tracked.id;
+    datagrams.flow.socket = FlowKey::socket(tracked.id, datagrams.local.port);
     if !P::MAY_BE_TRANSLATED {
+        if tracked.translated & translated::BY_PROGRAM != 0 {
+            balancer::undo(datagrams);
+        }
         return get_flow(&datagrams.flow);
     }
-    if datagrams.other_port == 0 && tracked.is_translated == 0 {
+    if datagrams.other_port == 0 && tracked.translated == 0 {
         let found = get_flow(&datagrams.flow);
         if found.is_some() {
             return found;
         }
     }
     if packet.undo_nat(datagrams) {
-        tracked.is_translated = 1;
+        tracked.translated |= translated::BY_NETFILTER;
+        datagrams.flow.socket = FlowKey::socket(tracked.id, datagrams.local.port);
+    } else if tracked.translated & translated::BY_PROGRAM != 0 {
+        packet.undo_program(tracked.sk, datagrams);
     }
     get_flow(&datagrams.flow)
 }
@@ -155,16 +182,29 @@ fn reveal(flow: &mut Flow, local: &[u32; 4]) {
 /// Returns a new flow, and whether this call has created it. Returns `None` if the flow does not
 /// pass the filter, or if there is no room for it.
 #[inline(always)]
-fn create(
+fn create<P: Packet>(
     tracked: &mut UdpTracked,
-    datagrams: &Datagrams,
-    packet: impl Packet,
+    datagrams: &mut Datagrams,
+    packet: P,
 ) -> Option<(&'static mut Flow, bool)> {
-    let key = &datagrams.flow;
-    let unwanted = get_unwanted(key);
-    if unwanted.is_none() && packet.is_refused() {
-        return None;
+    let mut unwanted = get_unwanted(&datagrams.flow);
+    if unwanted.is_none() {
+        if packet.is_refused() {
+            return None;
+        }
+        // Only now, because to find the address that the application gave takes long.
+        if P::MAY_BE_TRANSLATED
+            && tracked.translated == 0
+            && packet.undo_program(tracked.sk, datagrams)
+        {
+            tracked.translated |= translated::BY_PROGRAM;
+            if let Some(flow) = get_flow(&datagrams.flow) {
+                return Some((flow, false));
+            }
+            unwanted = get_unwanted(&datagrams.flow);
+        }
     }
+    let key = &datagrams.flow;
     let is_due = unwanted.as_ref().is_none_or(|flow| is_due(flow.report));
     let fresh = Flow {
         traffic: Traffic {

@@ -1,6 +1,7 @@
 //! UDP sockets. Datagrams are counted in maps, for each socket and each flow, and few events become
 //! records.
 
+mod balancer;
 pub(crate) mod connect;
 pub(crate) mod drop;
 mod flows;
@@ -21,7 +22,6 @@ use self::{
 };
 pub(crate) use self::{
     flows::{FLOWS, get_flow},
-    records::sample,
     sockets::{find, get, key_of, track, track_for_current_task, track_new},
 };
 use crate::{
@@ -62,6 +62,14 @@ fn count(
     }
 }
 
+/// Reports a sample of the socket. Returns false if the sample does not pass the filter, or finds
+/// the buffer full.
+#[inline(always)]
+pub(crate) fn sample(ctx: Context, key: u64, sk: Sock, tracked: &mut UdpTracked) -> bool {
+    connect::report_unseen(ctx, key, tracked, sk);
+    report(ctx, kind::SAMPLE_UDP, key, tracked, sk, 0)
+}
+
 /// The last descriptor of the socket is closed.
 #[inline(always)]
 pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
@@ -70,6 +78,7 @@ pub(crate) fn closed(ctx: Context, key: u64, sk: *const core::ffi::c_void) {
         return;
     };
     let sk = Sock::new(tracked.sk);
+    connect::report_unseen(ctx, key, tracked, sk);
     report(ctx, kind::CLOSE, key, tracked, sk, drops(sk));
     forget(key);
 }

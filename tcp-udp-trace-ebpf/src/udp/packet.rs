@@ -1,7 +1,7 @@
 //! The packet of a datagram.
 
 use aya_ebpf::{macros::map, maps::Array};
-use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
+use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer, UdpTracked, connects};
 
 use crate::{
     datagrams::Datagrams,
@@ -29,6 +29,13 @@ pub(super) trait Packet: Copy {
     /// netfilter has not translated them.
     #[inline(always)]
     fn undo_nat(self, _datagrams: &mut Datagrams) -> bool {
+        false
+    }
+
+    /// Restores the peer that the application gave to this `struct sock`. Returns true if another
+    /// program at the cgroup has just replaced the peer.
+    #[inline(always)]
+    fn undo_program(self, _sk: u64, _datagrams: &mut Datagrams) -> bool {
         false
     }
 
@@ -156,9 +163,19 @@ impl Fields for SkbCopy {
 ///
 /// Without a branch, because the verifier would follow each path to the end.
 #[inline(always)]
-pub(super) fn local_of_flow(packet: &[u32; 4], own: &[u32; 4]) -> [u32; 4] {
+pub(super) fn local_of_flow(tracked: &UdpTracked, packet: &[u32; 4], own: &[u32; 4]) -> [u32; 4] {
     let hides = HIDES_LOCAL.get(0).copied().unwrap_or(0);
+    let own = bound_address(tracked, own);
     core::array::from_fn(|index| packet[index] ^ (packet[index] ^ own[index]) & hides)
+}
+
+/// Returns the address that the socket has now, or none if only a `connect` may have given it one.
+/// All datagrams of such a socket with one peer belong to one flow, whether the socket is connected
+/// or not.
+#[inline(always)]
+pub(super) fn bound_address(tracked: &UdpTracked, own: &[u32; 4]) -> [u32; 4] {
+    let is_bound = u32::from(tracked.connects & connects::VARYING_ADDRESS).wrapping_sub(1);
+    own.map(|word| word & is_bound)
 }
 
 /// Returns whether an address is not the unspecified one.

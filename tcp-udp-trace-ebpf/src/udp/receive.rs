@@ -12,11 +12,11 @@ use core::{
 use aya_ebpf::{
     bindings::BPF_ANY, helpers::bpf_get_current_pid_tgid, macros::map, maps::LruHashMap,
 };
-use tcp_udp_trace_common::{Field, Peer, UdpTracked};
+use tcp_udp_trace_common::{Field, Peer, UdpTracked, approximate};
 
 use super::{
     count,
-    packet::{Headers, Packet, headers, scope},
+    packet::{Headers, Packet, bound_address, headers, scope},
     records::{addresses, local6},
     sockets::{key_of, track_for_current_task},
 };
@@ -180,17 +180,17 @@ pub(crate) fn received(ctx: Context, sk: Sock, protocol: u16, result: i32, flags
             if peer.family != datagrams.flow.peer.family {
                 datagrams.local.address = local6(socket, peer.family);
                 datagrams.local.family = peer.family;
-                datagrams.flow.local = datagrams.local.address;
             }
             datagrams.flow.peer = *peer;
             if datagrams.flow.scope == 0 {
                 datagrams.flow.scope = *scope;
             }
         }
+        datagrams.flow.local = bound_address(tracked, &datagrams.local.address);
         datagrams
     };
     if sk.get::<u64>(Field::UdpFlags) & UDP_FLAGS_GRO_ENABLED != 0 {
-        tracked.approximate = 1;
+        tracked.approximate |= approximate::READS;
     }
     if tracked.strangers.cast_signed() > 0 {
         take_stranger(tracked);

@@ -68,13 +68,6 @@ pub(super) fn record(
     })
 }
 
-/// Reports a sample of the socket. Returns false if the sample does not pass the filter, or finds
-/// the buffer full.
-#[inline(always)]
-pub(crate) fn sample(ctx: Context, key: u64, sk: Sock, tracked: &mut UdpTracked) -> bool {
-    report(ctx, kind::SAMPLE_UDP, key, tracked, sk, 0)
-}
-
 /// Reports an event of the socket itself. Returns false if the event does not pass the filter, or
 /// finds the buffer full.
 #[inline(always)]

@@ -6,7 +6,7 @@ use aya_ebpf::{
 use tcp_udp_trace_common::{AF_INET, AF_INET6, Field, Peer};
 
 use super::{
-    count, nat,
+    balancer, count, nat,
     packet::{ETH_P_IP, IPPROTO_UDP, Packet, UDP_HEADER, local_of_flow, scope},
     sockets::{add_unsent, set_user, track},
 };
@@ -141,7 +141,7 @@ pub(crate) fn sent(ctx: &SkBuffContext) {
         direction: Direction::Sent,
         bytes: u64::from(u16::from_be(udp.length)).saturating_sub(UDP_HEADER),
         packets: if segments > 1 { segments.into() } else { 1 },
-        flow: flow_with(peer, scope, local_of_flow(&source, &own)),
+        flow: flow_with(peer, scope, local_of_flow(tracked, &source, &own)),
         local: Peer {
             address: source,
             port: source_port,
@@ -163,6 +163,11 @@ impl Packet for SentPacket<'_> {
     #[inline(always)]
     fn undo_nat(self, datagrams: &mut Datagrams) -> bool {
         nat::undo(self.0.as_ptr() as u64, datagrams)
+    }
+
+    #[inline(always)]
+    fn undo_program(self, sk: u64, datagrams: &mut Datagrams) -> bool {
+        balancer::undo_of_send(sk, datagrams)
     }
 
     /// The kernel runs the programs of a cgroup before those of its parent.

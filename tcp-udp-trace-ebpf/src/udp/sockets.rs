@@ -96,7 +96,8 @@ pub(crate) fn track_new(
             tracked.approximate = old.approximate;
             tracked.flows = old.flows;
             tracked.unassigned = old.unassigned;
-            tracked.is_translated = old.is_translated;
+            tracked.connects = old.connects;
+            tracked.translated = old.translated;
             tracked.is_refused = old.is_refused;
             tracked.unsent = old.unsent;
             tracked.strangers = old.strangers;
@@ -148,7 +149,8 @@ static NOTHING_KNOWN: UdpTracked = UdpTracked {
     flows: 0,
     tree_generation: 0,
     unassigned: 0,
-    is_translated: 0,
+    connects: 0,
+    translated: 0,
     is_refused: 0,
     unsent: 0,
     strangers: 0,

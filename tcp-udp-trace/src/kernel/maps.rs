@@ -49,6 +49,8 @@ pub(super) fn sizes(config: &Config, ring_bytes: u32, cpus: u32) -> Vec<(&'stati
                 "UNWANTED",
                 "CONNECTING",
                 "RECEIVING",
+                "DOUBTS",
+                "GIVEN",
             ],
         ),
         Protocol::Udp => (

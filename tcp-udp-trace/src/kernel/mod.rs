@@ -98,7 +98,7 @@ struct Facts {
     ancestor_ids: u8,
     has_listened: u64,
     bitfields: [(&'static str, u8); 2],
-    drop_reasons: [(&'static str, u32); 2],
+    drop_reasons: [(&'static str, u32); 3],
     registers: u64,
     types_task: bool,
     allocates_on_demand: bool,
@@ -250,6 +250,11 @@ impl Kernel {
             let mut hides_local = take_map(&mut ebpf, "HIDES_LOCAL", Array::<_, u32>::try_from)?;
             hides_local
                 .set(0, u32::MAX, 0)
+                .or_error(ErrorKind::Load, "cannot write to a map")?;
+        }
+        if sees_results(&hooks) {
+            let mut sees = take_map(&mut ebpf, "SEES_RESULTS", Array::<_, u32>::try_from)?;
+            sees.set(0, 1, 0)
                 .or_error(ErrorKind::Load, "cannot write to a map")?;
         }
         let mut hold = take_map(&mut ebpf, "HOLD", Array::<_, u32>::try_from)?;
@@ -438,6 +443,12 @@ fn shows_local(hooks: &[Hook]) -> bool {
     let receive = hooks.iter().filter(|hook| hook.signal == "receive");
     let mut programs = receive.flat_map(|hook| &hook.programs);
     programs.any(|program| program.ends_with(":skb_consume_udp"))
+}
+
+/// Returns whether the hooks show the result of a send.
+fn sees_results(hooks: &[Hook]) -> bool {
+    let mut programs = hooks.iter().flat_map(|hook| &hook.programs);
+    programs.any(|program| program.ends_with(":sock_send_length"))
 }
 
 impl FlowMap for Kernel {

@@ -194,7 +194,9 @@ const UDP: &[Signal] = &[
         best(&[("udp_egress", Cgroup("egress"))]),
     ]] },
     Signal { name: "drop", required: false, slots: &[&[
-        best(&[("udp_drop", RawTracepoint("kfree_skb"))]),
+        best(&[("udp_send_length", RawTracepoint("sock_send_length")), ("udp_drop", RawTracepoint("kfree_skb"))]),
+        worse(&[("udp_drop", RawTracepoint("kfree_skb"))], NO_RESULT),
+        worse(&[("udp_drop_no_reason", RawTracepoint("kfree_skb"))], NO_RESULT),
     ]] },
     Signal { name: "receive", required: false, slots: &[&[
         best(&[("udp_consume_kprobe", Kprobe("skb_consume_udp"))]),
@@ -221,14 +223,17 @@ const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel, in 32-bit
      io_uring without completion or before Linux 5.18 are not seen";
 const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read on an unconnected socket do not report \
      the peer, and a UDP_GRO receive counts as one datagram (marked approximate)";
+const NO_RESULT: &str = "the kernel does not show the result of a send: one that fails because a \
+     network device or its queue drops the datagram is counted (marked approximate), before Linux \
+     5.18 also one that a cgroup program refuses";
 const FENTRY: &str = "some events are missed under load on preemptible kernels";
 const ONLY_CONNECT: &str = "failed connects by io_uring and in 32-bit programs are not seen, and \
      some others are missed under load on preemptible kernels";
 const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little \
      longer, failed connects by io_uring and in 32-bit programs are not seen, and some others are \
      missed under load on preemptible kernels";
-const ONLY_NATIVE: &str =
-    "connects in 32-bit programs and failed connects by io_uring are not seen";
+const ONLY_NATIVE: &str = "connects in 32-bit programs are reported late, and failed connects by \
+     io_uring are not seen";
 const NO_KPROBE_LISTEN: &str = "no kprobes: the first event of a listener without `bind` has no \
      port if io_uring or a 32-bit program made the listener";
 const SYS_EXIT: &str = "no tracefs: each system call of the machine takes about 20 ns longer, and io_uring is not seen";

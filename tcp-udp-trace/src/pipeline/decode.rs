@@ -239,7 +239,7 @@ fn udp(record: &Udp, kind: EventKind, clock: BootClock) -> Result<Decoded, Malfo
         event: event(&head, kind, used_by, socket, traffic, clock)?,
         lost_before: head.lost,
         flow: Some(FlowKey {
-            socket: id,
+            socket: FlowKey::socket(id, record.local_port),
             peer,
             scope: record.scope,
             local: if record.marks & mark::HIDES_LOCAL == 0 {
@@ -286,8 +286,9 @@ pub(crate) fn peer(key: &FlowKey) -> Option<SocketAddr> {
 }
 
 /// Returns the local address of a flow.
-pub(crate) fn local(key: &FlowKey, words: [u32; 4], port: u16) -> Option<SocketAddr> {
-    address(key.peer.family, words, port, NonZeroU32::new(key.scope)).ok()
+pub(crate) fn local(key: &FlowKey, words: [u32; 4]) -> Option<SocketAddr> {
+    let scope = NonZeroU32::new(key.scope);
+    address(key.peer.family, words, key.local_port(), scope).ok()
 }
 
 /// Converts the totals of a record.

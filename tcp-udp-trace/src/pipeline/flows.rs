@@ -97,7 +97,7 @@ pub(crate) trait FlowMap {
 /// Returns the lowest key that a flow of this socket may have.
 const fn lowest_key(socket: u64) -> FlowKey {
     FlowKey {
-        socket,
+        socket: FlowKey::socket(socket, 0),
         peer: Peer {
             address: [0; 4],
             port: 0,
@@ -217,7 +217,7 @@ impl Flows {
         let mut flows = self
             .flows
             .range(lowest_key(socket)..)
-            .take_while(|(key, _)| key.socket == socket);
+            .take_while(|(key, _)| key.id() == socket);
         flows.any(|(key, flow)| {
             let totals = Totals {
                 traffic: flow.reported,
@@ -237,7 +237,7 @@ impl Flows {
         mut emit: impl FnMut(Event),
     ) {
         while let Some((&key, _)) = self.flows.range(lowest_key(socket)..).next() {
-            if key.socket != socket {
+            if key.id() != socket {
                 return;
             }
             self.end(&key, map, &mut stamp, &mut emit);
@@ -308,7 +308,7 @@ impl Flows {
             used: 0,
         };
         self.flows.insert(key, flow);
-        let socket = self.sockets.entry(key.socket).or_insert_with(|| Socket {
+        let socket = self.sockets.entry(key.id()).or_insert_with(|| Socket {
             event: Box::new(event.clone()),
             user: event.socket.uid,
             flows: 0,
@@ -341,7 +341,7 @@ impl Flows {
             }
             self.due.insert((due, *key));
         }
-        if let Some(socket) = self.sockets.get_mut(&key.socket) {
+        if let Some(socket) = self.sockets.get_mut(&key.id()) {
             *socket.event = event.clone();
         }
         self.touch(key);
@@ -349,7 +349,7 @@ impl Flows {
 
     /// Makes the flow the most recently used one.
     fn touch(&mut self, key: &FlowKey) {
-        let Some(socket) = self.sockets.get(&key.socket) else {
+        let Some(socket) = self.sockets.get(&key.id()) else {
             return;
         };
         if let Some(flow) = self.flows.get_mut(key) {
@@ -385,12 +385,12 @@ impl Flows {
         if let Some(due) = flow.due {
             self.due.remove(&(due, *key));
         }
-        if let Some(socket) = self.sockets.get_mut(&key.socket) {
+        if let Some(socket) = self.sockets.get_mut(&key.id()) {
             let user = socket.user;
             self.used.remove(&(user, flow.used));
             socket.flows -= 1;
             if socket.flows == 0 {
-                self.sockets.remove(&key.socket);
+                self.sockets.remove(&key.id());
             }
             self.count(user, |flows| flows - 1);
         }
@@ -398,7 +398,7 @@ impl Flows {
 
     /// Returns the cookie of a flow's socket.
     fn cookie(&self, key: &FlowKey) -> Option<u64> {
-        self.sockets.get(&key.socket)?.event.socket.cookie
+        self.sockets.get(&key.id())?.event.socket.cookie
     }
 
     /// Makes a report of the flow, with the time of `stamp`.
@@ -410,10 +410,10 @@ impl Flows {
         mut stamp: impl FnMut(&mut Event),
     ) -> Option<Event> {
         let flow = self.flows.get(key)?;
-        let mut event = Event::clone(&self.sockets.get(&key.socket)?.event);
+        let mut event = Event::clone(&self.sockets.get(&key.id())?.event);
         stamp(&mut event);
         let local = totals.local;
-        let local = local.and_then(|words| decode::local(key, words, flow.local.port()));
+        let local = local.and_then(|words| decode::local(key, words));
         event.socket.local = local.unwrap_or(flow.local);
         event.socket.remote = decode::peer(key)?;
         event.traffic = totals.traffic;

@@ -203,10 +203,10 @@ impl Source {
                     (EventKind::Close { .. }, Some(flow)) => {
                         // Before the flows are removed.
                         shows_flows = !kernel.passes(&event)
-                            && flows.any(flow.socket, |event| kernel.passes(event));
+                            && flows.any(flow.id(), |event| kernel.passes(event));
                         let stamp = stamp(event.time, event.uptime);
                         // The programs have forgotten the socket.
-                        flows.close(flow.socket, kernel, stamp, |flow| {
+                        flows.close(flow.id(), kernel, stamp, |flow| {
                             let user = event.user;
                             batch.push(Event { user, ..flow });
                         });

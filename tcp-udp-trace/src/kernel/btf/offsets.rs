@@ -90,11 +90,12 @@ pub(in crate::kernel) fn has_listened(btf: &Btf<'_>) -> u64 {
 
 /// Returns the values of `enum skb_drop_reason` that the programs use, by the name of their global.
 /// Before 5.18, the kernel does not report that a program at the cgroup refused a packet.
-pub(in crate::kernel) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 2] {
+pub(in crate::kernel) fn drop_reasons(btf: &Btf<'_>) -> [(&'static str, u32); 3] {
     let reason = |name| btf.enumerator("skb_drop_reason", name).unwrap_or(u32::MAX);
     [
         ("REFUSED", reason("SKB_DROP_REASON_BPF_CGROUP_EGRESS")),
         ("NOT_SPECIFIED", reason("SKB_DROP_REASON_NOT_SPECIFIED")),
+        ("NO_NEIGHBOR", reason("SKB_DROP_REASON_NEIGH_CREATEFAIL")),
     ]
 }
 

@@ -31,7 +31,7 @@ struct Scene {
 
 fn key(socket: u64, port: u16) -> FlowKey {
     FlowKey {
-        socket,
+        socket: FlowKey::socket(socket, 0),
         peer: Peer {
             address: [0; 4],
             port,
@@ -94,9 +94,9 @@ impl Scene {
             age: self.now - born,
             last: false,
         };
-        event.socket.id = key.socket;
+        event.socket.id = key.id();
         // Each hundred sockets belong to another user.
-        event.socket.uid = u32::try_from(key.socket / 100).expect("a user");
+        event.socket.uid = u32::try_from(key.id() / 100).expect("a user");
         event.socket.remote = decode::peer(&key).expect("an address");
         event.traffic = totals.traffic;
         event
