@@ -97,7 +97,7 @@ impl Packet for FreedPacket {
     }
 }
 
-/// What a freed packet means.
+/// The meaning of a freed packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Freed {
     /// Another program at the cgroup refused the packet. It was counted, and its send fails.
