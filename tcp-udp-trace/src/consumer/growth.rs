@@ -62,7 +62,7 @@ pub struct Growth {
     forgotten_born: [Option<Duration>; 2],
 }
 
-/// What an event adds to the traffic that was known before it.
+/// The growth that an event adds to the traffic that was known before it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Increment {

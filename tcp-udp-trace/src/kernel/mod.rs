@@ -86,7 +86,7 @@ pub(crate) struct Kernel {
     pub(crate) time_offset: i64,
 }
 
-/// What the running kernel's BTF says.
+/// The facts in the BTF of the running kernel.
 struct Facts {
     offsets: Offsets,
     ids: Ids,
