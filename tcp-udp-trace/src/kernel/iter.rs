@@ -209,7 +209,7 @@ fn load(ebpf: &mut Ebpf, iter: IterProgram, ids: &Ids) -> Result<(), String> {
     if program.fd().is_ok() {
         return Ok(());
     }
-    let ids = ids::for_aya(ids).map_err(|error| chain(&error))?;
+    let ids = ids::for_aya(ids, &[iter.target()]).map_err(|error| chain(&error))?;
     iter.load(program, &ids).map_err(|error| chain(&error))
 }
 

@@ -419,7 +419,7 @@ pub(crate) fn check_btf(bytes: &[u8]) -> Result<(), Error> {
     let source = Source::from(bytes);
     let btf = source.parse()?;
     let targets = ["task_file", "tcp"].map(ids::Target::iterator);
-    let ids = ids::for_aya(&ids::find(&btf, targets));
+    let ids = ids::for_aya(&ids::find(&btf, targets.clone()), &targets);
     assert!(
         ids.is_ok(),
         "aya rejects the BTF that this crate builds for it"

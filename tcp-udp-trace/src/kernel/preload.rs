@@ -34,9 +34,12 @@ pub(super) fn load_ahead(
         .iter()
         .filter_map(|iter| Some((iter, take(&iter.program)?)))
         .collect();
+    let targets = with_ids.iter().filter_map(|(point, _)| point.target());
+    let targets = targets.chain(iters.iter().map(|(iter, _)| iter.target()));
+    let targets: Vec<_> = targets.collect();
     // Making the ids takes as long as loading a program, so it is one of the jobs.
     let load_with_ids = || {
-        let Ok(ids) = ids::for_aya(ids) else {
+        let Ok(ids) = ids::for_aya(ids, &targets) else {
             return;
         };
         for (point, program) in with_ids {

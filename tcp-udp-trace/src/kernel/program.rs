@@ -33,7 +33,8 @@ pub(super) fn attach_program(
 ) -> Result<(), ProgramError> {
     // The program may be loaded already: ahead, or for another hook.
     if program.fd().is_err() {
-        let ids = point.target().map(|_| ids::for_aya(ids)).transpose()?;
+        let ids = point.target().map(|target| ids::for_aya(ids, &[target]));
+        let ids = ids.transpose()?;
         load(program, point, ids.as_ref())?;
     }
     match (program, point) {

@@ -10,7 +10,7 @@ use aya::{BtfError, Endianness};
 use super::{Btf, MAGIC, VERSION, kind};
 
 /// A type that aya looks up by its name.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::kernel) struct Target {
     kind: u32,
     name: String,
@@ -52,15 +52,16 @@ pub(in crate::kernel) fn find(btf: &Btf<'_>, targets: impl IntoIterator<Item = T
         .collect()
 }
 
-/// Returns BTF with these targets.
+/// Returns BTF with those of these targets that the kernel has. It has twelve bytes for each id up
+/// to the highest one, which for a function is near the end of the kernel's BTF.
 ///
 /// # Errors
 ///
 /// aya does not accept the BTF, which would be a bug here.
-pub(in crate::kernel) fn for_aya(ids: &Ids) -> Result<aya::Btf, BtfError> {
+pub(in crate::kernel) fn for_aya(ids: &Ids, targets: &[Target]) -> Result<aya::Btf, BtfError> {
     let mut strings = vec![0];
     let mut records = Vec::new();
-    for (Target { kind, name }, id) in ids {
+    for (Target { kind, name }, id) in ids.iter().filter(|(target, _)| targets.contains(target)) {
         records.push((*id, *kind, strings.len() as u32));
         strings.extend(name.as_bytes());
         strings.push(0);
