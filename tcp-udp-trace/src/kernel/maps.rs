@@ -4,13 +4,13 @@ use std::io;
 
 use aya::{
     Ebpf,
-    maps::{HashMap, MapData, MapError},
+    maps::{Array, HashMap, MapData, MapError},
 };
 use tcp_udp_trace_common::{ON_DEMAND, Tracked, Udp};
 
 use crate::{
     config::{Config, LATE_SHARE},
-    error::{Error, ErrorKind},
+    error::{Error, ErrorKind, ResultExt as _},
     event::Protocol,
     filter::Filter,
 };
@@ -129,6 +129,13 @@ pub(super) fn take_map<M>(
     };
     let map = ebpf.take_map(name).ok_or_else(missing)?;
     convert(map).map_err(|source| missing().with_source(source))
+}
+
+/// Sets a number that the programs read from a map of one entry.
+pub(super) fn set_variable(ebpf: &mut Ebpf, name: &str, value: u32) -> Result<(), Error> {
+    let mut map = take_map(ebpf, name, Array::<_, u32>::try_from)?;
+    map.set(0, value, 0)
+        .or_error(ErrorKind::Load, "cannot write to a map")
 }
 
 #[cfg(test)]

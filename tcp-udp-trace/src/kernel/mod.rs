@@ -47,8 +47,8 @@ use self::{
     control::{ARM_WAKEUP, CHECK_GONE, CONTROL_FILTER, CONTROL_PROGRAMS, QUERY_FLOW, RING_FILL},
     filter::{Filters, NetworkWriter},
     iter::IterProgram,
-    maps::{SHARE, take_map},
-    plan::{Abilities, HookPoint, Signal},
+    maps::{SHARE, set_variable, take_map},
+    plan::{Abilities, Signal},
 };
 use crate::{
     config::{Buffer, Config},
@@ -91,8 +91,6 @@ struct Facts {
     offsets: Offsets,
     ids: Ids,
     abilities: Abilities,
-    /// The programs that will probably be attached, each with its hook.
-    likely: Vec<(&'static str, HookPoint)>,
     /// Whether the programs report the images of processes.
     images: bool,
     ancestor_ids: u8,
@@ -108,21 +106,13 @@ struct Facts {
 
 impl Facts {
     /// Reads the BTF, whose memory is free again afterwards.
-    fn read(
-        config: &Config,
-        plan: &[&'static Signal],
-        iters: &[IterProgram],
-    ) -> Result<Self, Error> {
+    fn read(config: &Config, plan: &[&Signal], iters: &[IterProgram]) -> Result<Self, Error> {
         let source = Source::read(config.btf.as_deref())?;
         let btf = source.parse()?;
         let abilities = Abilities {
             has_kprobes: program::has_kprobes(),
             preempts_tracepoints: offsets::preempts_tracepoints(&btf),
         };
-        let likely = plan
-            .iter()
-            .flat_map(|signal| signal.likely(abilities))
-            .collect();
         let targets = plan.iter().flat_map(|signal| signal.targets());
         let targets = targets.chain(iters.iter().map(|iter| iter.target()));
         let targets = targets.chain(iter::targets_of_filters());
@@ -151,7 +141,6 @@ impl Facts {
             } else {
                 NetworkWriter::Program
             },
-            likely,
         })
     }
 }
@@ -167,7 +156,9 @@ impl Kernel {
         let plan = plan::signals(config);
         let iters = iter::programs(config);
         let facts = Facts::read(config, &plan, &iters)?;
-        let likely = &facts.likely;
+        let likely = plan.iter();
+        let likely = likely.flat_map(|signal| signal.likely(facts.abilities));
+        let likely: Vec<_> = likely.collect();
         let cpus = aya::util::nr_cpus().map_err(|(path, source)| {
             Error::new(
                 ErrorKind::Unsupported,
@@ -223,7 +214,7 @@ impl Kernel {
             .or_error(ErrorKind::Load, "cannot read the programs' log")?;
         // Not at the same time as the maps: when memory runs out, the kernel kills a process that
         // loads programs, but returns an error to one that makes a map.
-        preload::load_ahead(&mut ebpf, likely, &iters, &controls, &facts.ids);
+        preload::load_ahead(&mut ebpf, &likely, &iters, &controls, &facts.ids);
         let ring = Ring::open(&mut ebpf, buffer, config)?;
         let counters = take_map(&mut ebpf, "COUNTERS", Array::try_from)?;
         let rejected = take_map(&mut ebpf, "REJECTED", PerCpuArray::try_from)?;
@@ -246,20 +237,14 @@ impl Kernel {
             config.protocol,
             &facts.ids,
         )?;
-        if !shows_local(&hooks) {
-            let mut hides_local = take_map(&mut ebpf, "HIDES_LOCAL", Array::<_, u32>::try_from)?;
-            hides_local
-                .set(0, u32::MAX, 0)
-                .or_error(ErrorKind::Load, "cannot write to a map")?;
+        // The receive hook shows the local address of a datagram.
+        if !is_attached(&hooks, ":skb_consume_udp") {
+            set_variable(&mut ebpf, "HIDES_LOCAL", u32::MAX)?;
         }
-        if sees_results(&hooks) {
-            let mut sees = take_map(&mut ebpf, "SEES_RESULTS", Array::<_, u32>::try_from)?;
-            sees.set(0, 1, 0)
-                .or_error(ErrorKind::Load, "cannot write to a map")?;
+        if is_attached(&hooks, ":sock_send_length") {
+            set_variable(&mut ebpf, "SEES_RESULTS", 1)?;
         }
-        let mut hold = take_map(&mut ebpf, "HOLD", Array::<_, u32>::try_from)?;
-        hold.set(0, held_listeners(&hooks), 0)
-            .or_error(ErrorKind::Load, "cannot write to a map")?;
+        set_variable(&mut ebpf, "HOLD", held_listeners(&hooks))?;
         // Only now, because the hooks have seen every socket that was created in the meantime.
         let iters = iter::start(&mut ebpf, config, &facts.ids);
         hooks.extend(iters.hooks);
@@ -438,17 +423,10 @@ fn held_listeners(hooks: &[Hook]) -> u32 {
     }
 }
 
-/// Returns whether the receive hook shows the local address of a datagram.
-fn shows_local(hooks: &[Hook]) -> bool {
-    let receive = hooks.iter().filter(|hook| hook.signal == "receive");
-    let mut programs = receive.flat_map(|hook| &hook.programs);
-    programs.any(|program| program.ends_with(":skb_consume_udp"))
-}
-
-/// Returns whether the hooks show the result of a send.
-fn sees_results(hooks: &[Hook]) -> bool {
+/// Returns whether a program is attached at a hook point whose name ends like this.
+fn is_attached(hooks: &[Hook], point: &str) -> bool {
     let mut programs = hooks.iter().flat_map(|hook| &hook.programs);
-    programs.any(|program| program.ends_with(":sock_send_length"))
+    programs.any(|program| program.ends_with(point))
 }
 
 impl FlowMap for Kernel {

@@ -79,9 +79,7 @@ impl Signal {
         let choices = choices.filter_map(move |slot| slot.iter().find(is_likely));
         choices.flat_map(|choice| choice.hooks).copied()
     }
-}
 
-impl Signal {
     /// Returns the types of the kernel's BTF that the programs of all choices need to load.
     pub(super) fn targets(&self) -> impl Iterator<Item = Target> {
         let choices = self.slots.iter().copied().flatten();
@@ -255,9 +253,8 @@ const fn best_if_not_preempted(hooks: &'static [(&'static str, HookPoint)]) -> C
 
 const fn worse(hooks: &'static [(&'static str, HookPoint)], cost: &'static str) -> Choice {
     Choice {
-        hooks,
         cost: Some(cost),
-        if_not_preempted: false,
+        ..best(hooks)
     }
 }
 
