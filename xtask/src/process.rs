@@ -7,6 +7,7 @@ use std::{
     process::{Child, Command},
     sync::mpsc,
     thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -67,6 +68,24 @@ pub(crate) fn lines(
         }
     });
     receiver
+}
+
+/// Waits for a line that matches. The error shows the others.
+pub(crate) fn wait_for_line(
+    lines: &mpsc::Receiver<String>,
+    timeout: Duration,
+    mut is_match: impl FnMut(&str) -> bool,
+) -> Result<()> {
+    let deadline = Instant::now() + timeout;
+    let mut others = String::new();
+    while let Ok(line) = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        if is_match(&line) {
+            return Ok(());
+        }
+        others.push_str(&line);
+        others.push('\n');
+    }
+    bail!("the expected line did not come:\n{others}")
 }
 
 /// Returns the command as a line for a shell, without its environment.

@@ -156,12 +156,8 @@ impl World {
         let mut tracer = Ended(command.spawn()?);
         let stderr = tracer.0.stderr.take().context("no stderr")?;
         let lines = process::lines(stderr, |_| {});
-        let until = Instant::now() + PATIENCE;
-        let next = || lines.recv_timeout(until.saturating_duration_since(Instant::now()));
-        while !next()
-            .context("the tracer does not start")?
-            .starts_with("ready:")
-        {}
+        process::wait_for_line(&lines, PATIENCE, |line| line.starts_with("ready:"))
+            .context("the tracer does not start")?;
         let result = act()?;
         let pid = tracer.0.id().to_string();
         process::stdout(Command::new("kill").args(["-INT", &pid]))?;

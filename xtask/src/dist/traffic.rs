@@ -4,15 +4,14 @@ use std::{
     io::{Read as _, Write as _},
     net::{Ipv4Addr, TcpListener, TcpStream},
     process::{Command, Stdio},
-    sync::mpsc,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::process::{Ended, lines};
+use crate::process::{Ended, lines, wait_for_line};
 
 /// A number that no other connection of the port has.
 const BYTES: usize = 54_321;
@@ -35,7 +34,7 @@ pub(super) fn is_traced(mut tracer: Command) -> Result<()> {
     );
     let events = lines(child.0.stdout.take().context("no standard output")?, |_| ());
     let messages = lines(child.0.stderr.take().context("no standard error")?, |_| ());
-    until(&messages, |line| line.starts_with("ready:"))?;
+    wait_for_line(&messages, TIMEOUT, |line| line.starts_with("ready:"))?;
     let server = thread::spawn(move || -> Result<usize> {
         let mut bytes = Vec::new();
         Ok(listener.accept()?.0.read_to_end(&mut bytes)?)
@@ -44,7 +43,7 @@ pub(super) fn is_traced(mut tracer: Command) -> Result<()> {
     let received = server.join().ok().context("the server panicked")??;
     ensure!(received == BYTES, "{received} bytes arrived");
     let mut missing = vec![("tx_bytes", false), ("rx_bytes", true)];
-    until(&events, |line| {
+    wait_for_line(&events, TIMEOUT, |line| {
         let event: Value = serde_json::from_str(line).unwrap_or_default();
         let is_server = event["socket"]["local"] == address.to_string();
         if event["kind"]["to"] == "CLOSE" {
@@ -54,18 +53,4 @@ pub(super) fn is_traced(mut tracer: Command) -> Result<()> {
         }
         missing.is_empty()
     })
-}
-
-/// Waits for a line that matches.
-fn until(lines: &mpsc::Receiver<String>, mut is_match: impl FnMut(&str) -> bool) -> Result<()> {
-    let deadline = Instant::now() + TIMEOUT;
-    let mut others = String::new();
-    while let Ok(line) = lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-        if is_match(&line) {
-            return Ok(());
-        }
-        others.push_str(&line);
-        others.push('\n');
-    }
-    bail!("no line shows the connection:\n{others}")
 }

@@ -51,11 +51,18 @@ const USUAL: Machine = Machine {
 /// Both protocols with default settings.
 const EXACT: &[&str] = &["machines::starts_and_is_exact"];
 
-/// The same, and both hooks of a state change under load, which a preemptible kernel may interrupt.
+/// [`EXACT`], and both hooks of a state change under load, which a preemptible kernel may interrupt.
 const UNDER_LOAD: &[&str] = &[
     "machines::starts_and_is_exact",
     "udp_numbers::eight_sockets_at_full_speed_under_load",
     "delivery::churn_across_namespaces_under_load",
+];
+
+/// [`EXACT`], and both protocols with few capabilities.
+const UNPRIVILEGED: &[&str] = &[
+    "machines::starts_and_is_exact",
+    "privileges::tcp_needs_bpf_and_perfmon",
+    "privileges::udp_needs_net_admin_too",
 ];
 
 const MACHINES: &[Machine] = &[
@@ -87,22 +94,14 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified",
     Machine {
         name: "no-bpf-for-users",
         commands: "echo 2 > /proc/sys/kernel/unprivileged_bpf_disabled",
-        tests: &[
-            "machines::starts_and_is_exact",
-            "privileges::tcp_needs_bpf_and_perfmon",
-            "privileges::udp_needs_net_admin_too",
-        ],
+        tests: UNPRIVILEGED,
         ..USUAL
     },
     // Debian's kernels have the levels 3 and 4, which leave nothing to users.
     Machine {
         name: "paranoid",
         commands: "echo 4 > /proc/sys/kernel/perf_event_paranoid",
-        tests: &[
-            "machines::starts_and_is_exact",
-            "privileges::tcp_needs_bpf_and_perfmon",
-            "privileges::udp_needs_net_admin_too",
-        ],
+        tests: UNPRIVILEGED,
         ..USUAL
     },
     Machine {
