@@ -22,10 +22,9 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, RawTracePoint},
 };
 use futures_util::{Stream, StreamExt as _};
-use integration_tests::{cgroup, netns::Netns};
+use integration_tests::{cgroup, mounts, netns::Netns};
 use nix::{
     mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
     sys::resource::{UsageWho, getrusage},
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -118,9 +117,7 @@ pub(crate) fn run_if_requested() -> Option<anyhow::Result<()>> {
 fn be_peer(program: &str, args: impl Iterator<Item = String>) -> anyhow::Result<()> {
     const TRACEFS: &str = "/sys/kernel/tracing";
     if !std::fs::exists(format!("{TRACEFS}/events"))? {
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+        mounts::make_private()?;
         mount(
             Some("nodev"),
             TRACEFS,

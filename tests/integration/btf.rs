@@ -7,12 +7,11 @@ use std::{
 
 use anyhow::{bail, ensure};
 use integration_tests::{
-    actor::{ReceiveCall, SendCall},
     collector::{self, Collector},
     mounts,
     suite::Test,
     tcp_pair::{TcpPair, loopback},
-    udp_pair::{Family, UdpPair},
+    udp_pair::{self, Family},
 };
 use nix::mount::{MsFlags, mount};
 use tcp_udp_trace::{ErrorKind, TracerHandle};
@@ -68,11 +67,7 @@ fn trace(path: PathBuf) -> anyhow::Result<[String; 2]> {
     let hooks = [hooks(tcp.handle()), hooks(udp.handle())];
     eprintln!("{}\n{}", hooks[0], hooks[1]);
     TcpPair::traced_by(tcp, loopback(false))?.check_transfer(1_000, 2_000)?;
-    let mut pair = UdpPair::new(Family::V6, true)?;
-    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let expected = pair.close()?;
-    udp.finish_udp(expected.len())?.check_all(&expected)?;
+    udp_pair::check_transfer(Family::V6, udp)?;
     Ok(hooks)
 }
 

@@ -4,12 +4,11 @@ use std::{fs, net::TcpListener, path::Path, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use integration_tests::{
-    actor::{ReceiveCall, SendCall},
     collector::{self, Collector},
     kernel::is_emulated,
     suite::{Test, buffer, skip},
     tcp_pair::{TcpPair, loopback},
-    udp_pair::{Family, UdpPair},
+    udp_pair::{self, Family},
 };
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
@@ -43,11 +42,7 @@ fn starts_and_is_exact() -> anyhow::Result<()> {
         }
     }
     TcpPair::traced_by(tcp, loopback(false))?.check_transfer(100_000, 200_000)?;
-    let mut pair = UdpPair::new(Family::V4, true)?;
-    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let expected = pair.close()?;
-    udp.finish_udp(expected.len())?.check_all(&expected)
+    udp_pair::check_transfer(Family::V4, udp)
 }
 
 /// The second CPU, which this test switches on and off.

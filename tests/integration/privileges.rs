@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, bail, ensure};
 use futures_util::{Stream, StreamExt as _};
 use integration_tests::{
-    actor::{Actor, ReceiveCall, SendCall},
+    actor::Actor,
     collector::{Collector, SAMPLE_INTERVAL, check_conservation},
     kernel::{captures_images, is_at_least, open_files},
     mounts,
@@ -21,7 +21,7 @@ use integration_tests::{
     privileges::{Capability, UNPRIVILEGED, become_unprivileged, keep},
     suite::{Test, skip},
     tcp_pair::{TcpPair, loopback},
-    udp_pair::{Family, UdpPair},
+    udp_pair::{self, Family, UdpPair},
 };
 use nix::{
     errno::Errno,
@@ -161,11 +161,7 @@ fn udp_needs_net_admin_too() -> anyhow::Result<()> {
     become_unprivileged(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
     let collector = Collector::start_udp()?;
     eprintln!("{:#?}", collector.handle().hooks());
-    let mut pair = UdpPair::new(Family::V4, true)?;
-    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let expected = pair.close()?;
-    collector.finish_udp(expected.len())?.check_all(&expected)
+    udp_pair::check_transfer(Family::V4, collector)
 }
 
 /// Every process may sample its own namespace, and `hooks` reports the namespaces that are not
@@ -411,12 +407,7 @@ fn cgroup_v2_that_is_not_mounted() -> anyhow::Result<()> {
         let point = mount.split(' ').nth(4).context("no mount point")?;
         umount2(point, MntFlags::MNT_DETACH)?;
     }
-    let collector = Collector::start_udp()?;
-    let mut pair = UdpPair::new(Family::V4, true)?;
-    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
-    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
-    let expected = pair.close()?;
-    collector.finish_udp(expected.len())?.check_all(&expected)?;
+    udp_pair::check_transfer(Family::V4, Collector::start_udp()?)?;
     on_thread(|| {
         keep(&[CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN])?;
         let Err(error) = start(Protocol::Udp)? else {

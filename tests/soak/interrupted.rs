@@ -19,10 +19,10 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow};
+use integration_tests::mounts;
 use nix::{
     libc::O_NONBLOCK,
     mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
 };
 use tcp_udp_trace::Event;
 
@@ -110,16 +110,14 @@ struct Instance {
 impl Instance {
     /// Mounts tracefs for the calling thread alone, and makes the instance.
     fn new() -> anyhow::Result<Self> {
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-        mount(none, "/", none, private, none)?;
+        mounts::make_private()?;
         if !fs::exists(format!("{TRACEFS}/events"))? {
             mount(
                 Some("nodev"),
                 TRACEFS,
                 Some("tracefs"),
                 MsFlags::empty(),
-                none,
+                None::<&str>,
             )?;
         }
         let path = Path::new(TRACEFS).join("instances").join(INSTANCE);

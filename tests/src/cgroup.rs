@@ -12,12 +12,9 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
-};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-use crate::suite::skip;
+use crate::{mounts, suite::skip};
 
 /// A cgroup made for a test. Dropping it removes the cgroup, whose processes must have ended.
 #[derive(Debug)]
@@ -96,9 +93,7 @@ impl Drop for Entered {
 /// Gives the calling thread a mount namespace whose only cgroup v2 begins at the root of its cgroup
 /// namespace.
 pub fn mount_own() -> anyhow::Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)?;
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    mounts::make_private()?;
     while let Some(point) = mount_point() {
         umount2(&point, MntFlags::MNT_DETACH)?;
     }
@@ -129,12 +124,11 @@ impl Hybrid {
     /// Mounts the layout. Skips the test where the kernel has no cgroup v1.
     pub fn mount() -> anyhow::Result<Self> {
         const PLACE: &str = "/sys/fs/cgroup";
-        unshare(CloneFlags::CLONE_NEWNS)?;
+        mounts::make_private()?;
         let mount = |what, place: &str, kind: &str, flags, options: Option<&str>| {
             mount(Some("none"), place, what, flags, options).with_context(|| kind.to_string())
         };
-        let (none, private) = (MsFlags::empty(), MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-        mount(None, "/", "private", private, None)?;
+        let none = MsFlags::empty();
         // Detaches the mounts that are there already.
         while umount2(PLACE, MntFlags::MNT_DETACH).is_ok() {}
         mount(Some("tmpfs"), PLACE, "tmpfs", none, None)?;

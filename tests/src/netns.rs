@@ -18,7 +18,7 @@ use nix::{
 };
 use socket2::{Domain, Socket, Type};
 
-use crate::suite::skip;
+use crate::{mounts, suite::skip};
 
 /// A network namespace. It exists as long as this value or a process in it.
 #[derive(Debug)]
@@ -90,10 +90,9 @@ pub fn steer_packets() -> anyhow::Result<()> {
     let mask = (1_u64 << cpus) - 1;
     let steer = || -> anyhow::Result<()> {
         // A mount of sysfs shows the namespace of the thread that makes it.
-        unshare(CloneFlags::CLONE_NEWNS)?;
-        let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
-        mount(none, "/", none, private, none)?;
-        mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::empty(), none)?;
+        mounts::make_private()?;
+        let (sysfs, none) = (Some("sysfs"), None::<&str>);
+        mount(sysfs, "/sys", sysfs, MsFlags::empty(), none)?;
         let file = "/sys/class/net/lo/queues/rx-0/rps_cpus";
         fs::write(file, format!("{mask:x}")).context(file)
     };

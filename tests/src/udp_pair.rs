@@ -5,7 +5,11 @@ use std::net::SocketAddr;
 use anyhow::Context as _;
 
 use crate::{
-    collector::Collector, expected_udp::ExpectedUdp, netns::Netns, tcp_pair::loopback,
+    actor::{ReceiveCall, SendCall},
+    collector::Collector,
+    expected_udp::ExpectedUdp,
+    netns::Netns,
+    tcp_pair::loopback,
     udp_actor::UdpActor,
 };
 
@@ -125,6 +129,15 @@ impl UdpPair {
         self.introduce();
         Ok([self.sender.close()?, self.receiver.close()?])
     }
+}
+
+/// Sends three datagrams between connected sockets, and checks the contents of their events.
+pub fn check_transfer(family: Family, collector: Collector) -> anyhow::Result<()> {
+    let mut pair = UdpPair::new(family, true)?;
+    pair.sender.send(SendCall::SendTo, None, &[10, 0, 20])?;
+    pair.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    let expected = pair.close()?;
+    collector.finish_udp(expected.len())?.check_all(&expected)
 }
 
 /// Runs `act` with each kind of pair, under both tracers.
