@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, LruHashMap},
 };
-use tcp_udp_trace_common::{AF_INET, Field, FlowKey, Peer, UdpTracked, approximate};
+use tcp_udp_trace_common::{AF_INET, Field, Flow, FlowKey, Peer, UdpTracked, approximate};
 
 use super::{
     balancer, count, flows, nat,
@@ -113,12 +113,9 @@ enum Freed {
 /// `kfree_skb(skb, location, reason)`: the kernel drops a packet.
 #[inline(always)]
 pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
-    let sk = Sock::new(read(skb, Field::SkbSock));
-    if sk.0 == 0 || !sk.is_udp() {
+    let Some((sk, key, tracked)) = socket_of(skb) else {
         return;
-    }
-    let key = key_of(sk);
-    let Some(tracked) = get(key) else { return };
+    };
     let freed = if reason == REFUSED.load() {
         tracked.is_refused = 1;
         if tracked.unsent.cast_signed() > 0 {
@@ -144,18 +141,11 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
     }
     let flow = flows::find_counted(tracked, &mut datagrams, FreedPacket(skb));
     if freed == Freed::Refused {
-        let (bytes, packets) = (datagrams.bytes, datagrams.packets);
-        flows::take_back(&mut tracked.traffic, bytes, packets);
-        if let Some(flow) = flow {
-            flows::take_back(&mut flow.traffic, bytes, packets);
-        }
+        take_back(Some(tracked), flow, datagrams.bytes, datagrams.packets);
     } else if SEES_RESULTS.get(0).is_some_and(|sees| *sees != 0) && !is_fragment(skb) {
         doubt(sk.0, key, &datagrams);
     } else if is_sending() {
-        tracked.approximate |= approximate::SENDS;
-        if let Some(flow) = flow {
-            flow.approximate = 1;
-        }
+        mark(tracked, flow);
     }
 }
 
@@ -163,20 +153,44 @@ pub(crate) fn dropped(ctx: Context, skb: u64, reason: u32) {
 /// send may succeed or fail.
 #[inline(always)]
 pub(crate) fn dropped_for_no_reason(skb: u64) {
-    let sk = Sock::new(read(skb, Field::SkbSock));
-    if sk.0 == 0 || !sk.is_udp() {
-        return;
-    }
-    let Some(tracked) = get(key_of(sk)) else {
+    let Some((sk, _, tracked)) = socket_of(skb) else {
         return;
     };
     let mut datagrams = datagrams(skb, sk, tracked);
     if datagrams.other_port == 0 && is_sending() {
-        tracked.approximate |= approximate::SENDS;
         let flow = flows::find_counted(tracked, &mut datagrams, FreedPacket(skb));
-        if let Some(flow) = flow {
-            flow.approximate = 1;
-        }
+        mark(tracked, flow);
+    }
+}
+
+/// Returns the UDP socket of a packet, its key, and the state that is remembered of it.
+#[inline(always)]
+fn socket_of(skb: u64) -> Option<(Sock, u64, &'static mut UdpTracked)> {
+    let sk = Sock::new(read(skb, Field::SkbSock));
+    if sk.0 == 0 || !sk.is_udp() {
+        return None;
+    }
+    let key = key_of(sk);
+    Some((sk, key, get(key)?))
+}
+
+/// Subtracts datagrams that were counted for a socket and a flow, and were not sent.
+#[inline(always)]
+fn take_back(tracked: Option<&mut UdpTracked>, flow: Option<&mut Flow>, bytes: u64, packets: u64) {
+    if let Some(tracked) = tracked {
+        flows::take_back(&mut tracked.traffic, bytes, packets);
+    }
+    if let Some(flow) = flow {
+        flows::take_back(&mut flow.traffic, bytes, packets);
+    }
+}
+
+/// Marks the totals of a socket and of its flow, because a send that was counted may have failed.
+#[inline(always)]
+fn mark(tracked: &mut UdpTracked, flow: Option<&mut Flow>) {
+    tracked.approximate |= approximate::SENDS;
+    if let Some(flow) = flow {
+        flow.approximate = 1;
     }
 }
 
@@ -323,12 +337,8 @@ pub(crate) fn send_returned(sk: u64, result: i32) {
     // SAFETY: as in `doubt`.
     let doubt = unsafe { &*doubt };
     if result < 0 && doubt.sk == sk {
-        if let Some(tracked) = get(doubt.key) {
-            flows::take_back(&mut tracked.traffic, doubt.bytes, doubt.packets);
-        }
-        if let Some(flow) = flows::get_counted(&doubt.flow) {
-            flows::take_back(&mut flow.traffic, doubt.bytes, doubt.packets);
-        }
+        let flow = flows::get_counted(&doubt.flow);
+        take_back(get(doubt.key), flow, doubt.bytes, doubt.packets);
     }
     if DOUBTS.remove(thread).is_ok() {
         add_doubts(u32::MAX);
