@@ -55,8 +55,8 @@ fn churn_across_namespaces_under_load() -> anyhow::Result<()> {
     churn(&far, &[SocketAddr::new(FAR.parse()?, 0)], 1_000)
 }
 
-/// The same where the softirqs of one connection run on all CPUs. Each program is skipped hundreds
-/// of times, because a softirq interrupted it, and the other program of the tracepoint runs.
+/// The same where the softirqs of one connection run on all CPUs. A softirq interrupts each program
+/// hundreds of times. The kernel then skips the program, and the tracepoint's other one runs.
 fn churn_with_packets_steered_to_every_cpu() -> anyhow::Result<()> {
     if !kernel::is_emulated()? {
         return skip("a hardened kernel runs no program in softirqs that interrupt pid 1");

@@ -1,5 +1,5 @@
-//! Sockets whose packets get other addresses, by netfilter or by a program at their cgroup. A flow
-//! has the addresses that the socket knows.
+//! Sockets whose packets get other addresses, by netfilter or by a program at their cgroup. The
+//! addresses of a flow are those that the socket knows.
 
 use std::net::SocketAddr;
 

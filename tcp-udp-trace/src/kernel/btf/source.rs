@@ -118,7 +118,9 @@ fn read_file(path: &Path) -> io::Result<Vec<u8>> {
 
 /// Returns the position and the size of the section `.BTF` in a 64-bit little-endian ELF file.
 ///
-/// The layout is in [`elf.h`](https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/elf.h).
+/// The layout is in [`elf.h`][elf].
+///
+/// [elf]: https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/elf.h
 fn section(file: &File) -> io::Result<(u64, usize)> {
     const HEADER: usize = 64;
     /// `ELFCLASS64`, `ELFDATA2LSB`
