@@ -51,7 +51,7 @@ const USUAL: Machine = Machine {
 /// Both protocols with default settings.
 const EXACT: &[&str] = &["machines::starts_and_is_exact"];
 
-/// [`EXACT`], and both hooks of a state change under load, which a preemptible kernel may interrupt.
+/// [`EXACT`], and both hooks of a state change under load. A preemptible kernel may interrupt them.
 const UNDER_LOAD: &[&str] = &[
     "machines::starts_and_is_exact",
     "udp_numbers::eight_sockets_at_full_speed_under_load",
