@@ -707,8 +707,11 @@ pub struct Tracked {
     /// For a child of a listener: the time from the SYN-ACK to its acknowledgment, in microseconds.
     /// 0 if it is not known.
     pub handshake: u32,
+    /// The [generation](filter::generation) of the filter that lets no event of the socket pass, by
+    /// properties of the socket that stay. 0 if there is none.
+    pub rejected_by: u16,
     /// Padding.
-    pub _pad: u32,
+    pub _pad: u16,
     /// The time when the handshake was over: `CLOCK_BOOTTIME`, nanoseconds. 0 if the programs did
     /// not see that.
     pub established: u64,

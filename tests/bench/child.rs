@@ -40,15 +40,15 @@ pub(crate) const PEER: &str = "--peer";
 /// The line that the process prints when it is ready.
 pub(crate) const READY: &str = "ready\n";
 
-const TCP: &str = "ours";
+pub(crate) const TCP: &str = "ours";
 /// Everything at its default, on the runtime of `#[tokio::main]`, and each event printed.
 const TCP_README: &str = "ours: README's program";
 const TCP_EVERYTHING: &str = "ours: everything, samples each second";
 const TCP_QUEUE: &str = "ours, queue of 262,144";
-const TCP_SUMMARIES: &str = "ours: summaries only";
+pub(crate) const TCP_SUMMARIES: &str = "ours: summaries only";
 /// No event passes, because no socket has this port.
-const TCP_REJECTED: &str = "ours: a filter that rejects everything";
-const UDP: &str = "ours: flows";
+pub(crate) const TCP_REJECTED: &str = "ours: a filter that rejects everything";
+pub(crate) const UDP: &str = "ours: flows";
 const UDP_EVERYTHING: &str = "ours: each datagram, samples each second";
 /// Room for all records that come while the reader is stopped.
 pub(crate) const DRAIN: &str = "ours, a large ring";

@@ -11,7 +11,7 @@ use aya::{
 };
 
 use crate::{
-    Options, child,
+    Options,
     subject::{Protocol, Running, Subject},
     workload::{self, Workload},
 };
@@ -19,9 +19,9 @@ use crate::{
 /// Prints a line for each program that ran: the event whose cost it adds to, its name, instructions
 /// per event, runs per event, and the number of instructions that the verifier processed.
 pub(crate) fn run(options: &Options) -> anyhow::Result<()> {
-    for workload in workload::of_gate() {
+    for (workload, setup) in workload::of_gate() {
         let events = (workload.units * workload.events_each) as f64;
-        for (name, program) in measure(&workload, options)? {
+        for (name, program) in measure(&workload, setup, options)? {
             println!(
                 "@@program {}_{} {name} {:.2} {:.3} {}",
                 workload.name,
@@ -52,11 +52,13 @@ struct Program {
     verified: u32,
 }
 
-/// Runs a workload under our tracer with its defaults, and returns the programs that ran, by name.
-fn measure(workload: &Workload, options: &Options) -> anyhow::Result<BTreeMap<String, Program>> {
-    let setup = child::setups(workload.protocol)
-        .next()
-        .context("no setup")?;
+/// Runs a workload under our tracer with these settings, and returns the programs that ran, by
+/// name.
+fn measure(
+    workload: &Workload,
+    setup: &'static str,
+    options: &Options,
+) -> anyhow::Result<BTreeMap<String, Program>> {
     let field = workload.prepare()?;
     let mut running = Running::start(&Subject::Ours(setup), workload.is_pinned, options)?;
     let clock = enable_stats(Stats::RunTime).context("bpf_stats")?;

@@ -14,7 +14,7 @@ use nix::{
     unistd::{Pid, getppid},
 };
 
-use crate::subject::Protocol;
+use crate::{child, subject::Protocol};
 
 /// The bytes of a connection in each direction.
 const ECHO: usize = 100;
@@ -100,11 +100,11 @@ pub(crate) fn all(quick: bool) -> Vec<Workload> {
     ]
 }
 
-/// Returns the traffic of the gate. Its amount never changes. The socket that is not connected
-/// sends to two peers in turn.
-pub(crate) fn of_gate() -> [Workload; 3] {
-    let tcp = Workload {
-        name: "tcp",
+/// Returns the traffic of the gate, and the tracers' settings for it. The amount never changes. The
+/// socket that is not connected sends to two peers in turn.
+pub(crate) fn of_gate() -> [(Workload, &'static str); 5] {
+    let tcp = |name| Workload {
+        name,
         ..connections(2_000)
     };
     let connected = Workload {
@@ -116,7 +116,13 @@ pub(crate) fn of_gate() -> [Workload; 3] {
         traffic: Traffic::Datagrams(2),
         ..datagrams(20_000)
     };
-    [tcp, connected, unconnected]
+    [
+        (tcp("tcp"), child::TCP),
+        (tcp("tcp_summaries"), child::TCP_SUMMARIES),
+        (tcp("tcp_rejected"), child::TCP_REJECTED),
+        (connected, child::UDP),
+        (unconnected, child::UDP),
+    ]
 }
 
 fn connections(units: u64) -> Workload {

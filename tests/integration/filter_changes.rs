@@ -14,7 +14,7 @@ use integration_tests::{
     suite::Test,
     tcp_pair::{TcpPair, loopback},
 };
-use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter, Kind, TcpTracer, UdpTracer};
+use tcp_udp_trace::{Direction, ErrorKind, Event, EventKind, Filter, Kind, TcpTracer, UdpTracer};
 
 use crate::filters::connect;
 
@@ -23,6 +23,7 @@ pub(crate) fn trials() -> Vec<Test> {
         Nothing: [
             filter_that_makes_no_sense_changes_nothing,
             flows_that_no_longer_pass,
+            sockets_rejected_before,
         ],
         Solitude: [
             filtered_sockets_take_no_room,
@@ -118,6 +119,61 @@ fn flows_that_no_longer_pass() -> anyhow::Result<()> {
         "{}",
         show(&events)
     );
+    Ok(())
+}
+
+/// A socket that no filter has let pass so far passes the next one, with its owner and its numbers.
+/// Each of the filters rejects both ends by another property.
+fn sockets_rejected_before() -> anyhow::Result<()> {
+    const BYTES: u64 = 1234;
+    let mut pair = TcpPair::new()?;
+    let port = pair.listener.local.port();
+    let filters = [
+        Filter::new().port(if port == 1 { 2 } else { 1 }),
+        Filter::new().remote("192.0.2.0".parse::<Ipv4Addr>()?, 24),
+        Filter::new().netns(1),
+        Filter::new().cgroup(u64::MAX),
+        Filter::new().direction(Direction::Listener),
+    ];
+    let mut before = pair.collector.wait_count(1)?.len();
+    for filter in filters {
+        pair.collector.set_filter(filter.clone())?;
+        let connection = pair.connect()?;
+        pair.upload(&connection, BYTES)?;
+        pair.collector.set_filter(Filter::new().port(port))?;
+        pair.close(&connection)?;
+        // Three changes of state at each end.
+        let events = pair.collector.wait_count(before + 6)?.split_off(before);
+        before += events.len();
+        let [client, server] = [connection.client.local, pair.listener.local];
+        for (local, actor, bytes) in [
+            (client, &pair.client, (BYTES, 0)),
+            (server, &pair.server, (0, BYTES)),
+        ] {
+            let of_end = || events.iter().filter(|event| event.socket.local == local);
+            let last = of_end().next_back().context("no event")?;
+            let traffic = (last.traffic.tx_bytes, last.traffic.rx_bytes);
+            let is_owner = |event: &Event| {
+                let pid = event.process.as_ref().map(|process| process.pid);
+                pid == Some(actor.pid())
+            };
+            ensure!(
+                of_end().count() == 3 && of_end().all(is_owner),
+                "{filter}: {}",
+                show(&events)
+            );
+            ensure!(
+                last.is_close() && last.socket.older == Some(false) && traffic == bytes,
+                "{filter}: {last:?}"
+            );
+        }
+    }
+    let handle = pair.collector.handle().clone();
+    pair.collector.finish_all()?;
+    let stats = handle.stats();
+    // The changes of state up to the connection, and the accepts.
+    let rejected = [stats.kinds.state_change, stats.kinds.accept].map(|kind| kind.kernel_filtered);
+    ensure!(rejected == [20, 5], "{stats:?}");
     Ok(())
 }
 

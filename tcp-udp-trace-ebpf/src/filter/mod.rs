@@ -19,8 +19,15 @@ use self::{
 use crate::{
     datagrams::Datagrams,
     owner,
-    sock::{Sock, Socket as _, tcp_state::CLOSE},
+    sock::{
+        Sock, Socket as _,
+        tcp_state::{CLOSE, SYN_SENT},
+    },
 };
+
+/// The parts of a filter that depend on the ends of a connection.
+const ENDS: u64 =
+    filter::NO_IPV4 | filter::NO_IPV6 | filter::PORTS | filter::LOCAL | filter::REMOTE;
 
 /// How many events of each kind did not pass.
 #[map]
@@ -41,7 +48,8 @@ pub(crate) fn only_ends() -> bool {
 pub(crate) fn passes_tcp(kind: u32, states: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     decide(kind, |word| {
         states & !word != 0
-            && matches_cgroup(word, sk, tracked.cgroup)
+            && tracked.rejected_by != filter::generation(word)
+            && (matches_cgroup(word, sk, tracked.cgroup) || reject(word, tracked))
             && matches_tcp(word, sk.0, tracked)
     })
 }
@@ -114,34 +122,47 @@ fn matches_cgroup(word: u64, sk: Sock, id: u64) -> bool {
 #[inline(never)]
 fn matches_tcp(word: u64, sk: u64, tracked: &mut Tracked) -> bool {
     let sk = Sock::new(sk);
-    if !matches_socket(word, sk, tracked) {
-        return false;
+    if word & ENDS != 0 {
+        let (local, remote) = sk.ends();
+        if !matches_ends(word, &local, &remote) {
+            // The kernel chooses the port of a socket that connects after the change of its state.
+            let have_ports = local.port != 0 && tracked.state != SYN_SENT;
+            return have_ports && reject(word, tracked);
+        }
     }
-    if word & (filter::NO_IPV4 | filter::NO_IPV6 | filter::PORTS | filter::LOCAL | filter::REMOTE)
-        == 0
-    {
-        return true;
-    }
-    let (local, remote) = sk.ends();
-    matches_ends(word, &local, &remote)
+    (matches_life(word, tracked) || reject(word, tracked)) && matches_users(word, sk, tracked)
+}
+
+/// Remembers that no event of the socket passes this filter, and returns false.
+#[inline(always)]
+fn reject(word: u64, tracked: &mut Tracked) -> bool {
+    tracked.rejected_by = filter::generation(word);
+    false
 }
 
 #[inline(never)]
 fn matches_connect(word: u64, sk: u64, tracked: &mut Tracked, ends: &(Peer, Peer)) -> bool {
-    matches_socket(word, Sock::new(sk), tracked) && matches_ends(word, &ends.0, &ends.1)
+    matches_life(word, tracked)
+        && matches_users(word, Sock::new(sk), tracked)
+        && matches_ends(word, &ends.0, &ends.1)
 }
 
-/// Returns whether a TCP socket matches the filter apart from its ends.
+/// Returns whether a TCP socket matches the filter by properties that it keeps for life.
 #[inline(always)]
-fn matches_socket(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
+fn matches_life(word: u64, tracked: &Tracked) -> bool {
+    let directions = word & filter::DIRECTIONS;
+    (directions == 0 || directions & filter::direction(tracked.direction()) != 0)
+        && matches_netns(word, [tracked.netns.into(), tracked.netns_cookie])
+        && is_chosen(word, tracked.id)
+}
+
+/// Returns whether a TCP socket matches the filter by its owner and its user id.
+#[inline(always)]
+fn matches_users(word: u64, sk: Sock, tracked: &mut Tracked) -> bool {
     let owner: *const Owner = owner::of_socket(tracked);
     // SAFETY: a pointer into `tracked`. The owner does not overlap the field that is written here.
     let owner = unsafe { &*owner };
-    let directions = word & filter::DIRECTIONS;
-    (directions == 0 || directions & filter::direction(tracked.direction()) != 0)
-        && matches_owner(word, owner, &mut tracked.tree_generation)
-        && matches_environment(word, sk, [tracked.netns.into(), tracked.netns_cookie])
-        && is_chosen(word, tracked.id)
+    matches_owner(word, owner, &mut tracked.tree_generation) && matches_uid(word, sk)
 }
 
 #[inline(never)]
@@ -157,7 +178,8 @@ fn matches_udp(word: u64, tracked: &mut UdpTracked, at: &Datagrams) -> bool {
     } = tracked;
     // The arguments are assembled late, because values kept from before would take too much stack.
     matches_owner(word, owner, tree_generation)
-        && matches_environment(word, Sock::new(*sk), [(*netns).into(), *netns_cookie])
+        && matches_netns(word, [(*netns).into(), *netns_cookie])
+        && matches_uid(word, Sock::new(*sk))
         && matches_ends(word, &at.local, &at.flow.peer)
         && is_chosen(word, *id)
 }
@@ -209,15 +231,18 @@ fn name([first, second]: [u64; 2]) -> [u64; 2] {
 }
 
 #[inline(always)]
-fn matches_environment(word: u64, sk: Sock, netns: [u64; 2]) -> bool {
-    let one_of = |bit, set, value| word & bit == 0 || has(word, set, value);
-    one_of(filter::NAMESPACES, filter::NETNS, netns)
-        && (word & filter::UIDS == 0
-            || has(
-                word,
-                filter::UID,
-                [u64::from(sk.get::<u32>(Field::SkUid)), 0],
-            ))
+fn matches_netns(word: u64, netns: [u64; 2]) -> bool {
+    word & filter::NAMESPACES == 0 || has(word, filter::NETNS, netns)
+}
+
+#[inline(always)]
+fn matches_uid(word: u64, sk: Sock) -> bool {
+    word & filter::UIDS == 0
+        || has(
+            word,
+            filter::UID,
+            [sk.get::<u32>(Field::SkUid).into(), 0],
+        )
 }
 
 #[inline(always)]

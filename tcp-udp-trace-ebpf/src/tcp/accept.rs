@@ -58,8 +58,8 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         &mut fresh
     };
     owner::set_current_once(ctx, &mut tracked.acceptor, origin::ACCEPTOR);
-    // The previous owner may have been in another tree.
-    tracked.tree_generation = 0;
+    // The previous owner may have been in another tree. The direction may have been unknown.
+    (tracked.tree_generation, tracked.rejected_by) = (0, 0);
     if tracked.listener != 0 {
         sockets::set_user(&tracked.listener, &tracked.acceptor);
     }
