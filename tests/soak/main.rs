@@ -1,6 +1,7 @@
 //! Runs everything at once, for long: connections churn, datagrams flood, filters change, tracers
-//! start and stop. At the end the numbers must add up, and memory, descriptors and threads must not
-//! have grown. Run by `cargo xtask soak`, as root.
+//! start and stop, network namespaces come and go, processes are killed, and in a guest a CPU goes
+//! offline and comes back. At the end the numbers must add up, and memory, descriptors, threads and
+//! BPF objects must not have grown. Run by `cargo xtask soak`, as root.
 //!
 //! `soak minutes N` runs all of that for this long. `soak sockets N` opens and closes this many
 //! sockets under both tracers.
@@ -12,6 +13,7 @@
 
 mod interrupted;
 mod sockets;
+mod upheaval;
 mod work;
 
 use std::{
@@ -26,7 +28,7 @@ use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{self, Actor},
     collector::check_conservation,
-    kernel,
+    kernel::{self, BpfObjects},
     netns::Netns,
     tcp_pair::loopback,
 };
@@ -35,6 +37,7 @@ use tcp_udp_trace::{Filter, Kind, Stats, TcpTracer, UdpTracer};
 
 use self::{
     interrupted::Interruptions,
+    upheaval::Upheavals,
     work::{Clock, Counted, Truth, count_tcp, count_udp},
 };
 
@@ -88,29 +91,40 @@ fn soak(time: Duration) -> anyhow::Result<()> {
     let truth = Truth::default();
     let changes = AtomicU64::new(0);
     let started = AtomicU64::new(0);
+    let upheavals = Upheavals::default();
     let before = kernel::open_files()?.len();
+    let objects_before = BpfObjects::loaded();
 
     let mut server = Actor::spawn("server")?;
     let listener = server.listen(loopback(false))?;
-    let port = listener.local.port();
+    let mut survivor = Actor::spawn("survivor")?;
+    let of_victims = survivor.listen(loopback(false))?;
+    let all_ports = || {
+        let filter = Filter::new().port(listener.local.port());
+        let filter = filter.port(of_victims.local.port());
+        filter.port(upheaval::VISITED_PORT)
+    };
     // The default queue is for a service that keeps up; this machine is busier than that.
     let tcp = || TcpTracer::builder().queue(1 << 16).ring_bytes(16 << 20);
     let here = Netns::current()?.inode()?;
     let (plain, plain_handle) = count_tcp(tcp(), here)?;
-    let filtered = tcp().filter(Filter::new().port(port)).sample_interval(None);
+    let filtered = tcp().filter(all_ports()).sample_interval(None);
     let (filtered, filtered_handle) = count_tcp(filtered, here)?;
     let datagrams = UdpTracer::builder().per_datagram(true);
     let (udp, udp_handle) = count_udp(datagrams, here)?;
     let mut interruptions = Interruptions::start()?;
     let clock = Clock::start(time);
-    let workers = work::begin(&clock, &truth, &server, &listener)?;
+    let mut workers = work::begin(&clock, &truth, &server, &listener)?;
+    workers.extend(upheaval::begin(
+        &clock, &truth, &upheavals, survivor, of_victims,
+    )?);
 
     let mut early = None;
     thread::scope(|scope| {
         scope.spawn(|| {
             while !clock.is_over() {
                 let other = 1 + changes.fetch_add(1, Ordering::Relaxed) % 1000;
-                let filter = Filter::new().port(port).port(u16::try_from(other).unwrap());
+                let filter = all_ports().port(u16::try_from(other).unwrap());
                 work::block_on(filtered_handle.set_filter(filter)).unwrap();
                 thread::sleep(Duration::from_millis(20));
             }
@@ -121,14 +135,24 @@ fn soak(time: Duration) -> anyhow::Result<()> {
             }
         });
         let began = Instant::now();
+        let mut reported = began;
         while !clock.is_over() {
             thread::sleep(Duration::from_secs(1));
             if early.is_none() && began.elapsed() > time / 10 {
-                early = Some(Footprint::now().unwrap());
+                early = Some((Footprint::now().unwrap(), BpfObjects::loaded()));
+            }
+            // A guest without output counts as stuck.
+            if reported.elapsed() > Duration::from_secs(60) {
+                reported = Instant::now();
+                println!(
+                    "after {:>4} s         {} connections",
+                    began.elapsed().as_secs(),
+                    truth.connections.load(Ordering::Relaxed)
+                );
             }
         }
     });
-    let late = Footprint::now()?;
+    let (late, objects_late) = (Footprint::now()?, BpfObjects::loaded());
     for worker in workers {
         worker.join().unwrap()?;
     }
@@ -141,7 +165,7 @@ fn soak(time: Duration) -> anyhow::Result<()> {
     let interrupted = interruptions.end()?;
     let of_udp = work::finish(udp, &udp_handle, truth.udp_sockets.load(Ordering::Relaxed))?;
 
-    let early = early.context("the soak was too short")?;
+    let (early, objects_early) = early.context("the soak was too short")?;
     println!("minutes              {}", time.as_secs() / 60);
     println!("connections          {}", expected / 2);
     println!(
@@ -154,6 +178,13 @@ fn soak(time: Duration) -> anyhow::Result<()> {
     );
     println!("filter changes       {}", changes.load(Ordering::Relaxed));
     println!("tracers started      {}", started.load(Ordering::Relaxed));
+    for (name, count) in [
+        ("namespaces", &upheavals.namespaces),
+        ("processes killed", &upheavals.killed),
+        ("CPU hotplugs", &upheavals.hotplugs),
+    ] {
+        println!("{name:20} {}", count.load(Ordering::Relaxed));
+    }
     for (name, counted) in [
         ("TCP", &seen[0]),
         ("TCP, filtered", &seen[1]),
@@ -162,8 +193,14 @@ fn soak(time: Duration) -> anyhow::Result<()> {
         print(name, &counted.stats);
     }
     println!("softirqs over pid 1  {} closes", interrupted.len());
-    println!("after a tenth        {early:?}");
-    println!("at the end           {late:?}");
+    println!(
+        "after a tenth        {early:?}, {} BPF objects",
+        objects_early.len()
+    );
+    println!(
+        "at the end           {late:?}, {} BPF objects",
+        objects_late.len()
+    );
 
     for Counted {
         closes,
@@ -214,11 +251,17 @@ fn soak(time: Duration) -> anyhow::Result<()> {
         late.threads <= early.threads + 2 && late.files <= early.files + 16,
         "it leaks"
     );
+    // The tracer that starts and stops has objects at one of these times, perhaps.
+    ensure!(
+        objects_late.len() < 2 * objects_early.len(),
+        "the kernel's BPF objects have grown"
+    );
     drop(server);
     let after = kernel::open_files()?.len();
     if after > before {
         bail!("{before} files were open, {after} are");
     }
+    objects_before.await_no_more()?;
     println!("all of it adds up");
     Ok(())
 }

@@ -23,7 +23,7 @@ use tcp_udp_trace::{
     UdpTracer, UdpTracerBuilder,
 };
 
-use crate::interrupted::Unclosed;
+use crate::{interrupted::Unclosed, upheaval::VISITED_PORT};
 
 /// How many connections or datagrams an actor makes before it looks at the clock.
 const CONNECTIONS: u32 = 200;
@@ -62,7 +62,7 @@ pub(crate) struct Truth {
     pub(crate) udp_sockets: Arc<AtomicU64>,
 }
 
-type Worker = JoinHandle<anyhow::Result<()>>;
+pub(crate) type Worker = JoinHandle<anyhow::Result<()>>;
 
 /// Starts pairs of processes that connect to this listener of the server's, floods of datagrams,
 /// and short-lived UDP sockets.
@@ -154,7 +154,8 @@ fn flood(clock: &Clock, truth: &Truth) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The counts of a tracer for the sockets of one network namespace.
+/// The counts of a tracer for the sockets of one network namespace, and for those of the namespaces
+/// that come and go.
 #[derive(Debug, Default)]
 pub(crate) struct Counted {
     pub(crate) closes: u64,
@@ -192,6 +193,14 @@ pub(crate) fn count_udp(
     )
 }
 
+/// Waits until the queue has overflowed, which takes an emulated machine longer.
+async fn pause(handle: &TracerHandle) {
+    let (began, shed) = (Instant::now(), handle.stats().queue_shed);
+    while handle.stats().queue_shed == shed && began.elapsed() < Duration::from_secs(10) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// Reads a tracer to its end on a thread of its own. If `pauses`, the thread sleeps now and then,
 /// so the queue overflows.
 fn count<T, C>(
@@ -209,15 +218,17 @@ where
     let thread = thread::spawn(move || {
         block_on(async {
             let mut tracer = start.await?;
-            ready.send(handle(&tracer))?;
+            let handle = handle(&tracer);
+            ready.send(handle.clone())?;
             let mut counted = Counted::default();
             let mut paused = Instant::now();
             while let Some(event) = tracer.next().await {
                 if pauses && paused.elapsed() > Duration::from_secs(5) {
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    pause(&handle).await;
                     paused = Instant::now();
                 }
-                if event.socket.netns != netns {
+                let ports = [event.socket.local.port(), event.socket.remote.port()];
+                if event.socket.netns != netns && !ports.contains(&VISITED_PORT) {
                     continue;
                 }
                 if is_of_connection(&event) {
@@ -260,7 +271,7 @@ pub(crate) fn finish(
     handle: &TracerHandle,
     expected: u64,
 ) -> anyhow::Result<Counted> {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     let mut seen = handle.stats().emitted;
     // The tracer's own counts are of the whole machine. A second without a new event ends the wait.
     loop {

@@ -64,6 +64,62 @@ impl BpfObjects {
         Ok(objects)
     }
 
+    /// Returns all objects of the kernel that no other process has a file descriptor of.
+    #[must_use]
+    pub fn loaded() -> Self {
+        let others = Self::of_others();
+        let programs = loaded_programs().flatten().map(|program| program.id());
+        let maps = loaded_maps().flatten().map(|map| map.id());
+        let links = loaded_links().flatten().map(|link| link.id());
+        Self {
+            programs: programs
+                .filter(|id| !others.programs.contains(id))
+                .collect(),
+            maps: maps.filter(|id| !others.maps.contains(id)).collect(),
+            links: links.filter(|id| !others.links.contains(id)).collect(),
+        }
+    }
+
+    fn of_others() -> Self {
+        let mut others = Self::default();
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        for entry in processes {
+            let pid = entry.file_name().to_string_lossy().parse().ok();
+            if let Some(pid) = pid.filter(|pid| *pid != process::id()) {
+                // The process may have ended.
+                others.extend(Self::of_process(pid).unwrap_or_default());
+            }
+        }
+        others
+    }
+
+    /// Waits until the kernel has freed all objects that are not among these, except those of other
+    /// processes.
+    pub fn await_no_more(&self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + FREED_WITHIN;
+        loop {
+            let now = Self::loaded();
+            let new = Self {
+                programs: &now.programs - &self.programs,
+                maps: &now.maps - &self.maps,
+                links: &now.links - &self.links,
+            };
+            if new.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("new in the kernel: {new:?}");
+            }
+            sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// Returns how many objects there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.programs.len() + self.maps.len() + self.links.len()
+    }
+
     /// Waits until the kernel has freed all of them.
     pub fn await_freed(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + FREED_WITHIN;
