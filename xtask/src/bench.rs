@@ -36,6 +36,9 @@ pub(crate) struct Args {
         conflicts_with = "plot"
     )]
     vm: Vec<String>,
+    /// The number of emulated CPUs, each on a thread of its own.
+    #[arg(long, value_name = "N", requires = "vm")]
+    cpus: Option<u32>,
     /// Run the micro-benchmarks of decoding and of the queue.
     #[arg(long, conflicts_with_all = ["vm", "plot", "quick", "rounds"])]
     micro: bool,
@@ -76,6 +79,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if floor.is_some() {
         options.extend(["--floor".into(), FLOOR_IN_GUEST.into()]);
     }
+    let cpus = args.cpus.map(|cpus| cpus.to_string());
+    let qemu = cpus
+        .as_ref()
+        .map(|cpus| ["-smp", cpus, "-accel", "tcg,thread=multi"]);
     let job = vm::Job {
         arch: Arch::host()?,
         program: &program,
@@ -83,7 +90,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         only_default_tests: false,
         parameters: "",
         files: &files,
-        qemu: &[],
+        qemu: qemu.as_ref().map_or(&[], |options| &options[..]),
     };
     let kernels = test::kernels(&args.vm, false)?;
     if !report::print(&vm::run(&kernels, &job, NonZeroUsize::MIN)) {

@@ -41,13 +41,12 @@ const CRASH_SIGNS: &[&str] = &[
     "kernel BUG at",
 ];
 
+/// One thread of the host emulates all CPUs in turn. With one thread for each CPU, two guests on two
+/// cores take a third longer, and the kernel sometimes crashes when it changes its own code.
+const EMULATION: &[&str] = &["-accel", "tcg,thread=single"];
+
 /// The guest's hardware, whatever its architecture.
-///
-/// One thread of the host emulates both CPUs in turn. With one thread for each CPU, two guests on
-/// two cores take a third longer, and the kernel sometimes crashes when it changes its own code.
 const HARDWARE: &[&str] = &[
-    "-accel",
-    "tcg,thread=single",
     "-smp",
     "2",
     "-m",
@@ -93,9 +92,15 @@ pub(super) fn boot(
     let (parameters, options) = guest
         .machine
         .map_or(("", &[][..]), |machine| (machine.parameters, machine.qemu));
+    let emulation = if job.qemu.contains(&EMULATION[0]) {
+        &[]
+    } else {
+        EMULATION
+    };
     let mut qemu = Qemu(
         Command::new(arch.qemu)
             .args(arch.machine)
+            .args(emulation)
             .args(HARDWARE)
             .args(job.qemu)
             .args(options)
