@@ -237,12 +237,7 @@ fn matches_netns(word: u64, netns: [u64; 2]) -> bool {
 
 #[inline(always)]
 fn matches_uid(word: u64, sk: Sock) -> bool {
-    word & filter::UIDS == 0
-        || has(
-            word,
-            filter::UID,
-            [sk.get::<u32>(Field::SkUid).into(), 0],
-        )
+    word & filter::UIDS == 0 || has(word, filter::UID, [sk.get::<u32>(Field::SkUid).into(), 0])
 }
 
 #[inline(always)]
