@@ -4,7 +4,7 @@ use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Tcp, Tracked, filter::no_state, kind, origin, syn,
 };
 
-use super::{record::Describe as _, sockets};
+use super::{Program, record::Describe as _, sockets};
 use crate::{
     emit::{self, Context, Priority},
     filter, owner,
@@ -41,7 +41,6 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         // The peer reset the connection before the accept. Its end has been reported.
         return;
     }
-    let mut fresh;
     let tracked = if let Some(tracked) = sockets::adopt(sk, state) {
         if !is_acceptable(tracked) {
             return;
@@ -54,8 +53,11 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
     } else {
         // There is no room to remember the socket.
         let syn = syn::NOT_COUNTED | met();
-        fresh = sockets::fresh(sk, state, syn);
-        &mut fresh
+        let fresh = sockets::fresh(sk, state, syn);
+        let Some(fresh) = sockets::begin(Program::Accept, &fresh) else {
+            return;
+        };
+        fresh
     };
     owner::set_current_once(ctx, &mut tracked.acceptor, origin::ACCEPTOR);
     // The previous owner may have been in another tree. The direction may have been unknown.

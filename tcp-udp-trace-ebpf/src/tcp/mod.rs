@@ -35,13 +35,15 @@ use crate::{
 const SS_CONNECTING: u32 = 2;
 const SS_CONNECTED: u32 = 3;
 
-/// Which of the two programs on a tracepoint is running.
+/// Which program is running.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
-    /// The program that is always attached.
+    /// The first one of the two on a tracepoint.
     First,
     /// The program that also sees the events for which the kernel skips the first.
     Second,
+    /// One that sees accepts.
+    Accept,
 }
 
 /// The socket changes from one state to another.
@@ -131,10 +133,11 @@ pub(crate) fn state_changed(
             sockets::met_in(from)
         }
     };
-    let mut tracked = match listener {
-        Some(listener) => sockets::child_of(listener, to, syn),
-        None => sockets::fresh(socket, to, syn),
+    let begun = match listener {
+        Some(listener) => sockets::begin(program, &sockets::child_of(listener, to, syn)),
+        None => sockets::begin(program, &sockets::fresh(socket, to, syn)),
     };
+    let Some(tracked) = begun else { return };
     if from == CLOSE && matches!(to, SYN_SENT | LISTEN) {
         match owner_of_connection(sk, socket) {
             Some(owner) => tracked.creator = owner,
@@ -152,13 +155,13 @@ pub(crate) fn state_changed(
         }
         sockets::forget(sk, room_uid);
     }
-    let is_remembered = begins && sockets::remember(sk, &tracked);
+    let is_remembered = begins && sockets::remember(sk, tracked);
     if is_remembered && tracked.is_held() {
         return;
     }
     if is_remembered || program == Program::First {
         let change = (from, to);
-        report(ctx, sk, socket, &mut tracked, change, socket_state);
+        report(ctx, sk, socket, tracked, change, socket_state);
     }
 }
 

@@ -3,10 +3,11 @@
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
     macros::map,
-    maps::{Array, HashMap, LruHashMap},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
 };
 use tcp_udp_trace_common::{Field, ON_DEMAND, Owner, Tracked, User, hold, syn};
 
+use super::Program;
 use crate::{
     counters, id, owner,
     read::now,
@@ -57,6 +58,23 @@ pub(crate) fn holds() -> u32 {
         Some(hold) if !is_stopping() => *hold,
         _ => hold::NONE,
     }
+}
+
+/// The state of a socket that a program is about to remember, for each [`Program`]. A program never
+/// interrupts itself on a CPU.
+///
+/// In a map, unlike on the stack, the verifier does not distinguish the values. So it follows the
+/// code below once, and not for each way that leads there.
+#[map]
+static BEGINNING: PerCpuArray<Tracked> = PerCpuArray::with_max_entries(3, 0);
+
+/// Stores the state of a socket for the current run of a program.
+#[inline(always)]
+pub(crate) fn begin(program: Program, state: &Tracked) -> Option<&'static mut Tracked> {
+    // SAFETY: a valid pointer to this CPU's value, which only this run uses.
+    let place = unsafe { BEGINNING.get_ptr_mut(program as u32)?.as_mut()? };
+    *place = *state;
+    Some(place)
 }
 
 /// Returns the state of a new life of the socket at this address.
