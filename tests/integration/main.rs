@@ -37,6 +37,7 @@ mod filter_changes;
 mod filter_names;
 mod filters;
 mod first_steps;
+mod harness;
 mod identity;
 mod lifecycle;
 mod machines;
@@ -133,6 +134,7 @@ fn main() -> ExitCode {
         one_in_filters::trials(),
         filter_changes::trials(),
         first_steps::trials(),
+        harness::trials(),
         identity::trials(),
         filter_names::trials(),
         namespace_filters::trials(),
