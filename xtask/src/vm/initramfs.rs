@@ -116,7 +116,7 @@ fn run_script(args: &[OsString], commands: &str, variable: Option<String>) -> St
         .map(|arg| process::quote(&arg.to_string_lossy()))
         .collect();
     format!(
-        "#!/bin/sh\n{commands}\n{variable}exec /tests/integration {}\n",
+        "#!/bin/sh -e\n{commands}\n{variable}exec /tests/integration {}\n",
         words.join(" ")
     )
 }

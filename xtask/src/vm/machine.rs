@@ -117,6 +117,23 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified",
         tests: &["privileges::lockdown_is_named"],
         ..USUAL
     },
+    // Without a profile, AppArmor confines no process. Without a policy, SELinux denies nothing.
+    Machine {
+        name: "apparmor",
+        parameters: "security=apparmor apparmor=1",
+        commands: "\
+mount -t securityfs securityfs /sys/kernel/security
+grep -q apparmor /sys/kernel/security/lsm",
+        ..USUAL
+    },
+    Machine {
+        name: "selinux",
+        parameters: "security=selinux selinux=1",
+        commands: "\
+mount -t securityfs securityfs /sys/kernel/security
+grep -q selinux /sys/kernel/security/lsm",
+        ..USUAL
+    },
     Machine {
         name: "interpreter",
         commands: "echo 0 > /proc/sys/net/core/bpf_jit_enable",
@@ -163,6 +180,11 @@ echo $$ > /sys/fs/cgroup/small/cgroup.procs",
     Machine {
         name: "preempt-none",
         parameters: "preempt=none",
+        ..USUAL
+    },
+    Machine {
+        name: "preempt-voluntary",
+        parameters: "preempt=voluntary",
         ..USUAL
     },
     Machine {
