@@ -24,8 +24,8 @@ use integration_tests::{
 
 use crate::work::{Clock, Truth, Worker};
 
-/// The port of all sockets that are in a namespace which comes and goes. The tracers' counts include
-/// such a socket in whatever namespace.
+/// The port of all sockets that are in a namespace which comes and goes. The tracers' counts
+/// include such a socket in any namespace.
 pub(crate) const VISITED_PORT: u16 = 47_913;
 /// The connections in each such namespace, and the bytes in each direction of each.
 const VISITS: u64 = 4;

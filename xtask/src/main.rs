@@ -5,8 +5,8 @@
     reason = "a command-line program writes to the terminal"
 )]
 
-// Layers, each uses only those after it: gate -> bench, collectors, dist, package
-// -> api, ebpf, fuzz, lint, miri, newcomer, programs, setup, soak, test -> vm -> apt, report
+// Layers, each uses only those after it: gate -> bench, collectors, dist, package, soak
+// -> api, ebpf, fuzz, lint, miri, newcomer, programs, setup, test -> vm -> apt, report
 // -> arch -> deps -> process, workspace.
 mod api;
 mod apt;
