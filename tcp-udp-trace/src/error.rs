@@ -36,7 +36,8 @@ pub enum ErrorKind {
     /// The kernel refused a program or a map for another reason than permission, or memory, file
     /// descriptors or threads ran out. The message names the reason.
     Load,
-    /// The kernel refused to attach a program to a required hook.
+    /// The kernel refused to attach a program to a required hook, or another process has detached
+    /// one.
     Attach,
     /// Reading the kernel's records failed.
     Read,

@@ -1,23 +1,28 @@
 //! One unprivileged user takes all the room of a tracer, and the sockets and flows of others are
-//! still reported. For a flood of events see `overflow::closes_outlive_a_flood_of_datagrams`.
+//! still reported. Another privileged process detaches a program of ours. For a flood of events see
+//! `overflow::closes_outlive_a_flood_of_datagrams`.
 
 use std::{
     ffi::OsStr,
     net::{SocketAddr, UdpSocket},
+    process,
+    time::Duration,
 };
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use integration_tests::{
     actor::{Actor, Command, SendCall},
     collector::{Collector, show},
+    kernel::BpfObjects,
     netns::Netns,
     privileges::UNPRIVILEGED,
-    suite::Test,
+    suite::{Test, skip},
     tcp_pair::{TcpPair, loopback},
     udp_actor::UdpActor,
     udp_pair::{Family, UdpPair},
 };
-use tcp_udp_trace::{Event, EventKind, Filter};
+use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter, UdpTracer};
+use tokio::{runtime::Builder, time::timeout};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
@@ -25,6 +30,9 @@ pub(crate) fn trials() -> Vec<Test> {
             tcp_sockets_of_one_user_leave_room_for_others,
             udp_sockets_of_one_user_leave_room_for_others,
             flows_of_one_user_make_room_for_each_other,
+        ],
+        Process: [
+            detached_program_ends_the_tracer,
         ],
     ]
 }
@@ -105,4 +113,31 @@ fn flows_of_one_user_make_room_for_each_other() -> anyhow::Result<()> {
         show(&events)
     );
     Ok(())
+}
+
+/// Another privileged process may detach a program from the cgroup. The numbers would be wrong from
+/// then on, so the stream ends with an error.
+fn detached_program_ends_the_tracer() -> anyhow::Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut tracer = UdpTracer::builder().start().await?;
+        let detached = BpfObjects::of_this_process()?.links.into_iter().find(|id| {
+            let mut bpftool = process::Command::new("bpftool");
+            let done = bpftool
+                .args(["link", "detach", "id", &id.to_string()])
+                .output();
+            done.is_ok_and(|output| output.status.success())
+        });
+        if detached.is_none() {
+            return skip("no bpftool");
+        }
+        let ends = async { while tracer.next().await.is_some() {} };
+        timeout(Duration::from_secs(30), ends).await?;
+        let Err(error) = tracer.close().await else {
+            bail!("no error");
+        };
+        eprintln!("{error}");
+        ensure!(error.kind() == ErrorKind::Attach && error.to_string().contains("detached"));
+        Ok(())
+    })
 }

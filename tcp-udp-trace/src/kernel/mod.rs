@@ -8,6 +8,7 @@ mod control;
 mod errors;
 mod filter;
 mod iter;
+mod links;
 mod maps;
 mod names;
 mod perf;
@@ -47,6 +48,7 @@ use self::{
     control::{ARM_WAKEUP, CHECK_GONE, CONTROL_FILTER, CONTROL_PROGRAMS, QUERY_FLOW, RING_FILL},
     filter::{Filters, NetworkWriter},
     iter::IterProgram,
+    links::CgroupLinks,
     maps::{SHARE, set_variable, take_map},
     plan::{Abilities, Signal},
 };
@@ -72,6 +74,7 @@ static WITH_PERF: &[u8] = aya::include_bytes_aligned!("../../bpf/tcp-udp-trace-p
 pub(crate) struct Kernel {
     ebpf: Ebpf,
     hooks: Vec<Hook>,
+    cgroup_links: CgroupLinks,
     sample_scope: SampleScope,
     counters: Array<MapData, [u64; size_of::<Counters>() / 8]>,
     rejected: PerCpuArray<MapData, u64>,
@@ -249,10 +252,12 @@ impl Kernel {
         let iters = iter::start(&mut ebpf, config, &facts.ids);
         hooks.extend(iters.hooks);
         hooks.push(ring::hook(buffer, facts.ring_buffer_sleeps));
+        let cgroup_links = CgroupLinks::of(&ebpf);
         Ok((
             Self {
                 ebpf,
                 hooks,
+                cgroup_links,
                 sample_scope: iters.samples,
                 counters,
                 rejected,
@@ -273,6 +278,11 @@ impl Kernel {
 
     pub(crate) fn hooks(&self) -> &[Hook] {
         &self.hooks
+    }
+
+    /// Returns the name of a program that another process has detached.
+    pub(crate) fn detached(&self) -> Option<&str> {
+        self.cgroup_links.detached()
     }
 
     pub(crate) fn sample_scope(&self) -> SampleScope {

@@ -11,7 +11,7 @@ use std::{
     pin::pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{task, time::sleep};
@@ -30,6 +30,10 @@ use crate::{
 /// the arming may wake no task. So the reader checks once soon, and then rarely.
 const FIRST_NAP: Duration = Duration::from_millis(50);
 const NAP: Duration = Duration::from_secs(5);
+
+/// How often the reader checks that its programs are still attached, which takes a few microseconds
+/// for each program at the cgroup.
+const CHECK_AFTER: Duration = Duration::from_secs(1);
 
 /// The programs and maps are removed from the kernel.
 struct Gone;
@@ -68,11 +72,7 @@ impl Reader {
     pub(super) async fn run(mut self) {
         let result = match self.read_until_stopped().await {
             Ok(()) | Err(None) => Ok(()),
-            Err(Some(source)) => Err(Error::new(
-                ErrorKind::Read,
-                "reading the buffer of records failed",
-            )
-            .with_source(source)),
+            Err(Some(error)) => Err(error),
         };
         self.blocking(|shared| {
             if let Some(source) = &mut *shared.source() {
@@ -81,15 +81,20 @@ impl Reader {
         })
         .await;
         // `Gone` means that the drop of the tracer has done the work.
-        let _ = self.drain_rest().await;
+        let _ = self.drain_rest(result.is_ok()).await;
         self.blocking(Shared::release).await;
         self.shared.queue.finish(result);
     }
 
     /// Reads until the tracer stops. `Err(None)`: the tracer was dropped.
-    async fn read_until_stopped(&mut self) -> Result<(), Option<io::Error>> {
+    async fn read_until_stopped(&mut self) -> Result<(), Option<Error>> {
         let mut nap = FIRST_NAP;
+        let mut checked = Instant::now();
         loop {
+            if checked.elapsed() >= CHECK_AFTER {
+                checked = Instant::now();
+                self.check_attached()?;
+            }
             let mut drained = self.drain().await?;
             let mut pause = self.latency;
             if drained == Drained::Nothing {
@@ -146,11 +151,12 @@ impl Reader {
     }
 
     /// Moves the records that remained when the programs were detached, at the consumer's pace.
-    async fn drain_rest(&mut self) -> Result<(), Gone> {
+    /// After an error, the totals of flows may be wrong, and are not reported.
+    async fn drain_rest(&mut self, with_flows: bool) -> Result<(), Gone> {
         while self.drain().await? == Drained::HeldUp {
             self.room().await;
         }
-        self.on_source(Source::report_last)?;
+        self.on_source(|source, batch| source.report_last(with_flows, batch))?;
         self.complete().await;
         while !self.hand_over()? {
             self.room().await;
@@ -193,14 +199,31 @@ impl Reader {
         }
     }
 
-    fn arm(&mut self) -> Result<(), Option<io::Error>> {
+    /// Fails if another process has detached a program. The counts would no longer be right.
+    fn check_attached(&mut self) -> Result<(), Option<Error>> {
+        let check = |source: &mut Source, _: &mut Vec<Event>| {
+            source.kernel.detached().map(|program| {
+                let message = format!(
+                    "another process has detached the program `{program}` from the cgroup, or has \
+                     removed the cgroup: start the tracer again"
+                );
+                Error::new(ErrorKind::Attach, message)
+            })
+        };
+        match self.on_source(check)? {
+            Some(error) => Err(Some(error)),
+            None => Ok(()),
+        }
+    }
+
+    fn arm(&mut self) -> Result<(), Option<Error>> {
         let armed: io::Result<()> = self.on_source(|source, batch| {
             source.kernel.flush_log();
             let lost = source.kernel.arm()?;
             source.report_losses(lost, batch);
             Ok(())
         })?;
-        armed.map_err(Some)
+        armed.map_err(read_error)
     }
 
     /// Waits until the queue is at most half full.
@@ -209,7 +232,7 @@ impl Reader {
     }
 
     /// Waits until the queue has room, another part of the ring is full, or the time is over.
-    async fn wait_for_room(&self, time: Duration) -> Result<(), Option<io::Error>> {
+    async fn wait_for_room(&self, time: Duration) -> Result<(), Option<Error>> {
         let mut wait = pin!(self.wait(time));
         poll_fn(|cx| match self.shared.queue.poll_room(cx) {
             Poll::Ready(()) => Poll::Ready(Ok(())),
@@ -219,7 +242,7 @@ impl Reader {
     }
 
     /// Waits for a wake-up, or until the time is over.
-    async fn wait(&self, time: Duration) -> Result<(), Option<io::Error>> {
+    async fn wait(&self, time: Duration) -> Result<(), Option<Error>> {
         let mut timer = pin!(sleep(time));
         let mut wake = pin!(self.shared.wake.notified());
         poll_fn(|cx| {
@@ -231,11 +254,11 @@ impl Reader {
         .await
     }
 
-    fn poll_woken(&self, cx: &mut Context<'_>) -> Poll<Result<(), Option<io::Error>>> {
+    fn poll_woken(&self, cx: &mut Context<'_>) -> Poll<Result<(), Option<Error>>> {
         match &*self.shared.source() {
             Some(source) => source.ring.poll_read_ready(cx).map(|ready| {
                 // Cleared before the read of the ring, so that a later wake-up is a new one.
-                ready.map_err(Some)?.clear_ready();
+                ready.map_err(read_error)?.clear_ready();
                 Ok(())
             }),
             None => Poll::Ready(Err(None)),
@@ -251,7 +274,12 @@ impl Reader {
     }
 }
 
-impl From<Gone> for Option<io::Error> {
+fn read_error(source: io::Error) -> Option<Error> {
+    let message = "reading the buffer of records failed";
+    Some(Error::new(ErrorKind::Read, message).with_source(source))
+}
+
+impl From<Gone> for Option<Error> {
     fn from(_: Gone) -> Self {
         None
     }

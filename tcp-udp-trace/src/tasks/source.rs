@@ -240,8 +240,17 @@ impl Source {
         flows.next_due().map(|due| due.saturating_sub(now))
     }
 
-    /// Makes the last reports of the tracer: changed flows, and losses that no record has followed.
-    pub(super) fn report_last(&mut self, batch: &mut Vec<Event>) {
+    /// Makes the last reports of the tracer: changed flows, unless their totals may be wrong, and
+    /// losses that no record has followed.
+    pub(super) fn report_last(&mut self, with_flows: bool, batch: &mut Vec<Event>) {
+        if with_flows {
+            self.report_last_flows(batch);
+        }
+        let lost = self.kernel.counters().lost;
+        self.report_losses(lost as u32, batch);
+    }
+
+    fn report_last_flows(&mut self, batch: &mut Vec<Event>) {
         let Self {
             kernel,
             flows,
@@ -253,8 +262,6 @@ impl Source {
             batch.push(event)
         });
         admit(before, batch, kernel, false, tally);
-        let lost = self.kernel.counters().lost;
-        self.report_losses(lost as u32, batch);
     }
 
     /// If events were lost, looks for CPUs that have come online.
