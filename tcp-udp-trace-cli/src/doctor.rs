@@ -73,7 +73,8 @@ pub(crate) async fn run(Args {}: Args) -> anyhow::Result<()> {
 
 async fn tcp_hooks() -> Result<Vec<Hook>, Error> {
     let builder = TcpTracer::builder().retransmits(true).resets(true);
-    let tracer = builder.process_details(true).start().await?;
+    let builder = builder.listen_overflows(true).process_details(true);
+    let tracer = builder.start().await?;
     let hooks = tracer.handle().hooks();
     tracer.close().await.map(|_| hooks)
 }

@@ -146,6 +146,8 @@ fields! {
     SyscallFifth: 248 = "pt_regs.regs",
     SockType: 2 = "sock.sk_type",
     Shutdown: 1 = "sock.sk_shutdown",
+    AcceptQueue: 4 = "sock.sk_ack_backlog",
+    AcceptQueueLimit: 4 = "sock.sk_max_ack_backlog",
     Drops: 4 = "sock.sk_drops",
     DropCounters: 8 = "sock.sk_drop_counters",
     Drops0: 4 = "numa_drop_counters.drops0",

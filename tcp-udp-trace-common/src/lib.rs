@@ -52,8 +52,10 @@ pub mod kind {
     pub const CONNECT_FAILED_TCP: u32 = 13;
     /// A [`Udp`](super::Udp): a `connect` failed.
     pub const CONNECT_FAILED_UDP: u32 = 14;
+    /// An [`Anomaly`](super::Anomaly): a full queue of a listener refused a connection.
+    pub const LISTEN_OVERFLOW: u32 = 15;
     /// The number of kinds of events.
-    pub const COUNT: usize = 15;
+    pub const COUNT: usize = 16;
     /// A piece of an [`Image`](super::Image). It is not an event, and not among the counts of
     /// events.
     pub const IMAGE: u32 = 32;
@@ -381,7 +383,7 @@ pub struct End {
     pub summary: Summary,
 }
 
-/// A retransmission or a reset.
+/// A retransmission, a reset, or a connection that a listener's full queue refused.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Anomaly {
@@ -390,6 +392,7 @@ pub struct Anomaly {
     /// The socket.
     pub socket: TcpSocket,
     /// One of [`retransmission`]. For a reset, the kernel's number of the reason plus 1, or 0.
+    /// Otherwise 0.
     pub what: u32,
     /// How many segments were retransmitted.
     pub packets: u32,

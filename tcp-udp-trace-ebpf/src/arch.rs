@@ -49,6 +49,8 @@ register! {
     second_argument: 104, 8;
     /// Returns the third argument.
     third_argument: 96, 16;
+    /// Returns the fourth argument.
+    fourth_argument: 88, 24;
     /// Returns the result of a function that has returned.
     result: 80, 0;
 }

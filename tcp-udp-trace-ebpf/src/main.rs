@@ -185,6 +185,39 @@ fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
     0
 }
 
+// ---- Signal `listen_overflow`, only on request --------------------------------------------------
+//
+// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/tcp_input.c>
+
+/// `tcp_conn_request(ops, af_ops, sk, skb)`: a SYN has come for a listener.
+#[kprobe]
+fn tcp_syn(ctx: ProbeContext) -> u32 {
+    let ctx = ctx.as_ptr();
+    let sk = Sock::new(arch::third_argument(ctx));
+    tcp::connection_requested(ctx, sk, arch::fourth_argument(ctx));
+    0
+}
+
+/// `tcp_v4_syn_recv_sock(sk, skb, …)`: the last segment of a handshake has come for a listener.
+#[kprobe]
+fn tcp_child4(ctx: ProbeContext) -> u32 {
+    let ctx = ctx.as_ptr();
+    let sk = Sock::new(arch::first_argument(ctx));
+    tcp::connection_requested(ctx, sk, arch::second_argument(ctx));
+    0
+}
+
+/// `tcp_v6_syn_recv_sock(sk, skb, …)`. It calls the function above for an IPv4 segment.
+#[kprobe]
+fn tcp_child6(ctx: ProbeContext) -> u32 {
+    let ctx = ctx.as_ptr();
+    let (sk, skb) = (arch::first_argument(ctx), arch::second_argument(ctx));
+    if !tcp::is_v4(skb) {
+        tcp::connection_requested(ctx, Sock::new(sk), skb);
+    }
+    0
+}
+
 // ---- Signal `accept` ----------------------------------------------------------------------------
 
 /// `security_sock_graft(sk, parent)`: the last step of every accept, in the accepting task.

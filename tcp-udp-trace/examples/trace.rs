@@ -53,6 +53,9 @@ pub(crate) struct Args {
     /// Print TCP resets.
     #[arg(long)]
     resets: bool,
+    /// Print each segment that a listener drops because its queue is full.
+    #[arg(long)]
+    listen_overflows: bool,
     /// Print only the ends of TCP connections, each with its summary.
     #[arg(long)]
     summaries_only: bool,
@@ -197,6 +200,7 @@ pub(crate) async fn trace(args: &Args) -> Result<(), Box<dyn Error + Send + Sync
             .filter(args.filter())
             .retransmits(args.retransmits)
             .resets(args.resets)
+            .listen_overflows(args.listen_overflows)
             .summaries_only(args.summaries_only)
             .sample_interval(args.sample.0)
             .process_details(args.process_details);

@@ -224,12 +224,20 @@ impl TcpTracerBuilder {
         self
     }
 
+    /// Sets whether each segment that a listener drops because its queue is full is an event
+    /// ([`EventKind::ListenOverflow`](crate::EventKind::ListenOverflow)). Default no. This needs
+    /// kprobes.
+    pub fn listen_overflows(mut self, listen_overflows: bool) -> Self {
+        self.config.listen_overflows = listen_overflows;
+        self
+    }
+
     /// Sets whether the ends of connections are the only events: each change to `CLOSE` with its
     /// [`Summary`](crate::Summary). Default no.
     ///
     /// Each connection, and each attempt at one that failed after its SYN, has exactly one event.
     /// There is none for a listener. The kernel side still remembers every socket, but skips the
-    /// changes of the state in between, and there are no samples, retransmissions and resets.
+    /// changes of the state in between, and there are no samples and no events on request.
     /// [`Socket`](crate::Socket), owner and traffic are as complete as without this setting.
     pub fn summaries_only(mut self, summaries_only: bool) -> Self {
         self.config.summaries_only = summaries_only;

@@ -108,6 +108,7 @@ pub(crate) struct Config {
     pub(crate) btf: Option<PathBuf>,
     pub(crate) retransmits: bool,
     pub(crate) resets: bool,
+    pub(crate) listen_overflows: bool,
     pub(crate) summaries_only: bool,
 }
 
@@ -130,6 +131,7 @@ impl Config {
             btf: None,
             retransmits: false,
             resets: false,
+            listen_overflows: false,
             summaries_only: false,
         }
     }

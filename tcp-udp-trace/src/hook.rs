@@ -8,8 +8,9 @@ use std::fmt;
 #[non_exhaustive]
 pub struct Hook {
     /// The name of the signal. TCP: `state`, `end`, `accept`, `connect_failed`, `listen`,
-    /// `retransmit`, `reset`. UDP: `life`, `send`, `drop`, `receive`, `connect`. Both: `snapshot`,
-    /// `sample`, and `buffer`, which names the buffer of all records ([`Buffer`](crate::Buffer)).
+    /// `retransmit`, `reset`, `listen_overflow`. UDP: `life`, `send`, `drop`, `receive`,
+    /// `connect`. Both: `snapshot`, `sample`, and `buffer`, which names the buffer of all records
+    /// ([`Buffer`](crate::Buffer)).
     pub signal: String,
     /// The hooks in use, each as `type:target`. The type `iter` is a BPF iterator, and `map` a BPF
     /// map. Empty if this kernel allows none of the known hooks.

@@ -1,6 +1,11 @@
 //! Retransmissions and resets, which a tracer reports on request.
 
-use std::{net::SocketAddr, thread::sleep, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::{SocketAddr, TcpStream},
+    thread::sleep,
+    time::Duration,
+};
 
 use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
@@ -10,10 +15,11 @@ use integration_tests::{
     kernel,
     netns::{FAR, NEAR, ip, veth},
     observed_tcp::ObservedTcp,
-    suite::Test,
+    suite::{Test, skip},
     tcp_info,
     tcp_pair::{Connection, TcpPair, loopback},
 };
+use socket2::{Domain, SockAddr, Socket, Type};
 use tcp_udp_trace::{Direction, Event, EventKind, ResetDirection, Retransmission};
 
 pub(crate) fn trials() -> Vec<Test> {
@@ -23,6 +29,7 @@ pub(crate) fn trials() -> Vec<Test> {
             handshake_that_is_not_answered,
             resets_at_either_end,
             refused_connection_is_a_reset,
+            connections_that_a_full_queue_refuses,
             nothing_of_it_by_default,
         ],
     ]
@@ -202,6 +209,71 @@ fn refused_connection_is_a_reset() -> anyhow::Result<()> {
         "{}",
         show(&events)
     );
+    Ok(())
+}
+
+/// Each segment that the kernel counts is an event of the listener, with the addresses of the
+/// client.
+fn connections_that_a_full_queue_refuses() -> anyhow::Result<()> {
+    const BACKLOG: i32 = 1;
+    const CLIENTS: u32 = 5;
+    let overflows = || kernel::tcp_counter("ListenOverflows");
+    for v6 in [false, true] {
+        let before = overflows()?;
+        let collector = Collector::start_with(|builder| builder.listen_overflows(true))?;
+        let mut hooks = collector.handle().hooks().into_iter();
+        let hook = hooks.find(|hook| hook.signal == "listen_overflow");
+        if hook.context("no signal")?.programs.is_empty() {
+            return skip("this kernel has no kprobes");
+        }
+        let domain = Domain::for_address(loopback(v6));
+        let socket = || Socket::new(domain, Type::STREAM, None);
+        let listener = socket()?;
+        listener.bind(&loopback(v6).into())?;
+        listener.listen(BACKLOG)?;
+        let address = listener.local_addr()?.as_socket().context("an address")?;
+        // The queue takes one more than its backlog.
+        let fit = (0..=BACKLOG).map(|_| TcpStream::connect(address));
+        let fit = fit.collect::<Result<Vec<_>, _>>()?;
+        ensure!(overflows()? == before);
+        let mut refused = Vec::new();
+        for _ in 0..CLIENTS {
+            let client = socket()?;
+            client.bind(&loopback(v6).into())?;
+            client.set_nonblocking(true)?;
+            ensure!(client.connect(&address.into()).is_err());
+            refused.push(client);
+        }
+        let locals = refused.iter().map(|client| client.local_addr());
+        let locals = locals.collect::<Result<Vec<_>, _>>()?;
+        let locals: BTreeSet<_> = locals.iter().filter_map(SockAddr::as_socket).collect();
+        // The kernel drops a SYN again when it is retransmitted.
+        while overflows()? - before <= CLIENTS {
+            sleep(Duration::from_millis(10));
+        }
+        // The clients give up.
+        drop(refused);
+        let counted = overflows()? - before;
+        drop((listener, fit));
+        let events = collector.finish_all()?;
+        let is_overflow = |event: &&Event| matches!(event.kind, EventKind::ListenOverflow);
+        let reported: Vec<_> = events.iter().filter(is_overflow).collect();
+        ensure!(
+            reported.len() == counted as usize,
+            "{counted}:{}",
+            show(&events)
+        );
+        for event in reported {
+            let pid = event.process.as_ref().map(|process| process.pid);
+            ensure!(pid == Some(std::process::id()), "{event}");
+            ensure!(
+                event.socket.local == address
+                    && locals.contains(&event.socket.remote)
+                    && event.socket.direction == Some(Direction::Listener),
+                "{event}"
+            );
+        }
+    }
     Ok(())
 }
 

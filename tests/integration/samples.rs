@@ -1,7 +1,6 @@
 //! Samples of open sockets: their values, and their choice.
 
 use std::{
-    fs,
     net::{SocketAddr, TcpStream},
     os::fd::AsFd as _,
 };
@@ -10,6 +9,7 @@ use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{ReceiveCall, SendCall, SocketOption},
     collector::{Collector, SAMPLE_INTERVAL},
+    kernel,
     suite::Test,
     tcp_info,
     tcp_pair::{TcpPair, loopback},
@@ -199,17 +199,7 @@ fn listener_is_sampled_with_its_backlog() -> anyhow::Result<()> {
 
 /// Returns the count of dropped connections in the thread's network namespace.
 fn listen_drops() -> anyhow::Result<u32> {
-    let counts = fs::read_to_string("/proc/thread-self/net/netstat")?;
-    let mut lines = counts.lines().filter(|line| line.starts_with("TcpExt:"));
-    let (names, numbers) = (
-        lines.next().context("names")?,
-        lines.next().context("numbers")?,
-    );
-    let mut pairs = names.split(' ').zip(numbers.split(' '));
-    let (_, drops) = pairs
-        .find(|(name, _)| *name == "ListenDrops")
-        .context("no ListenDrops")?;
-    Ok(drops.parse()?)
+    kernel::tcp_counter("ListenDrops")
 }
 
 /// The kernel drops the attempts to connect to a listener whose queue is full.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use aya::{
     maps::{MapError, MapType, loaded_maps},
     programs::{loaded_links, loaded_programs},
@@ -204,6 +204,21 @@ pub fn await_threads(count: usize) -> anyhow::Result<()> {
         }
         sleep(Duration::from_millis(10));
     }
+}
+
+/// Returns a counter of TCP of the thread's network namespace, by its name in `netstat`.
+pub fn tcp_counter(name: &str) -> anyhow::Result<u32> {
+    let counts = fs::read_to_string("/proc/thread-self/net/netstat")?;
+    let mut lines = counts.lines().filter(|line| line.starts_with("TcpExt:"));
+    let (names, numbers) = (
+        lines.next().context("names")?,
+        lines.next().context("numbers")?,
+    );
+    let mut pairs = names.split(' ').zip(numbers.split(' '));
+    let (_, number) = pairs
+        .find(|(found, _)| *found == name)
+        .with_context(|| format!("no {name}"))?;
+    Ok(number.parse()?)
 }
 
 /// Whether the running kernel is of this version or a newer one.

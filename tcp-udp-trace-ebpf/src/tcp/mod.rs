@@ -11,6 +11,7 @@ use tcp_udp_trace_common::{
     hold, kind, origin, retransmission, syn,
 };
 
+pub(crate) use self::record::is_v4;
 use self::record::{Describe as _, EADDRNOTAVAIL, Summarize as _, error, is_repaired};
 use crate::{
     connect::{self, Connect},
@@ -326,6 +327,9 @@ pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock, details: Details) 
             if details.request != 0 {
                 Sock::new(details.request).describe_peer(socket);
             }
+            if details.segment != 0 {
+                record::describe_ends(details.segment, socket);
+            }
             record.what = details.what;
             record.packets = details.packets;
             record.bytes = details.bytes;
@@ -334,7 +338,7 @@ pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock, details: Details) 
     }
 }
 
-/// The details of a retransmission or a reset.
+/// The details of such an event.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Details {
     what: u32,
@@ -343,6 +347,9 @@ pub(crate) struct Details {
     /// The address of the `struct request_sock`, if the event is of a connection that a listener
     /// has not got yet.
     request: u64,
+    /// The address of the `struct sk_buff` of a segment for a listener, whose ends are those of the
+    /// event.
+    segment: u64,
 }
 
 /// The kernel has retransmitted what is in this buffer.
@@ -363,7 +370,7 @@ pub(crate) fn retransmitted(ctx: Context, sk: Sock, skb: u64) {
         what,
         packets: read::<u16>(control, Field::Segments).into(),
         bytes: read(skb, Field::SkbLen),
-        request: 0,
+        ..Details::default()
     };
     report_event(ctx, kind::RETRANSMIT, sk, details);
 }
@@ -374,8 +381,8 @@ pub(crate) fn syn_ack_retransmitted(ctx: Context, sk: Sock, request: u64) {
     let details = Details {
         what: retransmission::SYN_ACK,
         packets: 1,
-        bytes: 0,
         request,
+        ..Details::default()
     };
     report_event(ctx, kind::RETRANSMIT, sk, details);
 }
@@ -389,6 +396,20 @@ pub(crate) fn reset(ctx: Context, kind: u32, sk: Sock, reason: u32) {
         ..Details::default()
     };
     report_event(ctx, kind, sk, details);
+}
+
+/// A segment of a handshake has come for a listener. The kernel drops it, and counts it in
+/// `ListenOverflows`, if the queue of connections that wait to be accepted is full.
+// Not inlined: three programs have it.
+#[inline(never)]
+pub(crate) fn connection_requested(ctx: Context, sk: Sock, segment: u64) {
+    if sk.get::<u32>(Field::AcceptQueue) > sk.get::<u32>(Field::AcceptQueueLimit) {
+        let details = Details {
+            segment,
+            ..Details::default()
+        };
+        report_event(ctx, kind::LISTEN_OVERFLOW, sk, details);
+    }
 }
 
 /// The bits of [`Field::CaState`] in its byte, 0 if they are not known. User space sets them.

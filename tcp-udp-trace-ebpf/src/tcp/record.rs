@@ -6,7 +6,7 @@ use tcp_udp_trace_common::{AF_INET, Field, Summary, TcpSocket, Tracked, sk_flag,
 use super::sockets;
 use crate::{
     owner,
-    read::now,
+    read::{now, read, read_at},
     sock::{
         Socket,
         tcp_state::{CLOSING, FIN_WAIT1, FIN_WAIT2, LAST_ACK, LISTEN, SYN_SENT},
@@ -173,6 +173,31 @@ pub(super) trait Summarize: Socket {
 
 impl<S: Socket> Describe for S {}
 impl<S: Socket> Summarize for S {}
+
+/// Returns whether this `struct sk_buff` has an IPv4 packet.
+#[inline(always)]
+pub(crate) fn is_v4(skb: u64) -> bool {
+    /// `ETH_P_IP`.
+    const IPV4: u16 = 0x0800_u16.to_be();
+    read::<u16>(skb, Field::SkbProtocol) == IPV4
+}
+
+/// Writes the addresses of a received segment into a record.
+#[inline(always)]
+pub(super) fn describe_ends(skb: u64, to: &mut TcpSocket) {
+    let head = read::<u64>(skb, Field::SkbHead);
+    let network = head + u64::from(read::<u16>(skb, Field::SkbNetworkHeader));
+    let transport = head + u64::from(read::<u16>(skb, Field::SkbTransportHeader));
+    if is_v4(skb) {
+        to.family = AF_INET;
+        to.remote = [read_at(network + 12), 0, 0, 0];
+        to.local = [read_at(network + 16), 0, 0, 0];
+    } else {
+        to.remote = read_at(network + 8);
+        to.local = read_at(network + 24);
+    }
+    to.remote_port = u16::from_be(read_at(transport));
+}
 
 /// Lets the bytes of a socket, whose close no hook saw, be those that the kernel counts without SYN
 /// and FIN. Other changes of the state may have been missed, so a FIN may have been sent.

@@ -72,6 +72,8 @@ kinds! {
     Retransmit retransmit "retransmit",
     /// [`EventKind::Reset`].
     Reset reset "reset",
+    /// [`EventKind::ListenOverflow`].
+    ListenOverflow listen_overflow "listen_overflow",
     /// [`EventKind::Connect`].
     Connect connect "connect",
     /// [`EventKind::ConnectFailed`].
@@ -160,6 +162,7 @@ impl Kind {
             EventKind::Accept => Self::Accept,
             EventKind::Retransmit { .. } => Self::Retransmit,
             EventKind::Reset { .. } => Self::Reset,
+            EventKind::ListenOverflow => Self::ListenOverflow,
             EventKind::Connect => Self::Connect,
             EventKind::ConnectFailed { .. } => Self::ConnectFailed,
             EventKind::Flow { .. } => Self::Flow,
@@ -180,6 +183,7 @@ impl Kind {
             Self::Accept => &[record::ACCEPT],
             Self::Retransmit => &[record::RETRANSMIT],
             Self::Reset => &[record::RESET_SENT, record::RESET_RECEIVED],
+            Self::ListenOverflow => &[record::LISTEN_OVERFLOW],
             Self::Connect => &[record::CONNECT],
             Self::ConnectFailed => &[record::CONNECT_FAILED_TCP, record::CONNECT_FAILED_UDP],
             Self::Flow => &[record::FLOW],
@@ -211,8 +215,8 @@ impl FromStr for Kind {
 /// The error of a text that is not the name of a [`Kind`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "not a kind of event: state_change, accept, retransmit, reset, connect, connect_failed, flow, send, receive, close \
-     or sample"
+    "not a kind of event: state_change, accept, retransmit, reset, listen_overflow, connect, \
+     connect_failed, flow, send, receive, close or sample"
 )]
 pub struct UnknownKind(());
 

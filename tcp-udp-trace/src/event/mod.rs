@@ -116,6 +116,13 @@ pub enum EventKind {
         #[cfg_attr(feature = "serde", serde(default))]
         reason: Option<ResetReason>,
     },
+    /// TCP: a listener dropped a segment of a handshake, because as many connections as its backlog
+    /// allows wait to be accepted. Only with
+    /// [`listen_overflows`](crate::TcpTracerBuilder::listen_overflows).
+    ///
+    /// The socket is the listener, with the addresses of the refused connection. The client usually
+    /// sends the segment again, which is another event if the queue is still full.
+    ListenOverflow,
     /// UDP: `connect` gave the socket a peer.
     Connect,
     /// A `connect` failed and left the socket unchanged. The reason may be a missing route, a
@@ -564,6 +571,7 @@ impl fmt::Display for EventKind {
                     None => Ok(()),
                 }
             }
+            Self::ListenOverflow => f.write_str("listen overflow"),
             Self::Connect => f.write_str("connect"),
             Self::ConnectFailed { error } => {
                 let error = std::io::Error::from_raw_os_error(*error);

@@ -288,6 +288,10 @@ mod tests {
             },
             json!({"type": "reset", "direction": "sent", "reason": "TCP_STATE"}),
         );
+        check(
+            EventKind::ListenOverflow,
+            json!({"type": "listen_overflow"}),
+        );
         check(EventKind::Accept, json!({"type": "accept"}));
         check(EventKind::Connect, json!({"type": "connect"}));
         check(

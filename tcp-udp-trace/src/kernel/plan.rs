@@ -55,7 +55,11 @@ pub(super) fn signals(config: &Config) -> Vec<&'static Signal> {
         Protocol::Tcp => TCP,
         Protocol::Udp => UDP,
     };
-    let on_request = [(config.retransmits, &RETRANSMIT), (config.resets, &RESET)];
+    let on_request = [
+        (config.retransmits, &RETRANSMIT),
+        (config.resets, &RESET),
+        (config.listen_overflows, &LISTEN_OVERFLOW),
+    ];
     let on_request = on_request.into_iter().filter(|(enabled, _)| *enabled);
     let signals = always.iter().chain(on_request.map(|(_, s)| s));
     let ends = |signal: &&Signal| !config.summaries_only || OF_ENDS.contains(&signal.name);
@@ -176,6 +180,13 @@ const RESET: Signal = Signal { name: "reset", required: false, slots: &[&[
     best(&[("tcp_reset_sent", RawTracepoint("tcp_send_reset")),
            ("tcp_reset_received", RawTracepoint("tcp_receive_reset"))]),
 ]] };
+// Only kprobes: the kernel frees a SYN that it drops like one that it takes, and no tracepoint
+// runs.
+#[rustfmt::skip]
+const LISTEN_OVERFLOW: Signal = Signal { name: "listen_overflow", required: false, slots: &[&[
+    worse(&[("tcp_syn", Kprobe("tcp_conn_request")), ("tcp_child4", Kprobe("tcp_v4_syn_recv_sock")),
+            ("tcp_child6", Kprobe("tcp_v6_syn_recv_sock"))], KPROBE_IN_SOFTIRQ),
+]] };
 
 /// The signals of a `UdpTracer`.
 ///
@@ -225,6 +236,8 @@ const NO_RESULT: &str = "the kernel does not show the result of a send: one that
      network device or its queue drops the datagram is counted (marked approximate), before Linux \
      5.18 also one that a cgroup program refuses";
 const FENTRY: &str = "some events are missed under load on preemptible kernels";
+const KPROBE_IN_SOFTIRQ: &str = "an event is missed if the segment interrupts another program of a \
+     kprobe or a classic tracepoint on the same CPU";
 const ONLY_CONNECT: &str = "failed connects by io_uring and in 32-bit programs are not seen, and \
      some others are missed under load on preemptible kernels";
 const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little \
@@ -285,7 +298,10 @@ mod tests {
 
     /// Returns the cells that come from the plan: signal, hooks, cost.
     fn rows() -> Vec<[String; 3]> {
-        let signals = TCP.iter().chain([&RETRANSMIT, &RESET]).chain(UDP);
+        let signals = TCP
+            .iter()
+            .chain([&RETRANSMIT, &RESET, &LISTEN_OVERFLOW])
+            .chain(UDP);
         let mut rows = Vec::new();
         for signal in signals {
             for (index, choices) in signal.slots.iter().enumerate() {

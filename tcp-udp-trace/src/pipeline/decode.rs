@@ -115,6 +115,11 @@ pub(crate) fn decode(
             };
             tcp(&record.head, &record.socket, kind, clock).map(Some)
         }
+        kind::LISTEN_OVERFLOW => {
+            let record: Anomaly = read(bytes)?;
+            let kind = EventKind::ListenOverflow;
+            tcp(&record.head, &record.socket, kind, clock).map(Some)
+        }
         kind::SAMPLE_TCP => {
             let record: Tcp = read(bytes)?;
             let mut kind = sample(record.socket.cookie);
