@@ -14,6 +14,9 @@ use std::{
 
 use aya::{Ebpf, programs::Program};
 
+/// The name of the file of a BPF link.
+const LINK: &str = "anon_inode:bpf_link";
+
 /// The links between our programs and the cgroup.
 #[derive(Debug, Default)]
 pub(super) struct CgroupLinks(Vec<CgroupLink>);
@@ -45,9 +48,14 @@ impl CgroupLinks {
         if programs.is_empty() {
             return Self::default();
         }
-        let files = fs::read_dir("/proc/self/fdinfo").into_iter().flatten();
+        let files = fs::read_dir("/proc/self/fd").into_iter().flatten();
         let links = files.filter_map(|file| {
-            let fdinfo = file.ok()?.path().to_str()?.to_owned();
+            let file = file.ok()?;
+            // The process may have very many files, and this is the cheapest way to skip them.
+            if !fs::read_link(file.path()).ok()?.ends_with(LINK) {
+                return None;
+            }
+            let fdinfo = format!("/proc/self/fdinfo/{}", file.file_name().to_str()?);
             let info = fs::read_to_string(&fdinfo).ok()?;
             let id = field(&info, "prog_id").filter(|_| is_of_cgroup(&info))?;
             let (_, name) = programs.iter().find(|(program, _)| program == id)?;
