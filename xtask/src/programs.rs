@@ -18,15 +18,19 @@ use crate::{
     workspace,
 };
 
-/// Compare the events of nginx, Redis, iperf3 and dnsmasq with what these programs count, as root.
+/// Compare the events of nginx, Redis, PostgreSQL, iperf3 and dnsmasq with what these programs
+/// count, as root.
 #[derive(clap::Args)]
 pub(crate) struct Args {}
 
 /// The programs, in a Debian of their own.
-const PACKAGES: &str = "nginx-light,apache2-utils,redis-server,redis-tools,iperf3,dnsmasq-base,\
-                        bind9-dnsutils";
+const PACKAGES: &str = "nginx-light,apache2-utils,redis-server,redis-tools,postgresql-15,iperf3,\
+                        dnsmasq-base,bind9-dnsutils";
 /// The network namespace that the programs run in.
 const NAMESPACE: &str = "tcp-udp-trace-programs";
+
+/// The output of the server that runs.
+const LOG: &str = "server.log";
 
 /// How long a program may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -40,6 +44,7 @@ pub(crate) fn run(_: &Args) -> Result<()> {
     let mut table = Table::default();
     world.web(&mut table)?;
     world.redis(&mut table)?;
+    world.postgres(&mut table)?;
     world.iperf(&mut table)?;
     world.dns(&mut table)?;
     table.finish()
@@ -80,7 +85,7 @@ impl World {
     fn new() -> Result<Self> {
         let cache = workspace::cache_dir().join("programs");
         fs::create_dir_all(&cache).context("cannot create a folder")?;
-        let archive = cache.join("root.tar");
+        let archive = cache.join("programs.tar");
         apt::root_file_system(PACKAGES, &archive)?;
         let root = cache.join("root");
         workspace::recreate(&root)?;
@@ -127,7 +132,7 @@ impl World {
     /// Starts a server that is ready when it has a socket at this port.
     fn server(&self, line: &[&str], port: u16) -> Result<Ended> {
         let mut command = self.command(line);
-        let output = File::create(self.root.join("server.log")).context("cannot create a log")?;
+        let output = File::create(self.root.join(LOG)).context("cannot create a log")?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?);
         let mut server = Ended(command.stderr(output).spawn()?);
         let until = Instant::now() + PATIENCE;
@@ -138,11 +143,25 @@ impl World {
                 return Ok(server);
             }
             if server.0.try_wait()?.is_some() || Instant::now() > until {
-                let log = fs::read_to_string(self.root.join("server.log"))?;
-                bail!("`{}` does not listen: {log}", line.join(" "));
+                bail!("`{}` does not listen: {}", line.join(" "), self.log()?);
             }
             sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Returns the output of the last server.
+    fn log(&self) -> Result<String> {
+        fs::read_to_string(self.root.join(LOG)).context("cannot read a log")
+    }
+
+    /// Waits until the output of the last server has this text.
+    fn wait_for_log(&self, text: &str) -> Result<()> {
+        let until = Instant::now() + PATIENCE;
+        while !self.log()?.contains(text) {
+            ensure!(Instant::now() < until, "no `{text}`: {}", self.log()?);
+            sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// Returns the events of what `act` does. No event may be lost.
@@ -254,6 +273,59 @@ impl World {
         Ok(())
     }
 
+    fn postgres(&self, table: &mut Table) -> Result<()> {
+        const PORT: u16 = 5433;
+        const TRANSACTIONS: u64 = 200;
+        let trust = "host all all 127.0.0.1/32 trust\n";
+        fs::write(self.root.join("etc/postgresql/15/main/pg_hba.conf"), trust)?;
+        // The server refuses to run as root.
+        let line = |line: &str| {
+            let line = format!(
+                "setpriv --reuid=postgres --regid=postgres --clear-groups \
+                 /usr/lib/postgresql/15/bin/{line} -p {PORT}"
+            );
+            line.split(' ').map(str::to_owned).collect::<Vec<_>>()
+        };
+        let server = line(
+            "postgres -D /var/lib/postgresql/15/main \
+             -c config_file=/etc/postgresql/15/main/postgresql.conf -c listen_addresses=127.0.0.1 \
+             -c unix_socket_directories= -c log_connections=on -c ssl=off \
+             -c dynamic_shared_memory_type=mmap",
+        );
+        let client = |options: &str| {
+            let line = line(&format!(
+                "pgbench -h 127.0.0.1 -U postgres {options} postgres"
+            ));
+            self.client(&line.iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        let (events, (output, log)) = self.events(|| {
+            let server: Vec<_> = server.iter().map(String::as_str).collect();
+            let _server = self.server(&server, PORT)?;
+            self.wait_for_log("ready to accept connections")?;
+            client("-i -q")?;
+            // Each transaction has a connection of its own.
+            let output = client("-C -c 4 -j 2 -t 50")?;
+            Ok((output, self.log()?))
+        })?;
+        let number = |name: &str| number_after(&output, name);
+        ensure!(number("number of failed transactions:")? == 0, "{output}");
+        let transactions = number("number of transactions actually processed:")?;
+        ensure!(transactions == TRANSACTIONS, "{output}");
+        let accepted = log.matches("connection received:").count() as u64;
+        let servers = ends(&events, "inbound", "local", PORT);
+        let clients = ends(&events, "outbound", "remote", PORT);
+        table.compare("postgres: connections", servers.len() as u64, accepted);
+        // One more fills the tables, and one reads their sizes.
+        let connections = clients.len() as u64;
+        table.compare("pgbench: connections", connections, transactions + 2);
+        table.compare(
+            "pgbench: bytes received, and sent by postgres",
+            sum(&clients, "rx_bytes"),
+            sum(&servers, "tx_bytes"),
+        );
+        Ok(())
+    }
+
     fn iperf(&self, table: &mut Table) -> Result<()> {
         // The bytes that iperf3 sends before each stream of TCP, and before one of UDP.
         const COOKIE: u64 = 37;
@@ -261,7 +333,7 @@ impl World {
         let run = |port: u16, client: &str| {
             self.events(|| {
                 let port_text = port.to_string();
-                let _server = self.server(&["iperf3", "-s", "-1", "-p", &port_text], port)?;
+                let _server = self.server(&["iperf3", "-s", "-1", "-J", "-p", &port_text], port)?;
                 let line = format!("iperf3 -c 127.0.0.1 -p {port} -J {client}");
                 let output = self.client(&line.split(' ').collect::<Vec<_>>())?;
                 serde_json::from_str::<Value>(&output).context("not JSON")
@@ -294,12 +366,12 @@ impl World {
         failed.retain(|end| end["kind"]["error"] == 111);
         let failed = failed.len() as u64;
         table.compare("iperf3: refused connections", failed, refused.into());
-        let (events, report) = run(5202, "-u -b 200M -n 20M -l 1400")?;
+        let (events, report) = run(5202, "-u -b 200M -n 20M -l 1400 --get-server-output")?;
         let counted = &report["end"]["streams"][0]["udp"];
-        let (datagrams, lost) = (
-            number(&counted["packets"])?,
-            number(&counted["lost_packets"])?,
-        );
+        let datagrams = number(&counted["packets"])?;
+        // The client also counts those that had not arrived when the server stopped.
+        let arrived = &report["server_output_json"]["end"]["streams"][0]["udp"];
+        let received = number(&arrived["packets"])? - number(&arrived["lost_packets"])?;
         let clients = flows(&events, "remote", 5202);
         let servers = flows(&events, "local", 5202);
         table.compare(
@@ -315,7 +387,7 @@ impl World {
         table.compare(
             "iperf3: datagrams received",
             sum(&servers, "rx_packets"),
-            datagrams - lost + 1,
+            received + 1,
         );
         Ok(())
     }

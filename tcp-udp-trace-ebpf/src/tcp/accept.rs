@@ -4,7 +4,10 @@ use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Tcp, Tracked, filter::no_state, kind, origin, syn,
 };
 
-use super::{Program, record::Describe as _, sockets};
+use super::{
+    record::Describe as _,
+    sockets::{self, Program},
+};
 use crate::{
     emit::{self, Context, Priority},
     filter, owner,

@@ -11,8 +11,8 @@ use tcp_udp_trace_common::{
     hold, kind, origin, retransmission, syn,
 };
 
-pub(crate) use self::record::is_v4;
 use self::record::{Describe as _, EADDRNOTAVAIL, Summarize as _, error, is_repaired};
+pub(crate) use self::{record::is_v4, sockets::Program};
 use crate::{
     connect::{self, Connect},
     counters,
@@ -35,17 +35,6 @@ use crate::{
 /// <https://github.com/torvalds/linux/blob/v6.12/include/uapi/linux/net.h>
 const SS_CONNECTING: u32 = 2;
 const SS_CONNECTED: u32 = 3;
-
-/// Which program is running.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Program {
-    /// The first one of the two on a tracepoint.
-    First,
-    /// The program that also sees the events for which the kernel skips the first.
-    Second,
-    /// One that sees accepts.
-    Accept,
-}
 
 /// The socket changes from one state to another.
 #[inline(always)]

@@ -7,7 +7,6 @@ use aya_ebpf::{
 };
 use tcp_udp_trace_common::{Field, ON_DEMAND, Owner, Tracked, User, hold, syn};
 
-use super::Program;
 use crate::{
     counters, id, owner,
     read::now,
@@ -58,6 +57,17 @@ pub(crate) fn holds() -> u32 {
         Some(hold) if !is_stopping() => *hold,
         _ => hold::NONE,
     }
+}
+
+/// Which program is running.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Program {
+    /// The first one of the two on a tracepoint.
+    First,
+    /// The program that also sees the events for which the kernel skips the first.
+    Second,
+    /// One that sees accepts.
+    Accept,
 }
 
 /// The state of a socket that a program is about to remember, for each [`Program`]. A program never

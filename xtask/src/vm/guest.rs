@@ -41,8 +41,8 @@ const CRASH_SIGNS: &[&str] = &[
     "kernel BUG at",
 ];
 
-/// One thread of the host emulates all CPUs in turn. With one thread for each CPU, two guests on two
-/// cores take a third longer, and the kernel sometimes crashes when it changes its own code.
+/// One thread of the host emulates all CPUs in turn. With one thread for each CPU, two guests on
+/// two cores take a third longer, and the kernel sometimes crashes when it changes its own code.
 const EMULATION: &[&str] = &["-accel", "tcg,thread=single"];
 
 /// The guest's hardware, whatever its architecture.
