@@ -4,10 +4,7 @@ use tcp_udp_trace_common::{
     AF_INET, AF_INET6, Field, Tcp, Tracked, filter::no_state, kind, origin, syn,
 };
 
-use super::{
-    record::Describe as _,
-    sockets::{self, Program},
-};
+use super::{record::Describe as _, sockets};
 use crate::{
     emit::{self, Context, Priority},
     filter, owner,
@@ -57,7 +54,7 @@ pub(crate) fn accepted(ctx: Context, sk: Sock) {
         // There is no room to remember the socket.
         let syn = syn::NOT_COUNTED | met();
         let fresh = sockets::fresh(sk, state, syn);
-        let Some(fresh) = sockets::begin(Program::Accept, &fresh) else {
+        let Some(fresh) = sockets::begin_accepted(&fresh) else {
             return;
         };
         fresh

@@ -127,7 +127,8 @@ pub(crate) fn state_changed(
         Some(listener) => sockets::begin(program, &sockets::child_of(listener, to, syn)),
         None => sockets::begin(program, &sockets::fresh(socket, to, syn)),
     };
-    let Some(tracked) = begun else { return };
+    let Some(beginning) = begun else { return };
+    let tracked = &mut beginning.state;
     if from == CLOSE && matches!(to, SYN_SENT | LISTEN) {
         match owner_of_connection(sk, socket) {
             Some(owner) => tracked.creator = owner,
@@ -146,13 +147,12 @@ pub(crate) fn state_changed(
         sockets::forget(sk, room_uid);
     }
     let is_remembered = begins && sockets::remember(sk, tracked);
-    if is_remembered && tracked.is_held() {
-        return;
-    }
-    if is_remembered || program == Program::First {
+    let is_held = is_remembered && tracked.is_held();
+    if !is_held && (is_remembered || program == Program::First) {
         let change = (from, to);
         report(ctx, sk, socket, tracked, change, socket_state);
     }
+    beginning.end();
 }
 
 /// Returns whether the programs have skipped the changes that lead from one state to the other.

@@ -59,32 +59,68 @@ pub(crate) fn holds() -> u32 {
     }
 }
 
-/// Which program is running.
+/// Which of the two programs on a tracepoint is running.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
-    /// The first one of the two on a tracepoint.
+    /// The program that is always attached.
     First,
     /// The program that also sees the events for which the kernel skips the first.
     Second,
-    /// One that sees accepts.
-    Accept,
 }
 
-/// The state of a socket that a program is about to remember, for each [`Program`]. A program never
-/// interrupts itself on a CPU.
+/// The state of a socket that a program is about to remember.
 ///
 /// In a map, unlike on the stack, the verifier does not distinguish the values. So it follows the
 /// code below once, and not for each way that leads there.
-#[map]
-static BEGINNING: PerCpuArray<Tracked> = PerCpuArray::with_max_entries(3, 0);
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Beginning {
+    /// Not 0 while a program uses it.
+    is_used: u64,
+    pub(crate) state: Tracked,
+}
 
-/// Stores the state of a socket for the current run of a program.
+/// Two for each [`Program`], and one for an accept. Before Linux 6.1, a softirq that interrupts a
+/// program may run the same program. Softirqs do not nest, and none accepts.
+#[map]
+static BEGINNINGS: PerCpuArray<Beginning> = PerCpuArray::with_max_entries(5, 0);
+const OF_ACCEPT: u32 = 4;
+
+/// Stores the state of a socket until [`Beginning::end`].
 #[inline(always)]
-pub(crate) fn begin(program: Program, state: &Tracked) -> Option<&'static mut Tracked> {
-    // SAFETY: a valid pointer to this CPU's value, which only this run uses.
-    let place = unsafe { BEGINNING.get_ptr_mut(program as u32)?.as_mut()? };
-    *place = *state;
+pub(crate) fn begin(program: Program, state: &Tracked) -> Option<&'static mut Beginning> {
+    let first = 2 * program as u32;
+    let mut place = beginning(first)?;
+    if place.is_used != 0 {
+        place = beginning(first + 1)?;
+    }
+    // SAFETY: a valid pointer. Volatile, because a program that interrupts this one reads it.
+    unsafe { (&raw mut place.is_used).write_volatile(1) };
+    place.state = *state;
     Some(place)
+}
+
+/// Stores the state of an accepted socket that has no room in the map.
+#[inline(always)]
+pub(crate) fn begin_accepted(state: &Tracked) -> Option<&'static mut Tracked> {
+    let place = beginning(OF_ACCEPT)?;
+    place.state = *state;
+    Some(&mut place.state)
+}
+
+#[inline(always)]
+fn beginning(index: u32) -> Option<&'static mut Beginning> {
+    // SAFETY: a valid pointer to this CPU's value, which only one run of a program uses.
+    unsafe { BEGINNINGS.get_ptr_mut(index)?.as_mut() }
+}
+
+impl Beginning {
+    /// Another run of the program may use it.
+    #[inline(always)]
+    pub(crate) fn end(&mut self) {
+        // SAFETY: as in `begin`.
+        unsafe { (&raw mut self.is_used).write_volatile(0) };
+    }
 }
 
 /// Returns the state of a new life of the socket at this address.
