@@ -1,6 +1,13 @@
 //! Odd machines. `cargo xtask test --machine all` makes them (xtask/src/vm/machine.rs).
 
-use std::{fs, net::TcpListener, path::Path, time::Duration};
+use std::{
+    fs,
+    net::TcpListener,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context as _, ensure};
 use integration_tests::{
@@ -24,6 +31,7 @@ pub(crate) fn trials() -> Vec<Test> {
         ],
         Solitude: [
             cpu_that_comes_and_goes,
+            cpu_that_comes_and_goes_during_starts,
         ],
     ]
 }
@@ -115,5 +123,36 @@ fn cpu_that_comes_and_goes() -> anyhow::Result<()> {
         // Each socket has two events.
         ensure!((lost > 0) == has_perf && stats.ring_lost == 2 * lost);
         collector::check_conservation(&stats)
+    })
+}
+
+/// Tracers start while a CPU goes offline and comes back. None fails.
+fn cpu_that_comes_and_goes_during_starts() -> anyhow::Result<()> {
+    const STARTS: usize = 30;
+    if !is_emulated()? || !Path::new(SECOND).exists() {
+        return skip("no second CPU that may be switched off");
+    }
+    let is_over = AtomicBool::new(false);
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    thread::scope(|scope| {
+        let switches = scope.spawn(|| {
+            let mut switches = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                fs::write(SECOND, "0")?;
+                fs::write(SECOND, "1")?;
+                switches += 1;
+            }
+            anyhow::Ok(switches)
+        });
+        let started = runtime.block_on(async {
+            for _ in 0..STARTS {
+                collector::tcp().start().await?.close().await?;
+            }
+            anyhow::Ok(())
+        });
+        is_over.store(true, Ordering::Relaxed);
+        let switches = switches.join().unwrap()?;
+        eprintln!("{switches} switches during {STARTS} starts");
+        started
     })
 }

@@ -85,6 +85,7 @@ const WITH_PERF_BUFFERS: &[&str] = &[
     "lifecycle::every_signal_has_a_hook",
     "lifecycle::stop_ends_the_stream_after_the_last_event",
     "machines::cpu_that_comes_and_goes",
+    "machines::cpu_that_comes_and_goes_during_starts",
     "samples::tcp_sample_is_of_the_socket_of_the_state_changes",
     "samples::udp_sample_has_queues_buffers_and_drops",
     "udp_numbers::both_directions",

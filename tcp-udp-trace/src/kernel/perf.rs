@@ -12,7 +12,10 @@ use aya::{
     maps::{Array, MapData},
     util::online_cpus,
 };
-use nix::sys::epoll::{self, Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollOp};
+use nix::{
+    errno::Errno,
+    sys::epoll::{self, Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollOp},
+};
 use perf_event::{Builder, SampleFlag, Sampler, events::Software};
 use tcp_udp_trace_common::{End, Head};
 use zerocopy::FromBytes as _;
@@ -86,10 +89,15 @@ impl Perf {
         Ok(perf)
     }
 
-    /// Makes the buffers of a CPU.
+    /// Makes the buffers of a CPU, unless the CPU has just gone offline.
     fn add(&mut self, number: u32) -> io::Result<()> {
         let [large, small] = self.sizes;
-        let buffers = [buffer(number, large, small)?, buffer(number, small, 1)?];
+        let buffers =
+            buffer(number, large, small).and_then(|large| Ok([large, buffer(number, small, 1)?]));
+        let buffers = match buffers {
+            Err(error) if error.raw_os_error() == Some(Errno::ENODEV as i32) => return Ok(()),
+            buffers => buffers?,
+        };
         for (map, buffer) in self.maps.iter_mut().zip(&buffers) {
             watch(&self.wakes, buffer)?;
             map.set(number, buffer.as_raw_fd(), 0)

@@ -160,7 +160,9 @@ grep -q selinux /sys/kernel/security/lsm",
         parameters: "maxcpus=1",
         tests: &[
             "machines::cpu_that_comes_and_goes",
+            "machines::cpu_that_comes_and_goes_during_starts",
             "perf::machines::cpu_that_comes_and_goes",
+            "perf::machines::cpu_that_comes_and_goes_during_starts",
         ],
         ..USUAL
     },
