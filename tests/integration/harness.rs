@@ -1,11 +1,10 @@
 //! The counts of the harness, on which all other tests rely, compared with those of the kernel in
 //! `/proc/net/snmp` and `/proc/net/netstat`.
 
-use std::{collections::HashMap, fs};
-
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use integration_tests::{
     actor::{Actor, Command, Direction, Exchange, Operation, Outcome, Transfer},
+    kernel::NetCounters,
     suite::Test,
     tcp_pair::loopback,
 };
@@ -26,80 +25,49 @@ const SYN_HEADERS: u64 = 20 + 40;
 /// Those of a reset that answers a late segment of a connection that has ended.
 const RESET_HEADERS: u64 = 20 + 20;
 
-/// The counters of the calling thread's network namespace, by names like `Tcp.ActiveOpens`.
-struct Counters(HashMap<String, u64>);
-
-impl Counters {
-    fn now() -> anyhow::Result<Self> {
-        let mut counters = HashMap::new();
-        for file in ["snmp", "netstat"] {
-            let text = fs::read_to_string(format!("/proc/thread-self/net/{file}"))?;
-            let lines: Vec<_> = text.lines().collect();
-            for pair in lines.chunks_exact(2) {
-                let (group, names) = pair[0].split_once(": ").context("no names")?;
-                let (_, values) = pair[1].split_once(": ").context("no values")?;
-                for (name, value) in names.split(' ').zip(values.split(' ')) {
-                    // A few limits are negative.
-                    if let Ok(value) = value.parse() {
-                        counters.insert(format!("{group}.{name}"), value);
-                    }
-                }
-            }
-        }
-        Ok(Self(counters))
+/// Checks the connections and their payload, in both directions together, since the counters
+/// were read.
+fn check_tcp(before: &NetCounters, connections: u64, payload: u64) -> anyhow::Result<()> {
+    let now = NetCounters::now()?;
+    let growth = |name| before.growth(&now, name);
+    for (name, expected) in [
+        ("Tcp.ActiveOpens", connections),
+        ("Tcp.AttemptFails", 0),
+        ("Tcp.EstabResets", 0),
+        ("Tcp.InErrs", 0),
+    ] {
+        let growth = growth(name)?;
+        ensure!(growth == expected, "{name} {growth}, not {expected}");
     }
-
-    /// Returns by how much a counter has grown since these counters were read.
-    fn growth(&self, now: &Self, name: &str) -> anyhow::Result<u64> {
-        let (before, now) = (self.0.get(name), now.0.get(name));
-        let before = before.with_context(|| format!("no {name}"))?;
-        Ok(now.context("no counter")? - before)
+    // Two CPUs may make a child each of one handshake, of which the kernel drops one.
+    ensure!(growth("Tcp.PassiveOpens")? >= connections);
+    ensure!(growth("Tcp.OutSegs")? >= 4 * connections);
+    let (resent, resets) = (growth("Tcp.RetransSegs")?, growth("Tcp.OutRsts")?);
+    for (octets, packets) in [
+        ("IpExt.OutOctets", "Ip.OutRequests"),
+        ("IpExt.InOctets", "Ip.InReceives"),
+    ] {
+        let (octets, packets) = (growth(octets)?, growth(packets)?);
+        let opening = 2 * connections;
+        let special = opening * SYN_HEADERS + resets * RESET_HEADERS;
+        let carried = octets - special - (packets - opening - resets) * HEADERS;
+        eprintln!(
+            "{payload} bytes: {octets} octets, {packets} packets, {resent} resent, {resets} resets"
+        );
+        // A segment that was sent again counts again. A reset may have options.
+        let options = resets * RESET_HEADERS;
+        ensure!(
+            carried >= payload && (resent > 0 || carried <= payload + options),
+            "{carried} bytes, not {payload}"
+        );
     }
-
-    /// Checks the connections and their payload, in both directions together, since these counters
-    /// were read.
-    fn check_tcp(&self, connections: u64, payload: u64) -> anyhow::Result<()> {
-        let now = Self::now()?;
-        let growth = |name| self.growth(&now, name);
-        for (name, expected) in [
-            ("Tcp.ActiveOpens", connections),
-            ("Tcp.AttemptFails", 0),
-            ("Tcp.EstabResets", 0),
-            ("Tcp.InErrs", 0),
-        ] {
-            let growth = growth(name)?;
-            ensure!(growth == expected, "{name} {growth}, not {expected}");
-        }
-        // Two CPUs may make a child each of one handshake, of which the kernel drops one.
-        ensure!(growth("Tcp.PassiveOpens")? >= connections);
-        ensure!(growth("Tcp.OutSegs")? >= 4 * connections);
-        let (resent, resets) = (growth("Tcp.RetransSegs")?, growth("Tcp.OutRsts")?);
-        for (octets, packets) in [
-            ("IpExt.OutOctets", "Ip.OutRequests"),
-            ("IpExt.InOctets", "Ip.InReceives"),
-        ] {
-            let (octets, packets) = (growth(octets)?, growth(packets)?);
-            let opening = 2 * connections;
-            let special = opening * SYN_HEADERS + resets * RESET_HEADERS;
-            let carried = octets - special - (packets - opening - resets) * HEADERS;
-            eprintln!(
-                "{payload} bytes: {octets} octets, {packets} packets, {resent} resent, {resets} resets"
-            );
-            // A segment that was sent again counts again. A reset may have options.
-            let options = resets * RESET_HEADERS;
-            ensure!(
-                carried >= payload && (resent > 0 || carried <= payload + options),
-                "{carried} bytes, not {payload}"
-            );
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
 fn churn_is_what_the_kernel_counts() -> anyhow::Result<()> {
     const CLIENTS: u32 = 2;
     const EACH: u32 = 200;
-    let before = Counters::now()?;
+    let before = NetCounters::now()?;
     let mut server = Actor::spawn("server")?;
     let listener = server.listen(loopback(false))?;
     server.begin(&Command::Serve(listener.fd, CLIENTS * EACH))?;
@@ -122,13 +90,13 @@ fn churn_is_what_the_kernel_counts() -> anyhow::Result<()> {
     let served = server.finish_exchanges()?;
     let bytes = |exchange: &Exchange| exchange.sent + exchange.received;
     ensure!(served.iter().map(bytes).sum::<u64>() == payload);
-    before.check_tcp((CLIENTS * EACH).into(), payload)
+    check_tcp(&before, (CLIENTS * EACH).into(), payload)
 }
 
 fn transfers_are_what_the_kernel_counts() -> anyhow::Result<()> {
     const UP: u64 = 3_000_001;
     const DOWN: u64 = 77_777;
-    let before = Counters::now()?;
+    let before = NetCounters::now()?;
     let (mut server, mut client) = (Actor::spawn("server")?, Actor::spawn("client")?);
     let listener = server.listen(loopback(false))?;
     let near = client.connect(listener.local)?;
@@ -143,13 +111,13 @@ fn transfers_are_what_the_kernel_counts() -> anyhow::Result<()> {
     client.close(&near)?;
     server.receive_all(&far)?;
     server.close(&far)?;
-    before.check_tcp(1, UP + DOWN)
+    check_tcp(&before, 1, UP + DOWN)
 }
 
 /// The flood is faster than its receiver, so datagrams find the receive buffer full.
 fn floods_are_what_the_kernel_counts() -> anyhow::Result<()> {
     const COUNT: u64 = 50_000;
-    let before = Counters::now()?;
+    let before = NetCounters::now()?;
     let mut actors = [Actor::spawn("sender")?, Actor::spawn("receiver")?];
     let mut sockets = Vec::new();
     for actor in &mut actors {
@@ -184,7 +152,7 @@ fn floods_are_what_the_kernel_counts() -> anyhow::Result<()> {
             }
         }
     }
-    let now = Counters::now()?;
+    let now = NetCounters::now()?;
     let growth = |name| before.growth(&now, name);
     let dropped = growth("Udp.RcvbufErrors")?;
     eprintln!("sent {sent}, received {received}, dropped {dropped}");

@@ -1,7 +1,7 @@
 //! The objects that the kernel holds on behalf of this process.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     fs, process,
     thread::sleep,
     time::{Duration, Instant},
@@ -64,20 +64,32 @@ impl BpfObjects {
         Ok(objects)
     }
 
+    /// Returns all objects of the kernel.
+    fn all() -> Self {
+        Self {
+            programs: loaded_programs()
+                .flatten()
+                .map(|program| program.id())
+                .collect(),
+            maps: loaded_maps().flatten().map(|map| map.id()).collect(),
+            links: loaded_links().flatten().map(|link| link.id()).collect(),
+        }
+    }
+
+    /// Returns those that are not among `others`.
+    fn without(&self, others: &Self) -> Self {
+        Self {
+            programs: &self.programs - &others.programs,
+            maps: &self.maps - &others.maps,
+            links: &self.links - &others.links,
+        }
+    }
+
     /// Returns all objects of the kernel that no other process has a file descriptor of.
     #[must_use]
     pub fn loaded() -> Self {
         let others = Self::of_others();
-        let programs = loaded_programs().flatten().map(|program| program.id());
-        let maps = loaded_maps().flatten().map(|map| map.id());
-        let links = loaded_links().flatten().map(|link| link.id());
-        Self {
-            programs: programs
-                .filter(|id| !others.programs.contains(id))
-                .collect(),
-            maps: maps.filter(|id| !others.maps.contains(id)).collect(),
-            links: links.filter(|id| !others.links.contains(id)).collect(),
-        }
+        Self::all().without(&others)
     }
 
     fn of_others() -> Self {
@@ -96,22 +108,7 @@ impl BpfObjects {
     /// Waits until the kernel has freed all objects that are not among these, except those of other
     /// processes.
     pub fn await_no_more(&self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + FREED_WITHIN;
-        loop {
-            let now = Self::loaded();
-            let new = Self {
-                programs: &now.programs - &self.programs,
-                maps: &now.maps - &self.maps,
-                links: &now.links - &self.links,
-            };
-            if new.is_empty() {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                bail!("new in the kernel: {new:?}");
-            }
-            sleep(Duration::from_millis(100));
-        }
+        Self::await_none("new in the kernel", || Self::loaded().without(self))
     }
 
     /// Returns how many objects there are.
@@ -122,27 +119,30 @@ impl BpfObjects {
 
     /// Waits until the kernel has freed all of them.
     pub fn await_freed(&self) -> anyhow::Result<()> {
+        Self::await_none("still in the kernel", || self.still_loaded())
+    }
+
+    /// Waits until no objects are found.
+    fn await_none(what: &str, find: impl Fn() -> Self) -> anyhow::Result<()> {
         let deadline = Instant::now() + FREED_WITHIN;
         loop {
-            let left = self.still_loaded();
-            if left.is_empty() {
+            let found = find();
+            if found.is_empty() {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!("still in the kernel: {left:?}");
+                bail!("{what}: {found:?}");
             }
             sleep(Duration::from_millis(10));
         }
     }
 
     fn still_loaded(&self) -> Self {
-        let programs = loaded_programs().flatten().map(|program| program.id());
-        let maps = loaded_maps().flatten().map(|map| map.id());
-        let links = loaded_links().flatten().map(|link| link.id());
+        let all = Self::all();
         Self {
-            programs: programs.filter(|id| self.programs.contains(id)).collect(),
-            maps: maps.filter(|id| self.maps.contains(id)).collect(),
-            links: links.filter(|id| self.links.contains(id)).collect(),
+            programs: &self.programs & &all.programs,
+            maps: &self.maps & &all.maps,
+            links: &self.links & &all.links,
         }
     }
 
@@ -206,19 +206,47 @@ pub fn await_threads(count: usize) -> anyhow::Result<()> {
     }
 }
 
+/// The counters of the calling thread's network namespace, by names like `Tcp.ActiveOpens`.
+#[derive(Debug)]
+pub struct NetCounters(HashMap<String, u64>);
+
+impl NetCounters {
+    /// Reads them.
+    pub fn now() -> anyhow::Result<Self> {
+        let mut counters = HashMap::new();
+        for file in ["snmp", "netstat"] {
+            let text = fs::read_to_string(format!("/proc/thread-self/net/{file}"))?;
+            let lines: Vec<_> = text.lines().collect();
+            for pair in lines.chunks_exact(2) {
+                let (group, names) = pair[0].split_once(": ").context("no names")?;
+                let (_, values) = pair[1].split_once(": ").context("no values")?;
+                for (name, value) in names.split(' ').zip(values.split(' ')) {
+                    // A few limits are negative.
+                    if let Ok(value) = value.parse() {
+                        counters.insert(format!("{group}.{name}"), value);
+                    }
+                }
+            }
+        }
+        Ok(Self(counters))
+    }
+
+    /// Returns a counter.
+    pub fn get(&self, name: &str) -> anyhow::Result<u64> {
+        let counter = self.0.get(name).copied();
+        counter.with_context(|| format!("no {name}"))
+    }
+
+    /// Returns by how much a counter has grown since these counters were read.
+    pub fn growth(&self, now: &Self, name: &str) -> anyhow::Result<u64> {
+        Ok(now.get(name)? - self.get(name)?)
+    }
+}
+
 /// Returns a counter of TCP of the thread's network namespace, by its name in `netstat`.
 pub fn tcp_counter(name: &str) -> anyhow::Result<u32> {
-    let counts = fs::read_to_string("/proc/thread-self/net/netstat")?;
-    let mut lines = counts.lines().filter(|line| line.starts_with("TcpExt:"));
-    let (names, numbers) = (
-        lines.next().context("names")?,
-        lines.next().context("numbers")?,
-    );
-    let mut pairs = names.split(' ').zip(numbers.split(' '));
-    let (_, number) = pairs
-        .find(|(found, _)| *found == name)
-        .with_context(|| format!("no {name}"))?;
-    Ok(number.parse()?)
+    let counter = NetCounters::now()?.get(&format!("TcpExt.{name}"))?;
+    Ok(counter.try_into()?)
 }
 
 /// Whether the running kernel is of this version or a newer one.
