@@ -51,6 +51,4 @@ register! {
     third_argument: 96, 16;
     /// Returns the fourth argument.
     fourth_argument: 88, 24;
-    /// Returns the result of a function that has returned.
-    result: 80, 0;
 }

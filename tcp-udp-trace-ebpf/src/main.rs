@@ -48,11 +48,11 @@ use aya_ebpf::{
     EbpfContext as _,
     helpers::generated::bpf_get_socket_cookie,
     macros::{
-        btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, classifier, fentry, kprobe,
-        kretprobe, raw_tracepoint, tracepoint,
+        btf_tracepoint, cgroup_skb, cgroup_sock, cgroup_sock_addr, classifier, fentry, fexit,
+        kprobe, raw_tracepoint, tracepoint,
     },
     programs::{
-        BtfTracePointContext, FEntryContext, ProbeContext, RawTracePointContext, RetProbeContext,
+        BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, RawTracePointContext,
         SkBuffContext, SockAddrContext, SockContext, TcContext, TracePointContext,
     },
 };
@@ -278,10 +278,10 @@ fn accept_uring_overflow(ctx: TracePointContext) -> u32 {
 
 // ---- Signal `connect_failed` --------------------------------------------------------------------
 
-/// `connect` returns 0 or an error.
-#[kretprobe]
-fn tcp_connect_kretprobe(ctx: RetProbeContext) -> u32 {
-    tcp::connect_returned(ctx.as_ptr(), (arch::result(ctx.as_ptr()) as i32).into());
+/// `sys_connect(regs)` returns 0 or an error. The verifier of 5.10 refuses to load the argument.
+#[fexit(function = "sys_connect")]
+fn tcp_connect_fexit(ctx: FExitContext) -> i32 {
+    tcp::connect_returned(ctx.as_ptr(), ctx.arg(1));
     0
 }
 
@@ -367,6 +367,13 @@ fn connect(ctx: &SockAddrContext) -> i32 {
         }
     }
     1
+}
+
+/// As for TCP.
+#[fexit(function = "sys_connect")]
+fn udp_connect_fexit(ctx: FExitContext) -> i32 {
+    udp::connect::connect_exited(ctx.as_ptr(), ctx.arg(1));
+    0
 }
 
 #[tracepoint]

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener},
     process,
     sync::atomic::{AtomicU16, Ordering},
     thread,
@@ -32,6 +32,7 @@ pub(crate) fn trials() -> Vec<Test> {
             that_fail_before_any_state_change,
             that_find_no_address_of_their_own,
             that_are_refused,
+            beside_many_that_wait,
             that_have_begun_are_state_changes,
             of_a_socket_that_goes_on,
             of_a_socket_that_was_disconnected,
@@ -234,8 +235,8 @@ fn that_find_no_address_of_their_own() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A filter of system calls refuses them, so the kernel has not checked the address. With kprobes,
-/// the hook of TCP is in the system call, which is never entered.
+/// A filter of system calls refuses them, so the kernel has not checked the address. With fexit,
+/// the hook is in the system call, which is never entered.
 fn that_are_refused() -> anyhow::Result<()> {
     let to: SocketAddr = UNREACHABLE.parse()?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
@@ -252,18 +253,65 @@ fn that_are_refused() -> anyhow::Result<()> {
         });
         let mut failure = refused?;
         let hooks = collector.handle().hooks();
-        let is_kretprobe = |program: &String| program.starts_with("kretprobe:");
-        if hooks
-            .iter()
-            .flat_map(|hook| &hook.programs)
-            .any(is_kretprobe)
-        {
+        let is_fexit = |program: &String| program.starts_with("fexit:");
+        if hooks.iter().flat_map(|hook| &hook.programs).any(is_fexit) {
             // This hook does not see the refusal, so another failure is the only event.
             failure = fail(protocol, false, &to.into(), Errno::ENETUNREACH)?.1;
         }
         collector.wait_for("failure", is_failure)?;
         let events = collector.finish_all()?;
-        check(&events[0], protocol, &failure)?;
+        let failed: Vec<_> = events.iter().filter(|event| is_failure(event)).collect();
+        ensure!(failed.len() == 1, "{}", show(&events));
+        check(failed[0], protocol, &failure)?;
+    }
+    Ok(())
+}
+
+/// Many threads wait in `connect` while others fail. The kernel would have ten instances of a
+/// kretprobe for all of them.
+fn beside_many_that_wait() -> anyhow::Result<()> {
+    const WAITING: usize = 200;
+    let refusals = refusals()?;
+    let _far = veth()?;
+    ip(&format!(
+        "neigh replace {FAR} lladdr 02:00:00:00:00:99 dev near0 nud permanent"
+    ))?;
+    let nowhere: SocketAddr = format!("{FAR}:9").parse()?;
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let collector = match protocol {
+            Protocol::Udp => Collector::start_udp()?,
+            _ => Collector::start()?,
+        };
+        // Reports when all of them wait.
+        let begun = Collector::start()?;
+        let waiting: Vec<_> = (0..WAITING)
+            .map(|_| Socket::new(Domain::IPV4, Type::STREAM, None))
+            .collect::<Result<_, _>>()?;
+        let failures = thread::scope(|scope| {
+            for socket in &waiting {
+                scope.spawn(|| socket.connect(&nowhere.into()));
+            }
+            let failures = begun.wait_count(WAITING).and_then(|_| {
+                let fail = |&(to, errno): &(SocketAddr, Errno)| {
+                    anyhow::Ok(fail(protocol, to.is_ipv6(), &to.into(), errno)?.1)
+                };
+                refusals.iter().map(fail).collect::<Result<Vec<_>, _>>()
+            });
+            for socket in &waiting {
+                // Ends the `connect`.
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+            failures
+        })?;
+        collector.wait_for("last failure", |event| {
+            is_failure(event) && event.socket.local == failures.last().unwrap().local
+        })?;
+        let events = collector.finish_all()?;
+        let failed: Vec<_> = events.iter().filter(|event| is_failure(event)).collect();
+        ensure!(failed.len() == failures.len(), "{}", show(&events));
+        for (event, failure) in failed.iter().zip(&failures) {
+            check(event, protocol, failure)?;
+        }
     }
     Ok(())
 }
@@ -414,7 +462,7 @@ fn of_a_socket_that_was_disconnected() -> anyhow::Result<()> {
     // A socket that has listened.
     let listener = fail(Protocol::Tcp, false, &unreachable, Errno::EHOSTUNREACH)?.0;
     listener.listen(1)?;
-    listener.shutdown(std::net::Shutdown::Both)?;
+    listener.shutdown(Shutdown::Both)?;
     let listener = fail_again(&listener, &unreachable, Errno::EHOSTUNREACH)?;
     for failure in [&first, &tcp, &listener] {
         collector.wait_for("failure", |event| {

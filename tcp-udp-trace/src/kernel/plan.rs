@@ -34,6 +34,16 @@ pub(super) struct Abilities {
     pub(super) preempts_tracepoints: bool,
 }
 
+/// Returns the name of a system call's function.
+pub(super) fn function_of(call: &str) -> String {
+    let prefix = if cfg!(target_arch = "aarch64") {
+        "__arm64_"
+    } else {
+        "__x64_"
+    };
+    format!("{prefix}{call}")
+}
+
 /// A point in the kernel where a program can be attached.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum HookPoint {
@@ -42,9 +52,10 @@ pub(super) enum HookPoint {
     Tracepoint(&'static str, &'static str),
     BtfTracepoint(&'static str),
     Kprobe(&'static str),
-    /// The return of a system call's function. The functions that it calls may be inlined.
-    Kretprobe(&'static str),
     Fentry(&'static str),
+    /// The return of a system call's function. A kretprobe would miss the returns of further calls
+    /// while ten calls wait in the function.
+    Fexit(&'static str),
     /// The root of cgroup v2. The name is that of the program's section.
     Cgroup(&'static str),
 }
@@ -73,7 +84,8 @@ impl Signal {
         abilities: Abilities,
     ) -> impl Iterator<Item = (&'static str, HookPoint)> {
         let is_likely = move |choice: &&Choice| match choice.hooks[0].1 {
-            Kprobe(_) | Kretprobe(_) => abilities.has_kprobes,
+            // On x86-64, a kernel has both or none.
+            Kprobe(_) | Fexit(_) => abilities.has_kprobes,
             _ if choice.if_not_preempted => !abilities.preempts_tracepoints,
             // It is the last choice.
             Fentry(_) => false,
@@ -98,6 +110,7 @@ impl HookPoint {
         match self {
             BtfTracepoint(name) => Some(Target::tracepoint(name)),
             Fentry(function) => Some(Target::function(function)),
+            Fexit(call) => Some(Target::function(&function_of(call))),
             _ => None,
         }
     }
@@ -117,7 +130,7 @@ const OF_ENDS: &[&str] = &["state", "end", "accept"];
 /// The signal whose hooks see the port that the kernel chooses for a listener.
 pub(super) const LISTEN: &str = "listen";
 
-use HookPoint::{BtfTracepoint, Cgroup, Fentry, Kprobe, Kretprobe, RawTracepoint, Tracepoint};
+use HookPoint::{BtfTracepoint, Cgroup, Fentry, Fexit, Kprobe, RawTracepoint, Tracepoint};
 
 /// The signals of every `TcpTracer`.
 ///
@@ -155,8 +168,8 @@ const TCP: &[Signal] = &[
     // Without tracefs, the only hook is one in every system call. That costs too much for a signal
     // of failures.
     Signal { name: "connect_failed", required: false, slots: &[&[
-        worse(&[("tcp_connect_kretprobe", Kretprobe("sys_connect"))], ONLY_CONNECT),
-        worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], NO_KPROBE_CONNECT),
+        worse(&[("tcp_connect_fexit", Fexit("sys_connect"))], ONLY_CONNECT),
+        worse(&[("tcp_connect_exit", Tracepoint("syscalls", "sys_exit_connect"))], NO_FEXIT_CONNECT),
     ]] },
     // The kernel chooses a port after the state change.
     Signal { name: LISTEN, required: false, slots: &[&[
@@ -216,9 +229,12 @@ const UDP: &[Signal] = &[
                 ("udp_recvmsg4", Cgroup("recvmsg4")), ("udp_recvmsg6", Cgroup("recvmsg6"))], NO_KPROBE_RECEIVE),
     ]] },
     Signal { name: "connect", required: false, slots: &[&[
+        worse(&[("udp_connect_fexit", Fexit("sys_connect")),
+                ("udp_connect4", Cgroup("connect4")), ("udp_connect6", Cgroup("connect6")),
+                ("udp_connect_uring", Tracepoint("io_uring", "io_uring_complete"))], ONLY_NATIVE),
         worse(&[("udp_connect_exit", Tracepoint("syscalls", "sys_exit_connect")),
-               ("udp_connect4", Cgroup("connect4")), ("udp_connect6", Cgroup("connect6")),
-               ("udp_connect_uring", Tracepoint("io_uring", "io_uring_complete"))], ONLY_NATIVE),
+                ("udp_connect4", Cgroup("connect4")), ("udp_connect6", Cgroup("connect6")),
+                ("udp_connect_uring", Tracepoint("io_uring", "io_uring_complete"))], NO_FEXIT_NATIVE),
         worse(&[("udp_connect_sys_exit", RawTracepoint("sys_exit")),
                 ("udp_connect4", Cgroup("connect4")), ("udp_connect6", Cgroup("connect6"))], SYS_EXIT),
     ]] },
@@ -240,11 +256,13 @@ const KPROBE_IN_SOFTIRQ: &str = "an event is missed if the segment interrupts an
      kprobe or a classic tracepoint on the same CPU";
 const ONLY_CONNECT: &str = "failed connects by io_uring and in 32-bit programs are not seen, and \
      some others are missed under load on preemptible kernels";
-const NO_KPROBE_CONNECT: &str = "no kprobes: each system call of the machine takes a little \
-     longer, failed connects by io_uring and in 32-bit programs are not seen, and some others are \
-     missed under load on preemptible kernels";
-const ONLY_NATIVE: &str = "connects in 32-bit programs are reported late, and failed connects by \
-     io_uring are not seen";
+const NO_FEXIT_CONNECT: &str = "no fexit: each system call of the machine takes a little longer, \
+     failed connects by io_uring and in 32-bit programs are not seen, and some others are missed \
+     under load on preemptible kernels";
+const ONLY_NATIVE: &str = "connects in 32-bit programs are reported late, failed connects by \
+     io_uring are not seen, and some others are missed under load on preemptible kernels";
+const NO_FEXIT_NATIVE: &str = "no fexit: each system call of the machine takes a little longer, \
+     connects in 32-bit programs are reported late, and failed connects by io_uring are not seen";
 const NO_KPROBE_LISTEN: &str = "no kprobes: the first event of a listener without `bind` has no \
      port if io_uring or a 32-bit program made the listener";
 const SYS_EXIT: &str = "no tracefs: each system call of the machine takes about 20 ns longer, and io_uring is not seen";
@@ -278,8 +296,8 @@ impl std::fmt::Display for HookPoint {
             Tracepoint(category, name) => write!(f, "tracepoint:{category}/{name}"),
             BtfTracepoint(name) => write!(f, "tp_btf:{name}"),
             Kprobe(function) => write!(f, "kprobe:{function}"),
-            Kretprobe(function) => write!(f, "kretprobe:{function}"),
             Fentry(function) => write!(f, "fentry:{function}"),
+            Fexit(call) => write!(f, "fexit:{call}"),
             Cgroup(name) => write!(f, "cgroup:{name}"),
         }
     }

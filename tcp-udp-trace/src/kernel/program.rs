@@ -7,14 +7,7 @@ use aya::programs::{CgroupAttachMode, CgroupSkbAttachType, Program, ProgramError
 use super::{
     btf::ids::{self, Ids},
     cgroup,
-    plan::HookPoint,
-};
-
-/// The prefix of the name of a system call's function.
-const OF_ARCHITECTURE: &str = if cfg!(target_arch = "aarch64") {
-    "__arm64_"
-} else {
-    "__x64_"
+    plan::{HookPoint, function_of},
 };
 
 /// A file that exists if the kernel has kprobes. aya checks the same file.
@@ -50,10 +43,10 @@ pub(super) fn attach_program(
         (Program::KProbe(program), HookPoint::Kprobe(function)) => {
             program.attach(function, 0)?;
         }
-        (Program::KProbe(program), HookPoint::Kretprobe(function)) => {
-            program.attach(format!("{OF_ARCHITECTURE}{function}"), 0)?;
-        }
         (Program::FEntry(program), HookPoint::Fentry(_)) => {
+            program.attach()?;
+        }
+        (Program::FExit(program), HookPoint::Fexit(_)) => {
             program.attach()?;
         }
         (Program::CgroupSock(program), HookPoint::Cgroup(_)) => {
@@ -94,6 +87,9 @@ pub(super) fn load(
         (Program::FEntry(program), HookPoint::Fentry(function)) => {
             program.load(function, ids.ok_or(ProgramError::NotLoaded)?)
         }
+        (Program::FExit(program), HookPoint::Fexit(call)) => {
+            program.load(&function_of(call), ids.ok_or(ProgramError::NotLoaded)?)
+        }
         (Program::CgroupSock(program), _) => program.load(),
         (Program::CgroupSockAddr(program), _) => program.load(),
         (Program::CgroupSkb(program), _) => program.load(),
@@ -110,6 +106,7 @@ pub(super) fn unload(program: &mut Program) {
         Program::BtfTracePoint(program) => program.unload(),
         Program::KProbe(program) => program.unload(),
         Program::FEntry(program) => program.unload(),
+        Program::FExit(program) => program.unload(),
         Program::CgroupSock(program) => program.unload(),
         Program::CgroupSockAddr(program) => program.unload(),
         Program::CgroupSkb(program) => program.unload(),
