@@ -222,11 +222,13 @@ const UDP: &[Signal] = &[
     ]] },
     Signal { name: "receive", required: false, slots: &[&[
         best(&[("udp_consume_kprobe", Kprobe("skb_consume_udp"))]),
+        worse_if_not_preempted(&[("udp_recv_length_raw", RawTracepoint("sock_recv_length")),
+                ("udp_recvmsg4", Cgroup("recvmsg4")), ("udp_recvmsg6", Cgroup("recvmsg6"))], NO_KPROBE_RECEIVE),
         worse(&[("udp_recv_length_tp", Tracepoint("sock", "sock_recv_length")),
                 ("udp_recvmsg4", Cgroup("recvmsg4")), ("udp_recvmsg6", Cgroup("recvmsg6"))], NO_KPROBE_RECEIVE),
         worse(&[("udp_consume_fentry", Fentry("skb_consume_udp"))], FENTRY),
         worse(&[("udp_recv_length_raw", RawTracepoint("sock_recv_length")),
-                ("udp_recvmsg4", Cgroup("recvmsg4")), ("udp_recvmsg6", Cgroup("recvmsg6"))], NO_KPROBE_RECEIVE),
+                ("udp_recvmsg4", Cgroup("recvmsg4")), ("udp_recvmsg6", Cgroup("recvmsg6"))], NO_TRACEFS_RECEIVE),
     ]] },
     Signal { name: "connect", required: false, slots: &[&[
         worse(&[("udp_connect_fexit", Fexit("sys_connect")),
@@ -248,6 +250,8 @@ const NO_KPROBE_ACCEPT: &str = "no kprobes: accepts inside the kernel, in 32-bit
      io_uring without completion or before Linux 5.18 are not seen";
 const NO_KPROBE_RECEIVE: &str = "no kprobes: recv and read on an unconnected socket do not report \
      the peer, and a UDP_GRO receive counts as one datagram (marked approximate)";
+const NO_TRACEFS_RECEIVE: &str = "no kprobes and no tracefs: the same, and some events are missed \
+     under load";
 const NO_RESULT: &str = "the kernel does not show the result of a send: one that fails because a \
      network device or its queue drops the datagram is counted (marked approximate), before Linux \
      5.18 also one that a cgroup program refuses";
@@ -279,6 +283,16 @@ const fn best_if_not_preempted(hooks: &'static [(&'static str, HookPoint)]) -> C
     Choice {
         if_not_preempted: true,
         ..best(hooks)
+    }
+}
+
+const fn worse_if_not_preempted(
+    hooks: &'static [(&'static str, HookPoint)],
+    cost: &'static str,
+) -> Choice {
+    Choice {
+        if_not_preempted: true,
+        ..worse(hooks, cost)
     }
 }
 
