@@ -1,27 +1,32 @@
 //! One unprivileged user takes all the room of a tracer, and the sockets and flows of others are
-//! still reported. Another privileged process detaches a program of ours. For a flood of events see
+//! still reported. Other tracers are attached to the same hooks.
+//! Another privileged process detaches a program of ours. For a flood of events see
 //! `overflow::closes_outlive_a_flood_of_datagrams`.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsStr,
     net::{SocketAddr, UdpSocket},
+    path::Path,
     process,
     time::Duration,
 };
 
-use anyhow::{bail, ensure};
+use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
-    actor::{Actor, Command, SendCall},
+    actor::{Actor, Command, ReceiveCall, SendCall},
     collector::{Collector, show},
+    expected_tcp::{ACTIVE_CLIENT, ExpectedTcp, PASSIVE_SERVER},
     kernel::BpfObjects,
     netns::Netns,
+    other_tracer::{OtherTracer, SIGN, marked, mount_tracefs},
     privileges::UNPRIVILEGED,
     suite::{Test, skip},
     tcp_pair::{TcpPair, loopback},
     udp_actor::UdpActor,
     udp_pair::{Family, UdpPair},
 };
-use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter, UdpTracer};
+use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter, TcpState, UdpTracer};
 use tokio::{runtime::Builder, time::timeout};
 
 pub(crate) fn trials() -> Vec<Test> {
@@ -30,8 +35,11 @@ pub(crate) fn trials() -> Vec<Test> {
             tcp_sockets_of_one_user_leave_room_for_others,
             udp_sockets_of_one_user_leave_room_for_others,
             flows_of_one_user_make_room_for_each_other,
+            tracer_of_another_process_comes_and_is_killed,
         ],
         Process: [
+            libbpf_tools_on_the_same_hooks,
+            bpftrace_on_the_same_hooks,
             detached_program_ends_the_tracer,
         ],
     ]
@@ -41,6 +49,10 @@ pub(crate) fn trials() -> Vec<Test> {
 const ROOM: u32 = 1_024;
 /// A user other than root and [`UNPRIVILEGED`].
 const BYSTANDER: u32 = 4_242;
+/// The address of the server beside which other tracers run. It is on the loopback.
+const WATCHED: &str = "127.91.7.3";
+/// How many connections the other tracers see.
+const EXCHANGES: usize = 20;
 
 fn spawn(name: &str, uid: u32) -> anyhow::Result<Actor> {
     Actor::spawn_as(OsStr::new(name), Some(uid))
@@ -113,6 +125,180 @@ fn flows_of_one_user_make_room_for_each_other() -> anyhow::Result<()> {
         show(&events)
     );
     Ok(())
+}
+
+fn watched() -> anyhow::Result<SocketAddr> {
+    Ok(SocketAddr::new(WATCHED.parse()?, 0))
+}
+
+/// Makes a connection that carries this many KiB from the client, and twice as many from the
+/// server. Adds what our tracer must report of both ends.
+fn exchange(pair: &mut TcpPair, kib: usize, expected: &mut Vec<ExpectedTcp>) -> anyhow::Result<()> {
+    let bytes = kib as u64 * 1024;
+    let connection = pair.connect()?;
+    pair.upload(&connection, bytes)?;
+    pair.download(&connection, 2 * bytes)?;
+    pair.close(&connection)?;
+    expected.push(pair.expected_client(&connection, ACTIVE_CLIENT)?);
+    expected.push(pair.expected_server(&connection, PASSIVE_SERVER)?);
+    Ok(())
+}
+
+/// Returns how often each change of a state occurs in [`EXCHANGES`] of [`exchange`].
+fn expected_changes() -> BTreeMap<[&'static str; 2], usize> {
+    let changes = [ACTIVE_CLIENT, PASSIVE_SERVER];
+    let changes = changes.iter().flat_map(|states| states.windows(2));
+    changes
+        .map(|change| ([change[0].name(), change[1].name()], EXCHANGES))
+        .collect()
+}
+
+/// `tcpstates` prints each change of a state, and `tcplife` the bytes of each end. They come and go
+/// while our tracer runs.
+fn libbpf_tools_on_the_same_hooks() -> anyhow::Result<()> {
+    mount_tracefs()?;
+    let mut pair = TcpPair::at(watched()?)?;
+    let mut expected = Vec::new();
+    exchange(&mut pair, 1, &mut expected)?;
+    let tcpstates = OtherTracer::start("tcpstates", &[])?;
+    let tcplife = OtherTracer::start("tcplife", &[])?;
+    for kib in 1..=EXCHANGES {
+        exchange(&mut pair, kib, &mut expected)?;
+    }
+    let changes = expected_changes();
+    tcpstates.wait_lines(WATCHED, changes.values().sum())?;
+    tcplife.wait_lines(WATCHED, 2 * EXCHANGES)?;
+    let (tcpstates, tcplife) = (tcpstates.finish()?, tcplife.finish()?);
+    exchange(&mut pair, 1, &mut expected)?;
+    pair.finish(&expected)?;
+
+    let mut seen = BTreeMap::new();
+    for line in marked(&tcpstates, WATCHED) {
+        let words: Vec<_> = line.split_whitespace().collect();
+        let arrow = words.iter().position(|word| *word == "->");
+        let arrow = arrow.with_context(|| format!("no change: {line}"))?;
+        *seen
+            .entry([words[arrow - 1], words[arrow + 1]])
+            .or_default() += 1;
+    }
+    ensure!(seen == changes, "{tcpstates:#?}");
+    // The server's end and the client's: KiB sent and received.
+    let mut carried: Vec<_> = (1..=EXCHANGES)
+        .flat_map(|kib| [[kib, 2 * kib], [2 * kib, kib]])
+        .map(|kib| kib.map(|kib| format!("{kib}.00")))
+        .collect();
+    carried.sort();
+    let mut seen = Vec::new();
+    for line in marked(&tcplife, WATCHED) {
+        let mut words = line.split_whitespace().rev().skip(1);
+        let (Some(received), Some(sent)) = (words.next(), words.next()) else {
+            bail!("no bytes: {line}");
+        };
+        seen.push([sent, received].map(str::to_owned));
+    }
+    seen.sort();
+    ensure!(seen == carried, "{tcplife:#?}");
+    Ok(())
+}
+
+/// `bpftrace` counts changes of states, connects and datagrams, and both of our tracers run. It
+/// comes and goes while they run.
+fn bpftrace_on_the_same_hooks() -> anyhow::Result<()> {
+    const DATAGRAMS: [usize; 5] = [100, 0, 1_000, 10, 1];
+    mount_tracefs()?;
+    if !Path::new("/sys/kernel/tracing/events/sock/sock_send_length").exists() {
+        return skip("no tracepoint of datagrams");
+    }
+    let collector = Collector::start_udp()?;
+    let mut pair = TcpPair::at(watched()?)?;
+    let mut datagrams = UdpPair::new(Family::V4, true)?;
+    let mut expected = Vec::new();
+    exchange(&mut pair, 1, &mut expected)?;
+    datagrams.sender.send(SendCall::SendTo, None, &DATAGRAMS)?;
+    datagrams
+        .receiver
+        .receive(ReceiveCall::RecvFrom, DATAGRAMS.len())?;
+
+    let (client, sender) = (pair.client.pid(), datagrams.sender.actor.pid());
+    let receiver = datagrams.receiver.actor.pid();
+    let script = format!(
+        "tracepoint:sock:inet_sock_set_state /args->saddr[1] == 91 || args->daddr[1] == 91/ {{
+            if (args->saddr[3] == 4 || args->daddr[3] == 4) {{ printf(\"{SIGN}\\n\"); }}
+            else {{ @change[args->oldstate, args->newstate] = count(); }}
+        }}
+        tracepoint:syscalls:sys_exit_connect /pid == {client}/ {{ @connects = count(); }}
+        tracepoint:sock:sock_send_length /pid == {sender}/ {{
+            @sends = count(); @sent = sum(args->ret);
+        }}
+        tracepoint:sock:sock_recv_length /pid == {receiver}/ {{
+            @receives = count(); @received = sum(args->ret);
+        }}"
+    );
+    let bpftrace = OtherTracer::start("bpftrace", &["-e", &script])?;
+    for kib in 1..=EXCHANGES {
+        exchange(&mut pair, kib, &mut expected)?;
+    }
+    datagrams.sender.send(SendCall::SendTo, None, &DATAGRAMS)?;
+    datagrams
+        .receiver
+        .receive(ReceiveCall::RecvFrom, DATAGRAMS.len())?;
+    // Their last changes may happen a little later than the calls.
+    pair.collector.wait_closed(expected.len())?;
+    let counts = bpftrace.finish()?;
+    exchange(&mut pair, 1, &mut expected)?;
+    datagrams.sender.send(SendCall::SendTo, None, &DATAGRAMS)?;
+    pair.finish(&expected)?;
+    let expected = datagrams.close()?;
+    collector.finish_udp(expected.len())?.check_all(&expected)?;
+
+    let mut should_be: Vec<_> = expected_changes()
+        .into_iter()
+        .map(|(change, count)| {
+            let [from, to] = change.map(number);
+            format!("@change[{from}, {to}]: {count}")
+        })
+        .collect();
+    let bytes: usize = DATAGRAMS.iter().sum();
+    should_be.extend([
+        format!("@connects: {EXCHANGES}"),
+        format!("@received: {bytes}"),
+        format!("@receives: {}", DATAGRAMS.len()),
+        format!("@sends: {}", DATAGRAMS.len()),
+        format!("@sent: {bytes}"),
+    ]);
+    should_be.sort();
+    let mut counted = marked(&counts, "@");
+    counted.sort_unstable();
+    ensure!(counted == should_be, "{counts:#?}");
+    Ok(())
+}
+
+/// Returns the kernel's number of a state.
+fn number(name: &str) -> u8 {
+    let is_it = |number: &u8| TcpState::from_number(*number).is_some_and(|it| it.name() == name);
+    (0..=u8::MAX).find(is_it).expect("a name of a state")
+}
+
+/// Tracers of another process start on the same hooks, and end by `kill -9`. Ours stay exact.
+fn tracer_of_another_process_comes_and_is_killed() -> anyhow::Result<()> {
+    let collector = Collector::start_udp()?;
+    let mut pair = TcpPair::new()?;
+    let mut datagrams = UdpPair::new(Family::V4, true)?;
+    let mut expected = Vec::new();
+    let mut carry = |kib| {
+        exchange(&mut pair, kib, &mut expected)?;
+        datagrams.sender.send(SendCall::SendTo, None, &[kib, 0])?;
+        datagrams.receiver.receive(ReceiveCall::RecvFrom, 2)
+    };
+    carry(1)?;
+    let mut other = Actor::spawn("other")?;
+    other.run(Command::Trace)?;
+    carry(2)?;
+    other.kill()?;
+    carry(3)?;
+    pair.finish(&expected)?;
+    let expected = datagrams.close()?;
+    collector.finish_udp(expected.len())?.check_all(&expected)
 }
 
 /// Another privileged process may detach a program from the cgroup. The numbers would be wrong from

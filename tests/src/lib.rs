@@ -58,6 +58,7 @@ pub mod kernel;
 pub mod mounts;
 pub mod netns;
 pub mod observed_tcp;
+pub mod other_tracer;
 pub mod pid_namespace;
 pub mod privileges;
 pub mod program_32bit;

@@ -75,6 +75,25 @@ pub(crate) const TESTS: Group = Group {
     ],
 };
 
+/// Other tracers, without which a test is skipped. Only `cargo xtask setup` installs them.
+pub(crate) const NEIGHBORS: Group = Group {
+    purpose: "running the tests beside other tracers",
+    packages: &[
+        Package {
+            name: "bpftool",
+            probe: Probe::Program("bpftool"),
+        },
+        Package {
+            name: "bpftrace",
+            probe: Probe::Program("bpftrace"),
+        },
+        Package {
+            name: "libbpf-tools",
+            probe: Probe::Program("tcplife"),
+        },
+    ],
+};
+
 /// The programs that make a guest's image.
 pub(crate) const VM: Group = Group {
     purpose: "running the tests on other kernels",

@@ -4,12 +4,13 @@ use anyhow::{Result, bail};
 
 use crate::{
     arch::Arch,
-    deps::{self, EBPF, FUZZ, TESTS, VM},
+    deps::{self, EBPF, FUZZ, NEIGHBORS, TESTS, VM},
 };
 
 pub(crate) fn run() -> Result<()> {
     // `--arch` installs the programs for other architectures when it needs them.
-    let missing: Vec<_> = [&EBPF, &TESTS, &VM, &FUZZ, Arch::host()?.qemu_package]
+    let qemu = Arch::host()?.qemu_package;
+    let missing: Vec<_> = [&EBPF, &TESTS, &NEIGHBORS, &VM, &FUZZ, qemu]
         .into_iter()
         .flat_map(deps::Group::missing)
         .collect();

@@ -42,6 +42,12 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("nft", "/usr/sbin/nft"),
 ];
 
+/// Other tracers, without which a test is skipped.
+const OPTIONAL_PROGRAMS: &[(&str, &str)] = &[
+    ("tcpstates", "/usr/sbin/tcpstates"),
+    ("tcplife", "/usr/sbin/tcplife"),
+];
+
 /// Empty folders: mount points, and folders for busybox's links.
 const FOLDERS: &[&str] = &[
     "/proc", "/sys", "/dev", "/tmp", "/run", "/root", "/var", "/bin", "/sbin",
@@ -87,6 +93,11 @@ pub(super) fn build(
     }
     for (name, destination) in PROGRAMS {
         add_program(&mut files, userland, &userland.program(name)?, destination)?;
+    }
+    for (name, destination) in OPTIONAL_PROGRAMS {
+        if let Ok(program) = userland.program(name) {
+            add_program(&mut files, userland, &program, destination)?;
+        }
     }
 
     let (modules, missing) = modules::load_order(&kernel.modules)?;

@@ -17,7 +17,13 @@ pub(super) enum Userland {
 }
 
 /// The packages of the programs.
-const PACKAGES: &[&str] = &["busybox-static", "dash", "iproute2", "nftables"];
+const PACKAGES: &[&str] = &[
+    "busybox-static",
+    "dash",
+    "iproute2",
+    "libbpf-tools",
+    "nftables",
+];
 const SUITE: &str = "trixie";
 
 impl Userland {
