@@ -17,7 +17,7 @@ use integration_tests::{
     actor::{Actor, Command, ReceiveCall, SendCall},
     collector::{Collector, show},
     expected_tcp::{ACTIVE_CLIENT, ExpectedTcp, PASSIVE_SERVER},
-    kernel::BpfObjects,
+    kernel::{BpfObjects, is_emulated},
     netns::Netns,
     other_tracer::{OtherTracer, SIGN, marked, mount_tracefs},
     privileges::UNPRIVILEGED,
@@ -26,11 +26,16 @@ use integration_tests::{
     udp_actor::UdpActor,
     udp_pair::{Family, UdpPair},
 };
-use tcp_udp_trace::{ErrorKind, Event, EventKind, Filter, TcpState, UdpTracer};
+use tcp_udp_trace::{
+    DEFAULT_MAX_SOCKETS, ErrorKind, Event, EventKind, Filter, TcpState, UdpTracer,
+};
 use tokio::{runtime::Builder, time::timeout};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
+        Solitude: [
+            a_hundred_thousand_sockets_of_one_user_hide_no_others,
+        ],
         Nothing: [
             tcp_sockets_of_one_user_leave_room_for_others,
             udp_sockets_of_one_user_leave_room_for_others,
@@ -90,6 +95,56 @@ fn udp_sockets_of_one_user_leave_room_for_others() -> anyhow::Result<()> {
     pair.sender.send(SendCall::SendTo, None, &[100, 200])?;
     let expected = pair.close()?;
     collector.finish_udp(2)?.check_all(&expected)
+}
+
+/// One user has more sockets than the tracers remember by default. The sockets of others are
+/// reported completely, and so are those of the user once there is room.
+fn a_hundred_thousand_sockets_of_one_user_hide_no_others() -> anyhow::Result<()> {
+    const PROCESSES: u8 = 12;
+    const EACH: u32 = 8_334;
+    // Room for all events of the crowd.
+    const RING: u32 = 64 << 20;
+    if is_emulated()? {
+        return skip("an emulated machine takes minutes for so many sockets");
+    }
+    let udp = Collector::start_udp_with(|builder| builder.ring_bytes(RING))?;
+    let tcp = Collector::start_with(|builder| builder.ring_bytes(RING))?;
+    let handles = [&tcp, &udp].map(|collector| collector.handle().clone());
+    let mut crowd = Netns::new()?.run(|| {
+        let crowd = (0..PROCESSES).map(|_| spawn("crowd", UNPRIVILEGED));
+        crowd.collect::<anyhow::Result<Vec<_>>>()
+    })?;
+    for (nth, actor) in (1..).zip(&mut crowd) {
+        let address = SocketAddr::from(([127, 0, 1, nth], 10_000));
+        let (tcp, udp) = (EACH, EACH);
+        actor.begin(&Command::Hold { address, tcp, udp })?;
+    }
+    for actor in &mut crowd {
+        actor.finish()?;
+    }
+    let sockets = u32::from(PROCESSES) * EACH;
+    for handle in &handles {
+        let least = sockets - DEFAULT_MAX_SOCKETS;
+        let stats = handle.stats();
+        ensure!(stats.untracked >= least.into(), "{stats:?}");
+    }
+    let (server, client) = (spawn("server", BYSTANDER)?, spawn("client", BYSTANDER)?);
+    let mut pair = TcpPair::traced_between(tcp, server, loopback(false), client)?;
+    let mut expected = Vec::new();
+    exchange(&mut pair, 3, &mut expected)?;
+    let mut datagrams = UdpPair::new(Family::V4, true)?;
+    datagrams.sender.send(SendCall::SendTo, None, &[100, 200])?;
+
+    drop(crowd);
+    pair.client = spawn("late", UNPRIVILEGED)?;
+    exchange(&mut pair, 4, &mut expected)?;
+    let mut late = UdpActor::with(spawn("late", UNPRIVILEGED)?, loopback(false))?;
+    let to = datagrams.receiver.local();
+    late.send(SendCall::SendTo, Some(to), &[300])?;
+    pair.finish(&expected)?;
+    let [sender, receiver] = datagrams.close()?;
+    let expected = [sender, receiver, late.close()?];
+    udp.finish_udp(expected.len())?.check_all(&expected)
 }
 
 /// A silent flow is kept, though another user has more peers than the tracer remembers.

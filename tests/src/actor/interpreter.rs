@@ -14,7 +14,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nix::{sys::prctl, unistd::gettid};
+use nix::{
+    sys::{
+        prctl,
+        resource::{Resource, getrlimit, setrlimit},
+    },
+    unistd::gettid,
+};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use socket2::{Domain, Protocol, Socket, Type};
 use tcp_udp_trace::{TcpTracer, UdpTracer};
@@ -183,6 +189,9 @@ impl Interpreter {
     }
 
     fn hold(&mut self, mut address: SocketAddr, tcp: u32, udp: u32) -> io::Result<()> {
+        // The soft limit is often 1,024.
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
         for _ in 0..tcp {
             self.held.push(net::TcpListener::bind(address)?.into());
             address.set_port(address.port() + 1);
