@@ -1,15 +1,17 @@
 //! One unprivileged user takes all the room of a tracer, and the sockets and flows of others are
-//! still reported. Other tracers are attached to the same hooks.
+//! still reported. A debugger stops the processes. Other tracers are attached to the same hooks.
 //! Another privileged process detaches a program of ours. For a flood of events see
 //! `overflow::closes_outlive_a_flood_of_datagrams`.
 
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
+    fs, io,
     net::{SocketAddr, UdpSocket},
     path::Path,
     process,
-    time::Duration,
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -43,6 +45,7 @@ pub(crate) fn trials() -> Vec<Test> {
             tracer_of_another_process_comes_and_is_killed,
         ],
         Process: [
+            processes_that_a_debugger_stops,
             libbpf_tools_on_the_same_hooks,
             bpftrace_on_the_same_hooks,
             detached_program_ends_the_tracer,
@@ -56,6 +59,8 @@ const ROOM: u32 = 1_024;
 const BYSTANDER: u32 = 4_242;
 /// The address of the server beside which other tracers run. It is on the loopback.
 const WATCHED: &str = "127.91.7.3";
+/// How long a debugger may take to attach.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How many connections the other tracers see.
 const EXCHANGES: usize = 20;
 
@@ -206,6 +211,72 @@ fn expected_changes() -> BTreeMap<[&'static str; 2], usize> {
     changes
         .map(|change| ([change[0].name(), change[1].name()], EXCHANGES))
         .collect()
+}
+
+/// A debugger, attached to processes until this value is dropped.
+struct Debugger(process::Child);
+
+impl Debugger {
+    /// Lets `strace` stop these processes at each system call.
+    fn attach(pids: &[u32]) -> anyhow::Result<Self> {
+        let mut strace = process::Command::new("strace");
+        strace.args(["-f", "-q", "-o", "/dev/null"]);
+        for pid in pids {
+            strace.args(["-p", &pid.to_string()]);
+        }
+        let debugger = match strace.spawn() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return skip("no strace"),
+            child => Self(child?),
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !debugger.is_attached(pids)? {
+            ensure!(Instant::now() < deadline, "strace is not attached");
+            sleep(Duration::from_millis(10));
+        }
+        Ok(debugger)
+    }
+
+    fn is_attached(&self, pids: &[u32]) -> anyhow::Result<bool> {
+        let tracer = format!("TracerPid:\t{}\n", self.0.id());
+        for pid in pids {
+            if !fs::read_to_string(format!("/proc/{pid}/status"))?.contains(&tracer) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Drop for Debugger {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `strace` stops each process at the entry and at the exit of each system call.
+fn processes_that_a_debugger_stops() -> anyhow::Result<()> {
+    let collector = Collector::start_udp()?;
+    let mut pair = TcpPair::new()?;
+    let mut datagrams = UdpPair::new(Family::V4, false)?;
+    let UdpPair {
+        sender, receiver, ..
+    } = &datagrams;
+    let actors = [&pair.server, &pair.client, &sender.actor, &receiver.actor];
+    let pids = actors.map(Actor::pid);
+    let debugger = Debugger::attach(&pids)?;
+    let mut expected = Vec::new();
+    for kib in 1..=3 {
+        exchange(&mut pair, kib, &mut expected)?;
+    }
+    let to = datagrams.to();
+    datagrams.sender.send(SendCall::SendTo, to, &[10, 0, 20])?;
+    datagrams.receiver.receive(ReceiveCall::RecvFrom, 3)?;
+    ensure!(debugger.is_attached(&pids)?, "strace has ended");
+    pair.finish(&expected)?;
+    let expected = datagrams.close()?;
+    collector.finish_udp(expected.len())?.check_all(&expected)
 }
 
 /// `tcpstates` prints each change of a state, and `tcplife` the bytes of each end. They come and go

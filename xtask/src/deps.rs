@@ -75,9 +75,10 @@ pub(crate) const TESTS: Group = Group {
     ],
 };
 
-/// Other tracers, without which a test is skipped. Only `cargo xtask setup` installs them.
+/// Other tracers and a debugger, without which a test is skipped. Only `cargo xtask setup` installs
+/// them.
 pub(crate) const NEIGHBORS: Group = Group {
-    purpose: "running the tests beside other tracers",
+    purpose: "running the tests beside other programs",
     packages: &[
         Package {
             name: "bpftool",
@@ -90,6 +91,10 @@ pub(crate) const NEIGHBORS: Group = Group {
         Package {
             name: "libbpf-tools",
             probe: Probe::Program("tcplife"),
+        },
+        Package {
+            name: "strace",
+            probe: Probe::Program("strace"),
         },
     ],
 };

@@ -42,10 +42,11 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("nft", "/usr/sbin/nft"),
 ];
 
-/// Other tracers, without which a test is skipped.
+/// Programs without which a test is skipped: other tracers, and a debugger.
 const OPTIONAL_PROGRAMS: &[(&str, &str)] = &[
     ("tcpstates", "/usr/sbin/tcpstates"),
     ("tcplife", "/usr/sbin/tcplife"),
+    ("strace", "/usr/bin/strace"),
 ];
 
 /// Empty folders: mount points, and folders for busybox's links.

@@ -23,6 +23,7 @@ const PACKAGES: &[&str] = &[
     "iproute2",
     "libbpf-tools",
     "nftables",
+    "strace",
 ];
 const SUITE: &str = "trixie";
 
