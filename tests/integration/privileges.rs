@@ -58,6 +58,7 @@ pub(crate) fn trials() -> Vec<Test> {
             cgroup_v2_that_is_not_mounted,
             lockdown_is_named,
             seccomp_filter_is_named,
+            apparmor_profile_is_named,
             seccomp_filter_of_perf_events_costs_hooks,
             user_namespace_is_named,
             limit_on_locked_memory_is_named,
@@ -450,6 +451,22 @@ fn seccomp_filter_is_named() -> anyhow::Result<()> {
             start(Protocol::Tcp)
         })?;
         ensure_forbidden(started, &["seccomp", "bpf(2)"])?;
+    }
+    Ok(())
+}
+
+/// `cargo xtask test --machine apparmor-profile` loads a profile without the required capabilities.
+fn apparmor_profile_is_named() -> anyhow::Result<()> {
+    const PROFILE: &str = "tcp-udp-trace-test";
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let started = on_thread(|| {
+            let change = format!("changeprofile {PROFILE}");
+            if fs::write("/proc/thread-self/attr/apparmor/current", change).is_err() {
+                return skip(format_args!("no AppArmor profile {PROFILE}"));
+            }
+            start(protocol)
+        })?;
+        ensure_forbidden(started, &["AppArmor", PROFILE, "capability bpf"])?;
     }
     Ok(())
 }

@@ -75,11 +75,15 @@ pub(crate) const TESTS: Group = Group {
     ],
 };
 
-/// Other tracers and a debugger, without which a test is skipped. Only `cargo xtask setup` installs
-/// them.
+/// Other tracers and a debugger, without which a test is skipped, and the loader of AppArmor
+/// profiles, which one odd machine needs. Only `cargo xtask setup` installs them.
 pub(crate) const NEIGHBORS: Group = Group {
     purpose: "running the tests beside other programs",
     packages: &[
+        Package {
+            name: "apparmor",
+            probe: Probe::Program("apparmor_parser"),
+        },
         Package {
             name: "bpftool",
             probe: Probe::Program("bpftool"),

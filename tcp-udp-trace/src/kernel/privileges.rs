@@ -29,6 +29,14 @@ const PERFMON: Capability =
 const BPF: Capability =
     Capability { number: 39, name: "CAP_BPF", purpose: "for eBPF at all" };
 
+impl Capability {
+    /// Returns the rule of an AppArmor profile that allows it, in quotes.
+    fn apparmor_rule(&self) -> String {
+        let name = self.name.trim_start_matches("CAP_").to_lowercase();
+        format!("`capability {name}`")
+    }
+}
+
 /// Returns the required capabilities.
 fn needed(protocol: Protocol) -> &'static [Capability] {
     match protocol {
@@ -46,6 +54,8 @@ pub(super) struct Privileges {
     is_in_user_namespace: bool,
     /// Kernel lockdown is in confidentiality mode.
     is_confidential: bool,
+    /// The AppArmor profile that is enforced.
+    apparmor_profile: Option<String>,
 }
 
 impl Privileges {
@@ -56,10 +66,11 @@ impl Privileges {
             &read("/proc/thread-self/status"),
             &read("/proc/thread-self/uid_map"),
             &read("/sys/kernel/security/lockdown"),
+            &read("/proc/thread-self/attr/apparmor/current"),
         )
     }
 
-    fn parse(status: &str, uid_map: &str, lockdown: &str) -> Self {
+    fn parse(status: &str, uid_map: &str, lockdown: &str, apparmor: &str) -> Self {
         let field = |name| {
             let mut values = status.lines().filter_map(|line| line.strip_prefix(name));
             values.next().map(str::trim)
@@ -73,19 +84,23 @@ impl Privileges {
             has_seccomp_filter: field("Seccomp:") == Some("2"),
             is_in_user_namespace: !uid_map.is_empty() && !is_whole(uid_map),
             is_confidential: lockdown.contains("[confidentiality]"),
+            apparmor_profile: apparmor
+                .trim_end()
+                .strip_suffix(" (enforce)")
+                .map(str::to_owned),
         }
     }
 
     /// Returns all privileges.
     #[cfg(test)]
     pub(super) fn of_root() -> Self {
-        Self::parse("CapEff:\t000001ffffffffff\n", "", "")
+        Self::parse("CapEff:\t000001ffffffffff\n", "", "", "")
     }
 
     /// Returns no privileges.
     #[cfg(test)]
     pub(super) fn none() -> Self {
-        Self::parse("CapEff:\t0000000000000000\n", "", "")
+        Self::parse("CapEff:\t0000000000000000\n", "", "", "")
     }
 
     pub(super) fn has(&self, capability: Capability) -> bool {
@@ -116,19 +131,32 @@ impl Privileges {
         let mut causes = Vec::new();
         if self.is_confidential {
             causes.push(
-                "kernel lockdown (confidentiality) keeps programs from reading the kernel's memory",
+                "kernel lockdown (confidentiality) keeps programs from reading the kernel's memory"
+                    .to_owned(),
             );
         }
         if self.is_in_user_namespace {
-            causes.push("capabilities of a user namespace do not count");
+            causes.push("capabilities of a user namespace do not count".to_owned());
         }
         if self.has_seccomp_filter {
             causes.push(
-                "a seccomp filter, perhaps of a container, must allow bpf(2) and perf_event_open(2)",
+                "a seccomp filter, perhaps of a container, must allow bpf(2) and perf_event_open(2)"
+                    .to_owned(),
             );
         }
+        if let Some(profile) = &self.apparmor_profile {
+            let rules: Vec<_> = needed(protocol)
+                .iter()
+                .map(Capability::apparmor_rule)
+                .collect();
+            causes.push(format!(
+                "the AppArmor profile `{profile}` may forbid it: it must have the rules {}",
+                rules.join(", ")
+            ));
+        }
         if causes.is_empty() {
-            causes.push("a security module of the kernel may forbid it, such as SELinux");
+            causes
+                .push("a security module of the kernel may forbid it, such as SELinux".to_owned());
         }
         causes.join("; ")
     }
@@ -158,23 +186,26 @@ mod tests {
     #[test]
     fn missing_capabilities_are_named_with_their_purpose() {
         // CAP_BPF alone.
-        let few = Privileges::parse("CapEff:\t0000008000000000\n", ALL_USERS, "");
+        let few = Privileges::parse("CapEff:\t0000008000000000\n", ALL_USERS, "", "");
         assert_eq!(
             few.missing(Protocol::Udp).expect("two are"),
             "CAP_PERFMON (for programs that read the kernel's memory) and CAP_NET_ADMIN (for programs at the cgroup) \
              missing: to trace udp, run as root or grant CAP_BPF and CAP_PERFMON and CAP_NET_ADMIN"
         );
-        let most = Privileges::parse("CapEff:\t000000c000000000\n", ALL_USERS, "");
+        let most = Privileges::parse("CapEff:\t000000c000000000\n", ALL_USERS, "", "");
         assert_eq!(most.missing(Protocol::Tcp), None);
         assert!(most.missing(Protocol::Udp).is_some());
         // If nothing can be read, the kernel decides.
-        assert_eq!(Privileges::parse("", "", "").missing(Protocol::Udp), None);
+        assert_eq!(
+            Privileges::parse("", "", "", "").missing(Protocol::Udp),
+            None
+        );
     }
 
     #[test]
     fn refusals_despite_capabilities_have_other_causes() {
         let check = |status: &str, uid_map, lockdown, expected: &[&str]| {
-            let causes = Privileges::parse(status, uid_map, lockdown).causes(Protocol::Udp);
+            let causes = Privileges::parse(status, uid_map, lockdown, "").causes(Protocol::Udp);
             assert_eq!(causes.split("; ").count(), expected.len(), "{causes}");
             for (cause, expected) in causes.split("; ").zip(expected) {
                 assert!(cause.contains(expected), "{causes}");
@@ -189,5 +220,19 @@ mod tests {
         let own = "         0     100000      65536\n";
         check(filtered, own, "", &["user namespace", "seccomp"]);
         check("CapEff:\t0\n", own, confidentiality, &["CAP_BPF"]);
+    }
+
+    #[test]
+    fn an_enforced_apparmor_profile_is_named_with_its_missing_rules() {
+        let causes =
+            |current| Privileges::parse(ROOT, ALL_USERS, "", current).causes(Protocol::Udp);
+        assert_eq!(
+            causes("/usr/bin/service (enforce)\n"),
+            "the AppArmor profile `/usr/bin/service` may forbid it: it must have the rules \
+             `capability bpf`, `capability perfmon`, `capability net_admin`"
+        );
+        for current in ["unconfined\n", "service (complain)\n"] {
+            assert!(causes(current).contains("security module"), "{current}");
+        }
     }
 }

@@ -92,7 +92,8 @@ pub(super) fn build(
     for (path, destination) in job.files {
         files.insert((*destination).to_owned(), read(path)?);
     }
-    for (name, destination) in PROGRAMS {
+    let programs = guest.machine.map_or(&[][..], |machine| machine.programs);
+    for (name, destination) in PROGRAMS.iter().chain(programs) {
         add_program(&mut files, userland, &userland.program(name)?, destination)?;
     }
     for (name, destination) in OPTIONAL_PROGRAMS {

@@ -14,6 +14,8 @@ pub(crate) struct Machine {
     pub(super) parameters: &'static str,
     /// Options of QEMU that override the usual ones.
     pub(super) qemu: &'static [&'static str],
+    /// Programs that the commands need, each with its path in the guest.
+    pub(super) programs: &'static [(&'static str, &'static str)],
     /// Shell commands that run before the tests. The first one that fails ends the guest.
     pub(super) commands: &'static str,
     /// The tests that run there, or their topics, unless a word selects others.
@@ -44,6 +46,7 @@ const USUAL: Machine = Machine {
     name: "usual",
     parameters: "",
     qemu: &[],
+    programs: &[],
     commands: "",
     tests: EXACT,
 };
@@ -124,6 +127,28 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified",
         commands: "\
 mount -t securityfs securityfs /sys/kernel/security
 grep -q apparmor /sys/kernel/security/lsm",
+        ..USUAL
+    },
+    // A test puts itself under this profile. CAP_SYS_ADMIN would include CAP_BPF.
+    Machine {
+        name: "apparmor-profile",
+        parameters: "security=apparmor apparmor=1",
+        programs: &[("apparmor_parser", "/usr/sbin/apparmor_parser")],
+        commands: "\
+mount -t securityfs securityfs /sys/kernel/security
+apparmor_parser --add --skip-cache <<PROFILE
+profile tcp-udp-trace-test {
+  file,
+  network,
+  signal,
+  ptrace,
+  unix,
+  capability,
+  deny capability bpf,
+  deny capability sys_admin,
+}
+PROFILE",
+        tests: &["privileges::apparmor_profile_is_named"],
         ..USUAL
     },
     Machine {
