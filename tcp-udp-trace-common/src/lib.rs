@@ -354,8 +354,8 @@ pub struct Summary {
     pub flags: u8,
     /// Not 0 if the connection is being moved to another socket (`TCP_REPAIR`), and goes on there.
     pub repair: u8,
-    /// Padding.
-    pub _pad: [u8; 2],
+    /// See [`Tracked::reset_reason`].
+    pub reset_reason: u16,
 }
 
 impl Summary {
@@ -713,8 +713,9 @@ pub struct Tracked {
     /// The [generation](filter::generation) of the filter that lets no event of the socket pass, by
     /// properties of the socket that stay. 0 if there is none.
     pub rejected_by: u16,
-    /// Padding.
-    pub _pad: u16,
+    /// The kernel's number of the reason of the reset with which it is ending the connection, plus
+    /// 1. 0 if the programs did not see such a reset.
+    pub reset_reason: u16,
     /// The time when the handshake was over: `CLOCK_BOOTTIME`, nanoseconds. 0 if the programs did
     /// not see that.
     pub established: u64,

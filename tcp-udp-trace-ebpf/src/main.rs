@@ -158,15 +158,19 @@ fn tcp_retransmit_synack(ctx: RawTracePointContext) -> i32 {
     0
 }
 
-/// `tcp_send_reset(sk, skb, reason)`, since 6.10. The reset may belong to no socket.
+/// `tcp_send_reset(sk, skb, reason)`, since 6.10. The reset may belong to no socket. It answers the
+/// segment in `skb`. Without one, the kernel ends the connection (`tcp_send_active_reset`).
+///
+/// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/tcp_output.c>
 #[raw_tracepoint(tracepoint = "tcp_send_reset")]
 fn tcp_reset_sent_reason(ctx: RawTracePointContext) -> i32 {
-    let reason = ctx.arg::<u32>(2) + 1;
+    let (reason, ends) = (ctx.arg::<u32>(2) + 1, ctx.arg::<u64>(1) == 0);
     tcp::reset(
         ctx.as_ptr(),
         kind::RESET_SENT,
         Sock::new(ctx.arg(0)),
         reason,
+        ends,
     );
     0
 }
@@ -174,14 +178,16 @@ fn tcp_reset_sent_reason(ctx: RawTracePointContext) -> i32 {
 /// `tcp_send_reset(sk, skb)`
 #[raw_tracepoint(tracepoint = "tcp_send_reset")]
 fn tcp_reset_sent(ctx: RawTracePointContext) -> i32 {
-    tcp::reset(ctx.as_ptr(), kind::RESET_SENT, Sock::new(ctx.arg(0)), 0);
+    let sk = Sock::new(ctx.arg(0));
+    tcp::reset(ctx.as_ptr(), kind::RESET_SENT, sk, 0, false);
     0
 }
 
 /// `tcp_receive_reset(sk)`
 #[raw_tracepoint(tracepoint = "tcp_receive_reset")]
 fn tcp_reset_received(ctx: RawTracePointContext) -> i32 {
-    tcp::reset(ctx.as_ptr(), kind::RESET_RECEIVED, Sock::new(ctx.arg(0)), 0);
+    let sk = Sock::new(ctx.arg(0));
+    tcp::reset(ctx.as_ptr(), kind::RESET_RECEIVED, sk, 0, false);
     0
 }
 

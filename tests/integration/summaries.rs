@@ -16,6 +16,7 @@ use anyhow::{Context as _, bail, ensure};
 use integration_tests::{
     actor::{Actor, Command, Endpoint, Exchange},
     collector::{Collector, show},
+    kernel,
     netns::{FAR, NEAR, ip, tc, veth},
     suite::{Test, skip},
     tcp_info,
@@ -25,7 +26,10 @@ use nix::{
     errno::Errno,
     sys::socket::{setsockopt, sockopt::TcpFastOpenConnect},
 };
-use tcp_udp_trace::{Direction, EndedBy, Event, EventKind, Summary, TcpState, Traffic};
+use socket2::{Domain, Socket, TcpKeepalive, Type};
+use tcp_udp_trace::{
+    Direction, EndedBy, Event, EventKind, ResetDirection, ResetReason, Summary, TcpState, Traffic,
+};
 
 pub(crate) fn trials() -> Vec<Test> {
     trials![
@@ -37,6 +41,7 @@ pub(crate) fn trials() -> Vec<Test> {
             closed_by_either_side,
             reset_by_either_side,
             connections_that_fail,
+            established_connections_that_time_out,
             killed_and_not_accepted,
             older_than_the_tracer,
             only_summaries,
@@ -208,8 +213,8 @@ fn fast_open() -> anyhow::Result<()> {
         let listener = TcpListener::bind(loopback(v6))?;
         let address = listener.local_addr()?;
         let began = Instant::now();
-        let domain = socket2::Domain::for_address(address);
-        let client = socket2::Socket::new(domain, socket2::Type::STREAM, None)?;
+        let domain = Domain::for_address(address);
+        let client = Socket::new(domain, Type::STREAM, None)?;
         setsockopt(&client, TcpFastOpenConnect, &true)?;
         // This sends nothing: the SYN takes the first data along.
         client.connect(&address.into())?;
@@ -346,7 +351,7 @@ fn shut_down_in_halves(pair: &mut TcpPair, connection: &Connection) -> anyhow::R
 /// By a linger time of zero, and by a close over unread bytes, with and without an earlier FIN.
 fn reset_by_either_side() -> anyhow::Result<()> {
     for kind in 0..4 {
-        let mut pair = TcpPair::new()?;
+        let mut pair = TcpPair::traced_by(with_resets()?, loopback(false))?;
         let connection = pair.connect()?;
         let Connection { client, server } = connection;
         match kind {
@@ -377,6 +382,8 @@ fn reset_by_either_side() -> anyhow::Result<()> {
             ],
         )
         .with_context(|| format!("case {kind}"))?;
+        // The kernel sends this reset after the change to `CLOSE`.
+        check_reset(&events, client.local, None)?;
     }
     Ok(())
 }
@@ -455,8 +462,120 @@ fn connections_that_fail() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The peer does not answer any more: neither keepalive probes, after which the kernel sends a
+/// reset, nor data.
+fn established_connections_that_time_out() -> anyhow::Result<()> {
+    const TIMEOUT: Duration = Duration::from_secs(1);
+    const BYTES: u64 = 1_000;
+    let far = veth()?;
+    let collector = with_resets()?;
+    let server = far.run(|| Actor::spawn("server"))?;
+    let address = SocketAddr::new(FAR.parse()?, 0);
+    let mut pair = TcpPair::traced_between(collector, server, address, Actor::spawn("client")?)?;
+    let began = Instant::now();
+    let (idle, busy) = (pair.connect()?, pair.connect()?);
+    let socket = |connection: &Connection| {
+        let socket = pair.client.lend(&connection.client)?;
+        anyhow::Ok(Socket::from(socket))
+    };
+    let (idle_socket, busy_socket) = (socket(&idle)?, socket(&busy)?);
+    let keepalive = TcpKeepalive::new().with_time(TIMEOUT);
+    idle_socket.set_tcp_keepalive(&keepalive.with_interval(TIMEOUT).with_retries(1))?;
+    busy_socket.set_tcp_user_timeout(Some(TIMEOUT))?;
+    // No device has this address.
+    ip(&format!(
+        "neigh replace {FAR} lladdr 02:00:00:00:00:99 dev near0 nud permanent"
+    ))?;
+    pair.client.send(&busy.client, BYTES)?;
+    for Connection { client, .. } in [&idle, &busy] {
+        let errno = pair.client.fail(Command::Receive(client.fd, 1))?;
+        ensure!(errno == Errno::ETIMEDOUT as i32, "{errno}");
+    }
+    let took = began.elapsed();
+    ip(&format!("neigh del {FAR} dev near0"))?;
+    pair.collector.wait_closed(2)?;
+    // The server's ends are still established. The client's kernel answers their FINs by resets.
+    for Connection { server, .. } in [&idle, &busy] {
+        pair.server.close(server)?;
+    }
+    pair.collector.wait_closed(4)?;
+    let events = pair.collector.finish_all()?;
+    for (connection, socket) in [(&idle, idle_socket), (&busy, busy_socket)] {
+        let local = connection.client.local;
+        let summary = summary_of(&events, local)?;
+        check_tcp_info(&summary, &socket.into())?;
+        check_ends(&events, &[(local, EndedBy::Timeout)])?;
+        let end = events
+            .iter()
+            .find(|event| event.socket.local == local && event.is_end());
+        ensure!(
+            end.is_some_and(|end| matches!(
+                end.kind,
+                EventKind::StateChange {
+                    from: TcpState::Established,
+                    error: Some(110),
+                    ..
+                }
+            )),
+            "{end:?}"
+        );
+        let established = summary.established.context("no time")?;
+        // The kernel's timers count in ticks of its clock, of up to 10 ms.
+        let at_least = TIMEOUT - Duration::from_millis(20);
+        ensure!(
+            at_least <= established && established <= took,
+            "{summary:?}"
+        );
+    }
+    let summary = summary_of(&events, busy.client.local)?;
+    ensure!(
+        summary.retransmitted_bytes >= BYTES && summary.lost_packets > 0,
+        "{summary:?}"
+    );
+    check_reset(&events, idle.client.local, Some("TCP_KEEPALIVE_TIMEOUT"))?;
+    check_reset(&events, busy.client.local, None)
+}
+
+/// Starts a tracer that reports resets.
+fn with_resets() -> anyhow::Result<Collector> {
+    Collector::start_with(|builder| builder.resets(true))
+}
+
+/// Checks the reset that this side sent before it closed the socket with this local address, by the
+/// kernel's reason, or that there was none.
+fn check_reset(events: &[Event], local: SocketAddr, reason: Option<&str>) -> anyhow::Result<()> {
+    let ours = || events.iter().filter(|event| event.socket.local == local);
+    let mut before = ours().take_while(|event| !event.is_end());
+    let reset = before.find_map(|event| match &event.kind {
+        EventKind::Reset {
+            direction: ResetDirection::Sent,
+            reason,
+        } => Some(reason),
+        _ => None,
+    });
+    ensure!(
+        reset.is_some() == reason.is_some(),
+        "{reset:?}:{}",
+        show(events)
+    );
+    // The kernel has these reasons since 6.12.
+    let reason = reason.filter(|_| matches!(kernel::is_at_least(6, 12), Ok(true)));
+    let name =
+        |reason: &Option<ResetReason>| reason.as_ref().map(|reason| reason.name().to_owned());
+    let found = [
+        reset.and_then(name),
+        name(&summary_of(events, local)?.reset_reason),
+    ];
+    ensure!(
+        found.iter().all(|found| found.as_deref() == reason),
+        "{found:?} at {local}:{}",
+        show(events)
+    );
+    Ok(())
+}
+
 fn killed_and_not_accepted() -> anyhow::Result<()> {
-    let mut pair = TcpPair::new()?;
+    let mut pair = TcpPair::traced_by(with_resets()?, loopback(false))?;
     let connection = pair.connect()?;
     let port = connection.client.local.port();
     let killed = Program::new("ss")
@@ -491,7 +610,9 @@ fn killed_and_not_accepted() -> anyhow::Result<()> {
             (connection.client.local, EndedBy::PeerReset),
             (waiting.local, EndedBy::NotAccepted),
         ],
-    )
+    )?;
+    check_reset(&events, connection.client.local, Some("TCP_STATE"))?;
+    check_reset(&events, waiting.local, None)
 }
 
 /// The kernel's numbers are whole, and the times that the tracer did not see are absent.

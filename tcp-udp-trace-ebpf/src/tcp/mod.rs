@@ -307,6 +307,9 @@ pub(crate) fn report_event(ctx: Context, kind: u32, sk: Sock, details: Details) 
         None => live_socket(sk),
     };
     let Some(tracked) = tracked else { return };
+    if details.ends {
+        tracked.reset_reason = details.what as u16;
+    }
     let state = tracked.state;
     if filter::passes_tcp(kind, no_state(state & 0xf), sk, tracked) {
         emit::record(ctx, kind, Priority::Normal, |record: &mut Anomaly| {
@@ -339,6 +342,8 @@ pub(crate) struct Details {
     /// The address of the `struct sk_buff` of a segment for a listener, whose ends are those of the
     /// event.
     segment: u64,
+    /// Whether it is a reset with which the kernel ends the connection.
+    ends: bool,
 }
 
 /// The kernel has retransmitted what is in this buffer.
@@ -377,11 +382,13 @@ pub(crate) fn syn_ack_retransmitted(ctx: Context, sk: Sock, request: u64) {
 }
 
 /// The kernel has sent or received a reset. The reason is one of the kernel's `enum
-/// sk_rst_reason`, plus 1. 0 stands for none.
+/// sk_rst_reason`, plus 1. 0 stands for none. If `ends`, the kernel closes the socket next, or has
+/// closed it.
 #[inline(always)]
-pub(crate) fn reset(ctx: Context, kind: u32, sk: Sock, reason: u32) {
+pub(crate) fn reset(ctx: Context, kind: u32, sk: Sock, reason: u32, ends: bool) {
     let details = Details {
         what: reason,
+        ends,
         ..Details::default()
     };
     report_event(ctx, kind, sk, details);

@@ -167,7 +167,7 @@ pub(super) trait Summarize: Socket {
         to.unsent = self.get::<u32>(Field::SndNxt) ^ self.get::<u32>(Field::WriteSeq);
         to.flags = self.get::<u64>(Field::Flags) as u8;
         to.repair = repair(self);
-        to._pad = [0; 2];
+        to.reset_reason = tracked.reset_reason;
     }
 }
 

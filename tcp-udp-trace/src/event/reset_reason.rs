@@ -16,8 +16,9 @@ impl ResetReason {
         &self.0
     }
 
-    /// Returns the reason that has this number on the running kernel.
-    pub(crate) fn from_number(number: u32) -> Option<Self> {
+    /// Returns the reason of a record: its number on the running kernel plus 1, or 0 for none.
+    pub(crate) fn from_record(number: u32) -> Option<Self> {
+        let number = number.checked_sub(1)?;
         let names = NAMES.get()?.iter();
         let mut names = names.filter(|(value, _)| *value == number);
         names.next().map(|(_, name)| Self(Cow::Borrowed(name)))

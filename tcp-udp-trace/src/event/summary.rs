@@ -67,10 +67,14 @@ pub struct Summary {
     pub out_of_order: u32,
     /// How the connection ended. `None` if that is unknown.
     pub ended_by: Option<EndedBy>,
-    /// The kernel's reason of the reset that ended the connection. So far it is always `None`. The
-    /// kernel has no reason for a reset that comes from the peer, and reports the reason of a reset
-    /// that this side sends after the change to `CLOSE`
-    /// ([`EventKind::Reset`](crate::EventKind::Reset)).
+    /// The kernel's reason of the reset with which this side ended the connection, if the kernel
+    /// sent the reset before it closed the socket: after unanswered keepalive probes, for lack of
+    /// memory, or because another program ended the connection.
+    ///
+    /// `None` without [`resets`](crate::TcpTracerBuilder::resets), before Linux 6.10, and for all
+    /// other resets. The kernel has no reason for a reset that comes from the peer. It sends the
+    /// reset of a `close` after the change to `CLOSE`, so that
+    /// [`EventKind::Reset`](crate::EventKind::Reset) has its reason.
     pub reset_reason: Option<ResetReason>,
 }
 

@@ -99,10 +99,7 @@ pub(crate) fn decode(
             let record: Anomaly = read(bytes)?;
             let reset = |direction| EventKind::Reset {
                 direction,
-                reason: record
-                    .what
-                    .checked_sub(1)
-                    .and_then(ResetReason::from_number),
+                reason: ResetReason::from_record(record.what),
             };
             let kind = match kind {
                 kind::RETRANSMIT => EventKind::Retransmit {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tcp_udp_trace_common::{Summary as Record, TcpSocket, direction, older, sk_flag};
 
 use crate::event::{
+    reset_reason::ResetReason,
     summary::{EndedBy, Summary},
     tcp_state::TcpState,
 };
@@ -46,6 +47,7 @@ impl Ending<'_> {
             total_retrans,
             lost,
             out_of_order,
+            reset_reason,
             ..
         } = self.summary;
         let nanos = |from: u64, to: u64| Duration::from_nanos(to.saturating_sub(from));
@@ -70,7 +72,7 @@ impl Ending<'_> {
             lost_packets: lost,
             out_of_order,
             ended_by: self.ended_by(socket.direction),
-            reset_reason: None,
+            reset_reason: ResetReason::from_record(reset_reason.into()),
         }
     }
 
