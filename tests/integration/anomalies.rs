@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeSet,
-    net::{SocketAddr, TcpStream},
+    fs,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::fd::AsFd,
     thread::sleep,
     time::Duration,
 };
@@ -12,14 +15,14 @@ use integration_tests::{
     actor::{Actor, Command},
     collector::{Collector, show},
     expected_tcp::{ACTIVE_CLIENT, ExpectedTcp},
-    kernel,
-    netns::{FAR, NEAR, ip, veth},
+    kernel::{self, NetCounters},
+    netns::{FAR, NEAR, ip, nft, veth},
     observed_tcp::ObservedTcp,
     suite::{Test, skip},
     tcp_info,
     tcp_pair::{Connection, TcpPair, loopback},
 };
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tcp_udp_trace::{Direction, Event, EventKind, ResetDirection, Retransmission};
 
 pub(crate) fn trials() -> Vec<Test> {
@@ -29,7 +32,10 @@ pub(crate) fn trials() -> Vec<Test> {
             handshake_that_is_not_answered,
             resets_at_either_end,
             refused_connection_is_a_reset,
+            losses_in_the_middle_of_a_burst,
             connections_that_a_full_queue_refuses,
+            connections_that_a_full_queue_of_mptcp_refuses,
+            handshakes_that_a_full_queue_refuses_at_the_end,
             nothing_of_it_by_default,
         ],
     ]
@@ -49,6 +55,13 @@ fn anomalies(events: &[Event], local: SocketAddr) -> Vec<EventKind> {
         .collect()
 }
 
+/// Returns a field of the socket's `TCP_INFO`.
+fn number(socket: &impl AsFd, name: &str) -> anyhow::Result<u64> {
+    let info = tcp_info::of(socket)?;
+    let number = info.iter().find(|(found, _)| *found == name);
+    number.map(|(_, number)| *number).context("no such number")
+}
+
 /// The far end loses its address for a while, so the kernel retransmits the segments.
 fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     const BYTES: u64 = 1_000;
@@ -60,12 +73,7 @@ fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     let mut pair = TcpPair::traced_between(collector, server, address, Actor::spawn("client")?)?;
     let Connection { client, server } = pair.connect()?;
     let socket = pair.client.lend(&client)?;
-    let number = |name: &str| {
-        let info = tcp_info::of(&socket)?;
-        let number = info.iter().find(|(found, _)| *found == name);
-        number.map(|(_, number)| *number).context("no such number")
-    };
-    let retransmitted = || number("total_retrans");
+    let retransmitted = || number(&socket, "total_retrans");
     far.run(|| ip(&format!("addr del {FAR}/24 dev far0")))?;
     pair.client.send(&client, BYTES)?;
     while retransmitted()? < AT_LEAST {
@@ -73,7 +81,7 @@ fn retransmissions_are_those_that_the_socket_counts() -> anyhow::Result<()> {
     }
     far.run(|| ip(&format!("addr add {FAR}/24 dev far0")))?;
     pair.server.receive(&server, BYTES)?;
-    let (total, bytes) = (retransmitted()?, number("bytes_retrans")?);
+    let (total, bytes) = (retransmitted()?, number(&socket, "bytes_retrans")?);
     // Closed before the client's descriptor, which must be the last one.
     drop(socket);
     pair.close(&Connection { client, server })?;
@@ -212,69 +220,269 @@ fn refused_connection_is_a_reset() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Each segment that the kernel counts is an event of the listener, with the addresses of the
-/// client.
-fn connections_that_a_full_queue_refuses() -> anyhow::Result<()> {
-    const BACKLOG: i32 = 1;
-    const CLIENTS: u32 = 5;
-    let overflows = || kernel::tcp_counter("ListenOverflows");
-    for v6 in [false, true] {
-        let before = overflows()?;
-        let collector = Collector::start_with(|builder| builder.listen_overflows(true))?;
-        let mut hooks = collector.handle().hooks().into_iter();
-        let hook = hooks.find(|hook| hook.signal == "listen_overflow");
-        if hook.context("no signal")?.programs.is_empty() {
-            return skip("this kernel has no kprobes");
+/// The receiver's kernel drops some segments in the middle of a burst. The acknowledgments of the
+/// others show the loss.
+fn losses_in_the_middle_of_a_burst() -> anyhow::Result<()> {
+    /// The initial congestion window: all of them are sent at once.
+    const SEGMENTS: u32 = 10;
+    const BEFORE: u32 = 3;
+    // Each segment is a packet.
+    ip("link set lo mtu 1500 gso_max_segs 1")?;
+    for lost in [2, 4] {
+        let collector = start()?;
+        let listener = TcpListener::bind(loopback(false))?;
+        let address = listener.local_addr()?;
+        let mut client = TcpStream::connect(address)?;
+        let (mut server, local) = listener.accept()?;
+        // The retransmissions pass, whose numbers follow those of the burst.
+        let (last, packets) = (BEFORE + lost - 1, SEGMENTS + lost);
+        let port = address.port();
+        nft(&format!(
+            "table ip losses {{
+                chain input {{
+                    type filter hook input priority 0;
+                    tcp dport {port} meta length > 1000 numgen inc mod {packets} {BEFORE}-{last} drop
+                }}
+            }}"
+        ))?;
+        let counters = NetCounters::now()?;
+        let segment = number(&client, "snd_mss")?;
+        let mut burst = vec![0; (u64::from(SEGMENTS) * segment) as usize];
+        client.write_all(&burst)?;
+        server.read_exact(&mut burst)?;
+        let now = NetCounters::now()?;
+        for (name, expected) in [("TcpExt.TCPFastRetrans", lost), ("Tcp.RetransSegs", lost)] {
+            let growth = counters.growth(&now, name)?;
+            ensure!(
+                growth == u64::from(expected),
+                "{name} {growth}, not {expected}"
+            );
         }
-        let domain = Domain::for_address(loopback(v6));
-        let socket = || Socket::new(domain, Type::STREAM, None);
-        let listener = socket()?;
-        listener.bind(&loopback(v6).into())?;
-        listener.listen(BACKLOG)?;
-        let address = listener.local_addr()?.as_socket().context("an address")?;
-        // The queue takes one more than its backlog.
-        let fit = (0..=BACKLOG).map(|_| TcpStream::connect(address));
-        let fit = fit.collect::<Result<Vec<_>, _>>()?;
-        ensure!(overflows()? == before);
-        let mut refused = Vec::new();
-        for _ in 0..CLIENTS {
-            let client = socket()?;
-            client.bind(&loopback(v6).into())?;
-            client.set_nonblocking(true)?;
-            ensure!(client.connect(&address.into()).is_err());
-            refused.push(client);
-        }
-        let locals = refused.iter().map(|client| client.local_addr());
-        let locals = locals.collect::<Result<Vec<_>, _>>()?;
-        let locals: BTreeSet<_> = locals.iter().filter_map(SockAddr::as_socket).collect();
-        // The kernel drops a SYN again when it is retransmitted.
-        while overflows()? - before <= CLIENTS {
-            sleep(Duration::from_millis(10));
-        }
-        // The clients give up.
-        drop(refused);
-        let counted = overflows()? - before;
-        drop((listener, fit));
-        let events = collector.finish_all()?;
-        let is_overflow = |event: &&Event| matches!(event.kind, EventKind::ListenOverflow);
-        let reported: Vec<_> = events.iter().filter(is_overflow).collect();
+        drop((client, server, listener));
+        nft("delete table ip losses")?;
+        let events = collector.finish_in_order(3)?;
+        let retransmission = EventKind::Retransmit {
+            what: Some(Retransmission::Fast),
+            packets: 1,
+            bytes: segment as u32,
+        };
+        let reported = anomalies(&events, local);
         ensure!(
-            reported.len() == counted as usize,
-            "{counted}:{}",
+            reported == vec![retransmission; lost as usize],
+            "{}",
             show(&events)
         );
-        for event in reported {
+        let mut ours = events.iter().filter(|event| event.socket.local == local);
+        let summary = ours.find_map(|event| match &event.kind {
+            EventKind::StateChange { summary, .. } => summary.as_deref(),
+            _ => None,
+        });
+        let summary = summary.context("no summary")?;
+        let numbers = [
+            summary.lost_packets,
+            summary.retransmitted_packets,
+            (summary.retransmitted_bytes / segment) as u32,
+        ];
+        ensure!(numbers == [lost; 3], "{summary:?}");
+    }
+    Ok(())
+}
+
+/// The segments that the kernel counted in `ListenOverflows`.
+struct Overflows {
+    listener: SocketAddr,
+    clients: BTreeSet<SocketAddr>,
+    count: u32,
+}
+
+/// More connections than this wait to be accepted: one more.
+const BACKLOG: i32 = 4;
+
+/// Starts a tracer that reports these segments.
+fn start_with_overflows() -> anyhow::Result<Collector> {
+    let collector = Collector::start_with(|builder| builder.listen_overflows(true))?;
+    let mut hooks = collector.handle().hooks().into_iter();
+    let hook = hooks.find(|hook| hook.signal == "listen_overflow");
+    if hook.context("no signal")?.programs.is_empty() {
+        return skip("this kernel has no kprobes");
+    }
+    Ok(collector)
+}
+
+/// Sets when a listener of this namespace answers a SYN with a cookie, and remembers no handshake:
+/// 0 never, 1 when too many handshakes have begun, 2 always.
+fn set_cookies(cookies: u32) -> anyhow::Result<()> {
+    Ok(fs::write(
+        "/proc/sys/net/ipv4/tcp_syncookies",
+        cookies.to_string(),
+    )?)
+}
+
+/// Makes a listener.
+fn listen(v6: bool, protocol: Protocol) -> anyhow::Result<(Socket, SocketAddr)> {
+    let listener = stream(v6, protocol)?;
+    listener.listen(BACKLOG)?;
+    let address = address(&listener)?;
+    Ok((listener, address))
+}
+
+/// Makes a socket that is bound to the loopback.
+fn stream(v6: bool, protocol: Protocol) -> anyhow::Result<Socket> {
+    let loopback = loopback(v6);
+    let socket = Socket::new(Domain::for_address(loopback), Type::STREAM, Some(protocol))?;
+    socket.bind(&loopback.into())?;
+    Ok(socket)
+}
+
+fn address(socket: &Socket) -> anyhow::Result<SocketAddr> {
+    socket.local_addr()?.as_socket().context("an address")
+}
+
+/// Fills the queue of a listener.
+fn fill(listener: SocketAddr) -> anyhow::Result<Vec<TcpStream>> {
+    let before = kernel::tcp_counter("ListenOverflows")?;
+    let fit = (0..=BACKLOG).map(|_| TcpStream::connect(listener));
+    let fit = fit.collect::<Result<Vec<_>, _>>()?;
+    ensure!(kernel::tcp_counter("ListenOverflows")? == before);
+    Ok(fit)
+}
+
+/// Lets clients connect to a listener whose queue is full.
+fn refuse_syns(v6: bool, protocol: Protocol) -> anyhow::Result<Overflows> {
+    const CLIENTS: u32 = 5;
+    let before = kernel::tcp_counter("ListenOverflows")?;
+    let count = || anyhow::Ok(kernel::tcp_counter("ListenOverflows")? - before);
+    let (_listener, listener) = listen(v6, protocol)?;
+    let _fit = fill(listener)?;
+    let mut refused = Vec::new();
+    for _ in 0..CLIENTS {
+        let client = stream(v6, protocol)?;
+        client.set_nonblocking(true)?;
+        ensure!(client.connect(&listener.into()).is_err());
+        refused.push(client);
+    }
+    let clients = refused.iter().map(address).collect::<Result<_, _>>()?;
+    // The kernel drops a SYN again when it is retransmitted.
+    while count()? <= CLIENTS {
+        sleep(Duration::from_millis(10));
+    }
+    // The clients give up.
+    drop(refused);
+    Ok(Overflows {
+        listener,
+        clients,
+        count: count()?,
+    })
+}
+
+/// Lets a client send the last segment of a handshake when the queue, which had room for its SYN,
+/// is full.
+fn refuse_last_segments(v6: bool) -> anyhow::Result<Overflows> {
+    let before = kernel::tcp_counter("ListenOverflows")?;
+    let count = || anyhow::Ok(kernel::tcp_counter("ListenOverflows")? - before);
+    let (_listener, listener) = listen(v6, Protocol::TCP)?;
+    let mut client = stream(v6, Protocol::TCP)?;
+    let local = address(&client)?;
+    // All but its SYN is lost at first.
+    nft(&format!(
+        "table inet losses {{
+            chain input {{
+                type filter hook input priority 0;
+                tcp sport {} tcp flags ack drop
+            }}
+        }}",
+        local.port()
+    ))?;
+    client.connect(&listener.into())?;
+    let _fit = fill(listener)?;
+    nft("delete table inet losses")?;
+    client.write_all(&[0; 10])?;
+    // The data is retransmitted, and is the last segment of the handshake each time.
+    while count()? < 3 {
+        sleep(Duration::from_millis(10));
+    }
+    // The client gives up, with a reset.
+    client.set_linger(Some(Duration::ZERO))?;
+    drop(client);
+    Ok(Overflows {
+        listener,
+        clients: [local].into(),
+        count: count()?,
+    })
+}
+
+/// Checks that each segment that the kernel counted is an event of the listener, with the addresses
+/// of the client.
+fn check_overflows(collector: Collector, expected: &[Overflows]) -> anyhow::Result<()> {
+    let events = collector.finish_all()?;
+    let is_overflow = |event: &&Event| matches!(event.kind, EventKind::ListenOverflow);
+    let mut reported: Vec<_> = events.iter().filter(is_overflow).collect();
+    for Overflows {
+        listener,
+        clients,
+        count,
+    } in expected
+    {
+        let is_one = |event: &&Event| event.socket.local == *listener;
+        let (ours, others): (Vec<_>, _) = reported.into_iter().partition(is_one);
+        reported = others;
+        ensure!(ours.len() == *count as usize, "{count}:{}", show(&events));
+        for event in ours {
             let pid = event.process.as_ref().map(|process| process.pid);
             ensure!(pid == Some(std::process::id()), "{event}");
             ensure!(
-                event.socket.local == address
-                    && locals.contains(&event.socket.remote)
+                clients.contains(&event.socket.remote)
                     && event.socket.direction == Some(Direction::Listener),
                 "{event}"
             );
         }
     }
+    ensure!(reported.is_empty(), "{reported:?}");
     Ok(())
+}
+
+/// With and without SYN cookies, which do not help against a full queue.
+fn connections_that_a_full_queue_refuses() -> anyhow::Result<()> {
+    let collector = start_with_overflows()?;
+    let mut refused = Vec::new();
+    for cookies in [1, 2] {
+        set_cookies(cookies)?;
+        for v6 in [false, true] {
+            let before = kernel::tcp_counter("SyncookiesSent")?;
+            refused.push(refuse_syns(v6, Protocol::TCP)?);
+            let has_cookies = kernel::tcp_counter("SyncookiesSent")? > before;
+            ensure!(has_cookies == (cookies == 2));
+        }
+    }
+    check_overflows(collector, &refused)
+}
+
+fn connections_that_a_full_queue_of_mptcp_refuses() -> anyhow::Result<()> {
+    if stream(false, Protocol::MPTCP).is_err() {
+        return skip("this kernel has no MPTCP");
+    }
+    let collector = start_with_overflows()?;
+    let mut refused = Vec::new();
+    for v6 in [false, true] {
+        refused.push(refuse_syns(v6, Protocol::MPTCP)?);
+    }
+    check_overflows(collector, &refused)
+}
+
+/// The listener remembers the handshake, or has sent a cookie.
+fn handshakes_that_a_full_queue_refuses_at_the_end() -> anyhow::Result<()> {
+    let collector = start_with_overflows()?;
+    let mut refused = Vec::new();
+    for cookies in [1, 2] {
+        set_cookies(cookies)?;
+        for v6 in [false, true] {
+            let before = kernel::tcp_counter("SyncookiesRecv")?;
+            refused.push(refuse_last_segments(v6)?);
+            let has_cookies = kernel::tcp_counter("SyncookiesRecv")? > before;
+            ensure!(has_cookies == (cookies == 2));
+        }
+    }
+    check_overflows(collector, &refused)
 }
 
 fn nothing_of_it_by_default() -> anyhow::Result<()> {

@@ -29,6 +29,7 @@ const MODULES: &[&str] = &[
     "nft_nat",
     "nft_masq",
     "nft_redir",
+    "nft_numgen",
 ];
 
 /// A module, decompressed.
