@@ -9,6 +9,9 @@ use std::{
     time::UNIX_EPOCH,
 };
 
+use tcp_udp_trace_common::{Anomaly, kind, retransmission};
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
 use super::{YEAR, a_process, an_event};
 use crate::{
     config::Config,
@@ -52,7 +55,7 @@ pub(crate) fn write_seed(target: &str, name: &str, bytes: &[u8]) {
 fn write_seeds() {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let mut seen = HashSet::new();
-        own_records(protocol, |bytes| {
+        let mut write_record = |bytes: &[u8]| {
             let clock = BootClock::new(UNIX_EPOCH + YEAR * 56, YEAR);
             let info = |_| match protocol {
                 Protocol::Tcp => {
@@ -81,6 +84,19 @@ fn write_seeds() {
             if seen.insert(name.clone()) {
                 write_seed("record", &name, bytes);
                 write_event(&name, &event);
+            }
+        };
+        own_records(protocol, |bytes| {
+            write_record(bytes);
+            // This kernel may have no hook of these, which have the same record as a reset.
+            if let Ok(mut record) = Anomaly::read_from_bytes(bytes) {
+                if record.head.kind == kind::RESET_RECEIVED {
+                    (record.head.kind, record.what) = (kind::LISTEN_OVERFLOW, 0);
+                    write_record(record.as_bytes());
+                    (record.head.kind, record.what) = (kind::RETRANSMIT, retransmission::FAST);
+                    (record.packets, record.bytes) = (2, 2_896);
+                    write_record(record.as_bytes());
+                }
             }
         });
     }
