@@ -350,10 +350,10 @@ fn shut_down_in_halves(pair: &mut TcpPair, connection: &Connection) -> anyhow::R
 
 /// By a linger time of zero, and by a close over unread bytes, with and without an earlier FIN.
 fn reset_by_either_side() -> anyhow::Result<()> {
+    let mut pair = TcpPair::traced_by(with_resets()?, loopback(false))?;
+    let mut clients = Vec::new();
     for kind in 0..4 {
-        let mut pair = TcpPair::traced_by(with_resets()?, loopback(false))?;
-        let connection = pair.connect()?;
-        let Connection { client, server } = connection;
+        let Connection { client, server } = pair.connect()?;
         match kind {
             0 => pair.client.abort(&client)?,
             1 => {
@@ -372,18 +372,16 @@ fn reset_by_either_side() -> anyhow::Result<()> {
                 pair.client.abort(&client)?;
             }
         }
-        pair.collector.wait_closed(2)?;
-        let events = pair.collector.finish_all()?;
-        check_ends(
-            &events,
-            &[
-                (client.local, EndedBy::LocalReset),
-                (server.local, EndedBy::PeerReset),
-            ],
-        )
-        .with_context(|| format!("case {kind}"))?;
-        // The kernel sends this reset after the change to `CLOSE`.
-        check_reset(&events, client.local, None)?;
+        clients.push(client.local);
+        pair.collector.wait_closed(2 * clients.len())?;
+    }
+    let events = pair.collector.finish_all()?;
+    for (kind, client) in clients.into_iter().enumerate() {
+        check_ends(&events, &[(client, EndedBy::LocalReset)])
+            .and_then(|()| check_far_ends(&events, &[(client, EndedBy::PeerReset)]))
+            // The kernel sends this reset after the change to `CLOSE`.
+            .and_then(|()| check_reset(&events, client, None))
+            .with_context(|| format!("case {kind}"))?;
     }
     Ok(())
 }
@@ -487,13 +485,14 @@ fn established_connections_that_time_out() -> anyhow::Result<()> {
         "neigh replace {FAR} lladdr 02:00:00:00:00:99 dev near0 nud permanent"
     ))?;
     pair.client.send(&busy.client, BYTES)?;
+    // Here, because a failure then shows the events.
+    pair.collector.wait_closed(2)?;
     for Connection { client, .. } in [&idle, &busy] {
         let errno = pair.client.fail(Command::Receive(client.fd, 1))?;
         ensure!(errno == Errno::ETIMEDOUT as i32, "{errno}");
     }
     let took = began.elapsed();
     ip(&format!("neigh del {FAR} dev near0"))?;
-    pair.collector.wait_closed(2)?;
     // The server's ends are still established. The client's kernel answers their FINs by resets.
     for Connection { server, .. } in [&idle, &busy] {
         pair.server.close(server)?;
