@@ -40,6 +40,7 @@ pub(crate) fn trials() -> Vec<Test> {
             fast_open,
             closed_by_either_side,
             reset_by_either_side,
+            reset_that_does_not_end_its_connection,
             connections_that_fail,
             established_connections_that_time_out,
             killed_and_not_accepted,
@@ -383,6 +384,57 @@ fn reset_by_either_side() -> anyhow::Result<()> {
             .and_then(|()| check_reset(&events, client, None))
             .with_context(|| format!("case {kind}"))?;
     }
+    Ok(())
+}
+
+/// The server still has an earlier connection of the client's address. Its answer to the SYN is not
+/// acceptable, so the client's kernel answers by a reset, and goes on to connect.
+fn reset_that_does_not_end_its_connection() -> anyhow::Result<()> {
+    let far = veth()?;
+    let server = far.run(|| Actor::spawn("server"))?;
+    let (address, client) = (SocketAddr::new(FAR.parse()?, 0), Actor::spawn("client")?);
+    let mut pair = TcpPair::traced_between(with_resets()?, server, address, client)?;
+    let earlier = pair.connect()?;
+    // The server does not see the reset.
+    ip(&format!(
+        "neigh replace {FAR} lladdr 02:00:00:00:00:99 dev near0 nud permanent"
+    ))?;
+    pair.client.abort(&earlier.client)?;
+    pair.collector.wait_closed(1)?;
+    ip(&format!("neigh del {FAR} dev near0"))?;
+    let local = earlier.client.local;
+    let socket = pair.client.bind(local)?;
+    let client = (pair.client).socket(Command::Connect(socket.fd, pair.listener.local))?;
+    let server = pair.server.accept(&pair.listener)?;
+    pair.close(&Connection { client, server })?;
+    pair.collector.wait_closed(4)?;
+    let events = pair.collector.finish_all()?;
+    let mut ours = events.iter().rev();
+    let last = ours.find(|event| event.socket.local == local);
+    let id = last.context("no event")?.socket.id;
+    let resets: Vec<_> = events
+        .iter()
+        .filter(|event| event.socket.id == id)
+        .filter_map(|event| match &event.kind {
+            EventKind::Reset { direction, reason } => Some((*direction, reason)),
+            _ => None,
+        })
+        .collect();
+    let [(ResetDirection::Sent, reason)] = resets[..] else {
+        bail!("{resets:?}:{}", show(&events));
+    };
+    let expected = kernel::is_at_least(6, 10)?.then_some("TCP_INVALID_ACK_SEQUENCE");
+    ensure!(
+        reason.as_ref().map(ResetReason::name) == expected,
+        "{reason:?}"
+    );
+    let summary = summary_where(&events, |event| event.socket.id == id)?;
+    ensure!(
+        summary.ended_by == Some(EndedBy::Local)
+            && summary.established.is_some()
+            && summary.reset_reason.is_none(),
+        "{summary:?}"
+    );
     Ok(())
 }
 
