@@ -202,6 +202,8 @@ fn soak(time: Duration) -> anyhow::Result<()> {
         objects_late.len()
     );
 
+    // Such a kernel may skip all programs of a transition, and of the socket's end.
+    let preempts = kernel::is_at_least(7, 0)?;
     for Counted {
         closes,
         tx,
@@ -215,14 +217,18 @@ fn soak(time: Duration) -> anyhow::Result<()> {
         let lost = counts.ring_lost + counts.queue_shed;
         ensure!(stats.untracked == 0, "{stats:?}");
         let missing = expected.saturating_sub(*closes);
-        let explained = unclosed.explained_by(&interrupted);
+        let interrupted = unclosed.explained_by(&interrupted);
+        // Only samples find a socket whose close and end were skipped.
+        let skipped = match stats.recursion_misses {
+            Some(skipped) if preempts && stats.sample_rounds == 0 => skipped,
+            _ => 0,
+        };
         println!(
-            "closes missing       {missing}: lost {lost}, in softirqs over pid 1 {explained}, unexplained {}",
-            missing.saturating_sub(lost + explained)
+            "closes missing       {missing}: lost {lost}, in softirqs over pid 1 {interrupted}, runs skipped {skipped}"
         );
         // On a busier machine, a reader may come too late. All resulting losses are counted.
         ensure!(
-            *closes <= expected && missing <= lost + explained,
+            *closes <= expected && missing <= lost + interrupted + skipped,
             "{closes} closes of {expected}: {stats:?}; without a close: {unclosed:?}"
         );
         let bytes = truth.bytes.load(Ordering::Relaxed);
