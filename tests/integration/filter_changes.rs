@@ -240,8 +240,9 @@ fn filtered_sockets_take_no_room() -> anyhow::Result<()> {
     // Five changes of state at either end, and the accept.
     ensure!(tcp.len() == 11, "{}", show(&tcp));
     ensure!(udp.len() == 1, "{}", show(&udp));
+    // No program sees a change of state in a softirq over a thread of pid 1 (docs/kernels.md).
     ensure!(
-        tcp_stats.kernel_filtered >= u64::from(UNWANTED) * 11,
+        tcp_stats.kernel_filtered >= u64::from(UNWANTED) * 10,
         "{tcp_stats:?}"
     );
     ensure!(

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     ffi::OsStr,
     fs, io,
-    net::{SocketAddr, UdpSocket},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
     path::Path,
     process,
     thread::sleep,
@@ -57,8 +57,6 @@ pub(crate) fn trials() -> Vec<Test> {
 const ROOM: u32 = 1_024;
 /// A user other than root and [`UNPRIVILEGED`].
 const BYSTANDER: u32 = 4_242;
-/// The address of the server beside which other tracers run. It is on the loopback.
-const WATCHED: &str = "127.91.7.3";
 /// How long a debugger may take to attach.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How many connections the other tracers see.
@@ -187,8 +185,12 @@ fn flows_of_one_user_make_room_for_each_other() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn watched() -> anyhow::Result<SocketAddr> {
-    Ok(SocketAddr::new(WATCHED.parse()?, 0))
+/// Returns the address of the server beside which other tracers run. It is on the loopback. Another
+/// test, in a process of its own, has another one of the same length.
+fn watched() -> Ipv4Addr {
+    let pid = process::id();
+    let [third, fourth] = [pid / 100, pid].map(|number| 100 + (number % 100) as u8);
+    Ipv4Addr::new(127, 92, third, fourth)
 }
 
 /// Makes a connection that carries this many KiB from the client, and twice as many from the
@@ -283,7 +285,7 @@ fn processes_that_a_debugger_stops() -> anyhow::Result<()> {
 /// while our tracer runs.
 fn libbpf_tools_on_the_same_hooks() -> anyhow::Result<()> {
     mount_tracefs()?;
-    let mut pair = TcpPair::at(watched()?)?;
+    let mut pair = TcpPair::at((watched(), 0).into())?;
     let mut expected = Vec::new();
     exchange(&mut pair, 1, &mut expected)?;
     let tcpstates = OtherTracer::start("tcpstates", &[])?;
@@ -292,14 +294,15 @@ fn libbpf_tools_on_the_same_hooks() -> anyhow::Result<()> {
         exchange(&mut pair, kib, &mut expected)?;
     }
     let changes = expected_changes();
-    tcpstates.wait_lines(WATCHED, changes.values().sum())?;
-    tcplife.wait_lines(WATCHED, 2 * EXCHANGES)?;
+    let watched = watched().to_string();
+    tcpstates.wait_lines(&watched, changes.values().sum())?;
+    tcplife.wait_lines(&watched, 2 * EXCHANGES)?;
     let (tcpstates, tcplife) = (tcpstates.finish()?, tcplife.finish()?);
     exchange(&mut pair, 1, &mut expected)?;
     pair.finish(&expected)?;
 
     let mut seen = BTreeMap::new();
-    for line in marked(&tcpstates, WATCHED) {
+    for line in marked(&tcpstates, &watched) {
         let words: Vec<_> = line.split_whitespace().collect();
         let arrow = words.iter().position(|word| *word == "->");
         let arrow = arrow.with_context(|| format!("no change: {line}"))?;
@@ -315,7 +318,7 @@ fn libbpf_tools_on_the_same_hooks() -> anyhow::Result<()> {
         .collect();
     carried.sort();
     let mut seen = Vec::new();
-    for line in marked(&tcplife, WATCHED) {
+    for line in marked(&tcplife, &watched) {
         let mut words = line.split_whitespace().rev().skip(1);
         let (Some(received), Some(sent)) = (words.next(), words.next()) else {
             bail!("no bytes: {line}");
@@ -336,7 +339,7 @@ fn bpftrace_on_the_same_hooks() -> anyhow::Result<()> {
         return skip("no tracepoint of datagrams");
     }
     let collector = Collector::start_udp()?;
-    let mut pair = TcpPair::at(watched()?)?;
+    let mut pair = TcpPair::at((watched(), 0).into())?;
     let mut datagrams = UdpPair::new(Family::V4, true)?;
     let mut expected = Vec::new();
     exchange(&mut pair, 1, &mut expected)?;
@@ -347,10 +350,19 @@ fn bpftrace_on_the_same_hooks() -> anyhow::Result<()> {
 
     let (client, sender) = (pair.client.pid(), datagrams.sender.actor.pid());
     let receiver = datagrams.receiver.actor.pid();
+    let [_, second, third, fourth] = watched().octets();
+    let is_watched = ["saddr", "daddr"].map(|end| {
+        format!(
+            "args->{end}[1] == {second} && args->{end}[2] == {third} && args->{end}[3] == {fourth}"
+        )
+    });
+    let is_watched = is_watched.join(" || ");
     let script = format!(
         "tracepoint:sock:inet_sock_set_state /args->saddr[1] == 91 || args->daddr[1] == 91/ {{
-            if (args->saddr[3] == 4 || args->daddr[3] == 4) {{ printf(\"{SIGN}\\n\"); }}
-            else {{ @change[args->oldstate, args->newstate] = count(); }}
+            printf(\"{SIGN}\\n\");
+        }}
+        tracepoint:sock:inet_sock_set_state /{is_watched}/ {{
+            @change[args->oldstate, args->newstate] = count();
         }}
         tracepoint:syscalls:sys_exit_connect /pid == {client}/ {{ @connects = count(); }}
         tracepoint:sock:sock_send_length /pid == {sender}/ {{

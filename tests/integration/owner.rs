@@ -141,11 +141,15 @@ fn mptcp_subflows() -> anyhow::Result<()> {
     );
     for events in &observed {
         let last = events.last().unwrap();
-        // The two ends may have the same port.
-        let pid = match last.socket.local {
-            _ if last.socket.remote.port() == 0 => parent.pid(),
-            local if local == listener.local => worker.pid(),
-            _ => client.pid(),
+        // The two ends may have the same port. The server's side may try another subflow, to the
+        // client's address, which refuses.
+        let (local, remote) = (last.socket.local, last.socket.remote);
+        let pid = if remote.port() == 0 {
+            parent.pid()
+        } else if local == listener.local || remote == socket.local {
+            worker.pid()
+        } else {
+            client.pid()
         };
         let owner = last.process.as_ref().map(|process| process.pid);
         ensure!(owner == Some(pid), "not of {pid}:{}", show(events));

@@ -1,6 +1,6 @@
 //! Compares hooks with the table in docs/kernels.md.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, env::consts::ARCH, fs, path::Path};
 
 use anyhow::{Context as _, ensure};
 use tcp_udp_trace::Hook;
@@ -26,11 +26,15 @@ pub fn check(hooks: &[Hook]) -> anyhow::Result<()> {
         (true, false) => "",
     };
     let kernel = version.join(".") + flavour;
-    let Some(column) = header
-        .iter()
-        .skip(FIRST_KERNEL)
-        .position(|names| names.split(", ").any(|name| name == kernel))
-    else {
+    let columns = || header.iter().skip(FIRST_KERNEL);
+    let position = |of: &str| {
+        columns().position(|names| {
+            let (names, arch) = names.split_once(" on ").unwrap_or((names, ""));
+            arch == of && names.split(", ").any(|name| name == kernel)
+        })
+    };
+    // An architecture has a column only for the kernels that differ there.
+    let Some(column) = position(ARCH).or_else(|| position("")) else {
         eprintln!("docs/kernels.md has no column for {kernel}: nothing is compared");
         return Ok(());
     };
