@@ -26,6 +26,10 @@ pub(super) fn attach_program(
 ) -> Result<(), ProgramError> {
     // The program may be loaded already: ahead, or for another hook.
     if program.fd().is_err() {
+        if matches!(point, HookPoint::Fexit(_)) {
+            // A kernel without kprobes has no fexit either. The ids for the attempt take 4 MB.
+            fs::metadata(KPROBES)?;
+        }
         let ids = point.target().map(|target| ids::for_aya(ids, &[target]));
         let ids = ids.transpose()?;
         load(program, point, ids.as_ref())?;
