@@ -22,11 +22,8 @@ use aya::{
     programs::{CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, Program, RawTracePoint},
 };
 use futures_util::{Stream, StreamExt as _};
-use integration_tests::{cgroup, mounts, netns::Netns};
-use nix::{
-    mount::{MsFlags, mount},
-    sys::resource::{UsageWho, getrusage},
-};
+use integration_tests::{cgroup, netns::Netns, other_tracer::mount_tracefs};
+use nix::sys::resource::{UsageWho, getrusage};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 use tcp_udp_trace::{Event, EventKind, Filter, TcpTracer, TracerHandle, UdpTracer};
@@ -117,14 +114,7 @@ pub(crate) fn run_if_requested() -> Option<anyhow::Result<()>> {
 fn be_peer(program: &str, args: impl Iterator<Item = String>) -> anyhow::Result<()> {
     const TRACEFS: &str = "/sys/kernel/tracing";
     if !std::fs::exists(format!("{TRACEFS}/events"))? {
-        mounts::make_private()?;
-        mount(
-            Some("nodev"),
-            TRACEFS,
-            Some("tracefs"),
-            MsFlags::empty(),
-            None::<&str>,
-        )?;
+        mount_tracefs()?;
     }
     Err(Command::new(program).args(args).exec().into())
 }

@@ -72,6 +72,15 @@ fn refusals() -> anyhow::Result<Vec<(SocketAddr, Errno)>> {
     .collect()
 }
 
+/// Makes a network in which [`FAR`] never answers.
+fn silent_peer() -> anyhow::Result<Netns> {
+    let far = veth()?;
+    ip(&format!(
+        "neigh replace {FAR} lladdr 02:00:00:00:00:99 dev near0 nud permanent"
+    ))?;
+    Ok(far)
+}
+
 /// A `connect` that failed, as its event must show it.
 #[derive(Debug)]
 struct Failure {
@@ -173,6 +182,20 @@ fn check(event: &Event, protocol: Protocol, failure: &Failure) -> anyhow::Result
     Ok(())
 }
 
+/// Compares the failures among these events with the results of the system calls. Returns them.
+fn check_all<'a>(
+    events: &'a [Event],
+    protocol: Protocol,
+    failures: &[Failure],
+) -> anyhow::Result<Vec<&'a Event>> {
+    let failed: Vec<_> = events.iter().filter(|event| is_failure(event)).collect();
+    ensure!(failed.len() == failures.len(), "{}", show(events));
+    for (event, failure) in failed.iter().zip(failures) {
+        check(event, protocol, failure)?;
+    }
+    Ok(failed)
+}
+
 /// Each failure is one event, and the only one of TCP.
 fn that_fail_before_any_state_change() -> anyhow::Result<()> {
     let refusals = refusals()?;
@@ -205,10 +228,7 @@ fn that_fail_before_any_state_change() -> anyhow::Result<()> {
             is_failure(event) && event.socket.local == failures.last().unwrap().local
         })?;
         let events = collector.finish_all()?;
-        let failed: Vec<_> = events.iter().filter(|event| is_failure(event)).collect();
-        ensure!(failed.len() == failures.len(), "{}", show(&events));
-        for (event, failure) in failed.iter().zip(&failures) {
-            check(event, protocol, failure)?;
+        for event in check_all(&events, protocol, &failures)? {
             let of_it = events.iter().filter(|e| e.socket.id == event.socket.id);
             let kinds: Vec<_> = of_it.filter_map(Kind::of).collect();
             let expected: &[_] = if is_udp {
@@ -260,9 +280,7 @@ fn that_are_refused() -> anyhow::Result<()> {
         }
         collector.wait_for("failure", is_failure)?;
         let events = collector.finish_all()?;
-        let failed: Vec<_> = events.iter().filter(|event| is_failure(event)).collect();
-        ensure!(failed.len() == 1, "{}", show(&events));
-        check(failed[0], protocol, &failure)?;
+        check_all(&events, protocol, &[failure])?;
     }
     Ok(())
 }
@@ -272,10 +290,7 @@ fn that_are_refused() -> anyhow::Result<()> {
 fn beside_many_that_wait() -> anyhow::Result<()> {
     const WAITING: usize = 200;
     let refusals = refusals()?;
-    let _far = veth()?;
-    ip(&format!(
-        "neigh replace {FAR} lladdr 02:00:00:00:00:99 dev near0 nud permanent"
-    ))?;
+    let _far = silent_peer()?;
     let nowhere: SocketAddr = format!("{FAR}:9").parse()?;
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let collector = match protocol {
@@ -312,11 +327,7 @@ fn beside_many_that_wait() -> anyhow::Result<()> {
             is_failure(event) && event.socket.local == failures.last().unwrap().local
         })?;
         let events = collector.finish_all()?;
-        let failed: Vec<_> = events.iter().filter(|event| is_failure(event)).collect();
-        ensure!(failed.len() == failures.len(), "{}", show(&events));
-        for (event, failure) in failed.iter().zip(&failures) {
-            check(event, protocol, failure)?;
-        }
+        check_all(&events, protocol, &failures)?;
     }
     Ok(())
 }
@@ -341,10 +352,7 @@ fn begun(errno: Option<Errno>) -> [(Option<TcpState>, Option<i32>); 2] {
 }
 
 fn that_have_begun_are_state_changes() -> anyhow::Result<()> {
-    let _far = veth()?;
-    ip(&format!(
-        "neigh replace {FAR} lladdr 02:00:00:00:00:99 dev near0 nud permanent"
-    ))?;
+    let _far = silent_peer()?;
     fs::write("/proc/sys/net/ipv4/tcp_syn_retries", "1")?;
     let server = TcpListener::bind(loopback(false))?;
     let listens: SockAddr = server.local_addr()?.into();

@@ -26,8 +26,9 @@ pub(super) fn attach_program(
 ) -> Result<(), ProgramError> {
     // The program may be loaded already: ahead, or for another hook.
     if program.fd().is_err() {
-        if matches!(point, HookPoint::Fexit(_)) {
-            // A kernel without kprobes has no fexit either. The ids for the attempt take 4 MB.
+        if matches!(point, HookPoint::Kprobe(_) | HookPoint::Fexit(_)) {
+            // Without kprobes, the kernel would load the program of a kprobe, but not attach it. It
+            // has no fexit either, and the ids for the attempt take 4 MB.
             fs::metadata(KPROBES)?;
         }
         let ids = point.target().map(|target| ids::for_aya(ids, &[target]));
@@ -83,11 +84,7 @@ pub(super) fn load(
         (Program::BtfTracePoint(program), HookPoint::BtfTracepoint(name)) => {
             program.load(name, ids.ok_or(ProgramError::NotLoaded)?)
         }
-        (Program::KProbe(program), _) => {
-            // Without kprobes, the kernel would load the program, but not attach it.
-            fs::metadata(KPROBES)?;
-            program.load()
-        }
+        (Program::KProbe(program), _) => program.load(),
         (Program::FEntry(program), HookPoint::Fentry(function)) => {
             program.load(function, ids.ok_or(ProgramError::NotLoaded)?)
         }
